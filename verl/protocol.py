@@ -1,0 +1,101 @@
+"""What travels between the stages of a training step: prompts, and one `Sample` per response.
+
+Everything is ragged numpy. Padded or packed tensors exist only inside a worker (`verl.models.packing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One row of a dataset, tokenized.
+
+    Example: ``Prompt(index=7, token_ids=np.array([5, 9]), data_source="countdown",
+    ground_truth={"target": 24, "numbers": [4, 6]}, extra_info={})``
+    """
+
+    index: int
+    """Row number in the dataset (over all its files, before filtering)."""
+    token_ids: NDArray[np.int64]
+    """Prompt tokens, [P]."""
+    data_source: str
+    """Chooses the reward function, and names the validation metrics."""
+    ground_truth: Any
+    """What the reward function compares the response with."""
+    extra_info: dict[str, Any] = field(default_factory=dict)
+    """Passed to the reward function."""
+
+
+@dataclass(slots=True)
+class Sample:
+    """One response, and all that the step learns about it. Each stage fills the fields it owns.
+
+    Example: two tokens were sampled and the second one ended the sequence::
+
+        Sample(prompt=prompt, group=0, response_ids=np.array([17, 2]), finish_reason="stop",
+               rollout_log_probs=np.array([-0.3, -0.1], np.float32))
+    """
+
+    prompt: Prompt
+    group: int
+    """Samples of the same prompt in one rollout batch share this number."""
+    response_ids: NDArray[np.int64]
+    """Sampled tokens with the end-of-sequence token, if there was one, [L]."""
+    finish_reason: FinishReason
+    """`length`: the response hit the limit without an end-of-sequence token (truncated)."""
+    rollout_log_probs: NDArray[np.float32] | None = None
+    """Log-probability of each sampled token under the distribution it was drawn from, [L]."""
+    score: float = 0.0
+    """What the reward function returned."""
+    reward: float = 0.0
+    """`score` with penalties (overlong, KL): what the advantage is made of."""
+    extras: dict[str, Any] = field(default_factory=dict)
+    """Everything else the reward function returned, such as `acc`."""
+    old_log_probs: NDArray[np.float32] | None = None
+    """Log-probabilities under the policy before this step's updates, [L]."""
+    ref_log_probs: NDArray[np.float32] | None = None
+    """Log-probabilities under the reference policy, [L]."""
+    advantage: float = 0.0
+    """One number per response: rewards are outcome rewards."""
+    weight: float = 0.0
+    """w_i of `loss = Σ_i w_i Σ_t ℓ_it` (`verl.trainer.ppo.core_algos.response_weights`)."""
+
+    @property
+    def length(self) -> int:
+        """Response length in tokens, L."""
+        return len(self.response_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response together: what the sample costs in a forward pass, in tokens."""
+        return len(self.prompt.token_ids) + len(self.response_ids)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the response hit the length limit without an end-of-sequence token."""
+        return self.finish_reason == "length"
+
+
+def response_lengths(samples: Iterable[Sample]) -> NDArray[np.int64]:
+    """Response lengths in tokens, int64 [N]."""
+    return np.array([s.length for s in samples], dtype=np.int64)
+
+
+def column(samples: Iterable[Sample], name: str) -> NDArray[np.float64]:
+    """One number per response: the field `name` of each sample, float64 [N]."""
+    return np.array([getattr(s, name) for s in samples], dtype=np.float64)
+
+
+def fill(samples: Sequence[Sample], name: str, values: Iterable[Any]) -> None:
+    """Sets the field `name` of each sample; ValueError if the numbers of both differ."""
+    for sample, value in zip(samples, values, strict=True):
+        setattr(sample, name, value)

@@ -1,0 +1,570 @@
+"""Every configuration key: its type, its default, its unit, and what it does.
+
+The names are verl's. YAML files beside this one only select other defaults. `verl.trainer.config.load_config`
+turns YAML and command-line overrides into a read-only `Config` and rejects what can't be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+LOSS_AGG_MODES = (
+    "token-mean",
+    "token-mean-legacy",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+)
+KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+
+
+def one_of(default: str | None, *choices: str) -> Any:
+    """A key whose value must be among `choices`."""
+    return field(default=default, metadata={"choices": choices})
+
+
+def number(default: float | int | None, low: float | None = None, high: float | None = None) -> Any:
+    """A key whose value, if there is one, must lie in [low, high]."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass
+class Section:
+    """A group of keys. Read-only once `lock` has been called on it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_locked"):
+            raise AttributeError(f"the configuration is read-only after start: {name}")
+        object.__setattr__(self, name, value)
+
+    def lock(self) -> None:
+        """Makes this section and all below it read-only."""
+        for f in fields(self):
+            child = getattr(self, f.name)
+            if isinstance(child, Section):
+                child.lock()
+        object.__setattr__(self, "_locked", True)
+
+    def walk(self, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+        """Yields (dotted key, value, field metadata) for every leaf key."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if is_dataclass(value) and isinstance(value, Section):
+                yield from value.walk(f"{prefix}{f.name}.")
+            else:
+                yield prefix + f.name, value, f.metadata
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class DataConfig(Section):
+    """`data`: parquet files with the columns prompt, data_source, reward_model, extra_info."""
+
+    train_files: Any = "~/data/countdown_nochat/train.parquet"
+    """Training parquet: a path or a list of paths."""
+    val_files: Any = "~/data/countdown_nochat/test.parquet"
+    """Validation parquet: a path or a list of paths."""
+    tokenizer: str | None = None
+    """Tokenizer path; null: the model's."""
+    prompt_key: str = "prompt"
+    """Column with the prompt: a string (apply_chat_template=False) or a list of chat messages."""
+    reward_fn_key: str = "data_source"
+    """Column that chooses the reward function."""
+    apply_chat_template: bool = True
+    """Render chat messages with the tokenizer's template; False: prompts are plain strings."""
+    max_prompt_length: int = number(512, 1)
+    """Longest prompt, in tokens."""
+    max_response_length: int = number(512, 1)
+    """Longest response, in tokens: the constant M of the loss aggregation."""
+    train_batch_size: int = number(1024, 1)
+    """Prompts of one training step."""
+    gen_batch_size: int = number(0, 0)
+    """Prompts of one generation round when `algorithm.filter_groups` drops some; 0: train_batch_size."""
+    val_batch_size: int | None = number(None, 1)
+    """Prompts of one validation round; null: all at once."""
+    shuffle: bool = True
+    """Shuffle the training prompts anew in each epoch."""
+    seed: int = number(1, 0)
+    """Seed of the order of the training prompts."""
+    filter_overlong_prompts: bool = False
+    """Drop prompts longer than max_prompt_length."""
+    truncation: str = one_of("error", "error", "left", "right")
+    """For longer prompts: stop with an error, or cut tokens off the left or the right."""
+
+
+# ------------------------------------------------------------------------------- actor_rollout_ref
+
+
+@dataclass
+class ModelConfig(Section):
+    """`actor_rollout_ref.model`."""
+
+    path: str = "Qwen/Qwen2.5-3B"
+    """Hugging Face model: a folder or a name on the hub."""
+    override_config: dict[str, Any] = field(default_factory=dict)
+    """Values that replace those of the model's config.json."""
+    enable_gradient_checkpointing: bool = True
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    use_remove_padding: bool = True
+    """Packed forward pass: tokens of all sequences in one row, no padding. False: padded rows."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's folder brings along."""
+
+
+@dataclass
+class OptimConfig(Section):
+    """`actor_rollout_ref.actor.optim`: AdamW and the learning-rate schedule."""
+
+    lr: float = number(1e-6, 0)
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's decay rates of the first and second moment."""
+    weight_decay: float = number(0.01, 0)
+    """AdamW's weight decay."""
+    lr_warmup_steps: int = number(-1, -1)
+    """Optimizer steps of linear warm-up; -1: lr_warmup_steps_ratio decides."""
+    lr_warmup_steps_ratio: float = number(0.0, 0, 1)
+    """Warm-up as a share of all optimizer steps."""
+    warmup_style: str = one_of("constant", "constant", "cosine", "linear")
+    """Schedule after the warm-up."""
+    min_lr_ratio: float = number(0.0, 0, 1)
+    """The cosine and linear schedules end at this share of lr."""
+
+
+@dataclass
+class MixedPrecisionConfig(Section):
+    """`fsdp_config.mixed_precision`. Master parameters and optimizer states are fp32."""
+
+    param_dtype: str | None = one_of(None, "float32", "bfloat16", "float16")
+    """Compute in this type; null: bfloat16 on a GPU, float32 on a CPU."""
+    reduce_dtype: str = one_of("float32", "float32", "bfloat16", "float16")
+    """Reduce gradients in this type."""
+
+
+@dataclass
+class FSDPConfig(Section):
+    """`fsdp_config` of actor and reference (PyTorch FSDP2, `fully_shard`)."""
+
+    param_offload: bool = False
+    """Keep the parameters in host memory while they are not used."""
+    optimizer_offload: bool = False
+    """Keep the optimizer states in host memory between updates."""
+    reshard_after_forward: bool = True
+    """Free a layer's gathered parameters after its forward pass."""
+    mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
+
+
+@dataclass
+class GrpoppConfig(Section):
+    """`grpopp_config`: ∆L Normalization (arXiv 2509.07558)."""
+
+    alpha: float = number(0.75, 0)
+    """Exponent α: w_i ∝ L_i^(−α). 0 is Dr. GRPO Norm."""
+    scope: str = one_of("batch", "batch", "mini_batch")
+    """Lengths over which L_i^(−α) is averaged: the rollout batch (published code) or the
+    mini-batch of the optimizer step (paper)."""
+
+
+@dataclass
+class ActorConfig(Section):
+    """`actor_rollout_ref.actor`."""
+
+    strategy: str = one_of("fsdp2", "fsdp2", "fsdp")
+    """Both names mean FSDP2."""
+    ppo_mini_batch_size: int = number(256, 1)
+    """Prompts of one optimizer step (times rollout.n responses). Must divide train_batch_size."""
+    ppo_micro_batch_size_per_gpu: int | None = number(None, 1)
+    """Responses of one forward/backward pass on a rank; null: use_dynamic_bsz must be on."""
+    use_dynamic_bsz: bool = False
+    """Micro-batches by token budget instead of by count."""
+    ppo_max_token_len_per_gpu: int = number(16384, 1)
+    """Token budget (prompts and responses) of a micro-batch with use_dynamic_bsz."""
+    ppo_epochs: int = number(1, 1)
+    """Passes over the train batch in each step."""
+    shuffle: bool = False
+    """Draw the mini-batches in random order."""
+    grad_clip: float = number(1.0, 0)
+    """Largest norm of the gradient."""
+    clip_ratio: float = number(0.2, 0)
+    """PPO's ε, where clip_ratio_low or clip_ratio_high is null."""
+    clip_ratio_low: float | None = number(None, 0)
+    """The ratio is clipped at 1 − clip_ratio_low."""
+    clip_ratio_high: float | None = number(None, 0)
+    """The ratio is clipped at 1 + clip_ratio_high."""
+    clip_ratio_c: float = number(3.0, 1)
+    """Dual clip: with a negative advantage A the loss is at most −c·A."""
+    loss_agg_mode: str = one_of("token-mean", *LOSS_AGG_MODES)
+    """Loss aggregation, unless use_dr_grpo or use_grpopp chooses one."""
+    use_dr_grpo: bool = False
+    """Follows algorithm.use_dr_grpo."""
+    use_grpopp: bool = False
+    """Follows algorithm.use_grpopp."""
+    grpopp_config: GrpoppConfig = field(default_factory=GrpoppConfig)
+    """Follows algorithm.grpopp_config."""
+    entropy_coeff: float = number(0.0)
+    """Weight of the entropy bonus, which is subtracted from the loss."""
+    use_kl_loss: bool = False
+    """Add the divergence from the reference policy to the loss."""
+    kl_loss_coef: float = number(0.001, 0)
+    """Weight of that term."""
+    kl_loss_type: str = one_of("low_var_kl", *KL_ESTIMATORS)
+    """Estimator of that term."""
+    ulysses_sequence_parallel_size: int = number(1, 1, 1)
+    """Sequence parallelism; only 1 (none) is supported."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
+
+
+@dataclass
+class RefConfig(Section):
+    """`actor_rollout_ref.ref`: exists only when a KL term needs it."""
+
+    log_prob_micro_batch_size_per_gpu: int | None = number(None, 1)
+    """Responses of one forward pass; null: rollout.log_prob_micro_batch_size_per_gpu."""
+    ulysses_sequence_parallel_size: int = number(1, 1, 1)
+    """Sequence parallelism; only 1 (none) is supported."""
+    fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
+
+
+@dataclass
+class ValKwargs(Section):
+    """`rollout.val_kwargs`: sampling during validation."""
+
+    n: int = number(1, 1)
+    """Responses per prompt."""
+    do_sample: bool = False
+    """False: greedy."""
+    temperature: float = number(0.0, 0)
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = number(1.0, 0, 1)
+    """Sample from the smallest set of tokens with this probability mass."""
+    top_k: int = number(-1, -1)
+    """Sample from this many most probable tokens; -1 or 0: all."""
+
+
+@dataclass
+class RolloutConfig(Section):
+    """`actor_rollout_ref.rollout`: the generation engines."""
+
+    name: str = one_of("hf", "hf", "vllm")
+    """Engine: `hf` runs any Hugging Face causal model with this project's sampler."""
+    n: int = number(1, 1)
+    """Responses per prompt."""
+    do_sample: bool = True
+    """False: greedy."""
+    temperature: float = number(1.0, 0)
+    """Sampling temperature; the policy that is trained is the one at this temperature."""
+    top_p: float = number(1.0, 0, 1)
+    """Sample from the smallest set of tokens with this probability mass."""
+    top_k: int = number(-1, -1)
+    """Sample from this many most probable tokens; -1 or 0: all."""
+    ignore_eos: bool = False
+    """Go on to the length limit after an end-of-sequence token."""
+    seed: int = number(0, 0)
+    """Seed of the sampling."""
+    dtype: str | None = one_of(None, "float32", "bfloat16", "float16")
+    """Type of the engine's weights; null: bfloat16 on a GPU, float32 on a CPU."""
+    max_num_seqs: int = number(1024, 1)
+    """Sequences that one engine holds at a time."""
+    log_prob_micro_batch_size_per_gpu: int | None = number(None, 1)
+    """Responses of one forward pass that computes log-probabilities; null: the actor's."""
+    log_prob_use_dynamic_bsz: bool = False
+    """Follows actor.use_dynamic_bsz."""
+    log_prob_max_token_len_per_gpu: int = number(16384, 1)
+    """Follows actor.ppo_max_token_len_per_gpu."""
+    tensor_model_parallel_size: int = number(1, 1)
+    """vLLM: GPUs of one engine."""
+    gpu_memory_utilization: float = number(0.5, 0, 1)
+    """vLLM: share of a GPU's memory for weights and KV cache."""
+    max_num_batched_tokens: int = number(8192, 1)
+    """vLLM: tokens of one engine step."""
+    enable_chunked_prefill: bool = True
+    """vLLM: split long prompts over engine steps."""
+    enforce_eager: bool = True
+    """vLLM: no CUDA graphs."""
+    free_cache_engine: bool = True
+    """vLLM: free the KV cache while the actor trains."""
+    val_kwargs: ValKwargs = field(default_factory=ValKwargs)
+
+
+@dataclass
+class ActorRolloutRefConfig(Section):
+    """`actor_rollout_ref`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    ref: RefConfig = field(default_factory=RefConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+
+# --------------------------------------------------------------------------- reward_model, algorithm
+
+
+@dataclass
+class CriticOptimConfig(Section):
+    """`critic.optim`."""
+
+    lr: float = number(1e-5, 0)
+    """No estimator here has a critic: accepted, without effect."""
+
+
+@dataclass
+class CriticConfig(Section):
+    """`critic`."""
+
+    optim: CriticOptimConfig = field(default_factory=CriticOptimConfig)
+
+
+@dataclass
+class OverlongBufferConfig(Section):
+    """`reward_model.overlong_buffer`: DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13)."""
+
+    enable: bool = False
+    """Punish long responses (reward_manager=dapo)."""
+    len: int = number(0, 0)
+    """Length of the ramp in tokens, which ends at max_response_length."""
+    penalty_factor: float = number(0.0, 0)
+    """Punishment at the end of the ramp."""
+    log: bool = False
+    """Report the mean punishment as reward/overlong_penalty."""
+
+
+@dataclass
+class RewardModelConfig(Section):
+    """`reward_model`."""
+
+    enable: bool = False
+    """Rewards are functions here; a model that scores responses is not supported."""
+    reward_manager: str = one_of("naive", "naive", "dapo")
+    """`dapo` adds the overlong punishment to the score."""
+    num_workers: int = number(8, 1)
+    """Threads that call the reward function, for functions that wait (HTTP); 1: no threads."""
+    overlong_buffer: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)
+
+
+@dataclass
+class CustomRewardConfig(Section):
+    """`custom_reward_function`: your own `fn(data_source, solution_str, ground_truth, extra_info)`."""
+
+    path: str | None = None
+    """Python file; null: `verl.rewards.compute_score`."""
+    name: str = "compute_score"
+    """Function in that file; returns a number, or a dict with `score`."""
+
+
+@dataclass
+class KLControlConfig(Section):
+    """`algorithm.kl_ctrl`: the coefficient of the KL term in the reward."""
+
+    type: str = one_of("fixed", "fixed", "adaptive")
+    """`adaptive` steers the divergence towards target_kl (arXiv 1909.08593, section 2.2)."""
+    kl_coef: float = number(0.001, 0)
+    """The coefficient, or its first value."""
+    horizon: int = number(10000, 1)
+    """Adaptive: larger is slower."""
+    target_kl: float = number(0.1, 0)
+    """Adaptive: divergence per token to steer towards, in nats."""
+
+
+@dataclass
+class FilterGroupsConfig(Section):
+    """`algorithm.filter_groups`: DAPO's dynamic sampling (arXiv 2503.14476, section 3.2)."""
+
+    enable: bool = False
+    """Drop prompts whose responses all have the same metric, and generate more."""
+    metric: str | None = one_of(None, "acc", "score", "seq_reward", "seq_final_reward")
+    """What must differ within a group."""
+    max_num_gen_batches: int = number(0, None)
+    """Rounds of generation for one training step; 0 or less: no limit."""
+
+
+@dataclass
+class FilterOverlongConfig(Section):
+    """`algorithm.filter_overlong_response`."""
+
+    enable: bool = False
+    """Truncated responses get weight 0 and leave every denominator."""
+
+
+@dataclass
+class AlgorithmConfig(Section):
+    """`algorithm`."""
+
+    adv_estimator: str = one_of("grpo", "grpo", "rloo", "reinforce_plus_plus_baseline")
+    """Advantage estimator."""
+    norm_adv_by_std_in_grpo: bool = True
+    """grpo: divide by the group's standard deviation (use_dr_grpo never does)."""
+    use_dr_grpo: bool = False
+    """Dr. GRPO: weights 1/(N·M), advantages without the division (arXiv 2503.20783)."""
+    use_grpopp: bool = False
+    """∆L Normalization: weights ∝ L_i^(−α) (arXiv 2509.07558)."""
+    grpopp_config: GrpoppConfig = field(default_factory=GrpoppConfig)
+    use_kl_in_reward: bool = False
+    """Subtract the divergence from the reference policy from the reward."""
+    kl_penalty: str = one_of("kl", *KL_ESTIMATORS)
+    """Estimator of that divergence."""
+    kl_ctrl: KLControlConfig = field(default_factory=KLControlConfig)
+    filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
+    filter_overlong_response: FilterOverlongConfig = field(default_factory=FilterOverlongConfig)
+
+
+# ----------------------------------------------------------------------------------------- trainer
+
+
+@dataclass
+class TrainerConfig(Section):
+    """`trainer`."""
+
+    total_epochs: int = number(30, 1)
+    """Passes over the training prompts."""
+    total_training_steps: int | None = number(None, 1)
+    """Training steps; null: total_epochs decides."""
+    project_name: str = "verl_examples"
+    """Project in wandb, and first part of default_local_dir."""
+    experiment_name: str = "gsm8k"
+    """Run in wandb, and second part of default_local_dir."""
+    logger: Any = field(default_factory=lambda: ["console", "wandb"])
+    """Any of console, wandb, file. metrics.jsonl is always written."""
+    nnodes: int = number(1, 1)
+    """Machines."""
+    n_gpus_per_node: int = number(8, 1)
+    """GPUs of each machine; where there is no GPU, ranks and engines of each machine."""
+    device: str | None = one_of(None, "cuda", "cpu")
+    """null: cuda where there is a GPU, else cpu."""
+    balance_batch: bool = True
+    """Give every rank about the same number of tokens; False: the same number of responses."""
+    val_before_train: bool = True
+    """Validate before the first step."""
+    val_only: bool = False
+    """Stop after that."""
+    test_freq: int = number(-1, -1)
+    """Validate every so many steps, and after the last; -1: never during training."""
+    save_freq: int = number(-1, -1)
+    """Write a checkpoint every so many steps, and after the last; -1: never."""
+    resume_mode: str = one_of("auto", "auto", "disable", "resume_path")
+    """`auto`: go on from the latest checkpoint in default_local_dir, if there is one."""
+    resume_from_path: str | None = None
+    """Checkpoint folder (`.../global_step_N`) for resume_mode=resume_path."""
+    max_actor_ckpt_to_keep: int | None = number(None, 1)
+    """Older checkpoints are deleted; null: all are kept."""
+    save_hf_model: bool = True
+    """Write the final model in Hugging Face format to default_local_dir/huggingface."""
+    default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
+    """The run's folder: metrics.jsonl, checkpoints, the resolved configuration."""
+    default_hdfs_dir: str | None = None
+    """Only null is supported: checkpoints go to default_local_dir."""
+    critic_warmup: int = number(0, 0)
+    """No estimator here has a critic: accepted, without effect."""
+
+
+@dataclass
+class RayInitConfig(Section):
+    """`ray_init`."""
+
+    num_cpus: int | None = number(None, 1)
+    """CPUs that a Ray started here offers; null: as many as are needed. Unused with RAY_ADDRESS."""
+
+
+@dataclass
+class Config(Section):
+    """All keys of `verl.trainer.main_ppo`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    actor_rollout_ref: ActorRolloutRefConfig = field(default_factory=ActorRolloutRefConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    custom_reward_function: CustomRewardConfig = field(default_factory=CustomRewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    ray_init: RayInitConfig = field(default_factory=RayInitConfig)
+
+
+# --------------------------------------------------------------------------------------------- SFT
+
+
+@dataclass
+class SFTDataConfig(Section):
+    """`data` of the supervised warm-up: parquet with a prompt and a response column."""
+
+    train_files: Any = "~/data/sft.parquet"
+    """A path or a list of paths."""
+    tokenizer: str | None = None
+    """Tokenizer path; null: the model's."""
+    prompt_key: str = "prompt"
+    """Column with the prompt string (not learned)."""
+    response_key: str = "response"
+    """Column with the response string; the end-of-sequence token is appended."""
+    max_length: int = number(1024, 1)
+    """Longest prompt and response together, in tokens."""
+    truncation: str = one_of("error", "error", "right")
+    """For longer rows: stop with an error, or cut the response."""
+    train_batch_size: int = number(256, 1)
+    """Rows of one optimizer step."""
+    micro_batch_size_per_gpu: int | None = number(None, 1)
+    """Rows of one forward/backward pass on a rank; null: max_token_len_per_gpu decides."""
+    max_token_len_per_gpu: int = number(16384, 1)
+    """Token budget of a micro-batch."""
+    shuffle: bool = True
+    """Shuffle the rows anew in each epoch."""
+    seed: int = number(1, 0)
+    """Seed of the order."""
+
+
+@dataclass
+class SFTConfig(Section):
+    """All keys of `verl.trainer.main_sft`."""
+
+    data: SFTDataConfig = field(default_factory=SFTDataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    grad_clip: float = number(1.0, 0)
+    """Largest norm of the gradient."""
+    ray_init: RayInitConfig = field(default_factory=RayInitConfig)
+
+
+# ---------------------------------------------------------------------------------- resolved values
+
+
+@dataclass(frozen=True, slots=True)
+class LossAggregation:
+    """The aggregation flags, resolved once at start: all that the maths sees of them.
+
+    Example: ``LossAggregation(mode="delta-l", alpha=0.75, max_response_length=8192)``
+    """
+
+    mode: str
+    """A key of `verl.trainer.ppo.core_algos.WEIGHTS`."""
+    max_response_length: int
+    """M, in tokens."""
+    alpha: float = 0.0
+    """Exponent of ∆L."""
+    scope: str = "batch"
+    """Lengths over which ∆L averages L_i^(−α): `batch` (rollout batch) or `mini_batch`."""
+    norm_by_std: bool = True
+    """Whether grpo's advantages are divided by the group's standard deviation."""
+    group_size: int | None = None
+    """Responses per micro-batch of token-mean-legacy."""
+
+
+def resolve_aggregation(config: Config) -> LossAggregation:
+    """The one value object that stands for loss_agg_mode, use_dr_grpo, use_grpopp and grpopp_config."""
+    algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
+    mode = actor.loss_agg_mode
+    if algorithm.use_grpopp:
+        mode = "delta-l"
+    elif algorithm.use_dr_grpo:
+        mode = "dr-grpo"
+    return LossAggregation(
+        mode=mode,
+        max_response_length=config.data.max_response_length,
+        alpha=algorithm.grpopp_config.alpha if algorithm.use_grpopp else 0.0,
+        scope=algorithm.grpopp_config.scope,
+        norm_by_std=algorithm.norm_adv_by_std_in_grpo and not algorithm.use_dr_grpo,
+        group_size=actor.ppo_micro_batch_size_per_gpu if mode == "token-mean-legacy" else None,
+    )
