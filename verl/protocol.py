@@ -1,6 +1,7 @@
 """What travels between the stages of a training step: prompts, and one `Sample` per response.
 
-Everything is ragged numpy. Padded or packed tensors exist only inside a worker (`verl.models.packing`).
+Everything is ragged numpy. Padded or packed tensors exist only inside a worker
+(`verl.models.packing`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from verl.trainer.config.schema import Config, Section, SFTConfig
+from verl.trainer.config.schema import Config
+from verl.trainer.config.section import Section
+from verl.trainer.config.sft_schema import SFTConfig
 from verl.trainer.config.validate import ignored_keys, validate, validate_sft
 
 logger = logging.getLogger(__name__)

@@ -1,14 +1,16 @@
 """Every configuration key: its type, its default, its unit, and what it does.
 
-The names are verl's. YAML files beside this one only select other defaults. `verl.trainer.config.load_config`
-turns YAML and command-line overrides into a read-only `Config` and rejects what can't be.
+The names are verl's. YAML files beside this one only select other defaults.
+`verl.trainer.config.load_config` turns YAML and command-line overrides into a read-only `Config`
+and rejects what can't be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from verl.trainer.config.section import Section, number, one_of
 
 LOSS_AGG_MODES = (
     "token-mean",
@@ -18,46 +20,6 @@ LOSS_AGG_MODES = (
     "seq-mean-token-sum-norm",
 )
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
-
-
-def one_of(default: str | None, *choices: str) -> Any:
-    """A key whose value must be among `choices`."""
-    return field(default=default, metadata={"choices": choices})
-
-
-def number(default: float | int | None, low: float | None = None, high: float | None = None) -> Any:
-    """A key whose value, if there is one, must lie in [low, high]."""
-    return field(default=default, metadata={"low": low, "high": high})
-
-
-@dataclass
-class Section:
-    """A group of keys. Read-only once `lock` has been called on it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.get("_locked"):
-            raise AttributeError(f"the configuration is read-only after start: {name}")
-        object.__setattr__(self, name, value)
-
-    def lock(self) -> None:
-        """Makes this section and all below it read-only."""
-        for f in fields(self):
-            child = getattr(self, f.name)
-            if isinstance(child, Section):
-                child.lock()
-        object.__setattr__(self, "_locked", True)
-
-    def walk(self, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-        """Yields (dotted key, value, field metadata) for every leaf key."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if is_dataclass(value) and isinstance(value, Section):
-                yield from value.walk(f"{prefix}{f.name}.")
-            else:
-                yield prefix + f.name, value, f.metadata
-
-
-# -------------------------------------------------------------------------------------------- data
 
 
 @dataclass
@@ -82,8 +44,8 @@ class DataConfig(Section):
     """Longest response, in tokens: the constant M of the loss aggregation."""
     train_batch_size: int = number(1024, 1)
     """Prompts of one training step."""
-    gen_batch_size: int = number(0, 0)
-    """Prompts of one generation round when `algorithm.filter_groups` drops some; 0: train_batch_size."""
+    gen_batch_size: int = number(1024, 1)
+    """Prompts of one generation round of algorithm.filter_groups."""
     val_batch_size: int | None = number(None, 1)
     """Prompts of one validation round; null: all at once."""
     shuffle: bool = True
@@ -94,9 +56,6 @@ class DataConfig(Section):
     """Drop prompts longer than max_prompt_length."""
     truncation: str = one_of("error", "error", "left", "right")
     """For longer prompts: stop with an error, or cut tokens off the left or the right."""
-
-
-# ------------------------------------------------------------------------------- actor_rollout_ref
 
 
 @dataclass
@@ -301,9 +260,6 @@ class ActorRolloutRefConfig(Section):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
 
-# --------------------------------------------------------------------------- reward_model, algorithm
-
-
 @dataclass
 class CriticOptimConfig(Section):
     """`critic.optim`."""
@@ -321,7 +277,7 @@ class CriticConfig(Section):
 
 @dataclass
 class OverlongBufferConfig(Section):
-    """`reward_model.overlong_buffer`: DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13)."""
+    """`reward_model.overlong_buffer`: soft overlong punishment (arXiv 2503.14476, eq. 13)."""
 
     enable: bool = False
     """Punish long responses (reward_manager=dapo)."""
@@ -348,7 +304,7 @@ class RewardModelConfig(Section):
 
 @dataclass
 class CustomRewardConfig(Section):
-    """`custom_reward_function`: your own `fn(data_source, solution_str, ground_truth, extra_info)`."""
+    """`custom_reward_function`: `fn(data_source, solution_str, ground_truth, extra_info)`."""
 
     path: str | None = None
     """Python file; null: `verl.rewards.compute_score`."""
@@ -410,9 +366,6 @@ class AlgorithmConfig(Section):
     kl_ctrl: KLControlConfig = field(default_factory=KLControlConfig)
     filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
     filter_overlong_response: FilterOverlongConfig = field(default_factory=FilterOverlongConfig)
-
-
-# ----------------------------------------------------------------------------------------- trainer
 
 
 @dataclass
@@ -483,54 +436,6 @@ class Config(Section):
     ray_init: RayInitConfig = field(default_factory=RayInitConfig)
 
 
-# --------------------------------------------------------------------------------------------- SFT
-
-
-@dataclass
-class SFTDataConfig(Section):
-    """`data` of the supervised warm-up: parquet with a prompt and a response column."""
-
-    train_files: Any = "~/data/sft.parquet"
-    """A path or a list of paths."""
-    tokenizer: str | None = None
-    """Tokenizer path; null: the model's."""
-    prompt_key: str = "prompt"
-    """Column with the prompt string (not learned)."""
-    response_key: str = "response"
-    """Column with the response string; the end-of-sequence token is appended."""
-    max_length: int = number(1024, 1)
-    """Longest prompt and response together, in tokens."""
-    truncation: str = one_of("error", "error", "right")
-    """For longer rows: stop with an error, or cut the response."""
-    train_batch_size: int = number(256, 1)
-    """Rows of one optimizer step."""
-    micro_batch_size_per_gpu: int | None = number(None, 1)
-    """Rows of one forward/backward pass on a rank; null: max_token_len_per_gpu decides."""
-    max_token_len_per_gpu: int = number(16384, 1)
-    """Token budget of a micro-batch."""
-    shuffle: bool = True
-    """Shuffle the rows anew in each epoch."""
-    seed: int = number(1, 0)
-    """Seed of the order."""
-
-
-@dataclass
-class SFTConfig(Section):
-    """All keys of `verl.trainer.main_sft`."""
-
-    data: SFTDataConfig = field(default_factory=SFTDataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    grad_clip: float = number(1.0, 0)
-    """Largest norm of the gradient."""
-    ray_init: RayInitConfig = field(default_factory=RayInitConfig)
-
-
-# ---------------------------------------------------------------------------------- resolved values
-
-
 @dataclass(frozen=True, slots=True)
 class LossAggregation:
     """The aggregation flags, resolved once at start: all that the maths sees of them.
@@ -553,7 +458,7 @@ class LossAggregation:
 
 
 def resolve_aggregation(config: Config) -> LossAggregation:
-    """The one value object that stands for loss_agg_mode, use_dr_grpo, use_grpopp and grpopp_config."""
+    """Turns loss_agg_mode, use_dr_grpo, use_grpopp and grpopp_config into one value object."""
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
     mode = actor.loss_agg_mode
     if algorithm.use_grpopp:

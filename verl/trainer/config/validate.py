@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from verl.trainer.config.schema import Config, Section, SFTConfig, TrainerConfig
+from verl.trainer.config.schema import Config, TrainerConfig
+from verl.trainer.config.section import Section
+from verl.trainer.config.sft_schema import SFTConfig
 
 LOGGERS = ("console", "wandb", "file")
 

@@ -1,0 +1,68 @@
+"""Builders of real objects for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from verl.protocol import Prompt, Sample
+
+VOCABULARY = ["<eos>", "<pad>", "<unk>", *map(str, range(100)), "+", "-", "*", "/", "(", ")", "="]
+
+
+def make_tokenizer() -> Any:
+    """A word-level tokenizer over `VOCABULARY`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def make_tiny_model(folder: Path, **overrides: Any) -> Path:
+    """Saves a random decoder (2 layers, hidden 64, grouped-query attention) and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    settings = dict(
+        vocab_size=len(VOCABULARY),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Qwen2Config(**(settings | overrides))).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_samples(
+    lengths: list[int], seed: int = 0, prompt_length: int = 5, **fields: Any
+) -> list[Sample]:
+    """Samples with random tokens, log-probabilities, advantages and weights, two a group."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i, length in enumerate(lengths):
+        prompt = Prompt(i // 2, rng.integers(3, 100, prompt_length + i % 3), "countdown", {})
+        log_probs = rng.normal(-4.5, 0.3, (3, length)).astype(np.float32)
+        sample = Sample(prompt, i // 2, rng.integers(3, 100, length), "stop")
+        sample.rollout_log_probs, sample.old_log_probs, sample.ref_log_probs = log_probs
+        sample.advantage, sample.weight = rng.normal(), rng.uniform(0.01, 0.1)
+        for name, value in fields.items():
+            setattr(sample, name, value)
+        samples.append(sample)
+    return samples

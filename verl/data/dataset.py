@@ -1,0 +1,386 @@
+"""Parquet files → prompts (or supervised samples), and the resumable order in which they are used.
+
+Row numbers in messages count from 0 within their file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from verl.protocol import Prompt, Sample
+from verl.trainer.config.schema import DataConfig
+from verl.trainer.config.sft_schema import SFTDataConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Files = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+TOKENIZE_BATCH = 1000  # texts of one tokenizer call: enough to keep its threads busy
+
+
+def load_prompts(
+    files: Files, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Prompt]:
+    """Tokenized prompts of all files, in file order; `Prompt.index` counts rows before filtering.
+
+    Columns: `config.prompt_key` (chat messages, or a string with apply_chat_template=False),
+    `config.reward_fn_key`, `reward_model` (struct with `ground_truth`), `extra_info` (optional).
+    No special tokens are added to the text: a chat template writes its own.
+
+    Raises: FileNotFoundError, and ValueError for anything in a file that can't be used. The message
+    names the file, the row, the key and the remedy.
+    """
+    required = {
+        config.prompt_key: "data.prompt_key names the column of prompts",
+        config.reward_fn_key: "data.reward_fn_key names the column that chooses the reward",
+        "reward_model": "write a struct with ground_truth, as examples/data_preprocess does",
+    }
+    rows = _read_rows(files, required, optional=["extra_info"])
+    texts = (_render(where, row[config.prompt_key], config, tokenizer) for where, row in rows)
+    tokens = _tokenize(tokenizer, texts, len(rows), "prompts")
+    prompts, overlong = [], 0
+    for index, ((where, row), ids) in enumerate(zip(rows, tokens, strict=True)):
+        if len(ids) == 0:
+            raise _error(
+                where, config.prompt_key, "the prompt is empty: write one, or drop the row"
+            )
+        if len(ids) > config.max_prompt_length:
+            overlong += 1
+            if config.filter_overlong_prompts:
+                continue
+            ids = _truncate(where, ids, config)
+        prompts.append(
+            Prompt(
+                index=index,
+                token_ids=ids,
+                data_source=_data_source(where, row, config.reward_fn_key),
+                ground_truth=_ground_truth(where, row["reward_model"]),
+                extra_info=_extra_info(where, row.get("extra_info")),
+            )
+        )
+    if overlong:
+        fate = "dropped" if config.filter_overlong_prompts else f"cut on the {config.truncation}"
+        count = f"{overlong} of {len(rows)} prompts are longer than data.max_prompt_length="
+        count += f"{config.max_prompt_length} tokens"
+        if not prompts:
+            names = ", ".join(map(str, _paths(files)))
+            raise ValueError(
+                f"{names}: {count}, so data.filter_overlong_prompts=True leaves none: raise "
+                "data.max_prompt_length"
+            )
+        logger.info("%s: %s", count, fate)
+    return prompts
+
+
+def load_sft_rows(config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+    """One sample per row of `config.train_files`: prompt, and response with end-of-sequence token.
+
+    Both strings are tokenized separately, without special tokens. With truncation=right a response
+    that doesn't fit into max_length loses its last tokens, the end-of-sequence token included, and
+    its finish_reason is `length`. Weights are left at 0.
+
+    Raises: FileNotFoundError, and ValueError for a tokenizer without end-of-sequence token and for
+    anything in a file that can't be used (empty texts, or a prompt that leaves no room for a
+    response). The message names the file, the row, the key and the remedy.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError(
+            "the tokenizer has no end-of-sequence token, so no response could learn to end: set "
+            "eos_token in its tokenizer_config.json, or choose another one with data.tokenizer"
+        )
+    keys = (config.prompt_key, config.response_key)
+    required = {
+        config.prompt_key: "data.prompt_key names the column of prompts",
+        config.response_key: "data.response_key names the column of responses",
+    }
+    rows = _read_rows(config.train_files, required)
+    for where, row in rows:
+        for key in keys:
+            if not isinstance(row[key], str):
+                raise _error(where, key, f"must be a string, not {_describe(row[key])}")
+    prompts, responses = (
+        list(_tokenize(tokenizer, (row[key] for _, row in rows), len(rows), f"{key}s"))
+        for key in keys
+    )
+    samples = []
+    for index, ((where, _), prompt_ids, response_ids) in enumerate(
+        zip(rows, prompts, responses, strict=True)
+    ):
+        for key, ids in zip(keys, (prompt_ids, response_ids), strict=True):
+            if len(ids) == 0:
+                raise _error(where, key, "the text is empty: write one, or drop the row")
+        response_ids = np.append(response_ids, eos)
+        room = config.max_length - len(prompt_ids)
+        cut = len(response_ids) > room
+        if cut and (config.truncation == "error" or room < 1):
+            raise _error(
+                where,
+                config.response_key,
+                f"{len(prompt_ids)} prompt tokens and {len(response_ids)} response tokens are more "
+                f"than data.max_length={config.max_length}: raise it"
+                + (", or set data.truncation=right to cut responses" if room >= 1 else ""),
+            )
+        samples.append(
+            Sample(
+                prompt=Prompt(index, prompt_ids, data_source="sft", ground_truth=None),
+                group=index,
+                response_ids=response_ids[:room],
+                finish_reason="length" if cut else "stop",
+            )
+        )
+    if num_cut := sum(sample.truncated for sample in samples):
+        limit = f"data.max_length={config.max_length} tokens"
+        logger.info("%d of %d responses were cut to fit into %s", num_cut, len(samples), limit)
+    return samples
+
+
+class PromptOrder:
+    """The endless order of training prompts, in batches. Resumes exactly.
+
+    Epoch e is a permutation drawn from `np.random.default_rng([seed, e])`, or the order of the file
+    with shuffle=False. What is left of an epoch when fewer than `batch_size` prompts remain is
+    skipped, so every batch has the same size and no prompt occurs twice in it.
+
+    Example: ``PromptOrder(5, batch_size=2, shuffle=False)`` gives [0, 1], [2, 3], [0, 1], …
+    """
+
+    def __init__(
+        self,
+        num_prompts: int,
+        batch_size: int,
+        seed: int = 1,
+        shuffle: bool = True,
+        batch_key: str = "data.train_batch_size",
+    ) -> None:
+        """`batch_key`: what messages call `batch_size`. Raises: ValueError if no batch is full."""
+        if batch_size < 1:
+            raise ValueError(f"{batch_key}={batch_size} must be at least 1")
+        if batch_size > num_prompts:
+            raise ValueError(
+                f"{batch_key}={batch_size} is more than the {num_prompts} training prompts: lower "
+                "it, or give more prompts in data.train_files"
+            )
+        self.num_prompts, self.batch_size = num_prompts, batch_size
+        self.seed, self.shuffle = seed, shuffle
+        self._batch_key = batch_key
+        self._batches_taken = 0
+        self._permutation: tuple[int, NDArray[np.int64]] | None = None  # (its epoch, [num_prompts])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch."""
+        return self.num_prompts // self.batch_size
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next batch, from 0: the number of epochs that are over."""
+        return self._batches_taken // self.steps_per_epoch
+
+    def next_batch(self) -> list[int]:
+        """Positions of the next `batch_size` prompts, each in [0, num_prompts)."""
+        start = self._batches_taken % self.steps_per_epoch * self.batch_size
+        batch = self._epoch_order()[start : start + self.batch_size].tolist()
+        self._batches_taken += 1
+        return batch
+
+    def state_dict(self) -> dict[str, int | bool]:
+        """Where the order is, and what it is made of: JSON-able, for `load_state_dict`."""
+        return {"batches_taken": self._batches_taken, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state` was taken.
+
+        Raises: ValueError, which names what changed, if `state` belongs to another order.
+        """
+        names = {
+            "num_prompts": "the number of training prompts",
+            "batch_size": self._batch_key,
+            "seed": "data.seed",
+            "shuffle": "data.shuffle",
+        }
+        changed = [
+            f"{names[key]} was {state.get(key)} and is {value}"
+            for key, value in self._identity().items()
+            if state.get(key) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"the checkpoint's order of prompts can't go on: {'; '.join(changed)}. Resume with "
+                "the same data and settings, or start anew with trainer.resume_mode=disable"
+            )
+        self._batches_taken = int(state["batches_taken"])
+
+    def _identity(self) -> dict[str, int | bool]:
+        return {
+            "num_prompts": self.num_prompts,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+        }
+
+    def _epoch_order(self) -> NDArray[np.int64]:
+        """All positions in this epoch's order, [num_prompts]."""
+        if not self.shuffle:
+            return np.arange(self.num_prompts)
+        if self._permutation is None or self._permutation[0] != self.epoch:
+            rng = np.random.default_rng([self.seed, self.epoch])
+            self._permutation = self.epoch, rng.permutation(self.num_prompts)
+        return self._permutation[1]
+
+
+def _paths(files: Files) -> list[Path]:
+    """One path or many, `~` expanded."""
+    many = [files] if isinstance(files, str | os.PathLike) else files
+    return [Path(file).expanduser() for file in many]
+
+
+def _read_rows(
+    files: Files, required: Mapping[str, str], optional: Sequence[str] = ()
+) -> list[tuple[str, dict[str, Any]]]:
+    """(file and row number, values) of every row of every file.
+
+    `required`: column → what to do when it is missing. Nested values are plain Python objects.
+    """
+    paths = _paths(files)
+    if not paths:
+        raise ValueError(
+            "no data files: set data.train_files (and data.val_files) to parquet files"
+        )
+    rows = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path}: no such file. Check data.train_files and data.val_files, or write it "
+                "with one of examples/data_preprocess/"
+            )
+        try:
+            # Opened here: given a folder, pyarrow would read whatever lies below it.
+            with path.open("rb") as file:
+                parquet = pq.ParquetFile(file)
+                columns = parquet.schema_arrow.names
+                for key, remedy in required.items():
+                    if key not in columns:
+                        has = ", ".join(columns)
+                        raise _error(str(path), key, f"no such column, only {has}: {remedy}")
+                wanted = [*required, *(key for key in optional if key in columns)]
+                values = parquet.read(columns=wanted).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{path}: not a readable parquet file ({error}): check the path, or write it anew"
+            ) from error
+        if not values:
+            raise ValueError(f"{path}: no rows: write it anew, or leave it out of the data files")
+        rows += [(f"{path}, row {number}", row) for number, row in enumerate(values)]
+    return rows
+
+
+def _render(where: str, prompt: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that the model continues."""
+    key = config.prompt_key
+    if not config.apply_chat_template:
+        if isinstance(prompt, str):
+            return prompt
+        remedy = "render chat messages with data.apply_chat_template=True"
+        raise _error(where, key, f"must be a string, not {_describe(prompt)}: {remedy}")
+    if not isinstance(prompt, list):
+        remedy = "for prompts that are plain strings set data.apply_chat_template=False"
+        raise _error(where, key, f"must be chat messages, not {_describe(prompt)}: {remedy}")
+    if not prompt:
+        raise _error(where, key, "the prompt is empty: write one, or drop the row")
+    for message in prompt:
+        if not isinstance(message, dict) or None in map(message.get, ("role", "content")):
+            shape = '{"role": …, "content": …}'
+            raise _error(where, key, f"each message must be {shape}, not {_describe(message)}")
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise _error(
+            where,
+            key,
+            "can't render chat messages: the tokenizer has no chat template. Choose one that has, "
+            "with data.tokenizer, or use plain string prompts and data.apply_chat_template=False",
+        )
+    # A parquet struct has every field in every row; templates expect absent ones to be absent.
+    messages = [{k: v for k, v in message.items() if v is not None} for message in prompt]
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates raise what they like, Jinja's own errors included
+        raise _error(where, key, f"the tokenizer's chat template rejects it: {error}") from error
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterator[str], total: int, name: str
+) -> Iterator[NDArray[np.int64]]:
+    """Token ids of each text, int64 [T], without special tokens. Long runs show their progress."""
+    with tqdm(total=total, desc=f"tokenizing {name}", delay=2, disable=None) as progress:
+        while batch := list(islice(texts, TOKENIZE_BATCH)):
+            # Lengths are checked by the callers; verbose would warn about the model's own limit.
+            encoded = tokenizer(
+                batch, add_special_tokens=False, return_attention_mask=False, verbose=False
+            )
+            yield from (np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"])
+            progress.update(len(batch))
+
+
+def _truncate(where: str, ids: NDArray[np.int64], config: DataConfig) -> NDArray[np.int64]:
+    """The first or last max_prompt_length tokens; ValueError with truncation=error."""
+    limit = config.max_prompt_length
+    if config.truncation == "left":
+        return ids[-limit:]
+    if config.truncation == "right":
+        return ids[:limit]
+    raise _error(
+        where,
+        config.prompt_key,
+        f"the prompt has {len(ids)} tokens, more than data.max_prompt_length={limit}: raise it, "
+        "drop such prompts with data.filter_overlong_prompts=True, or cut them with "
+        "data.truncation=left or right",
+    )
+
+
+def _data_source(where: str, row: Mapping[str, Any], key: str) -> str:
+    if not isinstance(row[key], str):
+        remedy = "write the name that chooses the reward function"
+        raise _error(where, key, f"must be a string, not {_describe(row[key])}: {remedy}")
+    return row[key]
+
+
+def _ground_truth(where: str, reward_model: Any) -> Any:
+    if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:
+        remedy = 'write {"style": "rule", "ground_truth": …}'
+        raise _error(where, "reward_model", f"has no ground_truth: {remedy}")
+    return reward_model["ground_truth"]
+
+
+def _extra_info(where: str, extra_info: Any) -> dict[str, Any]:
+    if extra_info is None:
+        return {}
+    if not isinstance(extra_info, dict):
+        raise _error(where, "extra_info", f"must be a struct, not {_describe(extra_info)}")
+    return extra_info
+
+
+def _describe(value: Any) -> str:
+    """A value in a message: its type, and the beginning of it."""
+    if value is None:
+        return "null"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _error(where: str, key: str, problem: str) -> ValueError:
+    """One wording for all that is wrong in a file."""
+    return ValueError(f"{where}, key {key!r}: {problem}")

@@ -1,0 +1,181 @@
+"""A Hugging Face causal model as an FSDP2 policy: build, shard, offload, export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from verl.models.logprobs import chunked_log_probs
+from verl.models.packing import Batch, register_packed_attention
+from verl.trainer.config.schema import FSDPConfig, ModelConfig
+from verl.utils.device import default_dtype, default_packed_attention
+
+# Heads that scale or cap their logits need more than a matrix product.
+UNSUPPORTED_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+class PolicyModel(nn.Module):
+    """Decoder and output embedding with one forward pass: log-probabilities of given tokens."""
+
+    def __init__(self, lm: nn.Module) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+        """(log_probs, entropy) of `batch.targets`, float32 [R] each."""
+        output = self.lm.get_decoder()(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **batch.model_kwargs,
+        )
+        hidden = output.last_hidden_state.flatten(0, 1)[batch.predictors]  # [R, H]
+        head = self.lm.get_output_embeddings()
+        return chunked_log_probs(hidden, head.weight, batch.targets, temperature, head.bias)
+
+
+def load_hf_config(model: ModelConfig) -> Any:
+    """The model's configuration with `override_config`; dropout is off, since log-probabilities
+    must not depend on chance.
+
+    Raises: ValueError if there is no such model, or its head isn't a plain matrix product.
+    """
+    from transformers import AutoConfig
+
+    path = str(Path(model.path).expanduser())
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    except OSError as error:
+        raise ValueError(
+            f"actor_rollout_ref.model.path={model.path}: no Hugging Face model there ({error})"
+        ) from error
+    config.update(model.override_config)
+    for name in [n for n in vars(config) if n.endswith(("dropout", "_pdrop"))]:
+        setattr(config, name, 0.0)
+    for name in UNSUPPORTED_HEADS:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"{model.path}: models with {name} are not supported")
+    return config
+
+
+def load_hf_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """The whole model with its weights, on the host."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        str(Path(model.path).expanduser()),
+        config=load_hf_config(model),
+        dtype=dtype,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> PolicyModel:
+    """Loads the model on rank 0 and shards it over `mesh`; fp32 master weights.
+
+    Every rank makes an empty skeleton, shards it, and receives its part of rank 0's weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device(mesh.device_type)
+    register_packed_attention()
+    attention = default_packed_attention(device) if model.use_remove_padding else "sdpa"
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(
+            load_hf_config(model),
+            attn_implementation=attention,
+            dtype=torch.float32,
+            trust_remote_code=model.trust_remote_code,
+        )
+    if model.enable_gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = PolicyModel(lm)
+    precision = fsdp.mixed_precision
+    compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device))
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=getattr(torch, precision.reduce_dtype)
+        ),
+    }
+    for layer in _decoder_layers(lm):
+        fully_shard(layer, reshard_after_forward=fsdp.reshard_after_forward, **options)
+    fully_shard(policy, reshard_after_forward=False, **options)
+
+    loaded = PolicyModel(load_hf_model(model, torch.float32)) if dist.get_rank() == 0 else None
+    set_model_state_dict(
+        policy,
+        loaded.state_dict() if loaded else {},
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    )
+    lm.tie_weights()
+    _broadcast_buffers(policy, loaded, device)
+    return policy.train()
+
+
+def _decoder_layers(lm: nn.Module) -> list[nn.Module]:
+    """The blocks that are sharded one by one: those that transformers never splits."""
+    names = set(lm._no_split_modules or ())
+    layers = [m for m in lm.modules() if type(m).__name__ in names]
+    if not layers:
+        raise ValueError(f"{type(lm).__name__} does not name its decoder layers: not supported")
+    return layers
+
+
+def _broadcast_buffers(policy: nn.Module, loaded: nn.Module | None, device: torch.device) -> None:
+    """Fills the skeleton's buffers (rotary frequencies, …), which no state dict holds."""
+    source = dict(loaded.named_buffers()) if loaded else {}
+    for name, buffer in list(policy.named_buffers()):
+        value = torch.empty_like(buffer, device=device)
+        if loaded:
+            value.copy_(source[name])
+        dist.broadcast(value, 0)
+        parent, _, leaf = name.rpartition(".")
+        setattr(policy.get_submodule(parent), leaf, value)
+
+
+def move_optimizer(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Moves the optimizer's states to `device`."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dim():
+                state[name] = value.to(device, non_blocking=True)
+
+
+def full_weights(policy: PolicyModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor on the host) of each weight, one at a time; tied weights
+    once. All ranks must iterate: gathering a tensor is collective."""
+    for name, param in policy.lm.named_parameters():
+        value = param.detach()
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        yield name, whole.to("cpu", dtype)
+
+
+def save_hf_model(policy: PolicyModel, model: ModelConfig, folder: Path, tokenizer: Any) -> None:
+    """Writes the gathered model in Hugging Face format (rank 0), with its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(policy, options=options)
+    if dist.get_rank() != 0:
+        return
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(
+            load_hf_config(model), trust_remote_code=model.trust_remote_code
+        )
+    state = {name.removeprefix("lm."): value for name, value in weights.items()}
+    shell.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,67 @@
+"""GSM8K: the number after ``####`` (or the last number) compared with the reference, exactly."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from numbers import Real
+from typing import Any
+
+# The response is searched in its last characters only, as in verl: the answer stands at the end,
+# and the cost doesn't depend on what comes before.
+WINDOW = 300
+# An exponent belongs to the number (and makes it unreadable); the lookbehind keeps a search from
+# starting inside a number, also inside one that begins before the window.
+_NUMBER = r"(?<![0-9])(?<![0-9][.,])(\$?-?\$?\.?[0-9][0-9.,]*(?:[eE][-+]?[0-9]+)?)"
+METHODS = {
+    "strict": re.compile("#### +" + _NUMBER),
+    "flexible": re.compile(_NUMBER),
+}
+_PLAIN = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
+
+
+def compute_score(solution_str: str, ground_truth: Any, method: str = "strict") -> dict[str, float]:
+    """1 if the answer equals the reference as a number (18 = 18.0, 1,000 = 1000), else 0.
+
+    >>> compute_score("20 - 2 = 18\\n#### 18", "18")
+    {'score': 1.0, 'acc': 1.0}
+
+    Args:
+        solution_str: the decoded response; its last 300 characters are searched.
+        ground_truth: plain decimal notation as text (``"18"``, ``"1,000"``), or a number.
+        method: ``strict`` takes the last ``#### <number>``, ``flexible`` the last number.
+
+    Raises:
+        ValueError: unknown method, or a ground truth that is not such a number.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: choose one of {', '.join(METHODS)}")
+    expected = None
+    if isinstance(ground_truth, (str, Real)) and not isinstance(ground_truth, bool):
+        expected = parse_number(str(ground_truth).strip())
+    if expected is None:
+        raise ValueError(
+            "the ground truth of gsm8k must be a number in plain decimal notation such as '18' or "
+            f"'1,000.5', but is {ground_truth!r:.200}"
+        )
+    answer = extract_answer(solution_str, method)
+    correct = float(answer is not None and parse_number(answer) == expected)
+    return {"score": correct, "acc": correct}
+
+
+def extract_answer(solution_str: str, method: str = "strict") -> str | None:
+    """The last number of the response as it is written; None without one."""
+    found = METHODS[method].findall(solution_str, max(len(solution_str) - WINDOW, 0))
+    return found[-1] if found else None
+
+
+def parse_number(text: str) -> Fraction | None:
+    """Exact value of plain decimal notation; None for anything else (exponents are never raised).
+
+    Commas, ``$`` and the full stop of a sentence are dropped.
+
+    >>> parse_number("$1,234.50")
+    Fraction(2469, 2)
+    """
+    text = text.replace(",", "").replace("$", "").removesuffix(".")
+    return Fraction(text) if _PLAIN.fullmatch(text) else None

@@ -1,0 +1,203 @@
+"""What a training step and a validation report, under verl's metric names.
+
+Pure functions from `list[Sample]` to ``{name: float}``. Everything is per response: outcome rewards
+make score, reward and advantage one number each (verl averages advantages and returns over
+response tokens; here each response counts once).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from math import comb, sqrt
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from verl.protocol import Sample, column, response_lengths
+
+# Phases whose cost grows with the tokens of prompt and response; `gen` only with the response.
+TOKEN_PHASES = ("ref", "old_log_prob", "adv", "update_actor")
+
+
+def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, float]:
+    """Statistics of one train batch.
+
+    * ``critic/{score,rewards,advantages,returns}/{mean,max,min}``; an outcome reward's return is
+      its advantage.
+    * ``{response,prompt}_length/{mean,max,min}`` in tokens. ``response_length/clip_ratio`` is the
+      share of truncated responses (a response that ends with its end-of-sequence token in the last
+      place is not one), ``prompt_length/clip_ratio`` the share of prompts of `max_prompt_length`
+      tokens, ``response_length/cv`` the standard deviation over the mean.
+    * ``reward/{name}``: mean of every numeric value that the reward function returned.
+    """
+    lengths = response_lengths(samples)
+    prompt_lengths = np.array([len(s.prompt.token_ids) for s in samples])
+    advantages = column(samples, "advantage")
+    return {
+        **_spread("critic/score", column(samples, "score")),
+        **_spread("critic/rewards", column(samples, "reward")),
+        **_spread("critic/advantages", advantages),
+        **_spread("critic/returns", advantages),
+        **_spread("response_length", lengths),
+        "response_length/clip_ratio": float(np.mean([s.truncated for s in samples])),
+        "response_length/cv": float(lengths.std() / max(lengths.mean(), 1e-12)),
+        **_spread("prompt_length", prompt_lengths),
+        "prompt_length/clip_ratio": float(np.mean(prompt_lengths >= max_prompt_length)),
+        **{f"reward/{name}": value for name, value in _extras_means(samples).items()},
+    }
+
+
+def timing_metrics(samples: list[Sample], timings: Mapping[str, float]) -> dict[str, float]:
+    """``timing_s/{phase}`` as measured (seconds), and ``timing_per_token_ms/{phase}``.
+
+    The latter only for phases that process tokens: `gen` per response token, the others
+    (`TOKEN_PHASES`) per token of prompt and response.
+    """
+    tokens = dict.fromkeys(TOKEN_PHASES, sum(s.num_tokens for s in samples))
+    tokens["gen"] = sum(s.length for s in samples)
+    per_token = {
+        f"timing_per_token_ms/{name}": 1000 * seconds / tokens[name]
+        for name, seconds in timings.items()
+        if tokens.get(name)
+    }
+    return {f"timing_s/{name}": float(seconds) for name, seconds in timings.items()} | per_token
+
+
+def throughput_metrics(
+    samples: list[Sample], step_seconds: float, num_workers: int
+) -> dict[str, float]:
+    """``perf/total_num_tokens`` (prompts and responses), ``perf/time_per_step`` in seconds, and
+    ``perf/throughput`` in tokens per second per worker (GPU)."""
+    tokens = sum(s.num_tokens for s in samples)
+    return {
+        "perf/total_num_tokens": float(tokens),
+        "perf/time_per_step": float(step_seconds),
+        "perf/throughput": tokens / (step_seconds * num_workers),
+    }
+
+
+def validation_metrics(samples: list[Sample]) -> dict[str, float]:
+    """Accuracy of each data source: mean over its prompts of a figure of the prompt's N responses.
+
+    The variable is `acc` if the reward function returns one, else `reward` (the score).
+
+    * ``val-core/{source}/acc/mean@N``; for N > 1 also ``best@N/mean`` (the best of N), and
+      ``maj@N/mean`` if every response has an extra `pred`: the accuracy of the most frequent
+      answer, the one that came first if several are. An answer of None votes like any other.
+    * ``val-aux/{source}/acc/``: ``std@N``, and ``best@k/mean`` for k = 2, 4, 8, … < N.
+    * ``val-aux/{source}/reward/mean@N`` next to acc, and
+      ``val-aux/{source}/response_length/{mean,clip_ratio}`` as in `data_metrics`.
+
+    The names are verl's, which estimates best@k from 1000 draws with replacement; here it is the
+    exact mean over all subsets of k responses (`best_of`).
+    """
+    by_source: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_source[sample.prompt.data_source].append(sample)
+    metrics: dict[str, float] = {}
+    for source, mine in by_source.items():
+        has_acc = all("acc" in s.extras for s in mine)
+        groups: dict[tuple[int, int], list[Sample]] = defaultdict(list)
+        for sample in mine:
+            # Group numbers count anew in each rollout batch, rows of the dataset don't.
+            groups[sample.prompt.index, sample.group].append(sample)
+        metrics |= _accuracy_metrics(source, list(groups.values()), has_acc)
+        aux = f"val-aux/{source}/response_length"
+        metrics[f"{aux}/mean"] = float(response_lengths(mine).mean())
+        metrics[f"{aux}/clip_ratio"] = float(np.mean([s.truncated for s in mine]))
+    return metrics
+
+
+def best_of(values: ArrayLike, k: int) -> float:
+    """Mean of the maximum over all subsets of k of the N `values`, 1 ≤ k ≤ N, exactly.
+
+    The i-th smallest value (from 0) is the maximum of C(i, k−1) of the C(N, k) subsets. For values
+    of 0 and 1 this is the unbiased pass@k of Chen et al. (arXiv 2107.03374, eq. 1).
+    """
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    n = len(ordered)
+    return float(sum(v * (comb(i, k - 1) / comb(n, k)) for i, v in enumerate(ordered)))
+
+
+def loss_agg_metrics(
+    lengths: ArrayLike, weights_by_method: Mapping[str, ArrayLike], method: str
+) -> dict[str, float]:
+    """How noisy the gradient Σ_i w_i g_i is, for the aggregation in use and for the others.
+
+    The variance of a response's gradient g_i grows like its length L_i and its expectation doesn't
+    depend on it, so the standard deviation of the sum over its mean is proportional to
+    sqrt(Σ w_i² L_i) / Σ w_i (arXiv 2509.07558). A weight of 0 leaves a response out; a
+    method whose weights are all 0 is left out itself.
+
+    Args:
+        lengths: response lengths in tokens, [N].
+        weights_by_method: the weights w of each method on these responses, [N] each.
+        method: the one in use.
+
+    Returns:
+        ``loss_agg/cv`` of `method`, ``loss_agg/cv/{name}`` of each other one, and
+        ``loss_agg/effective_batch`` = (Σ w_i)² / Σ w_i² of `method`, in responses.
+    """
+    lengths_N = np.asarray(lengths, dtype=np.float64)
+    metrics = {}
+    for name, weights in weights_by_method.items():
+        w_N = np.asarray(weights, dtype=np.float64)
+        total = w_N.sum()
+        if total == 0:
+            continue
+        key = "loss_agg/cv" if name == method else f"loss_agg/cv/{name}"
+        metrics[key] = sqrt(w_N**2 @ lengths_N) / float(total)
+        if name == method:
+            metrics["loss_agg/effective_batch"] = float(total**2 / (w_N @ w_N))
+    return metrics
+
+
+def _accuracy_metrics(source: str, groups: list[list[Sample]], has_acc: bool) -> dict[str, float]:
+    """mean@N, std@N, best@k and maj@N of one data source, averaged over its prompts."""
+    variable = "acc" if has_acc else "reward"
+    core, aux = f"val-core/{source}/{variable}", f"val-aux/{source}/{variable}"
+    n_max = max(len(group) for group in groups)
+    has_pred = all("pred" in s.extras for group in groups for s in group)
+    per_prompt: dict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        n = len(group)
+        section = core if n == n_max else aux
+        scores = column(group, "score")
+        values = np.array([s.extras["acc"] for s in group], np.float64) if has_acc else scores
+        per_prompt[f"{section}/mean@{n}"].append(values.mean())
+        if has_acc:
+            per_prompt[f"val-aux/{source}/reward/mean@{n}"].append(scores.mean())
+        if n == 1:
+            continue
+        per_prompt[f"{aux}/std@{n}"].append(values.std())
+        for k in (2**i for i in range(1, (n - 1).bit_length())):
+            per_prompt[f"{aux}/best@{k}/mean"].append(best_of(values, k))
+        per_prompt[f"{section}/best@{n}/mean"].append(values.max())
+        if has_pred:
+            majority = _majority(s.extras["pred"] for s in group)
+            per_prompt[f"{section}/maj@{n}/mean"].append(values[majority])
+    return {name: float(np.mean(values)) for name, values in per_prompt.items()}
+
+
+def _majority(answers: Iterable[Any]) -> int:
+    """Position at which the most frequent answer first occurs; ties go to the earlier one."""
+    # Compared as text, so that an answer may be a list.
+    votes = [str(answer) for answer in answers]
+    return votes.index(max(votes, key=votes.count))
+
+
+def _spread(name: str, values: NDArray[Any]) -> dict[str, float]:
+    return {f"{name}/{f}": float(getattr(values, f)()) for f in ("mean", "max", "min")}
+
+
+def _extras_means(samples: list[Sample]) -> dict[str, float]:
+    """Mean of each numeric extra over the responses that have it. `pred` is an answer, no score."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        for name, value in sample.extras.items():
+            if name != "pred" and isinstance(value, Real | np.bool_):
+                values[name].append(float(value))
+    return {name: float(np.mean(v)) for name, v in values.items()}

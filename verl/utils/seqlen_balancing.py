@@ -1,0 +1,54 @@
+"""Splitting sequences so that every part holds about the same number of tokens."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+
+def balanced_partitions(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Splits indices into `parts` lists of nearly equal total length (longest first, always into
+    the emptiest part). Some lists are empty if there are fewer sequences than parts. Each list is
+    in ascending order.
+
+    Example: ``balanced_partitions([5, 1, 4, 2], 2)`` is ``[[0, 1], [2, 3]]``.
+    """
+    result: list[list[int]] = [[] for _ in range(parts)]
+    heap = [(0, part) for part in range(parts)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        total, part = heapq.heappop(heap)
+        result[part].append(i)
+        heapq.heappush(heap, (total + lengths[i], part))
+    return [sorted(part) for part in result]
+
+
+def equal_partitions(count: int, parts: int) -> list[list[int]]:
+    """Splits `count` indices into consecutive lists whose sizes differ by at most one."""
+    bounds = [count * part // parts for part in range(parts + 1)]
+    return [list(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def micro_batches(
+    lengths: Sequence[int], size: int | None = None, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Splits indices into micro-batches, by count or by token budget.
+
+    Args:
+        lengths: tokens of each sequence. size: sequences of a micro-batch, in the given order.
+        max_tokens: largest number of tokens of a micro-batch; used where `size` is None. A sequence
+            that is longer stands alone.
+
+    Returns: as few non-empty lists of indices as the longest-first rule finds.
+    """
+    if size is not None:
+        return [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
+    assert max_tokens is not None
+    if not lengths:
+        return []
+    parts = -(-sum(lengths) // max_tokens)
+    budget = max(max_tokens, max(lengths))
+    while True:
+        result = balanced_partitions(lengths, parts)
+        if max(sum(lengths[i] for i in part) for part in result) <= budget:
+            return [part for part in result if part]
+        parts += 1

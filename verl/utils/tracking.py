@@ -1,0 +1,269 @@
+"""Where the metrics of a run go: metrics.jsonl, the console, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import re
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from verl.trainer.config.schema import TrainerConfig
+
+# Label, the keys that may hold the value (the first one present counts), format.
+CONSOLE_COLUMNS = (
+    ("reward", ("critic/rewards/mean",), "{:6.3f}"),
+    ("length", ("response_length/mean",), "{:7.1f}"),
+    ("entropy", ("actor/entropy", "actor/entropy_loss"), "{:6.3f}"),
+    ("grad norm", ("actor/grad_norm",), "{:7.3f}"),
+    ("tokens/s", ("perf/throughput",), "{:6.0f}"),
+    ("seconds", ("perf/time_per_step", "timing_s/step"), "{:6.1f}"),
+)
+_CORE = re.compile(r"val-core/(.+)/(?:acc|reward)/((?:mean|best|maj)@\d+)(?:/mean)?")
+
+
+class Tracking:
+    """Writes the metrics of each training step to every logger of `trainer.logger`.
+
+    Example::
+
+        with Tracking(config.trainer, run_dir, total_steps, config_dict, step=resumed_step) as t:
+            t.log_validation(validation, step)  # now and then
+            t.log(metrics, step)                # once a step
+
+    * `run_dir/metrics.jsonl`, always: one JSON object a step, with the key `step`. All that is
+      logged for one step in a row ends up in one line. NaN and infinity are written as null.
+      Lines after the step that a run resumes from are dropped, so that each step stands once.
+    * `console`: one line a step on standard output, and, in a terminal, a progress bar with the
+      time left on standard error.
+    * `wandb`: Weights & Biases; offline without credentials. `run_dir/wandb_run_id` keeps the id
+      by which a resumed run continues the same one.
+    """
+
+    def __init__(
+        self,
+        trainer: TrainerConfig,
+        run_dir: str | os.PathLike[str],
+        total_steps: int,
+        config: Mapping[str, Any],
+        step: int = 0,
+    ) -> None:
+        """Opens the loggers.
+
+        Args:
+            trainer: names the loggers, the project and the experiment.
+            run_dir: the run's folder; made if it doesn't exist.
+            total_steps: number of the last training step.
+            config: the resolved configuration as plain dicts, shown in wandb.
+            step: the last step of the checkpoint that the run resumes from; 0: a new run, which
+                starts its metrics anew.
+        """
+        loggers = [trainer.logger] if isinstance(trainer.logger, str) else list(trainer.logger)
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.total_steps = total_steps
+        self._open_file(step)
+        self.bar = self.wandb = None
+        if "console" in loggers:
+            self.bar = tqdm(
+                total=total_steps,
+                initial=step,
+                unit="step",
+                dynamic_ncols=True,
+                disable=not sys.stderr.isatty(),
+            )
+        if "wandb" in loggers:
+            self.wandb = self._start_wandb(trainer, config, step)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Records the numbers of `step`, which is then complete, and prints its line."""
+        record = self._record(metrics, step)
+        if self.wandb is not None:
+            self.wandb.log(_floats(metrics), step=step, commit=True)
+        if self.bar is not None:
+            tqdm.write(step_line(record, step, self.total_steps), file=sys.stdout)
+            sys.stdout.flush()
+            self.bar.update(step - self.bar.n)
+
+    def log_validation(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Records what a validation after `step` found, before `log` completes the step, and prints
+        it as a table."""
+        self._record(metrics, step)
+        if self.wandb is not None:
+            self.wandb.log(_floats(metrics), step=step)
+        if self.bar is not None:
+            tqdm.write(f"validation at step {step}\n{validation_table(metrics)}", file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self, exit_code: int = 0) -> None:
+        """Closes the loggers; wandb shows a run with an `exit_code` other than 0 as failed."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=exit_code)
+        self.file.close()
+
+    def __enter__(self) -> Tracking:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(exit_code=0 if kind is None else 1)
+
+    def _open_file(self, step: int) -> None:
+        """Opens metrics.jsonl with the lines up to `step`; a new run (step 0) starts it anew."""
+        path = self.run_dir / "metrics.jsonl"
+        kept = read_metrics(path) if step and path.exists() else []
+        # Written aside and renamed while open: a run killed right here loses nothing.
+        aside = self.run_dir / "metrics.jsonl.tmp"
+        self.file = aside.open("w")
+        self.last: dict[str, Any] = {}
+        for record in kept:
+            if record["step"] <= step:
+                self._write(record)
+        aside.replace(path)
+
+    def _record(self, metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """Adds `metrics` to the line of `step`, and returns all that this line holds."""
+        return self._write({"step": step} | _finite(metrics))
+
+    def _write(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Appends a line, or extends the last one if it is of the same step."""
+        if self.last.get("step") == record["step"]:
+            record = self.last | record
+            self.file.seek(self.last_start)
+            self.file.truncate()
+        else:
+            assert not self.last or self.last["step"] < record["step"], "steps must increase"
+        self.last, self.last_start = record, self.file.tell()
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        return record
+
+    def _start_wandb(self, trainer: TrainerConfig, config: Mapping[str, Any], step: int) -> Any:
+        import wandb
+
+        id_file = self.run_dir / "wandb_run_id"
+        if not (step and id_file.exists()):
+            id_file.write_text(uuid.uuid4().hex[:8])
+        mode = None
+        if not os.environ.get("WANDB_MODE") and not _has_wandb_credentials():
+            mode = "offline"
+            print(
+                "wandb: no WANDB_API_KEY and no login in ~/.netrc, so this run is kept offline; "
+                "upload it later with `wandb sync`",
+                file=sys.stderr,
+            )
+        return wandb.init(
+            project=trainer.project_name,
+            name=trainer.experiment_name,
+            config=dict(config),
+            dir=str(self.run_dir),
+            id=id_file.read_text().strip(),
+            resume="allow",
+            mode=mode,
+        )
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, one dict per step.
+
+    A last line that was only half written is left out.
+
+    Raises:
+        ValueError: another line isn't JSON.
+    """
+    lines = Path(path).read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+    return records
+
+
+def validation_scores(metrics: Mapping[str, Any], figure: str = "mean") -> dict[str, float]:
+    """``val-core/{source}/{acc or reward}/{figure}@N`` by data source; figure: mean, best or maj."""
+    matches = ((_CORE.fullmatch(key), value) for key, value in metrics.items())
+    return {m[1]: value for m, value in matches if m and m[2].startswith(f"{figure}@")}
+
+
+def step_line(metrics: Mapping[str, Any], step: int, total_steps: int) -> str:
+    """One line for the console: the `CONSOLE_COLUMNS` that there are, and the validation accuracy
+    (mean over the data sources)."""
+    parts = [f"step {step:{len(str(total_steps))}d}/{total_steps}"]
+    for label, keys, form in CONSOLE_COLUMNS:
+        key = next((key for key in keys if key in metrics), None)
+        if key:
+            value = metrics[key]
+            parts.append(f"{label} {form.format(math.nan if value is None else value)}")
+    scores = [score for score in validation_scores(metrics).values() if score is not None]
+    if scores:
+        parts.append(f"val acc {sum(scores) / len(scores):.3f}")
+    return " | ".join(parts)
+
+
+def validation_table(metrics: Mapping[str, Any]) -> str:
+    """An aligned table of ``val-core/*``, a row per data source, with the length of the responses
+    in tokens and the share of truncated ones."""
+    rows: dict[str, dict[str, str]] = {}
+    for key, value in metrics.items():
+        if match := _CORE.fullmatch(key):
+            rows.setdefault(match[1], {})[match[2]] = f"{value:.3f}"
+    for source, row in rows.items():
+        lengths = f"val-aux/{source}/response_length"
+        for key, label, form in (
+            (f"{lengths}/mean", "length", "{:.1f}"),
+            (f"{lengths}/clip_ratio", "truncated", "{:.1%}"),
+        ):
+            if key in metrics:
+                row[label] = form.format(metrics[key])
+    header = ["data source", *dict.fromkeys(label for row in rows.values() for label in row)]
+    cells = [
+        [source, *(row.get(label, "") for label in header[1:])] for source, row in rows.items()
+    ]
+    return align([header, *cells])
+
+
+def align(rows: list[list[str]]) -> str:
+    """Text table: the first column flush left, the others flush right, two spaces between them."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(["", first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Floats, with None where JSON has no number."""
+    return {k: v if math.isfinite(v) else None for k, v in _floats(metrics).items()}
+
+
+def _has_wandb_credentials() -> bool:
+    """Whether wandb would find an API key without asking."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    return path.is_file() and bool(netrc.netrc(path).authenticators(host or ""))

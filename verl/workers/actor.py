@@ -1,0 +1,324 @@
+"""The policy that learns: one FSDP2 rank of the actor, and of the reference beside it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from verl.models import fsdp
+from verl.models.packing import Batch, pack, per_token, split_per_sample
+from verl.protocol import Sample
+from verl.trainer.config.schema import FSDPConfig, ModelConfig, OptimConfig
+from verl.trainer.ppo.core_algos import kl_divergence, policy_loss
+from verl.utils.device import empty_cache, get_device, max_memory_gb, process_group_backend
+from verl.utils.seqlen_balancing import micro_batches
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchLimit:
+    """How much goes into one pass: `size` sequences or, where that is None, `max_tokens`."""
+
+    size: int | None = None
+    max_tokens: int = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class LossConfig:
+    """What `PolicyWorker.update` minimizes. The weights stand in the samples."""
+
+    kind: str = "ppo"
+    """A key of `LOSSES`."""
+    temperature: float = 1.0
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
+    clip_ratio_c: float = 3.0
+    entropy_coeff: float = 0.0
+    kl_coef: float = 0.0
+    """Weight of the divergence from the reference; 0: no reference needed."""
+    kl_type: str = "low_var_kl"
+
+
+Sums = dict[str, Tensor]
+
+
+def ppo_loss(
+    log_probs: Tensor, entropy: Tensor, samples: Sequence[Sample], config: LossConfig
+) -> tuple[Tensor, Sums]:
+    """Σ_i w_i Σ_t ℓ_it of a micro-batch, ℓ = clipped loss − entropy bonus + KL; and sums to report.
+
+    Where samples have no old log-probabilities, the policy is the one that is being updated for
+    the first time: old = current. Sums named `w/…` are weighted like the loss, the others are
+    over tokens.
+    """
+    device = log_probs.device
+    weights = per_token(samples, "weight", device)
+    known = bool(samples) and samples[0].old_log_probs is not None
+    old = per_token(samples, "old_log_probs", device) if known else log_probs.detach()
+    pg = policy_loss(
+        log_probs,
+        old,
+        per_token(samples, "advantage", device),
+        config.clip_ratio_low,
+        config.clip_ratio_high,
+        config.clip_ratio_c,
+    )
+    loss = pg.loss
+    sums = {
+        "w/pg_loss": (weights * pg.loss).sum(),
+        "ppo_kl": -pg.log_ratio.sum(),
+        "pg_clipfrac": pg.clipped.sum(),
+        "pg_clipfrac_lower": pg.clipped_lower.sum(),
+        "entropy": entropy.sum(),
+    }
+    if config.entropy_coeff:
+        loss = loss - config.entropy_coeff * entropy
+    if config.kl_coef:
+        reference = per_token(samples, "ref_log_probs", device)
+        kl = kl_divergence(log_probs, reference, config.kl_type)
+        loss = loss + config.kl_coef * kl
+        sums["w/kl_loss"] = (weights * kl).sum()
+    return (weights * loss).sum(), sums
+
+
+def nll_loss(
+    log_probs: Tensor, entropy: Tensor, samples: Sequence[Sample], config: LossConfig
+) -> tuple[Tensor, Sums]:
+    """−Σ_i w_i Σ_t log π(a_it): supervised learning, with w_i = 1/Σ_j L_j the mean over tokens."""
+    loss = -(per_token(samples, "weight", log_probs.device) * log_probs).sum()
+    return loss, {"w/nll_loss": loss, "entropy": entropy.sum()}
+
+
+LOSSES: dict[str, Callable[..., tuple[Tensor, Sums]]] = {"ppo": ppo_loss, "nll": nll_loss}
+
+
+def learning_rate_factor(step: int, optim: OptimConfig, total_steps: int) -> float:
+    """Share of the peak learning rate in training step `step` (from 0): linear warm-up that
+    already moves in the first step, then constant, cosine or linear down to `min_lr_ratio`."""
+    warmup = optim.lr_warmup_steps
+    if warmup < 0:
+        warmup = int(optim.lr_warmup_steps_ratio * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if optim.warmup_style == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    left = (1 + math.cos(math.pi * done)) / 2 if optim.warmup_style == "cosine" else 1 - done
+    return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * left
+
+
+class Policy:
+    """One rank's part of a sharded model, with an optimizer if `optim` is given.
+
+    Methods are collective: all ranks call them together, each with its own samples.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        fsdp_config: FSDPConfig,
+        device: torch.device,
+        optim: OptimConfig | None = None,
+        total_steps: int = 1,
+    ) -> None:
+        self.device, self.config, self.model_config = device, fsdp_config, model
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        self.model = fsdp.build_policy(model, fsdp_config, mesh)
+        self.optimizer, self.schedule = None, None
+        if optim is not None:
+            self.optimizer = torch.optim.AdamW(
+                self.model.parameters(),
+                lr=optim.lr,
+                betas=(optim.betas[0], optim.betas[1]),
+                weight_decay=optim.weight_decay,
+            )
+            self.schedule = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer, lambda step: learning_rate_factor(step, optim, total_steps)
+            )
+        self.offload()
+
+    def onload(self, optimizer: bool = False) -> None:
+        """Brings the parameters (and the optimizer's states) to the device."""
+        if self.config.param_offload:
+            self.model.to(self.device)
+        if optimizer and self.optimizer is not None and self.config.optimizer_offload:
+            fsdp.move_optimizer(self.optimizer, self.device)
+
+    def offload(self) -> None:
+        """Sends what the configuration says to host memory."""
+        if self.config.param_offload:
+            self.model.to("cpu")
+        if self.optimizer is not None and self.config.optimizer_offload:
+            fsdp.move_optimizer(self.optimizer, torch.device("cpu"))
+        empty_cache(self.device)
+
+    def pack(self, samples: Sequence[Sample]) -> Batch:
+        """The tensors of one forward pass, in the form the model was built for."""
+        return pack(samples, self.device, self.model_config.use_remove_padding)
+
+    def micro_batches(
+        self, samples: Sequence[Sample], limit: MicroBatchLimit
+    ) -> list[tuple[list[int], list[Sample]]]:
+        """This rank's passes; every rank gets as many, the last of which may be empty."""
+        parts = micro_batches([s.num_tokens for s in samples], limit.size, limit.max_tokens)
+        count = torch.tensor(len(parts))
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        parts += [[] for _ in range(int(count) - len(parts))]
+        return [(part, [samples[i] for i in part]) for part in parts]
+
+    @torch.no_grad()
+    def log_probs(
+        self, samples: Sequence[Sample], temperature: float, limit: MicroBatchLimit
+    ) -> list[np.ndarray]:
+        """Log-probabilities of each sample's response tokens, float32 [L_i] per sample."""
+        self.onload()
+        results: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
+        for indices, part in self.micro_batches(samples, limit):
+            values, _ = self.model(self.pack(part), temperature)
+            if part:
+                for i, result in zip(indices, split_per_sample(values, part), strict=True):
+                    results[i] = result
+        self.offload()
+        return results
+
+    def update(
+        self,
+        mini_batches: Sequence[Sequence[Sample]],
+        loss: LossConfig,
+        limit: MicroBatchLimit,
+        grad_clip: float,
+    ) -> list[dict[str, float]]:
+        """One optimizer step per mini-batch (this rank's share of each), then one of the schedule.
+
+        Returns: per mini-batch this rank's sums, and the global `grad_norm` and `lr`.
+
+        Raises: FloatingPointError if the gradient is not finite; the weights are left as they were.
+        """
+        assert self.optimizer is not None and self.schedule is not None
+        self.onload(optimizer=True)
+        results = []
+        for samples in mini_batches:
+            sums = self.accumulate_gradient(samples, loss, limit)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"the gradient norm is {norm.item()}: no update was made")
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            lr = self.optimizer.param_groups[0]["lr"]
+            results.append(sums | {"grad_norm": norm.item(), "lr": lr})
+        self.schedule.step()
+        self.offload()
+        return results
+
+    def accumulate_gradient(
+        self, samples: Sequence[Sample], loss: LossConfig, limit: MicroBatchLimit
+    ) -> dict[str, float]:
+        """Adds the gradient of Σ_i w_i Σ_t ℓ_it over all ranks' samples; returns this rank's sums.
+
+        FSDP averages gradients over ranks; the loss is a sum, hence the factor.
+        """
+        totals: dict[str, Tensor] = {}
+        for _, part in self.micro_batches(samples, limit):
+            log_probs, entropy = self.model(self.pack(part), loss.temperature)
+            value, sums = LOSSES[loss.kind](log_probs, entropy, part, loss)
+            (value * dist.get_world_size()).backward()
+            for name, number in sums.items():
+                totals[name] = totals.get(name, 0) + number.detach()
+        tokens = sum(s.length for s in samples)
+        return {name: value.item() for name, value in totals.items()} | {"tokens": tokens}
+
+
+class ActorWorker:
+    """Everything that one actor rank does; a plain class, made a Ray actor in `group.py`."""
+
+    def __init__(
+        self, rank: int, world_size: int, master_address: str, device: str | None = None
+    ) -> None:
+        self.device = get_device(device)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        dist.init_process_group(
+            process_group_backend(self.device),
+            init_method=master_address,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.actor: Policy | None = None
+        self.ref: Policy | None = None
+
+    def build(
+        self,
+        model: ModelConfig,
+        fsdp_config: FSDPConfig,
+        optim: OptimConfig,
+        total_steps: int,
+        ref_fsdp_config: FSDPConfig | None = None,
+    ) -> None:
+        """Loads and shards the policy and, with `ref_fsdp_config`, the reference policy."""
+        self.actor = Policy(model, fsdp_config, self.device, optim, total_steps)
+        if ref_fsdp_config is not None:
+            self.ref = Policy(model, ref_fsdp_config, self.device)
+
+    def log_probs(
+        self, samples: Sequence[Sample], role: str, temperature: float, limit: MicroBatchLimit
+    ) -> list[np.ndarray]:
+        """Log-probabilities under the policy (`role="actor"`) or the reference (`"ref"`)."""
+        return getattr(self, role).log_probs(samples, temperature, limit)
+
+    def update(self, mini_batches: Any, *args: Any) -> list[dict[str, float]]:
+        """`Policy.update` of the policy, with `max_memory_gb` in the last mini-batch's figures."""
+        results = self.actor.update(mini_batches, *args)
+        results[-1]["max_memory_gb"] = max_memory_gb(self.device)
+        return results
+
+    def export_weights(self, dtype: str, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
+        """The policy's whole weights in buckets of about `bucket_bytes`, on the host. All ranks
+        gather, rank 0 yields."""
+        self.actor.onload()
+        bucket: dict[str, Tensor] = {}
+        size = 0
+        for name, value in fsdp.full_weights(self.actor.model, getattr(torch, dtype)):
+            if dist.get_rank() != 0:
+                continue
+            if bucket and size + value.nbytes > bucket_bytes:
+                yield bucket
+                bucket, size = {}, 0
+            bucket[name] = value
+            size += value.nbytes
+        if bucket:
+            yield bucket
+        self.actor.offload()
+
+    def save(self, folder: str) -> None:
+        """Writes parameters, optimizer and schedule below `folder`, each rank its part."""
+        from verl.utils.checkpoint import save_policy
+
+        save_policy(self.actor, Path(folder))
+
+    def load(self, folder: str) -> None:
+        """The inverse of `save`, for any number of ranks."""
+        from verl.utils.checkpoint import load_policy
+
+        load_policy(self.actor, Path(folder))
+
+    def save_hf(self, folder: str, tokenizer: Any) -> None:
+        """Writes the policy in Hugging Face format."""
+        self.actor.onload()
+        fsdp.save_hf_model(self.actor.model, self.actor.model_config, Path(folder), tokenizer)
+        self.actor.offload()
+
+    def ping(self) -> int:
+        """The process id: answers once the worker is up."""
+        return os.getpid()
