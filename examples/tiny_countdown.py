@@ -1,20 +1,22 @@
 """What the quick start needs besides problems: a tiny model, its tokenizer and its warm-up text.
 
-``python examples/tiny_countdown.py --local_dir DIR`` reads ``DIR/train.parquet`` (three numbers a problem, template
-``tiny``: see ``data_preprocess/countdown.py``) and writes
+``python examples/tiny_countdown.py --local_dir DIR`` reads ``DIR/train.parquet`` (three numbers a
+problem, template ``tiny``: see ``data_preprocess/countdown.py``) and writes
 
-* ``DIR/model``: a randomly initialised Qwen2 decoder and a word-level tokenizer, in Hugging Face format;
-* ``DIR/sft.parquet``: columns ``prompt`` and ``response``, a search trace for each drawn training problem.
+* ``DIR/model``: a randomly initialised Qwen3 and a word-level tokenizer, in Hugging Face format;
+* ``DIR/sft.parquet``: columns ``prompt`` and ``response``, search traces for training problems.
 
-A trace tries first operations in random order. Each is followed by the number left over and by every second operation
-in a fixed order; a result equal to the target is followed by ``yes`` and the answer::
+A trace tries first operations in random order. Each is followed by the number left over and by
+every second operation in a fixed order, each result with a verdict (``low``, ``high``, ``yes``);
+``yes`` ends the search with the answer::
 
-    7 3 9 =30 <think>
-    7 + 9 = 16 3 : + 19 - 13 * 48 ; 3 + 7 = 10 9 : + 19 - 1 * 90 ; 9 - 7 = 2 3 : + 5 r 1 * 6 ; stop </think> ...
+    7 3 9 =30 <think> 9 - 7 = 2 3 : + 5 low - 1 low * 6 low ; 7 + 3 = 10 9 : + 19 low - 1 low ...
 
-After a first operation without success the trace gives up with probability ``--give_up`` (``stop``, then a wrong
-answer). So the warmed-up model answers wrongly most of the time although it can search, lengths vary a lot, and what
-reinforcement learning finds first is not to give up; only then which operation is worth trying first.
+Most traces are impatient: after a first operation without success they give up with probability
+``--give_up`` (``stop``, then a wrong answer); a share ``--patient`` of them never does. So the
+warmed-up model can search but mostly does not, and lengths vary a lot. What reinforcement learning
+finds first is not to give up; after that there is room for fewer slips in long searches and for
+trying promising operations first.
 """
 
 import argparse
@@ -25,11 +27,21 @@ from pathlib import Path
 import pandas as pd
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 LIMIT = 100  # all numbers, targets and results lie below: one token each
 EOS, PAD, UNK = "<|endoftext|>", "<|pad|>", "<|unk|>"
-SYMBOLS = "+ - * / ( ) = : ; yes stop <think> </think> <answer> </answer>".split()
+SYMBOLS = [
+    *"+-*/()=:;",
+    "yes",
+    "low",
+    "high",
+    "stop",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+]
 # Operations in the order in which a trace tries them.
 OPS = {
     "+": lambda a, b: a + b,
@@ -40,34 +52,43 @@ OPS = {
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, so that text and tokens correspond one to one; decoding joins with spaces."""
+    """One token per word; decoding joins words with spaces, so that nothing is lost either way."""
     words = [PAD, EOS, UNK, *SYMBOLS, *map(str, range(LIMIT)), *(f"={n}" for n in range(LIMIT))]
     vocab = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNK,
-        clean_up_tokenization_spaces=False, model_max_length=1024,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Qwen2ForCausalLM:
-    """A randomly initialised Qwen2 with heads of size 32, the smallest that vLLM runs."""
+def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Qwen3ForCausalLM:
+    """A randomly initialised Qwen3 with heads of size 32, the smallest that vLLM runs.
+
+    Not a Qwen2: next to a Qwen2, AutoTokenizer replaces any tokenizer by Qwen2's byte-level one.
+    The normalised queries and keys of a Qwen3 also learn this task in fewer steps.
+    """
     torch.manual_seed(args.seed)
-    config = Qwen2Config(
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
         intermediate_size=args.intermediate_size,
         num_hidden_layers=args.num_layers,
         num_attention_heads=args.hidden_size // 32,
         num_key_value_heads=args.hidden_size // 32,
+        head_dim=32,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen2ForCausalLM(config)
+    return Qwen3ForCausalLM(config)
 
 
 def results(a: int, b: int) -> list[tuple[int, str, int, int]]:
@@ -81,7 +102,7 @@ def results(a: int, b: int) -> list[tuple[int, str, int, int]]:
 
 
 def first_operations(numbers: list[int]) -> list[tuple[int, str, int, int, int]]:
-    """Every way to combine two of three numbers: (left, operation, right, result, number left over)."""
+    """Every way to combine two of three numbers: (left, operation, right, result, left over)."""
     found = []
     for i, j in itertools.combinations(range(3), 2):
         found += [(*op, numbers[3 - i - j]) for op in results(numbers[i], numbers[j])]
@@ -103,6 +124,7 @@ def make_trace(numbers: list[int], target: int, give_up: float, rng: random.Rand
             words += [f"{second} {result}"]
             if result == target:
                 return " ".join([*words, f"yes </think> <answer> {answer} </answer>"])
+            words += ["low" if result < target else "high"]
         words += [";"]
         if rng.random() < give_up:
             break
@@ -118,7 +140,9 @@ def sft_frame(problems: pd.DataFrame, args: argparse.Namespace) -> pd.DataFrame:
         rng.shuffle(records)
         for record in records[: args.sft_size - len(rows)]:
             truth = record["reward_model"]["ground_truth"]
-            trace = make_trace([int(n) for n in truth["numbers"]], int(truth["target"]), args.give_up, rng)
+            numbers = [int(n) for n in truth["numbers"]]
+            give_up = 0.0 if rng.random() < args.patient else args.give_up
+            trace = make_trace(numbers, int(truth["target"]), give_up, rng)
             rows.append({"prompt": record["prompt"], "response": trace})
     return pd.DataFrame(rows)
 
@@ -130,8 +154,9 @@ def read_problems(path: Path) -> pd.DataFrame:
         ValueError: they are missing, or not of the kind that the tiny model can read.
     """
     remedy = (
-        "run examples/data_preprocess/countdown.py with --generate --template_type tiny --max_operands 3 "
-        f"--max_number 10 --max_target 50 --local_dir {path.parent} first"
+        "first run examples/data_preprocess/countdown.py --generate --template_type tiny "
+        "--max_operands 3 --max_number 10 --max_target 50 --train_size 1600 --test_size 512 "
+        f"--local_dir {path.parent}"
     )
     if not path.exists():
         raise ValueError(f"{path} does not exist: {remedy}")
@@ -139,30 +164,34 @@ def read_problems(path: Path) -> pd.DataFrame:
     for prompt, rule in zip(problems["prompt"], problems["reward_model"], strict=True):
         truth = rule["ground_truth"]
         if "<think>" not in prompt or len(prompt.split()) != 5 or len(truth["numbers"]) != 3:
-            raise ValueError(f"{path} is not in the format `7 3 9 =24 <think>` ({prompt!r}): {remedy}")
+            raise ValueError(
+                f"{path}: {prompt!r} has another form than '7 3 9 =24 <think>': {remedy}"
+            )
         if max(*truth["numbers"], truth["target"]) >= LIMIT:
-            raise ValueError(f"numbers and targets must be below {LIMIT} ({prompt!r}): {remedy}")
+            raise ValueError(f"{path}: {prompt!r} holds numbers above {LIMIT - 1}: {remedy}")
     return problems
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write the model and the warm-up text."""
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--local_dir", required=True, help="folder that holds train.parquet; receives model/ and sft.parquet")
+    add("--local_dir", required=True, help="holds train.parquet; gets model/ and sft.parquet")
     add("--seed", type=int, default=0, help="of the initial weights and of the traces")
     add("--sft_size", type=int, default=40960, help="warm-up examples")
-    add("--give_up", type=float, default=0.4, help="probability of giving up after a failed first operation")
+    add("--give_up", type=float, default=0.8, help="probability after each failed first operation")
+    add("--patient", type=float, default=0.2, help="share of the traces that never give up")
     add("--hidden_size", type=int, default=96, help="a multiple of 32, the size of a head")
     add("--intermediate_size", type=int, default=256, help="width of the feed-forward layers")
     add("--num_layers", type=int, default=2, help="decoder layers")
     args = parser.parse_args(argv)
     if args.hidden_size % 32:
         parser.error("--hidden_size must be a multiple of 32, the size of a head")
-    if not 0 <= args.give_up <= 1:
-        parser.error("--give_up is a probability")
+    if not (0 <= args.give_up <= 1 and 0 <= args.patient <= 1):
+        parser.error("--give_up and --patient are probabilities")
 
     folder = Path(args.local_dir).expanduser()
     problems = read_problems(folder / "train.parquet")
@@ -173,7 +202,8 @@ def main(argv: list[str] | None = None) -> None:
     frame = sft_frame(problems, args)
     frame.to_parquet(folder / "sft.parquet", index=False)
     print(f"{folder / 'model'}: {model.num_parameters():,} parameters, {len(tokenizer)} words")
-    print(f"{folder / 'sft.parquet'}: {len(frame)} examples, e.g. {frame['prompt'][0]} {frame['response'][0]}")
+    example = " ".join(frame.iloc[0])
+    print(f"{folder / 'sft.parquet'}: {len(frame)} examples, {example!r}, …")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,10 @@ def make_samples(
             setattr(sample, name, value)
         samples.append(sample)
     return samples
+
+
+def free_address() -> str:
+    """Where a process group of this machine can meet."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{s.getsockname()[1]}"

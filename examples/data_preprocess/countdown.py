@@ -2,13 +2,13 @@
 
 Two sources, one output format:
 
-* default: the Hugging Face data set ``Jiayi-Pan/Countdown-Tasks-3to4`` (needs ``datasets`` and a network);
-* ``--generate``: problems drawn here, each solvable by construction, reproducible by ``--seed``.
+* default: Hugging Face's ``Jiayi-Pan/Countdown-Tasks-3to4`` (needs ``datasets`` and a network);
+* ``--generate``: problems drawn here, solvable by construction, reproducible by ``--seed``.
 
-``train.parquet`` and ``test.parquet`` in ``--local_dir`` hold the columns ``data_source``, ``prompt``
-(the plain text that the model continues: run with ``data.apply_chat_template=False``), ``ability``,
-``reward_model`` (rule and ground truth) and ``extra_info``. No test problem, identified by its sorted numbers
-and its target, occurs in the training file.
+``train.parquet`` and ``test.parquet`` in ``--local_dir`` hold the columns ``data_source``,
+``prompt`` (the plain text that the model continues: run with ``data.apply_chat_template=False``),
+``ability``, ``reward_model`` (rule and ground truth) and ``extra_info``. No test problem, known by
+its sorted numbers and its target, occurs in the training file.
 """
 
 import argparse
@@ -26,24 +26,24 @@ PATIENCE = 200_000
 Problem = tuple[tuple[int, ...], int]  # (numbers in the order shown, target)
 
 TASK = (
-    "Using the numbers {numbers}, create an equation that equals {target}. You can use the basic arithmetic "
-    "operations (+, -, *, /), and each number has to be used exactly once. Show your work in <think> </think> "
-    "tags, and return the final answer in <answer> </answer> tags, for example "
-    "<answer> (1 + 2) / 3 </answer>."
+    "Using the numbers {numbers}, create an equation that equals {target}. You can use the basic "
+    "arithmetic operations (+, -, *, /), and each number has to be used exactly once. Show your "
+    "work in <think> </think> tags, and return the final answer in <answer> </answer> tags, for "
+    "example <answer> (1 + 2) / 3 </answer>."
 )
 OPENING = "Let me solve this step by step.\n<think>"
 TEMPLATES = {
     "base": (
-        "This is a conversation between a user and an assistant. The user asks a question, and the assistant "
-        "answers it: it first thinks about the reasoning in its mind and only then gives the user the answer.\n"
-        f"User: {TASK}\nAssistant: {OPENING}"
+        "This is a conversation between a user and an assistant. The user asks a question, and the "
+        "assistant answers it: it first thinks about the reasoning in its mind and only then gives "
+        f"the user the answer.\nUser: {TASK}\nAssistant: {OPENING}"
     ),
     "qwen-instruct": (
-        "<|im_start|>system\nYou are a helpful assistant. You first think about the reasoning in your mind and "
-        "then give the user the answer.<|im_end|>\n"
+        "<|im_start|>system\nYou are a helpful assistant. You first think about the reasoning in "
+        "your mind and then give the user the answer.<|im_end|>\n"
         f"<|im_start|>user\n{TASK}<|im_end|>\n<|im_start|>assistant\n{OPENING}"
     ),
-    # One token per word, and the target a token of its own kind ("=24"): see examples/tiny_countdown.py.
+    # One token per word, the target a token of its own kind: see examples/tiny_countdown.py.
     "tiny": "{words} ={target} <think>",
 }
 
@@ -66,7 +66,7 @@ def problem_key(problem: Problem) -> Problem:
 
 
 def random_target(numbers: tuple[int, ...], rng: random.Random) -> int:
-    """The value of a random expression that uses each number once; every intermediate value is an integer."""
+    """The value of a random expression with each number once and only integers on the way."""
     values = list(numbers)
     while len(values) > 1:
         a = values.pop(rng.randrange(len(values)))
@@ -79,7 +79,7 @@ def random_target(numbers: tuple[int, ...], rng: random.Random) -> int:
 
 
 def draw_problems(args: argparse.Namespace) -> Iterator[Problem]:
-    """Endless distinct problems within the bounds of ``args``; ends once no new one turns up any more."""
+    """Distinct problems within the bounds of ``args``, until no new one turns up any more."""
     rng = random.Random(args.seed)
     seen: set[Problem] = set()
     misses = 0
@@ -112,9 +112,9 @@ def generate(args: argparse.Namespace) -> tuple[list[Problem], list[Problem]]:
                 break
     if len(problems) < wanted:
         raise ValueError(
-            f"--train_size {args.train_size} + --test_size {args.test_size} = {wanted} problems, but only "
-            f"{len(problems)} distinct ones were found within the bounds: lower the sizes, or raise "
-            "--max_operands, --max_number or --max_target"
+            f"--train_size {args.train_size} and --test_size {args.test_size} ask for {wanted} "
+            f"problems, but only {len(problems)} distinct ones were found within the bounds: lower "
+            "the sizes, or raise --max_operands, --max_number or --max_target"
         )
     # Easy problems (many solutions) are drawn early; shuffling gives both files the same mixture.
     random.Random(args.seed + 1).shuffle(problems)
@@ -122,7 +122,7 @@ def generate(args: argparse.Namespace) -> tuple[list[Problem], list[Problem]]:
 
 
 def load_from_hub(args: argparse.Namespace) -> tuple[list[Problem], list[Problem]]:
-    """The first ``train_size`` problems of the Hugging Face set, and the next ones that are not among them.
+    """The first ``train_size`` problems of the Hugging Face set, then new ones for the test.
 
     Raises:
         ValueError: the set cannot be loaded, or is too small.
@@ -133,8 +133,8 @@ def load_from_hub(args: argparse.Namespace) -> tuple[list[Problem], list[Problem
 
         rows = load_dataset(HUB_NAME, split="train")
     except ImportError as error:
-        raise ValueError(f"the package `datasets` is missing: pip install datasets, or {remedy}") from error
-    except Exception as error:  # datasets raises many types for "no network"; all mean the same here
+        raise ValueError(f"`datasets` is missing: pip install datasets, or {remedy}") from error
+    except Exception as error:  # "no network" comes in many types; all mean the same here
         raise ValueError(f"cannot load {HUB_NAME} ({error}): {remedy}") from error
     problems = [(tuple(n), t) for n, t in zip(rows["nums"], rows["target"], strict=True)]
     train = problems[: args.train_size]
@@ -142,8 +142,9 @@ def load_from_hub(args: argparse.Namespace) -> tuple[list[Problem], list[Problem
     test = [p for p in problems[args.train_size :] if problem_key(p) not in trained]
     if len(train) < args.train_size or len(test) < args.test_size:
         raise ValueError(
-            f"{HUB_NAME} has {len(problems)} problems ({len(test)} left for the test after --train_size "
-            f"{args.train_size}), too few for --test_size {args.test_size}: lower the sizes, or {remedy}"
+            f"{HUB_NAME} has {len(problems)} problems, {len(test)} of them left for the test after "
+            f"--train_size {args.train_size}, too few for --test_size {args.test_size}: lower the "
+            f"sizes, or {remedy}"
         )
     return train, test[: args.test_size]
 
@@ -168,10 +169,11 @@ def to_frame(problems: list[Problem], split: str, template_type: str) -> pd.Data
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line (``argv`` defaults to the program's)."""
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--local_dir", default="~/data/countdown_nochat", help="folder for train.parquet and test.parquet")
+    add("--local_dir", default="~/data/countdown_nochat", help="folder for the two files")
     add("--train_size", type=int, default=327680, help="problems for training")
     add("--test_size", type=int, default=1024, help="problems for validation")
     add("--template_type", choices=list(TEMPLATES), default="base", help="text of the prompt")
@@ -205,7 +207,9 @@ def main(argv: list[str] | None = None) -> None:
     for split, problems in (("train", train), ("test", test)):
         path = folder / f"{split}.parquet"
         to_frame(problems, split, args.template_type).to_parquet(path, index=False)
-        print(f"{path}: {len(problems)} problems, the first: {make_prompt(problems[0], args.template_type)!r}")
+        print(
+            f"{path}: {len(problems)} problems, {make_prompt(problems[0], args.template_type)!r}, …"
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 def balanced_partitions(lengths: Sequence[int], parts: int) -> list[list[int]]:
@@ -25,7 +26,7 @@ def balanced_partitions(lengths: Sequence[int], parts: int) -> list[list[int]]:
 def equal_partitions(count: int, parts: int) -> list[list[int]]:
     """Splits `count` indices into consecutive lists whose sizes differ by at most one."""
     bounds = [count * part // parts for part in range(parts + 1)]
-    return [list(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [list(range(a, b)) for a, b in pairwise(bounds)]
 
 
 def micro_batches(

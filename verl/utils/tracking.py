@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import netrc
 import os
 import re
 import sys
@@ -13,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
 
 from tqdm import tqdm
 
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 CONSOLE_COLUMNS = (
     ("reward", ("critic/rewards/mean",), "{:6.3f}"),
     ("length", ("response_length/mean",), "{:7.1f}"),
+    ("loss", ("train/loss",), "{:7.4f}"),
     ("entropy", ("actor/entropy", "actor/entropy_loss"), "{:6.3f}"),
     ("grad norm", ("actor/grad_norm",), "{:7.3f}"),
     ("tokens/s", ("perf/throughput",), "{:6.0f}"),
@@ -160,11 +159,12 @@ class Tracking:
         id_file = self.run_dir / "wandb_run_id"
         if not (step and id_file.exists()):
             id_file.write_text(uuid.uuid4().hex[:8])
-        mode = None
-        if not os.environ.get("WANDB_MODE") and not _has_wandb_credentials():
+        mode = os.environ.get("WANDB_MODE")
+        # Asked of wandb itself: where it keeps keys, and for which host, changes with its version.
+        if not mode and not wandb.login(prompt=False, verify=False):
             mode = "offline"
             print(
-                "wandb: no WANDB_API_KEY and no login in ~/.netrc, so this run is kept offline; "
+                "wandb: no WANDB_API_KEY and no `wandb login`, so this run is kept offline; "
                 "upload it later with `wandb sync`",
                 file=sys.stderr,
             )
@@ -198,10 +198,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
-def validation_scores(metrics: Mapping[str, Any], figure: str = "mean") -> dict[str, float]:
-    """``val-core/{source}/{acc or reward}/{figure}@N`` by data source; figure: mean, best or maj."""
+def validation_scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The accuracy of each data source: ``val-core/{source}/{acc or reward}/mean@N``."""
     matches = ((_CORE.fullmatch(key), value) for key, value in metrics.items())
-    return {m[1]: value for m, value in matches if m and m[2].startswith(f"{figure}@")}
+    return {m[1]: value for m, value in matches if m and m[2].startswith("mean@")}
 
 
 def step_line(metrics: Mapping[str, Any], step: int, total_steps: int) -> str:
@@ -258,12 +258,3 @@ def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     """Floats, with None where JSON has no number."""
     return {k: v if math.isfinite(v) else None for k, v in _floats(metrics).items()}
-
-
-def _has_wandb_credentials() -> bool:
-    """Whether wandb would find an API key without asking."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    return path.is_file() and bool(netrc.netrc(path).authenticators(host or ""))

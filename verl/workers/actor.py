@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,19 +243,19 @@ class Policy:
 class ActorWorker:
     """Everything that one actor rank does; a plain class, made a Ray actor in `group.py`."""
 
-    def __init__(
-        self, rank: int, world_size: int, master_address: str, device: str | None = None
-    ) -> None:
+    def __init__(self, device: str | None = None) -> None:
         self.device = get_device(device)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.actor: Policy | None = None
+        self.ref: Policy | None = None
+
+    def connect(self, rank: int, world_size: int, address: str) -> None:
+        """Joins the ranks' process group, which meets at `address` (`tcp://host:port`)."""
         dist.init_process_group(
             process_group_backend(self.device),
-            init_method=master_address,
+            init_method=address,
             rank=rank,
             world_size=world_size,
         )
-        self.actor: Policy | None = None
-        self.ref: Policy | None = None
 
     def build(
         self,
@@ -318,7 +317,3 @@ class ActorWorker:
         self.actor.onload()
         fsdp.save_hf_model(self.actor.model, self.actor.model_config, Path(folder), tokenizer)
         self.actor.offload()
-
-    def ping(self) -> int:
-        """The process id: answers once the worker is up."""
-        return os.getpid()

@@ -1,0 +1,172 @@
+"""metrics.jsonl, the console and wandb."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from verl.trainer.config.schema import TrainerConfig
+from verl.utils.tracking import Tracking, read_metrics, step_line, validation_table
+
+STEP = {
+    "critic/rewards/mean": 0.5,
+    "response_length/mean": 231.44,
+    "actor/entropy": 1.25,
+    "actor/grad_norm": 0.125,
+    "perf/throughput": 1234.0,
+    "perf/time_per_step": 9.96,
+}
+VALIDATION = {
+    "val-core/countdown/acc/mean@4": 0.25,
+    "val-core/countdown/acc/best@4/mean": 0.75,
+    "val-core/openai/gsm8k/acc/mean@1": 0.5,
+    "val-aux/countdown/acc/best@2/mean": 0.5,
+    "val-aux/countdown/response_length/mean": 200.0,
+    "val-aux/countdown/response_length/clip_ratio": 0.125,
+}
+
+
+def tracking(run_dir, *loggers, step=0, total_steps=100):
+    trainer = TrainerConfig(logger=list(loggers) or "file", project_name="p", experiment_name="e")
+    return Tracking(trainer, run_dir, total_steps, {"trainer": {"total_epochs": 1}}, step=step)
+
+
+def test_one_line_a_step_at_once_on_disk(tmp_path):
+    run = tmp_path / "made" / "on the way"
+    with tracking(run) as t:
+        t.log_validation({"val-core/a/acc/mean@1": np.float32(0.5)}, step=0)
+        t.log({"x": 1}, step=1)
+        assert read_metrics(run / "metrics.jsonl")[1] == {"step": 1, "x": 1.0}
+        t.log_validation({"val-core/a/acc/mean@1": True}, step=2)
+        t.log({"x": np.int64(2)}, step=2)
+    text = (run / "metrics.jsonl").read_text()
+    assert text == (
+        '{"step": 0, "val-core/a/acc/mean@1": 0.5}\n'
+        '{"step": 1, "x": 1.0}\n'
+        '{"step": 2, "val-core/a/acc/mean@1": 1.0, "x": 2.0}\n'
+    )
+    assert [p.name for p in run.iterdir()] == ["metrics.jsonl"]
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    with tracking(tmp_path) as t:
+        t.log({"a": math.nan, "b": math.inf, "c": 1}, step=1)
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_text() == '{"step": 1, "a": null, "b": null, "c": 1.0}\n'
+
+
+def test_resume_drops_the_lines_after_the_checkpoint(tmp_path):
+    with tracking(tmp_path) as t:
+        for step in range(1, 6):
+            t.log({"x": step, "bad": math.nan}, step)
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 6, "x"')  # killed while writing
+    with tracking(tmp_path, step=3) as t:
+        t.log_validation({"v": 1}, step=3)  # a validation before training goes on
+        t.log({"x": 40}, step=4)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["x"]) for r in records] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert records[2] == {"step": 3, "x": 3.0, "bad": None, "v": 1.0}
+
+
+def test_resume_at_the_half_written_step(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x": 1.0}\n{"step": 2, "x":')
+    with tracking(tmp_path, step=2) as t:
+        t.log({"x": 3}, step=3)
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
+
+
+def test_resume_without_a_file(tmp_path):
+    with tracking(tmp_path, step=7) as t:
+        t.log({}, step=8)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 8}]
+
+
+def test_a_new_run_starts_its_metrics_anew(tmp_path):
+    for value in (1, 2):
+        with tracking(tmp_path) as t:
+            t.log({"x": value}, step=0)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "x": 2.0}]
+
+
+def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\noops\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+        tracking(tmp_path, step=3)
+    assert "oops" in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_step_line():
+    assert step_line(STEP | VALIDATION, 7, 100) == (
+        "step   7/100 | reward  0.500 | length   231.4 | entropy  1.250 | grad norm   0.125"
+        " | tokens/s   1234 | seconds   10.0 | val acc 0.375"
+    )
+    assert step_line({"actor/grad_norm": None}, 1, 9) == "step 1/9 | grad norm     nan"
+
+
+def test_validation_table():
+    assert validation_table(VALIDATION).splitlines() == [
+        "  data source   mean@4  best@4  length  truncated  mean@1",
+        "  countdown      0.250   0.750   200.0      12.5%",
+        "  openai/gsm8k                                      0.500",
+    ]
+
+
+def test_console_without_a_terminal_prints_plain_lines(tmp_path, capsys):
+    with tracking(tmp_path, "console") as t:
+        t.log_validation(VALIDATION, step=1)
+        t.log(STEP, step=1)
+        t.log(STEP, step=2)
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "validation at step 1" and lines[2].startswith("  countdown ")
+    assert lines[4:] == [step_line(STEP | VALIDATION, 1, 100), step_line(STEP, 2, 100)]
+    assert err == ""
+
+
+def test_console_in_a_terminal_shows_the_time_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with tracking(tmp_path, "console", step=40) as t:
+        t.log(STEP, step=41)
+    out, err = capsys.readouterr()
+    assert out == step_line(STEP, 41, 100) + "\n"
+    assert " 40/100 " in err and " 41/100 " in err and "<" in err
+
+
+def test_other_loggers_print_nothing(tmp_path, capsys):
+    with tracking(tmp_path, "file") as t:
+        t.log_validation(VALIDATION, step=1)
+        t.log(STEP, step=1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_wandb_offline_and_resumed(tmp_path, monkeypatch, capfd):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    run = tmp_path / "run"
+    with tracking(run, "wandb") as t:
+        t.log_validation(VALIDATION, step=0)
+        t.log(STEP, step=1)
+        summary, first = dict(t.wandb.summary), t.wandb.id
+        assert t.wandb.settings.mode == "offline" and t.wandb.step == 2
+    assert summary["critic/rewards/mean"] == 0.5
+    assert summary["val-core/countdown/acc/mean@4"] == 0.25
+    assert capfd.readouterr().err.count("no WANDB_API_KEY") == 1
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    for step, same in ((1, True), (0, False)):
+        with tracking(run, "wandb", step=step) as t:
+            assert ((run / "wandb_run_id").read_text() == first) is same
+    assert "no WANDB_API_KEY" not in capfd.readouterr().err
+    assert list((run / "wandb").glob(f"offline-run-*-{first}"))
+
+
+def test_an_error_closes_the_loggers_and_goes_on(tmp_path):
+    with pytest.raises(ZeroDivisionError), tracking(tmp_path) as t:
+        t.log({"x": 1}, step=1)
+        _ = 1 / 0
+    assert t.file.closed
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "x": 1.0}

@@ -1,0 +1,261 @@
+"""The gradient is one sum over responses: no split of the work may change it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import free_address, make_samples
+from verl.protocol import Sample, fill
+from verl.trainer.config.schema import FSDPConfig, MixedPrecisionConfig, ModelConfig, OptimConfig
+from verl.trainer.ppo.core_algos import WEIGHTS, kl_divergence, policy_loss, response_weights
+from verl.utils.seqlen_balancing import balanced_partitions
+from verl.workers.actor import (
+    ActorWorker,
+    LossConfig,
+    MicroBatchLimit,
+    Policy,
+    learning_rate_factor,
+)
+
+LENGTHS = [3, 9, 0, 1, 20, 7, 12, 2]
+M = 24
+LIMITS = {
+    "one": MicroBatchLimit(1),
+    "four": MicroBatchLimit(4),
+    "all": MicroBatchLimit(len(LENGTHS)),
+    "tokens": MicroBatchLimit(None, 40),
+}
+LOSS = LossConfig(entropy_coeff=0.05, kl_coef=0.1, clip_ratio_high=0.3, temperature=0.9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=free_address(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_model: Path) -> ActorWorker:
+    return build(tiny_model)
+
+
+def build(folder: Path, remove_padding: bool = True, **model: object) -> ActorWorker:
+    worker = ActorWorker("cpu")
+    config = ModelConfig(path=str(folder), use_remove_padding=remove_padding, **model)
+    worker.build(config, FSDPConfig(), OptimConfig(lr=1e-3), 10)
+    return worker
+
+
+def weighted_samples(mode: str) -> list[Sample]:
+    samples = make_samples(LENGTHS)
+    weights = response_weights(LENGTHS, mode, M, alpha=0.75, group_size=4)
+    fill(samples, "weight", weights.tolist())
+    return samples
+
+
+def gradient(policy: Policy, samples: list[Sample], limit: MicroBatchLimit) -> torch.Tensor:
+    """Flat gradient of the loss over all ranks' samples."""
+    policy.model.zero_grad()
+    policy.accumulate_gradient(samples, LOSS, limit)
+    return torch.cat([p.grad.full_tensor().flatten() for p in policy.model.parameters()])
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def reference_loss(folder: Path, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and flat gradient, written out response by response in float64 on the plain model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64)
+    for s in samples:
+        ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
+        start = len(s.prompt.token_ids) - 1
+        logits = model(ids).logits[0, start : start + s.length] / LOSS.temperature
+        log_p = logits.log_softmax(-1)
+        taken = log_p.gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0]
+        old, ref = (torch.tensor(x).double() for x in (s.old_log_probs, s.ref_log_probs))
+        advantage = torch.full_like(taken, s.advantage)
+        token_loss = policy_loss(taken, old, advantage, 0.2, 0.3, 3.0).loss
+        token_loss = token_loss + 0.05 * (log_p.exp() * log_p).sum(-1)  # minus the entropy
+        token_loss = token_loss + 0.1 * kl_divergence(taken, ref, "low_var_kl")
+        loss = loss + s.weight * token_loss.sum()
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()]).float()
+
+
+@pytest.mark.parametrize("mode", WEIGHTS)
+def test_gradient_is_that_of_the_formula(mode: str, worker: ActorWorker, tiny_model: Path) -> None:
+    samples = weighted_samples(mode)
+    _, expected = reference_loss(tiny_model, samples)
+    assert distance(gradient(worker.actor, samples, LIMITS["four"]), expected) < 1e-6
+
+
+@pytest.mark.parametrize("mode", WEIGHTS)
+def test_micro_batches_do_not_change_the_gradient(mode: str, worker: ActorWorker) -> None:
+    samples = weighted_samples(mode)
+    expected = gradient(worker.actor, samples, LIMITS["all"])
+    for limit in LIMITS.values():
+        assert distance(gradient(worker.actor, samples, limit), expected) < 1e-6
+
+
+def test_padding_and_checkpointing_do_not_change_the_gradient(
+    worker: ActorWorker, tiny_model: Path
+) -> None:
+    samples = weighted_samples("delta-l")
+    expected = gradient(worker.actor, samples, LIMITS["all"])
+    for remove_padding, recompute in itertools.product((True, False), repeat=2):
+        other = build(tiny_model, remove_padding, enable_gradient_checkpointing=recompute)
+        for limit in LIMITS.values():
+            assert distance(gradient(other.actor, samples, limit), expected) < 1e-6
+
+
+def _rank_gradients(rank: int, world: int, address: str, folder: Path, out: Path) -> None:
+    """One of `world` processes: gradients of every method and limit, padded and packed."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    results = {}
+    for remove_padding in (True, False):
+        policy = build(folder, remove_padding).actor
+        for mode in WEIGHTS:
+            samples = weighted_samples(mode)
+            share = balanced_partitions([s.num_tokens for s in samples], world)[rank]
+            for name, limit in LIMITS.items():
+                mine = [samples[i] for i in share]
+                results[remove_padding, mode, name] = gradient(policy, mine, limit)
+        # One rank has nothing at all.
+        lonely = weighted_samples("delta-l") if rank == 0 else []
+        results[remove_padding, "lonely", "four"] = gradient(policy, lonely, LIMITS["four"])
+    if rank == 0:
+        torch.save(results, out)
+    dist.destroy_process_group()
+
+
+def test_ranks_do_not_change_the_gradient(
+    worker: ActorWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "gradients.pt"
+    mp.spawn(_rank_gradients, (2, free_address(), tiny_model, out), nprocs=2)
+    results = torch.load(out, weights_only=True)
+    assert len(results) == 2 * (len(WEIGHTS) * len(LIMITS) + 1)
+    for (_, mode, _), value in results.items():
+        samples = weighted_samples("delta-l" if mode == "lonely" else mode)
+        assert distance(value, gradient(worker.actor, samples, LIMITS["all"])) < 1e-6
+
+
+def test_a_response_without_weight_changes_nothing(worker: ActorWorker) -> None:
+    samples = weighted_samples("delta-l")
+    samples[4].weight = 0.0
+    with_it = gradient(worker.actor, samples, LIMITS["four"])
+    without = gradient(worker.actor, samples[:4] + samples[5:], LIMITS["four"])
+    assert distance(with_it, without) < 1e-6
+
+
+def test_nothing_but_empty_responses_gives_a_zero_gradient(worker: ActorWorker) -> None:
+    samples = make_samples([0, 0])
+    fill(samples, "weight", response_weights([0, 0], "delta-l", M, 0.75).tolist())
+    assert gradient(worker.actor, samples, LIMITS["one"]).abs().max() == 0
+    assert gradient(worker.actor, [], MicroBatchLimit(1)).abs().max() == 0
+
+
+def test_sums_that_are_reported(worker: ActorWorker, tiny_model: Path) -> None:
+    samples = weighted_samples("token-mean")
+    sums = worker.actor.accumulate_gradient(samples, LOSS, LIMITS["four"])
+    expected, _ = reference_loss(tiny_model, samples)
+    # Every response has the same weight under token-mean, so the entropy can be put back in.
+    weight = samples[0].weight
+    total = sums["w/pg_loss"] - 0.05 * weight * sums["entropy"] + 0.1 * sums["w/kl_loss"]
+    assert total == pytest.approx(expected.item(), rel=1e-5)
+    assert sums["tokens"] == sum(LENGTHS)
+
+
+def test_log_probs_are_those_of_the_plain_model(worker: ActorWorker, tiny_model: Path) -> None:
+    samples = make_samples(LENGTHS)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    found = worker.log_probs(samples, "actor", 0.7, MicroBatchLimit(3))
+    for s, log_probs in zip(samples, found, strict=True):
+        ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
+        start = len(s.prompt.token_ids) - 1
+        logits = model(ids).logits[0, start : start + s.length] / 0.7
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0]
+        np.testing.assert_allclose(log_probs, expected.detach().numpy(), atol=1e-5)
+
+
+def test_first_update_needs_no_old_log_probs(tiny_model: Path) -> None:
+    known, unknown = build(tiny_model), build(tiny_model)
+    samples = weighted_samples("dr-grpo")
+    fill(samples, "old_log_probs", known.log_probs(samples, "actor", 1.0, LIMITS["all"]))
+    loss = LossConfig()
+    first = known.update([samples], loss, LIMITS["four"], 1.0)
+    fill(samples, "old_log_probs", [None] * len(samples))
+    second = unknown.update([samples], loss, LIMITS["four"], 1.0)
+    assert first[0]["grad_norm"] == pytest.approx(second[0]["grad_norm"], rel=1e-4)
+    for a, b in zip(known.actor.model.parameters(), unknown.actor.model.parameters(), strict=True):
+        torch.testing.assert_close(a.full_tensor(), b.full_tensor(), atol=2e-5, rtol=0)
+
+
+def test_updates_move_the_policy_towards_what_was_rewarded(tiny_model: Path) -> None:
+    worker = build(tiny_model)
+    samples = make_samples([4, 4])
+    for sample, advantage in zip(samples, (1.0, -1.0), strict=True):
+        sample.advantage, sample.weight, sample.old_log_probs = advantage, 1 / 8, None
+    before = [x.sum() for x in worker.log_probs(samples, "actor", 1.0, LIMITS["all"])]
+    for _ in range(3):
+        worker.update([samples], LossConfig(), LIMITS["one"], 1.0)
+    after = [x.sum() for x in worker.log_probs(samples, "actor", 1.0, LIMITS["all"])]
+    assert after[0] > before[0] and after[1] < before[1]
+
+
+def test_gradient_that_is_not_finite_leaves_the_weights_alone(tiny_model: Path) -> None:
+    worker = build(tiny_model)
+    before = [p.full_tensor().clone() for p in worker.actor.model.parameters()]
+    samples = make_samples([3, 4], advantage=float("nan"))
+    with pytest.raises(FloatingPointError, match="gradient norm is nan"):
+        worker.update([samples], LossConfig(), LIMITS["all"], 1.0)
+    for old, new in zip(before, worker.actor.model.parameters(), strict=True):
+        assert torch.equal(old, new.full_tensor())
+
+
+def test_offloading_and_mixed_precision_run(tiny_model: Path) -> None:
+    worker = ActorWorker("cpu")
+    half = MixedPrecisionConfig(param_dtype="bfloat16")
+    fsdp = FSDPConfig(param_offload=True, optimizer_offload=True, mixed_precision=half)
+    worker.build(ModelConfig(path=str(tiny_model)), fsdp, OptimConfig(lr=1e-3), 10, FSDPConfig())
+    samples = weighted_samples("delta-l")
+    exact = worker.log_probs(samples, "ref", 1.0, LIMITS["all"])
+    rounded = worker.log_probs(samples, "actor", 1.0, LIMITS["all"])
+    difference = max(np.abs(a - b).max() for a, b in zip(exact, rounded, strict=True) if len(a))
+    assert 0 < difference < 0.2
+    results = worker.update([samples, samples], LOSS, LIMITS["four"], 1.0)
+    assert all(np.isfinite(list(r.values())).all() for r in results)
+    assert next(worker.actor.model.parameters()).dtype == torch.float32
+
+
+def test_exported_weights_rebuild_the_model(worker: ActorWorker, tiny_model: Path) -> None:
+    expected = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters())
+    buckets = list(worker.export_weights("float32", 40_000))
+    found = {name: value for bucket in buckets for name, value in bucket.items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    for bucket in buckets:
+        assert len(bucket) == 1 or sum(v.nbytes for v in bucket.values()) <= 40_000
+
+
+def test_learning_rate() -> None:
+    warm = OptimConfig(lr_warmup_steps=4)
+    assert [learning_rate_factor(i, warm, 10) for i in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    ratio = OptimConfig(lr_warmup_steps_ratio=0.2, warmup_style="linear", min_lr_ratio=0.5)
+    assert [learning_rate_factor(i, ratio, 10) for i in (0, 1, 2, 6, 10)] == [0.5, 1, 1, 0.75, 0.5]
+    cosine = OptimConfig(warmup_style="cosine")
+    assert learning_rate_factor(5, cosine, 10) == pytest.approx(0.5)

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# Math, Qwen2.5-3B. DAPO Norm, the default: the mean over all tokens.
+source "$(dirname -- "${BASH_SOURCE[0]}")/_common.sh"
+run_math "$@"

@@ -1,0 +1,43 @@
+"""Reinforcement learning: `python -m verl.trainer.main_ppo key=value …`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from verl.trainer.config import entry_point
+from verl.trainer.config.schema import Config
+
+
+def run(config: Config) -> None:
+    """Trains as `config` says.
+
+    Input that can't be used ends the process with status 2 and one message.
+    """
+    # Heavy imports wait until the configuration is known to be good.
+    import ray
+    from transformers import AutoTokenizer
+
+    from verl.models.fsdp import load_hf_config
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+    model = config.actor_rollout_ref.model
+    try:
+        load_hf_config(model)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(Path(config.data.tokenizer or model.path).expanduser()),
+            trust_remote_code=model.trust_remote_code,
+        )
+        trainer = RayPPOTrainer(config, tokenizer)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    try:
+        trainer.start_workers()
+        trainer.fit()
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    entry_point(run, "ppo_trainer")

@@ -1,0 +1,347 @@
+"""The training loop. `fit` is the algorithm."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from verl.data.dataset import load_prompts
+from verl.protocol import Prompt, Sample, column, fill, response_lengths
+from verl.rewards.manager import RewardManager
+from verl.trainer.config.schema import Config, resolve_aggregation
+from verl.trainer.ppo.batching import (
+    TrainBatches,
+    mini_batches,
+    validation_sampling,
+)
+from verl.trainer.ppo.core_algos import (
+    WEIGHTS,
+    KLController,
+    advantages,
+    kl_divergence,
+    response_weights,
+)
+from verl.trainer.ppo.metrics import (
+    data_metrics,
+    loss_agg_metrics,
+    throughput_metrics,
+    timing_metrics,
+    validation_metrics,
+)
+from verl.utils.checkpoint import CheckpointFolder
+from verl.utils.seqlen_balancing import balanced_partitions, equal_partitions
+from verl.utils.timer import Timer
+from verl.utils.tracking import Tracking
+from verl.workers.actor import ActorWorker, LossConfig, MicroBatchLimit
+from verl.workers.group import WorkerGroup, place, start_ray
+from verl.workers.rollout.base import SamplingParams, engine_class
+from verl.workers.weight_sync import sync_weights
+
+logger = logging.getLogger(__name__)
+
+
+class RayPPOTrainer:
+    """Trains one policy. Everything that can be wrong with the input is found before Ray starts."""
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        """Reads the data and finds the checkpoint to resume from; starts no process.
+
+        Raises: ValueError or FileNotFoundError for data or keys that can't be used.
+        """
+        self.config, self.tokenizer = config, tokenizer
+        data, trainer = config.data, config.trainer
+        self.engine = engine_class(config.actor_rollout_ref.rollout.name)
+        self.aggregation = resolve_aggregation(config)
+        self.kl_controller = KLController(**asdict(config.algorithm.kl_ctrl))
+        self.rewards = RewardManager(
+            config.reward_model, config.custom_reward_function, tokenizer, data.max_response_length
+        )
+        self.val_prompts = load_prompts(data.val_files, data, tokenizer)
+        train_prompts = load_prompts(data.train_files, data, tokenizer)
+        self.batches = TrainBatches(config, train_prompts, self.generate, self.rewards)
+        self.steps_per_epoch = self.batches.order.steps_per_epoch
+        self.total_steps = (
+            trainer.total_training_steps or trainer.total_epochs * self.steps_per_epoch
+        )
+        self.num_workers = trainer.nnodes * trainer.n_gpus_per_node
+        self.checkpoints = CheckpointFolder(trainer)
+        self.step = 0
+        if resumed := self.checkpoints.find():
+            self._load_state(self.checkpoints.read_state(resumed))
+        self.resumed = resumed
+
+    def start_workers(self) -> None:
+        """Starts Ray, the actor ranks and the engines, with the weights to begin from."""
+        trainer, model = self.config.trainer, self.config.actor_rollout_ref
+        start_ray(self.num_workers, self.config.ray_init.num_cpus)
+        slots = place(trainer.nnodes, trainer.n_gpus_per_node, trainer.device)
+        device = trainer.device
+        self.actor = WorkerGroup(ActorWorker, slots, device, [(device,)] * len(slots))
+        engine_args = (model.model, model.rollout, device)
+        self.rollout = WorkerGroup(self.engine, slots, device, [engine_args] * len(slots))
+        self.actor.connect()
+        ref = model.ref.fsdp_config if self.needs_reference else None
+        self.actor.call(
+            "build", model.model, model.actor.fsdp_config, model.actor.optim, self.total_steps, ref
+        )
+        if self.resumed:
+            logger.info("resuming from %s", self.resumed)
+            self.actor.call("load", str(self.resumed / "actor"))
+            sync_weights(self.actor, self.rollout)
+
+    def fit(self) -> None:
+        """Trains from the current step to the last one."""
+        trainer = self.config.trainer
+        with Tracking(
+            trainer, self.checkpoints.root, self.total_steps, asdict(self.config), self.step
+        ) as tracking:
+            if trainer.val_before_train and not self.resumed:
+                tracking.log_validation(self.validate(), self.step)
+            if trainer.val_only:
+                return
+            while self.step < self.total_steps:
+                self.step += 1
+                timer = Timer()
+                samples, metrics = self.batches.next(self.step, timer)
+                self.rollout.call("sleep")
+                metrics |= self.add_log_probs(samples, timer)
+                with timer("adv"):
+                    metrics |= self.add_advantages(samples)
+                    steps = list(self.add_weights(samples))
+                with timer("update_actor"):
+                    metrics |= self.update_actor(steps)
+                with timer("update_weights"):
+                    self.rollout.call("wake_up")
+                    sync_weights(self.actor, self.rollout)
+                metrics |= self.step_metrics(samples, timer)
+                if self._due(trainer.test_freq):
+                    tracking.log_validation(self.validate(), self.step)
+                tracking.log(metrics, self.step)
+                if self._due(trainer.save_freq):
+                    self.save_checkpoint()
+        if trainer.save_hf_model:
+            self.save_hf_model()
+
+    # ------------------------------------------------------------------------------- the stages
+
+    def generate(
+        self, prompts: list[Prompt], groups: list[int], params: SamplingParams
+    ) -> Iterator[list[Sample]]:
+        """Samples from all engines, as they are finished."""
+        shares = equal_partitions(len(prompts), len(self.rollout))
+        arguments = [
+            ([prompts[i] for i in share], [groups[i] for i in share], params) for share in shares
+        ]
+        return self.rollout.stream("generate", arguments)
+
+    def add_log_probs(self, samples: list[Sample], timer: Timer) -> dict[str, float]:
+        """Log-probabilities under the policy before its update and under the reference.
+
+        The policy's are left out where one optimizer step follows: they are those of its own
+        forward pass.
+        """
+        model, algorithm = self.config.actor_rollout_ref, self.config.algorithm
+        rollout, actor = model.rollout, model.actor
+        prompts = actor.ppo_mini_batch_size * rollout.n
+        several_updates = len(samples) > prompts or actor.ppo_epochs > 1
+        size = rollout.log_prob_micro_batch_size_per_gpu or actor.ppo_micro_batch_size_per_gpu
+        ref_size = model.ref.log_prob_micro_batch_size_per_gpu or size
+        if several_updates or algorithm.use_kl_in_reward:
+            with timer("old_log_prob"):
+                fill(samples, "old_log_probs", self._log_probs(samples, "actor", size))
+        if self.needs_reference:
+            with timer("ref"):
+                fill(samples, "ref_log_probs", self._log_probs(samples, "ref", ref_size))
+        return self._subtract_kl(samples) if algorithm.use_kl_in_reward else {}
+
+    def add_advantages(self, samples: list[Sample]) -> dict[str, float]:
+        """One advantage per response; metrics of rewards and aggregation."""
+        lengths = response_lengths(samples)
+        values = advantages(
+            column(samples, "reward"),
+            column(samples, "group").astype(np.int64),
+            lengths,
+            self.config.algorithm.adv_estimator,
+            self.aggregation.norm_by_std,
+        )
+        fill(samples, "advantage", values.tolist())
+        used = [s.length for s in samples if self._counts(s)]
+        weights = {mode: self._weights(used, mode, used).numpy() for mode in WEIGHTS_TO_COMPARE}
+        weights[self.aggregation.mode] = self._weights(used, self.aggregation.mode, used).numpy()
+        return loss_agg_metrics(used, weights, self.aggregation.mode)
+
+    def add_weights(self, samples: list[Sample]) -> Iterator[list[Sample]]:
+        """The samples of each optimizer step, with the weights w_i of its loss."""
+        used = [s.length for s in samples if self._counts(s)]
+        scope = used if self.aggregation.scope == "batch" else None
+        steps = list(mini_batches(self.config, samples, self.step))
+        for step in steps:
+            counting = [s for s in step if self._counts(s)]
+            weights = self._weights([s.length for s in counting], self.aggregation.mode, scope)
+            fill(counting, "weight", weights.tolist())
+            yield [s for s in counting if s.weight > 0]
+
+    def update_actor(self, steps: list[list[Sample]]) -> dict[str, float]:
+        """One optimizer step per element of `steps`; means over them."""
+        actor = self.config.actor_rollout_ref.actor
+        limit = MicroBatchLimit(
+            None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
+            actor.ppo_max_token_len_per_gpu,
+        )
+        shares = [self._partition(samples) for samples in steps]  # [step][rank] → indices
+        arguments = []
+        for rank in range(self.num_workers):
+            mine = [[s[i] for i in share[rank]] for s, share in zip(steps, shares, strict=True)]
+            arguments.append((mine, loss_config(self.config), limit, actor.grad_clip))
+        by_rank = self.actor.scatter("update", arguments)
+        return reduce_update_metrics(by_rank)
+
+    def validate(self) -> dict[str, float]:
+        """Accuracy on the validation prompts."""
+        size = self.config.data.val_batch_size or len(self.val_prompts)
+        samples: list[Sample] = []
+        for start in range(0, len(self.val_prompts), size):
+            prompts = self.val_prompts[start : start + size]
+            groups = list(range(start, start + len(prompts)))
+            params = validation_sampling(self.config, self.step)
+            for finished in self.generate(prompts, groups, params):
+                self.rewards.score(finished)
+                samples += finished
+        return validation_metrics(sorted(samples, key=lambda s: s.group))
+
+    # ---------------------------------------------------------------------------------- details
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a KL term needs the reference policy."""
+        config = self.config
+        return config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+
+    def step_metrics(self, samples: list[Sample], timer: Timer) -> dict[str, float]:
+        """What the samples and the clock say about a step."""
+        seconds = sum(timer.seconds.values())
+        epoch = (self.step - 1) / self.steps_per_epoch
+        return (
+            {"training/global_step": self.step, "training/epoch": epoch}
+            | data_metrics(samples, self.config.data.max_prompt_length)
+            | timing_metrics(samples, timer.seconds | {"step": seconds})
+            | throughput_metrics(samples, seconds, self.num_workers)
+        )
+
+    def save_checkpoint(self) -> None:
+        """Writes what a resumed run needs to go on as if nothing had happened."""
+        state = {"order": self.batches.order.state_dict(), "kl_coef": self.kl_controller.value}
+        self.checkpoints.save(self.step, state, lambda folder: self.actor.call("save", folder))
+
+    def save_hf_model(self) -> None:
+        """Writes the policy in Hugging Face format."""
+        folder = self.checkpoints.root / "huggingface"
+        self.actor.call("save_hf", str(folder), self.tokenizer)
+        logger.info("the model is in %s", folder)
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.batches.order.load_state_dict(state["order"])
+        self.kl_controller.value = state["kl_coef"]
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.total_steps)
+
+    def _counts(self, sample: Sample) -> bool:
+        """Whether a response takes part in the loss and its denominators."""
+        return not (self.config.algorithm.filter_overlong_response.enable and sample.truncated)
+
+    def _weights(
+        self, lengths: list[int], mode: str, rollout_lengths: list[int] | None
+    ) -> torch.Tensor:
+        a = self.aggregation
+        return response_weights(
+            lengths, mode, a.max_response_length, a.alpha, rollout_lengths, a.group_size
+        )
+
+    def _partition(self, samples: list[Sample]) -> list[list[int]]:
+        if self.config.trainer.balance_batch:
+            return balanced_partitions([s.num_tokens for s in samples], self.num_workers)
+        return equal_partitions(len(samples), self.num_workers)
+
+    def _log_probs(
+        self, samples: list[Sample], role: str, size: int | None
+    ) -> list[np.ndarray | None]:
+        rollout = self.config.actor_rollout_ref.rollout
+        limit = MicroBatchLimit(
+            None if rollout.log_prob_use_dynamic_bsz else size,
+            rollout.log_prob_max_token_len_per_gpu,
+        )
+        shares = self._partition(samples)
+        arguments = [
+            ([samples[i] for i in share], role, rollout.temperature, limit) for share in shares
+        ]
+        results: list[np.ndarray | None] = [None] * len(samples)
+        for share, values in zip(shares, self.actor.scatter("log_probs", arguments), strict=True):
+            for i, value in zip(share, values, strict=True):
+                results[i] = value
+        return results
+
+    def _subtract_kl(self, samples: list[Sample]) -> dict[str, float]:
+        """reward_i −= β Σ_t kl_it, with the estimator `algorithm.kl_penalty`."""
+        estimator = self.config.algorithm.kl_penalty
+        per_response = []
+        for sample in samples:
+            old, ref = torch.tensor(sample.old_log_probs), torch.tensor(sample.ref_log_probs)
+            per_response.append(kl_divergence(old, ref, estimator).double().sum().item())
+        beta = self.kl_controller.value
+        lengths = response_lengths(samples).clip(min=1)
+        for sample, kl in zip(samples, per_response, strict=True):
+            sample.reward -= beta * kl
+        per_token = float(np.mean(per_response / lengths))
+        self.kl_controller.update(per_token, len(samples))
+        return {"actor/reward_kl_penalty": per_token, "actor/reward_kl_penalty_coeff": beta}
+
+
+WEIGHTS_TO_COMPARE = tuple(
+    mode for mode in WEIGHTS if mode not in ("token-mean-legacy", "seq-mean-token-sum-norm")
+)
+"""Methods whose gradient noise is predicted from the lengths of every step."""
+
+
+def loss_config(config: Config) -> LossConfig:
+    """The actor's loss, as the configuration says."""
+    actor = config.actor_rollout_ref.actor
+    low, high = actor.clip_ratio_low, actor.clip_ratio_high
+    return LossConfig(
+        kind="ppo",
+        temperature=config.actor_rollout_ref.rollout.temperature,
+        clip_ratio_low=actor.clip_ratio if low is None else low,
+        clip_ratio_high=actor.clip_ratio if high is None else high,
+        clip_ratio_c=actor.clip_ratio_c,
+        entropy_coeff=actor.entropy_coeff,
+        kl_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+        kl_type=actor.kl_loss_type,
+    )
+
+
+def reduce_update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, float]:
+    """Ranks' sums of each mini-batch → `actor/…` means over mini-batches.
+
+    Sums named `w/…` already carry the weights of the loss; the others become means over tokens.
+    """
+    totals: dict[str, list[float]] = {}
+    for parts in zip(*by_rank, strict=True):  # one mini-batch, all ranks
+        tokens = max(1.0, sum(part["tokens"] for part in parts))
+        for name in {name for part in parts for name in part} - {"tokens"}:
+            values = [part[name] for part in parts if name in part]
+            if name in ("grad_norm", "lr"):
+                value = values[0]
+            elif name == "max_memory_gb":
+                value = max(values)
+            else:
+                value = sum(values) / (1 if name.startswith("w/") else tokens)
+            totals.setdefault(name.removeprefix("w/"), []).append(value)
+    memory = totals.pop("max_memory_gb", None)
+    metrics = {f"actor/{name}": float(np.mean(values)) for name, values in totals.items()}
+    return metrics | ({"perf/max_memory_gb": max(memory)} if memory else {})

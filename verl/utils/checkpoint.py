@@ -1,0 +1,125 @@
+"""Checkpoints: written aside, renamed when complete, found again.
+
+default_local_dir/
+  global_step_20/actor/          parameters, optimizer, schedule (torch.distributed.checkpoint)
+  global_step_20/trainer.json    the driver's state
+  latest_checkpointed_iteration.txt
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from verl.trainer.config.schema import TrainerConfig
+
+if TYPE_CHECKING:
+    from verl.workers.actor import Policy
+
+logger = logging.getLogger(__name__)
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Every rank writes its shards below `folder`; collective."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save(_policy_state(policy), checkpoint_id=folder)
+
+
+def load_policy(policy: Policy, folder: Path) -> None:
+    """The inverse of `save_policy`, for any number of ranks; collective."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    state = _policy_state(policy)
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(
+        policy.model,
+        policy.optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    policy.schedule.load_state_dict(state["schedule"])
+    policy.offload()
+
+
+def _policy_state(policy: Policy) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model, optimizer = get_state_dict(policy.model, policy.optimizer)
+    return {"model": model, "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
+
+
+class CheckpointFolder:
+    """The checkpoints below `trainer.default_local_dir`."""
+
+    def __init__(self, trainer: TrainerConfig) -> None:
+        self.trainer = trainer
+        self.root = Path(trainer.default_local_dir).expanduser().absolute()
+
+    def save(self, step: int, state: dict[str, Any], save_actor: Callable[[str], Any]) -> Path:
+        """Writes a checkpoint of `step`. Until the last rename, the one before it is the latest.
+
+        `state`: the driver's, JSON-able. `save_actor` is given the folder for the policy.
+        """
+        final = self.root / f"global_step_{step}"
+        aside = self.root / f"{final.name}.tmp"
+        for old in (aside, final):
+            shutil.rmtree(old, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_actor(str(aside / "actor"))
+        (aside / "trainer.json").write_text(json.dumps(state | {"step": step}))
+        os.replace(aside, final)
+        latest = self.root / f"{LATEST}.tmp"
+        latest.write_text(str(step))
+        os.replace(latest, self.root / LATEST)
+        self._delete_old(keep=final)
+        return final
+
+    def find(self) -> Path | None:
+        """The checkpoint to resume from, as `trainer.resume_mode` says; None: start anew.
+
+        Raises: ValueError if a named checkpoint isn't one.
+        """
+        if self.trainer.resume_mode == "disable":
+            return None
+        if self.trainer.resume_mode == "resume_path":
+            folder = Path(self.trainer.resume_from_path or "").expanduser().absolute()
+            if not (folder / "trainer.json").is_file():
+                raise ValueError(
+                    f"trainer.resume_from_path={folder}: there is no checkpoint; name a folder "
+                    "called global_step_N"
+                )
+            return folder
+        latest = self.root / LATEST
+        if not latest.is_file():
+            return None
+        folder = self.root / f"global_step_{latest.read_text().strip()}"
+        if not (folder / "trainer.json").is_file():
+            raise ValueError(
+                f"{latest} names {folder.name}, which is not there: correct the number in it, or "
+                "start anew with trainer.resume_mode=disable"
+            )
+        return folder
+
+    @staticmethod
+    def read_state(folder: Path) -> dict[str, Any]:
+        """The driver's state of a checkpoint, with `step`."""
+        return json.loads((folder / "trainer.json").read_text())
+
+    def _delete_old(self, keep: Path) -> None:
+        limit = self.trainer.max_actor_ckpt_to_keep
+        if limit is None:
+            return
+        found = [p for p in self.root.iterdir() if re.fullmatch(r"global_step_\d+", p.name)]
+        found.sort(key=lambda p: (p == keep, int(p.name.rpartition("_")[2])))
+        for folder in found[:-limit]:
+            shutil.rmtree(folder, ignore_errors=True)
