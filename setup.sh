@@ -69,7 +69,8 @@ install() { # install REQUIREMENT…
   local log=$VENV/setup.log
   if ! "$VENV/bin/python" -m pip install --no-input --disable-pip-version-check "$@" 2>&1 |
     tee "$log" |
-    awk '/^ *Downloading .*[MG]B\)/ { sub(/.*\//, "", $2); print "  " $2, $3, $4; fflush() }
+    awk '/^ *Downloading .*[MG]B\)/ { sub(/.*\//, "", $2); split($2, part, "-")
+                                        print "  " part[1], part[2], $3, $4; fflush() }
          /^Installing collected/ { print "  unpacking"; fflush() }'; then
     tail -n 20 "$log" >&2
     die "pip failed; all of its output: $log"

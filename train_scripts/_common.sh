@@ -5,16 +5,21 @@
 #   NNODES      nodes; more than 1 need a running Ray cluster, named by RAY_ADDRESS [1]
 #   MODEL_PATH  model folder or hub name; BASE_MODEL is another name for it [Qwen/Qwen2.5-3B]
 #   DATA_DIR    folder of the parquet files [~/data/countdown_nochat, ~/data/open_reasoner_zero_nochat]
-#   PYTHON      interpreter [.venv/bin/python of this repository where there is one, else python3]
+#   VERL_PYTHON or PYTHON
+#               interpreter [.venv/bin/python of this repository where there is one, else python3]
 #   DRY_RUN     1: print the resolved configuration as YAML and stop
 # Arguments of a script are overrides (key=value) and win over what stands here.
 # shellcheck shell=bash
 set -euo pipefail
 
 REPO=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)
-if [[ -z ${PYTHON:-} ]]; then
+PYTHON=${VERL_PYTHON:-${PYTHON:-}}
+if [[ -z $PYTHON && -x $REPO/.venv/bin/python ]]; then
   PYTHON=$REPO/.venv/bin/python
-  [[ -x $PYTHON ]] || PYTHON=python3
+elif ! "${PYTHON:=python3}" -c 'import hydra, omegaconf' 2>/dev/null; then
+  printf 'error: %s lacks the packages that verl needs: run bash setup.sh gpu (or cpu) first\n' \
+    "$PYTHON" >&2
+  exit 1
 fi
 # The working directory stays the caller's, so that relative paths mean what they say.
 export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}

@@ -29,7 +29,7 @@ WARM_UP=(
   data.train_batch_size=32
   data.max_length=256
   optim.lr=4e-3
-  optim.betas=[0.9,0.95]
+  "optim.betas=[0.9,0.95]"
   optim.weight_decay=0.0
   optim.lr_warmup_steps=50
   optim.warmup_style=linear
@@ -47,14 +47,14 @@ RL=(
   actor_rollout_ref.actor.use_dynamic_bsz=True
   actor_rollout_ref.actor.ppo_max_token_len_per_gpu=8192
   actor_rollout_ref.actor.optim.lr=4e-4
-  actor_rollout_ref.actor.optim.betas=[0.9,0.95]
+  "actor_rollout_ref.actor.optim.betas=[0.9,0.95]"
   actor_rollout_ref.rollout.name=hf
   actor_rollout_ref.rollout.n=8
   actor_rollout_ref.rollout.val_kwargs.n=1
   actor_rollout_ref.rollout.val_kwargs.do_sample=True
   actor_rollout_ref.rollout.val_kwargs.temperature=1
   trainer.project_name=quickstart
-  trainer.logger=[console]
+  "trainer.logger=[console]"
   trainer.n_gpus_per_node=2
   trainer.device=cpu
   trainer.total_training_steps=80
@@ -72,7 +72,7 @@ die() {
   exit 2
 }
 
-method=delta-l-norm alpha='' seed=0 out=$HERE/../outputs/quickstart fresh='' extra=()
+method=delta-l-norm alpha='' seed=0 out='' fresh='' extra=()
 while (($#)); do
   case $1 in
     --method | --alpha | --seed | --out)
@@ -91,6 +91,7 @@ while (($#)); do
   esac
 done
 [[ $seed =~ ^[0-9]+$ ]] || die "--seed $seed: a whole number, 0 or more"
+seed=$((10#$seed))
 [[ -z $alpha || $method == delta-l-norm ]] || die "--alpha belongs to --method delta-l-norm"
 run=$method
 case $method in
@@ -109,13 +110,12 @@ esac
 
 dry_run=${DRY_RUN:-0}
 unset DRY_RUN
-PYTHON=${VERL_PYTHON:-${PYTHON:-}}
-if [[ -z $PYTHON && $dry_run == 0 ]]; then
+if [[ -z ${VERL_PYTHON:-${PYTHON:-}} && $dry_run == 0 ]]; then
   bash "$HERE/../setup.sh" cpu
 fi
 source "$HERE/_common.sh"
 
-export OMP_WAIT_POLICY=PASSIVE    # threads that spin while they wait cost far more than they gain
+export OMP_WAIT_POLICY=PASSIVE # threads that spin while they wait cost far more than they gain
 export TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 # no warning about GPUs that nobody asked for
@@ -125,30 +125,35 @@ export PYTHONUNBUFFERED=1
 
 digest() { printf '%s\n' "$@" | cksum | awk '{ printf "%08x", $1 }'; }
 
-[[ $dry_run != 0 ]] || mkdir -p "$out"
-out=$(cd -P -- "$out" 2>/dev/null && pwd || printf %s "$out")
+out=${out:-$REPO/outputs/quickstart}
+[[ $out == /* ]] || out=$PWD/$out
 examples=$REPO/examples
 makers=$(cat "$examples/data_preprocess/countdown.py" "$examples/tiny_countdown.py")
-warm=$out/warm-up-seed-$seed-$(digest "${PROBLEMS[@]}" "${MODEL[@]}" "${WARM_UP[@]}" "$makers")
-RL+=(
+warm=warm-up-seed-$seed-$(digest "${PROBLEMS[@]}" "${MODEL[@]}" "${WARM_UP[@]}" "$makers")
+RL+=("data.seed=$seed" "actor_rollout_ref.rollout.seed=$seed" ${extra[@]+"${extra[@]}"})
+run+=-seed-$seed-$(digest "$warm" "${RL[@]}")
+warm=$out/$warm
+RL=(
   "data.train_files='$warm/train.parquet'"
   "data.val_files='$warm/test.parquet'"
-  "data.seed=$seed"
   "actor_rollout_ref.model.path='$warm/sft/huggingface'"
-  "actor_rollout_ref.rollout.seed=$seed"
-  ${extra[@]+"${extra[@]}"}
+  "trainer.experiment_name='$run'"
+  "trainer.default_local_dir='$out/$run'"
+  "${RL[@]}"
 )
-run+=-seed-$seed-$(digest "${RL[@]}")
-run_dir=$out/$run
-RL=("trainer.experiment_name='$run'" "trainer.default_local_dir='$run_dir'" "${RL[@]}")
 
+# An error in the overrides shows here, before anything is made.
 configuration=$(DRY_RUN=1 "$PYTHON" -m verl.trainer.main_ppo "${RL[@]}")
 if [[ $dry_run != 0 ]]; then
   printf '%s\n' "$configuration"
   exit
 fi
-resolved() { sed -n "s/^  $1: //p" <<<"$configuration"; } # the value of a key of the second level
-run_dir=$(resolved default_local_dir)                     # an override may have moved it
+resolved() { # resolved SECTION KEY
+  "$PYTHON" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)[sys.argv[1]][sys.argv[2]])' "$@" \
+    <<<"$configuration"
+}
+run_dir=$(resolved trainer default_local_dir) # an override may have moved it
+run_dir=${run_dir/#\~\//$HOME/}
 
 show() {
   cat "$run_dir/summary.txt"
@@ -156,7 +161,8 @@ show() {
 }
 
 if [[ $fresh ]]; then
-  rm -rf "${run_dir:?}"
+  [[ $run_dir == "$out/$run" ]] || die "--fresh deletes no folder that you chose: delete $run_dir"
+  rm -rf "$run_dir"
 elif [[ -e $run_dir/summary.txt ]]; then
   echo "This run is finished; --fresh starts it anew, --seed and --method make others."
   show
@@ -169,6 +175,7 @@ if [[ -d $warm ]]; then
   echo "[1/3] The warmed-up model of an earlier run: $warm"
 else
   # Made aside and renamed: a folder of that name is a finished one.
+  mkdir -p "$out"
   work=$out/.warm-up-$$
   trap 'rm -rf "$work"' EXIT
   echo "[1/3] Problems, a tiny model, and search traces for its warm-up"
@@ -178,13 +185,15 @@ else
   echo "[2/3] Warm-up: learns to search, and to give up too early; about two minutes"
   "$PYTHON" -m verl.trainer.main_sft \
     "data.train_files='$work/sft.parquet'" "model.path='$work/model'" "data.seed=$seed" \
-    "trainer.default_local_dir='$work/sft'" "${WARM_UP[@]}"
+    "trainer.default_local_dir='$work/sft'" "${WARM_UP[@]}" |
+    grep --line-buffered -v '^the model is in ' # not for long
   [[ -d $warm ]] || mv "$work" "$warm"
+  echo "      kept for the next time: $warm"
 fi
 
 # --- RL ---------------------------------------------------------------------------------------------
 
-if compgen -G "$run_dir/global_step_*" >/dev/null; then
+if [[ -e $run_dir/latest_checkpointed_iteration.txt ]]; then
   echo "[3/3] RL with $method, on from the last checkpoint in $run_dir"
 else
   echo "[3/3] RL with $method; Ctrl-C stops it, and the same command goes on"
@@ -193,7 +202,7 @@ fi
 
 echo
 "$PYTHON" -m verl.utils.plot "$run_dir/metrics.jsonl" "$run_dir/plot.png" --title "$run" \
-  --max-response-length "$(resolved max_response_length)" >"$run_dir/summary.txt.tmp"
+  --max-response-length "$(resolved data max_response_length)" >"$run_dir/summary.txt.tmp"
 mv "$run_dir/summary.txt.tmp" "$run_dir/summary.txt"
 show
 printf '  quick start %d min %02d s\n' $((SECONDS / 60)) $((SECONDS % 60))

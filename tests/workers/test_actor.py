@@ -99,7 +99,8 @@ def reference_loss(folder: Path, samples: list[Sample]) -> tuple[torch.Tensor, t
 def test_gradient_is_that_of_the_formula(mode: str, worker: ActorWorker, tiny_model: Path) -> None:
     samples = weighted_samples(mode)
     _, expected = reference_loss(tiny_model, samples)
-    assert distance(gradient(worker.actor, samples, LIMITS["four"]), expected) < 1e-6
+    # float32 against float64
+    assert distance(gradient(worker.actor, samples, LIMITS["four"]), expected) < 1e-5
 
 
 @pytest.mark.parametrize("mode", WEIGHTS)
@@ -162,11 +163,13 @@ def test_a_response_without_weight_changes_nothing(worker: ActorWorker) -> None:
     assert distance(with_it, without) < 1e-6
 
 
-def test_nothing_but_empty_responses_gives_a_zero_gradient(worker: ActorWorker) -> None:
+def test_nothing_but_empty_responses_gives_a_zero_gradient(tiny_model: Path) -> None:
+    worker = build(tiny_model)
     samples = make_samples([0, 0])
     fill(samples, "weight", response_weights([0, 0], "delta-l", M, 0.75).tolist())
     assert gradient(worker.actor, samples, LIMITS["one"]).abs().max() == 0
-    assert gradient(worker.actor, [], MicroBatchLimit(1)).abs().max() == 0
+    result = worker.actor.update([[]], LOSS, LIMITS["one"], 1.0)
+    assert result[0]["grad_norm"] == 0
 
 
 def test_sums_that_are_reported(worker: ActorWorker, tiny_model: Path) -> None:

@@ -53,6 +53,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             log_p = _logits(hidden[part], weight, bias, ctx.temperature)
             log_p -= normalizer[part, None]
             p = log_p.exp()
+            log_p.clamp_(min=-1e4)  # where p is 0; -inf would make it 0 · inf = NaN
             log_p += entropy[part, None]
             log_p *= grad_entropy[part, None]
             log_p += grad_log_probs[part, None]

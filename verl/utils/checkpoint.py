@@ -72,11 +72,11 @@ class CheckpointFolder:
         """
         final = self.root / f"global_step_{step}"
         aside = self.root / f"{final.name}.tmp"
-        for old in (aside, final):
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_actor(str(aside / "actor"))
         (aside / "trainer.json").write_text(json.dumps(state | {"step": step}))
+        shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
         latest = self.root / f"{LATEST}.tmp"
         latest.write_text(str(step))

@@ -47,9 +47,8 @@ def micro_batches(
     if not lengths:
         return []
     parts = -(-sum(lengths) // max_tokens)
-    budget = max(max_tokens, max(lengths))
     while True:
         result = balanced_partitions(lengths, parts)
-        if max(sum(lengths[i] for i in part) for part in result) <= budget:
+        if all(len(part) == 1 or sum(lengths[i] for i in part) <= max_tokens for part in result):
             return [part for part in result if part]
         parts += 1

@@ -1,0 +1,155 @@
+"""Chunked log-probabilities and entropies against a plain `log_softmax`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from verl.models.logprobs import chunked_log_probs
+
+ROWS, HIDDEN, VOCABULARY = 7, 5, 11
+
+
+def inputs(dtype: torch.dtype, with_bias: bool = True, rows: int = ROWS):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (rows, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,)
+    leaves = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in shapes
+    ]
+    targets = torch.randint(VOCABULARY, (rows,), generator=generator)
+    return leaves if with_bias else leaves[:2], targets
+
+
+def plain(hidden, weight, bias, targets, temperature):
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    log_p = (logits / temperature).log_softmax(-1)
+    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def objective(log_probs, entropy):
+    """Something that depends on every number in a way of its own."""
+    scale = torch.linspace(0.5, 2.0, len(log_probs), dtype=torch.float64)
+    return (scale * log_probs).sum() - (scale.flip(0) * entropy).sum() * 1.5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [1, 3, ROWS, None])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_and_gradients(dtype, with_bias, chunk, temperature):
+    leaves, targets = inputs(dtype, with_bias)
+    bias = leaves[2] if with_bias else None
+    ours = chunked_log_probs(leaves[0], leaves[1], targets, temperature, bias, chunk)
+    theirs = plain(leaves[0], leaves[1], bias, targets, temperature)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
+    for a, b, leaf in zip(
+        torch.autograd.grad(objective(*ours), leaves),
+        torch.autograd.grad(objective(*theirs), leaves),
+        leaves,
+        strict=True,
+    ):
+        assert a.dtype == leaf.dtype
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_gradient_of_one_result_alone(index):
+    leaves, targets = inputs(torch.float64)
+    ours = chunked_log_probs(leaves[0], leaves[1], targets, 0.7, leaves[2], 2)[index]
+    theirs = plain(*leaves, targets, 0.7)[index]
+    for a, b in zip(
+        torch.autograd.grad(ours.sum(), leaves),
+        torch.autograd.grad(theirs.sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("result", ["both", "log_probs", "entropy"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_tokens_of_probability_zero_are_as_if_they_were_not_there(temperature, result):
+    leaves, _ = inputs(torch.float32)
+    hidden, weight, bias = leaves
+    allowed = torch.tensor([0, 2, 3, 7, 8, 10])
+    place = torch.tensor([1, 5, 0, 0, 3, 2, 4])  # of each target among the allowed tokens
+    masked = torch.full_like(bias, -torch.inf)
+    masked[allowed] = bias.detach()[allowed]
+    masked.requires_grad_()
+    ours = chunked_log_probs(hidden, weight, allowed[place], temperature, masked, 3)
+    theirs = plain(hidden, weight[allowed], bias[allowed], place, temperature)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+    def loss(log_probs, entropy):
+        parts = {"log_probs": (log_probs, 0 * entropy), "entropy": (0 * log_probs, 2 * entropy)}
+        return objective(*parts.get(result, (log_probs, entropy)))
+
+    gradients = torch.autograd.grad(loss(*ours), (hidden, weight, masked))
+    expected = torch.autograd.grad(loss(*theirs), (hidden, weight, bias))
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_large_logits_do_not_overflow():
+    hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.5]])
+    log_probs, entropy = chunked_log_probs(hidden, weight, torch.tensor([0, 0]))
+    assert log_probs.tolist() == [0, -2e4]
+    assert entropy.tolist() == [0, 0]
+    (log_probs.sum() + entropy.sum()).backward()
+    torch.testing.assert_close(hidden.grad, torch.tensor([[0.0], [2.0]]))
+
+
+def test_zero_rows():
+    leaves, targets = inputs(torch.float32, rows=0)
+    log_probs, entropy = chunked_log_probs(leaves[0], leaves[1], targets, 1.0, leaves[2])
+    assert log_probs.shape == entropy.shape == (0,)
+    (log_probs.sum() + entropy.sum()).backward()
+    assert leaves[0].grad.shape == (0, HIDDEN)
+    assert not leaves[1].grad.any()
+    assert not leaves[2].grad.any()
+
+
+def test_bfloat16_parameters_get_bfloat16_gradients():
+    leaves, targets = inputs(torch.bfloat16)
+    ours = chunked_log_probs(leaves[0], leaves[1], targets, 1.0, leaves[2], 3)
+    exact = plain(*(leaf.float() for leaf in leaves), targets, 1.0)
+    for a, b in zip(ours, exact, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)
+    gradients = torch.autograd.grad(objective(*ours), leaves)
+    expected = torch.autograd.grad(objective(*exact), leaves)
+    for a, b in zip(gradients, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.1)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+def test_logits_of_all_rows_never_exist_at_once():
+    hidden = torch.randn(64, 2, requires_grad=True)
+    weight = torch.randn(50, 2, requires_grad=True)
+    targets = torch.randint(50, (64,))
+    largest = {}
+    for chunk in (4, 64):
+        with LargestTensor() as seen:
+            log_probs, entropy = chunked_log_probs(hidden, weight, targets, chunk=chunk)
+            (log_probs.sum() + entropy.sum()).backward()
+        largest[chunk] = seen.elements
+    assert largest == {4: 4 * 50, 64: 64 * 50}

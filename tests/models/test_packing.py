@@ -1,0 +1,181 @@
+"""Packing, shifting and the attention over packed rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import make_samples
+from verl.models.packing import (
+    pack,
+    packed_sdpa,
+    per_token,
+    register_packed_attention,
+    split_per_sample,
+)
+from verl.protocol import Prompt, Sample
+
+CPU = torch.device("cpu")
+
+
+def sample(prompt: list[int], response: list[int]) -> Sample:
+    ids = np.array(prompt, np.int64), np.array(response, np.int64)
+    return Sample(Prompt(0, ids[0], "countdown", {}), 0, ids[1], "stop")
+
+
+def test_packed_by_hand():
+    batch = pack([sample([5, 6], [1, 2]), sample([7], [3])], CPU)
+    assert batch.input_ids.tolist() == [[5, 6, 1, 7]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0]]
+    assert batch.predictors.tolist() == [1, 2, 3]
+    assert batch.targets.tolist() == [1, 2, 3]
+    assert batch.model_kwargs["sequence_lengths"] == [3, 1]
+    assert batch.model_kwargs["sequence_bounds"].tolist() == [0, 3, 4]
+    assert batch.model_kwargs["sequence_bounds"].dtype == torch.int32
+    assert batch.model_kwargs["attention_mask"] is None
+
+
+def test_padded_by_hand():
+    batch = pack([sample([5, 6], [1, 2]), sample([7], [3])], CPU, remove_padding=False)
+    assert batch.input_ids.tolist() == [[5, 6, 1], [7, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert batch.predictors.tolist() == [1, 2, 3]
+    assert batch.targets.tolist() == [1, 2, 3]
+    assert batch.model_kwargs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    # With a shorter sequence first, padding moves the second one's predictors.
+    batch = pack([sample([7], [3]), sample([5, 6], [1, 2])], CPU, remove_padding=False)
+    assert batch.predictors.tolist() == [0, 4, 5]
+
+
+@pytest.mark.parametrize("remove_padding", [True, False])
+def test_a_predictor_sees_everything_before_its_target_and_nothing_else(remove_padding):
+    samples = make_samples([4, 1, 0, 7, 2])
+    batch = pack(samples, CPU, remove_padding)
+    tokens, positions = batch.input_ids.flatten(), batch.position_ids.flatten()
+    pairs = iter(zip(batch.predictors.tolist(), batch.targets.tolist(), strict=True))
+    for s in samples:
+        sequence = [*s.prompt.token_ids.tolist(), *s.response_ids.tolist()]
+        for end in range(len(s.prompt.token_ids), len(sequence)):
+            predictor, target = next(pairs)
+            seen = slice(predictor - end + 1, predictor + 1)
+            assert tokens[seen].tolist() == sequence[:end]
+            assert positions[seen].tolist() == list(range(end))
+            assert target == sequence[end]
+    assert next(pairs, None) is None
+
+
+@pytest.mark.parametrize("remove_padding", [True, False])
+def test_response_of_length_zero(remove_padding):
+    batch = pack([sample([5, 6], []), sample([7], []), sample([8], [1])], CPU, remove_padding)
+    assert batch.targets.tolist() == [1]
+    assert batch.input_ids.flatten()[batch.predictors].tolist() == [8]
+    assert batch.predictors.dtype == batch.targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize("remove_padding", [True, False])
+def test_no_samples_are_one_token_that_predicts_nothing(remove_padding):
+    batch = pack([], CPU, remove_padding)
+    assert batch.input_ids.shape == batch.position_ids.shape == (1, 1)
+    assert batch.input_ids.dtype == batch.predictors.dtype == batch.targets.dtype == torch.int64
+    assert len(batch.predictors) == len(batch.targets) == 0
+    hidden = torch.zeros(1, 8)
+    assert hidden[batch.predictors].shape == (0, 8)
+
+
+def test_fields_per_token_and_back():
+    samples = make_samples([3, 0, 2, 1])
+    values = per_token(samples, "old_log_probs", CPU)
+    assert values.dtype == torch.float32
+    for s, part in zip(samples, split_per_sample(values, samples), strict=True):
+        assert part.dtype == np.float32
+        np.testing.assert_array_equal(part, s.old_log_probs)
+    weights = per_token(samples, "weight", CPU)
+    expected = [samples[i].weight for i in (0, 0, 0, 2, 2, 3)]
+    torch.testing.assert_close(weights, torch.tensor(expected))
+    assert per_token([], "weight", CPU).shape == (0,)
+
+
+def test_results_with_a_gradient_in_a_short_type_are_split():
+    values = torch.tensor([0.5, -0.25, 2.0], dtype=torch.bfloat16, requires_grad=True)
+    parts = split_per_sample(values, make_samples([1, 2]))
+    assert [part.tolist() for part in parts] == [[0.5], [-0.25, 2.0]]
+
+
+# ----------------------------------------------------------------------------------- attention
+
+
+def plain_attention(query, key, value, lengths, scaling, window):
+    """Softmax over a block-diagonal causal mask: one head, one token after the other."""
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    heads, share = query.shape[1], query.shape[1] // key.shape[1]
+    output = []
+    for head in range(heads):
+        q, k, v = query[0, head], key[0, head // share], value[0, head // share]
+        rows = []
+        for t in range(len(owner)):
+            first = int((owner < owner[t]).sum())
+            if window is not None:
+                first = max(first, t - window + 1)
+            scores = (k[first : t + 1] @ q[t]) * scaling
+            rows.append(scores.softmax(0) @ v[first : t + 1])
+        output.append(torch.stack(rows))
+    return torch.stack(output, dim=1)[None]  # [1, T, heads, D]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_packed_attention_is_block_diagonal_and_causal(key_heads, window):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 1, 6]
+    query, key, value = (
+        torch.randn(1, heads, 10, 8, dtype=torch.float64, generator=generator).requires_grad_()
+        for heads in (4, key_heads, key_heads)
+    )
+    ours, weights = packed_sdpa(
+        torch.nn.Module(),
+        query,
+        key,
+        value,
+        None,
+        sequence_lengths=lengths,
+        scaling=0.3,
+        sliding_window=window,
+    )
+    theirs = plain_attention(query, key, value, lengths, 0.3, window)
+    assert weights is None
+    assert ours.shape == (1, 10, 4, 8)
+    torch.testing.assert_close(ours, theirs)
+    cotangent = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
+    for a, b in zip(
+        torch.autograd.grad((ours * cotangent).sum(), (query, key, value)),
+        torch.autograd.grad((theirs * cotangent).sum(), (query, key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_default_scale_is_that_of_the_head_size():
+    query, key, value = torch.randn(3, 1, 2, 5, 16, generator=torch.Generator().manual_seed(0))
+    ours, _ = packed_sdpa(torch.nn.Module(), query, key, value, None, sequence_lengths=[2, 3])
+    torch.testing.assert_close(ours, plain_attention(query, key, value, [2, 3], 1 / 4, None))
+
+
+def test_model_sees_the_same_in_packed_and_padded_rows(tiny_model):
+    register_packed_attention()
+    samples = make_samples([4, 1, 0, 7, 2])
+    logits = []
+    for remove_padding, attention in ((True, "packed_sdpa"), (False, "eager")):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention)
+        batch = pack(samples, CPU, remove_padding)
+        with torch.no_grad():
+            output = model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                **batch.model_kwargs,
+            )
+        logits.append(output.logits.flatten(0, 1)[batch.predictors])
+    assert logits[0].shape[0] == 14
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,285 @@
+"""The scripts of train_scripts/: what each of them resolves to with DRY_RUN=1."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+SCRIPTS = Path(__file__).parents[2] / "train_scripts"
+# Variables that steer the scripts: a test starts without the caller's.
+STEERING = (
+    "VERL_PYTHON",
+    "N_GPUS",
+    "NNODES",
+    "MODEL_PATH",
+    "BASE_MODEL",
+    "DATA_DIR",
+    "RAY_ADDRESS",
+)
+
+# (loss_agg_mode, use_grpopp, use_dr_grpo, alpha)
+METHODS = {
+    "dapo-norm": ("token-mean", False, False, None),
+    "grpo-norm": ("seq-mean-token-mean", False, False, None),
+    "dr-grpo-norm": ("token-mean", True, False, 0.0),
+    "dr-grpo": ("token-mean", False, True, None),
+}
+EXPERIMENTS = {
+    **{f"{task}-3b-{name}": m for task in ("countdown", "math") for name, m in METHODS.items()},
+    "countdown-3b-delta-l-norm-alpha-1": ("token-mean", True, False, 1.0),
+    "math-3b-delta-l-norm-alpha-0.75": ("token-mean", True, False, 0.75),
+}
+# Names as in METHODS, and the method that quickstart.sh runs by default.
+QUICKSTART = {**METHODS, "delta-l-norm": ("token-mean", True, False, 0.75)}
+
+COMMON = {
+    "algorithm.adv_estimator": "grpo",
+    "algorithm.use_kl_in_reward": False,
+    "data.train_batch_size": 128,
+    "data.gen_batch_size": 128,
+    "data.max_response_length": 8192,
+    "data.filter_overlong_prompts": True,
+    "data.apply_chat_template": False,
+    "actor_rollout_ref.model.path": "Qwen/Qwen2.5-3B",
+    "actor_rollout_ref.model.use_remove_padding": True,
+    "actor_rollout_ref.actor.optim.lr": 1e-6,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": 32,
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 4,
+    "actor_rollout_ref.actor.clip_ratio_low": 0.2,
+    "actor_rollout_ref.actor.clip_ratio_high": 0.3,
+    "actor_rollout_ref.actor.entropy_coeff": 0.0,
+    "actor_rollout_ref.actor.use_kl_loss": False,
+    "actor_rollout_ref.actor.fsdp_config.param_offload": True,
+    "actor_rollout_ref.actor.fsdp_config.optimizer_offload": True,
+    "actor_rollout_ref.ref.fsdp_config.param_offload": True,
+    "actor_rollout_ref.rollout.name": "vllm",
+    "actor_rollout_ref.rollout.n": 10,
+    "actor_rollout_ref.rollout.temperature": 1.0,
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+    "actor_rollout_ref.rollout.gpu_memory_utilization": 0.8,
+    "actor_rollout_ref.rollout.enable_chunked_prefill": False,
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 4,
+    "actor_rollout_ref.rollout.val_kwargs.n": 8,
+    "actor_rollout_ref.rollout.val_kwargs.do_sample": True,
+    "actor_rollout_ref.rollout.val_kwargs.temperature": 1.0,
+    "trainer.logger": ["console", "wandb"],
+    "trainer.project_name": "LatestVerlExperiment",
+    "trainer.n_gpus_per_node": 4,
+    "trainer.nnodes": 1,
+    "trainer.total_epochs": 15,
+    "trainer.val_before_train": True,
+    "trainer.test_freq": 50,
+    "trainer.default_hdfs_dir": None,
+}
+
+
+def _data(folder: str, *tests: str) -> dict[str, Any]:
+    path = Path.home() / "data" / folder
+    files = [f"{path}/{test}.parquet" for test in tests]
+    return {
+        "data.train_files": f"{path}/train.parquet",
+        "data.val_files": files if len(files) > 1 else files[0],
+    }
+
+
+TASKS: dict[str, dict[str, Any]] = {
+    "countdown": {
+        **_data("countdown_nochat", "test"),
+        "data.max_prompt_length": 256,
+        "actor_rollout_ref.rollout.max_num_batched_tokens": 8448,
+        "trainer.save_freq": 1000,
+    },
+    "math": {
+        **_data("open_reasoner_zero_nochat", "test1", "test2", "test_amc", "test_minerva"),
+        "data.max_prompt_length": 1024,
+        "actor_rollout_ref.rollout.max_num_batched_tokens": 9216,
+        "trainer.save_freq": 2000,
+    },
+}
+
+Result = subprocess.CompletedProcess[str]
+
+
+def dry_run(name: str, *arguments: str, cwd: Path = SCRIPTS.parent, **variables: str) -> Result:
+    """Starts a script of train_scripts/ with DRY_RUN=1 and this interpreter."""
+    environment = {key: value for key, value in os.environ.items() if key not in STEERING}
+    return subprocess.run(
+        ["bash", SCRIPTS / f"{name}.sh", *arguments],
+        env=environment | {"DRY_RUN": "1", "PYTHON": sys.executable} | variables,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def resolved(result: Result) -> dict[str, Any]:
+    """The configuration on standard output, which must hold nothing else, with dotted keys."""
+    assert result.returncode == 0, result.stderr
+    config = yaml.safe_load(result.stdout)
+    sections = ["data", "actor_rollout_ref", "critic", "reward_model"]
+    assert list(config)[:4] == sections and result.stdout.startswith("data:\n")
+    return dict(_flatten(config))
+
+
+def _flatten(node: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for name, value in node.items():
+        inner = isinstance(value, dict) and value
+        pairs += _flatten(value, f"{prefix}{name}.") if inner else [(prefix + name, value)]
+    return pairs
+
+
+def method(config: dict[str, Any]) -> tuple[str, bool, bool, float | None]:
+    """(loss_agg_mode, use_grpopp, use_dr_grpo, alpha if it counts); the actor must agree."""
+    actor = "actor_rollout_ref.actor."
+    for key in ("use_grpopp", "use_dr_grpo", "grpopp_config.alpha", "grpopp_config.scope"):
+        assert config[f"algorithm.{key}"] == config[actor + key]
+    use_grpopp = config["algorithm.use_grpopp"]
+    alpha = config["algorithm.grpopp_config.alpha"] if use_grpopp else None
+    return config[f"{actor}loss_agg_mode"], use_grpopp, config["algorithm.use_dr_grpo"], alpha
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """Every experiment, and every method of the quick start; side by side, as each takes a second
+    or two."""
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    calls = {name: (name,) for name in EXPERIMENTS} | {
+        f"quickstart {name}": ("quickstart", "--method", name, "--out", str(out))
+        for name in QUICKSTART
+    }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = dict(zip(calls, pool.map(lambda call: dry_run(*call), calls.values()), strict=True))
+    assert not out.exists(), "DRY_RUN makes nothing"
+    return done
+
+
+def test_no_script_is_left_out() -> None:
+    found = {path.stem for path in SCRIPTS.glob("*.sh")}
+    assert found == {*EXPERIMENTS, "quickstart", "_common"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment(results: dict[str, Result], name: str) -> None:
+    config = resolved(results[name])
+    assert method(config) == EXPERIMENTS[name]
+    assert config["trainer.experiment_name"] == name
+    expected = COMMON | TASKS[name.partition("-")[0]]
+    assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_holds_only_what_differs(name: str) -> None:
+    assert len((SCRIPTS / f"{name}.sh").read_text().splitlines()) <= 6
+
+
+def test_keys_without_effect_are_named_on_stderr(results: dict[str, Result]) -> None:
+    assert results["countdown-3b-dapo-norm"].stderr.count("critic.optim.lr") == 1
+
+
+@pytest.mark.parametrize("name", QUICKSTART)
+def test_quickstart(results: dict[str, Result], name: str) -> None:
+    config = resolved(results[f"quickstart {name}"])
+    assert method(config) == QUICKSTART[name]
+    assert config["trainer.logger"] == ["console"], "works without WANDB_API_KEY"
+    assert config["actor_rollout_ref.rollout.name"] == "hf"
+    assert config["trainer.device"] == "cpu"
+    assert config["trainer.default_local_dir"].endswith(config["trainer.experiment_name"])
+    assert config["actor_rollout_ref.model.path"].endswith("/sft/huggingface")
+
+
+def test_quickstart_runs_that_differ_have_folders_of_their_own(results: dict[str, Result]) -> None:
+    calls = [("--seed", "1"), ("--alpha", "0.5"), ("data.train_batch_size=64",), ()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        others = list(pool.map(lambda call: resolved(dry_run("quickstart", *call)), calls))
+    folders = [c["trainer.default_local_dir"] for c in others]
+    folders += [resolved(results[f"quickstart {m}"])["trainer.default_local_dir"] for m in METHODS]
+    assert len({Path(folder).name for folder in folders}) == len(folders)
+    # The warmed-up model depends on the seed alone.
+    models = [c["actor_rollout_ref.model.path"] for c in others]
+    assert models[0] != models[1] and len(set(models[1:])) == 1
+    seeds = ("data.seed", "actor_rollout_ref.rollout.seed")
+    assert [others[0][key] for key in seeds] == [1, 1]
+    assert method(others[1])[-1] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "ppo"), "choose one of delta-l-norm"),
+        (("--method", "grpo-norm", "--alpha", "1"), "--alpha belongs to"),
+        (("--seed", "-1"), "a whole number"),
+        (("--seed",), "needs a value"),
+        (("--sed", "1"), "there is no option --sed"),
+        (("fresh",), "neither an option nor an override"),
+    ],
+)
+def test_quickstart_rejects_wrong_options(arguments: tuple[str, ...], message: str) -> None:
+    result = dry_run("quickstart", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_quickstart_help() -> None:
+    result = dry_run("quickstart", "--help")
+    assert result.returncode == 0 and "--method" in result.stdout
+    assert "#" not in result.stdout and "set -" not in result.stdout
+
+
+def test_variables_arguments_and_working_directory(tmp_path: Path) -> None:
+    config = resolved(
+        dry_run(
+            "countdown-3b-delta-l-norm-alpha-1",
+            "algorithm.grpopp_config.alpha=0.5",
+            "actor_rollout_ref.actor.optim.lr=2e-6",
+            "trainer.experiment_name=mine",
+            cwd=tmp_path,
+            N_GPUS="8",
+            NNODES="2",
+            BASE_MODEL="/models/with space",
+            DATA_DIR="/data/of mine",
+        )
+    )
+    assert method(config) == ("token-mean", True, False, 0.5)
+    assert config["actor_rollout_ref.actor.optim.lr"] == 2e-6
+    assert config["trainer.experiment_name"] == "mine"
+    assert (config["trainer.n_gpus_per_node"], config["trainer.nnodes"]) == (8, 2)
+    assert config["actor_rollout_ref.model.path"] == "/models/with space"
+    assert config["data.train_files"] == "/data/of mine/train.parquet"
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_path_wins_over_its_other_name() -> None:
+    result = dry_run("math-3b-dr-grpo", MODEL_PATH="a", BASE_MODEL="b")
+    assert resolved(result)["actor_rollout_ref.model.path"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "messages"),
+    [
+        ("math-3b-grpo-norm", "data.trian_batch_size=64", ["'data.train_batch_size'"]),
+        ("quickstart", "trainer.totl_epochs=1", ["'trainer.total_epochs'"]),
+        (
+            "countdown-3b-delta-l-norm-alpha-1",
+            "actor_rollout_ref.actor.use_grpopp=False",
+            ["algorithm.use_grpopp=True contradicts", "set algorithm.use_grpopp alone"],
+        ),
+    ],
+)
+def test_wrong_overrides_end_with_one_clear_line(
+    name: str, override: str, messages: list[str]
+) -> None:
+    result = dry_run(name, override)
+    assert (result.returncode, result.stdout) == (2, "")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.stderr
+    assert all(message in errors[0] for message in messages)

@@ -1,0 +1,359 @@
+"""From prompts to the train batch: order, filter, rounds, mini-batches, sampling seeds."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.helpers import make_samples
+from verl.protocol import Prompt, Sample
+from verl.rewards.manager import RewardManager
+from verl.trainer.config.schema import Config
+from verl.trainer.ppo.batching import (
+    METRICS,
+    TrainBatches,
+    has_spread,
+    mini_batches,
+    split_groups,
+    train_sampling,
+    validation_sampling,
+)
+from verl.utils.timer import Timer
+from verl.workers.rollout.base import SamplingParams
+
+WORDS = ["<eos>", "<unk>", "<answer>", "</answer>", "+", "*", "3", "8", "x"]
+RIGHT, WRONG = "<answer> 3 * 8 </answer>", "<answer> 3 + 8 </answer>"
+M = 20
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+
+
+TOKENIZER = tokenizer()
+
+
+def prompts(count: int) -> list[Prompt]:
+    truth = {"target": 24, "numbers": [3, 8]}
+    return [Prompt(i, np.array([6, 7]), "countdown", truth) for i in range(count)]
+
+
+def mixed_every(period: int) -> Callable[[int, int], str]:
+    """Responses of which one is right where the prompt's index divides by `period`, else none."""
+    return lambda index, k: RIGHT if index % period == 0 and k == 0 else WRONG
+
+
+class Engine:
+    """Answers with `text(prompt index, k)`, prompt by prompt, the last prompt first."""
+
+    def __init__(self, text: Callable[[int, int], str]) -> None:
+        self.text = text
+        self.calls: list[tuple[list[int], list[int], SamplingParams]] = []
+
+    def __call__(
+        self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
+    ) -> Iterator[list[Sample]]:
+        self.calls.append(([p.index for p in prompts], list(groups), params))
+        for prompt, group in reversed(list(zip(prompts, groups, strict=True))):
+            samples = []
+            for k in range(params.n):
+                words = [*self.text(prompt.index, k).split(), "<eos>"]
+                ids = np.array([WORDS.index(word) for word in words], np.int64)
+                samples.append(Sample(prompt, group, ids, "stop"))
+            yield samples
+
+
+def make_config(**filter_groups) -> Config:
+    config = Config()
+    config.data.shuffle = False
+    config.data.max_response_length = M
+    config.data.train_batch_size = config.data.gen_batch_size = 4
+    config.actor_rollout_ref.rollout.n = 3
+    config.actor_rollout_ref.actor.ppo_mini_batch_size = 2
+    for name, value in filter_groups.items():
+        setattr(config.algorithm.filter_groups, name, value)
+    return config
+
+
+def make_batches(config: Config, engine: Engine, count: int = 16) -> TrainBatches:
+    rewards = RewardManager(
+        config.reward_model,
+        config.custom_reward_function,
+        TOKENIZER,
+        config.data.max_response_length,
+    )
+    return TrainBatches(config, prompts(count), engine, rewards)
+
+
+def indices(samples: list[Sample]) -> list[int]:
+    """The prompt of each group, in order; every group must be whole."""
+    groups = split_groups(samples)
+    assert all(len(group) == 3 for group in groups)
+    assert all(len({s.prompt.index for s in group}) == 1 for group in groups)
+    return [group[0].prompt.index for group in groups]
+
+
+# ------------------------------------------------------------------------------- without filter
+
+
+def test_groups_come_in_the_order_of_the_prompts_with_scores():
+    engine = Engine(mixed_every(2))
+    batches = make_batches(make_config(), engine)
+    timer = Timer()
+    samples, metrics = batches.next(1, timer)
+    assert metrics == {}
+    assert indices(samples) == [0, 1, 2, 3]
+    assert [s.group for s in samples] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [s.score for s in samples] == [1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0]
+    assert [s.reward for s in samples] == [s.score for s in samples]
+    assert all(s.extras["acc"] == s.score for s in samples)
+    assert set(timer.seconds) == {"gen", "reward"}
+    assert indices(batches.next(2, timer)[0]) == [4, 5, 6, 7]
+    assert [params for *_, params in engine.calls] == [
+        train_sampling(make_config(), step) for step in (1, 2)
+    ]
+
+
+def test_groups_without_spread_stay_without_a_filter():
+    batches = make_batches(make_config(), Engine(lambda index, k: WRONG))
+    assert len(batches.next(1, Timer())[0]) == 12
+
+
+def test_gen_batch_size_is_only_for_the_filter():
+    for enable, size in ((False, 4), (True, 8)):
+        config = make_config(enable=enable, metric="acc")
+        config.data.gen_batch_size = 8
+        engine = Engine(mixed_every(1))
+        make_batches(config, engine).next(1, Timer())
+        assert engine.calls[0][0] == list(range(size))
+
+
+def test_a_batch_larger_than_the_data_names_its_key():
+    for enable, key in ((False, "data.train_batch_size"), (True, "data.gen_batch_size")):
+        with pytest.raises(ValueError, match=rf"{key}=4 is more than the 3"):
+            make_batches(make_config(enable=enable, metric="acc"), Engine(mixed_every(1)), 3)
+
+
+# ---------------------------------------------------------------------------------- the filter
+
+
+def test_several_rounds_until_the_batch_is_full():
+    engine = Engine(mixed_every(2))
+    batches = make_batches(make_config(enable=True, metric="acc"), engine)
+    samples, metrics = batches.next(1, Timer())
+    assert indices(samples) == [0, 2, 4, 6]
+    assert [called for called, *_ in engine.calls] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert metrics == {"train/num_gen_batches": 2, "train/kept_prompts_ratio": 0.5}
+    # No two prompts of a step share a group, so no two responses share a seed.
+    groups = [group for _, numbers, _ in engine.calls for group in numbers]
+    assert len(set(groups)) == len(groups) == 8
+    # The next step goes on in the data.
+    assert indices(batches.next(2, Timer())[0]) == [8, 10, 12, 14]
+
+
+def test_groups_that_are_all_right_or_all_wrong_are_dropped():
+    def text(index: int, k: int) -> str:
+        return [RIGHT, WRONG, RIGHT if k == 2 else WRONG, WRONG if k == 2 else RIGHT][index % 4]
+
+    batches = make_batches(make_config(enable=True, metric="acc"), Engine(text))
+    assert indices(batches.next(1, Timer())[0]) == [2, 3, 6, 7]
+
+
+def test_more_groups_than_needed_are_cut_to_the_train_batch_size():
+    config = make_config(enable=True, metric="acc")
+    config.data.gen_batch_size = 6
+    batches = make_batches(config, Engine(lambda index, k: RIGHT if k == 0 else WRONG))
+    samples, metrics = batches.next(1, Timer())
+    assert indices(samples) == [0, 1, 2, 3]
+    assert metrics == {"train/num_gen_batches": 1, "train/kept_prompts_ratio": 1}
+
+
+def kept_by(metric: str, config: Config, text: Callable[[int, int], str]) -> list[int]:
+    """Which of the prompts 0 to 3 the filter keeps in its only round."""
+    rule = config.algorithm.filter_groups
+    rule.enable, rule.metric, rule.max_num_gen_batches = True, metric, 1
+    config.actor_rollout_ref.actor.ppo_mini_batch_size = 1
+    return indices(make_batches(config, Engine(text)).next(1, Timer())[0])
+
+
+@pytest.mark.parametrize(
+    ("metric", "kept"),
+    [("acc", [0]), ("score", [0]), ("seq_reward", [0, 1]), ("seq_final_reward", [0, 1])],
+)
+def test_rewards_have_the_overlong_punishment_and_scores_do_not(metric, kept):
+    config = make_config()
+    config.reward_model.reward_manager = "dapo"
+    buffer = config.reward_model.overlong_buffer
+    buffer.enable, buffer.len, buffer.penalty_factor = True, 8, 1.0
+
+    def text(index: int, k: int) -> str:
+        if index == 0:
+            return RIGHT if k == 0 else WRONG
+        # Prompt 1: one of its wrong responses reaches into the last 8 of the 20 tokens.
+        return "x " * (13 if index == 1 and k == 0 else 3) + WRONG
+
+    assert kept_by(metric, config, text) == kept
+
+
+@pytest.mark.parametrize(
+    ("metric", "kept"), [("acc", [0, 1]), ("score", [0, 2]), ("seq_final_reward", [0, 2])]
+)
+def test_accuracy_and_score_are_two_metrics(tmp_path, metric, kept):
+    path = tmp_path / "reward.py"
+    path.write_text(
+        textwrap.dedent("""
+        def compute_score(data_source, solution_str, ground_truth, extra_info):
+            return {"acc": solution_str.count("3"), "score": solution_str.count("8")}
+        """)
+    )
+    config = make_config()
+    config.custom_reward_function.path = str(path)
+
+    def text(index: int, k: int) -> str:
+        return ["x", ["3 8", "3", "8", "x"][index]][k == 0]
+
+    assert kept_by(metric, config, text) == kept
+
+
+def test_every_metric_is_one_that_the_configuration_offers():
+    rule = type(make_config().algorithm.filter_groups).__dataclass_fields__["metric"]
+    assert set(METRICS) == set(rule.metadata["choices"])
+
+
+def test_spread_within_a_group_of_one_and_of_equal_numbers():
+    samples = make_samples([1, 1, 1], score=0.5)
+    assert not has_spread(samples, "score")
+    assert not has_spread(samples[:1], "score")
+    samples[2].score = 0.25
+    assert has_spread(samples, "score")
+
+
+def test_the_limit_of_rounds_leaves_whole_mini_batches(caplog):
+    # 3 of 12 prompts are kept in 3 rounds: one mini-batch of 2.
+    engine = Engine(mixed_every(4))
+    config = make_config(enable=True, metric="acc", max_num_gen_batches=3)
+    batches = make_batches(config, engine)
+    with caplog.at_level(logging.WARNING):
+        samples, metrics = batches.next(1, Timer())
+    assert indices(samples) == [0, 4]
+    assert len(engine.calls) == metrics["train/num_gen_batches"] == 3
+    assert metrics["train/kept_prompts_ratio"] == 0.25
+    assert [record.getMessage() for record in caplog.records] == ["training on 2 of 4 prompts"]
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_no_limit_of_rounds(limit, caplog):
+    engine = Engine(mixed_every(4))
+    config = make_config(enable=True, metric="acc", max_num_gen_batches=limit)
+    with caplog.at_level(logging.WARNING):
+        samples, _ = make_batches(config, engine).next(1, Timer())
+    assert indices(samples) == [0, 4, 8, 12]
+    assert len(engine.calls) == 4
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("period", "kept"), [(99, 1), (8, 1)])
+def test_less_than_a_mini_batch_is_an_error_with_its_remedies(period, kept):
+    engine = Engine(mixed_every(period))
+    config = make_config(enable=True, metric="acc", max_num_gen_batches=2)
+    with pytest.raises(ValueError, match=f"kept {kept} of 8 prompts in 2 rounds") as error:
+        make_batches(config, engine).next(1, Timer())
+    for remedy in ("rollout.n", "max_num_gen_batches", "easier or harder prompts", "same acc"):
+        assert remedy in str(error.value)
+
+
+def test_nothing_kept_at_all_is_the_same_error():
+    config = make_config(enable=True, metric="seq_reward", max_num_gen_batches=1)
+    with pytest.raises(ValueError, match="kept 0 of 4 prompts in 1 rounds"):
+        make_batches(config, Engine(lambda index, k: RIGHT)).next(1, Timer())
+
+
+def test_the_order_resumes_where_it_was(tmp_path):
+    config = make_config(enable=True, metric="acc")
+    config.data.shuffle = True
+    first, second = (make_batches(config, Engine(mixed_every(2))) for _ in range(2))
+    first.next(1, Timer())
+    second.order.load_state_dict(first.order.state_dict())
+    assert indices(second.next(2, Timer())[0]) == indices(first.next(2, Timer())[0])
+
+
+# ---------------------------------------------------------------------------------- mini-batches
+
+
+def whole_groups(config: Config, samples: list[Sample], step: int) -> list[list[int]]:
+    """The groups of each mini-batch; every group must be whole and in one piece."""
+    result = []
+    for batch in mini_batches(config, samples, step):
+        groups = split_groups(batch)
+        assert all(len(group) == 2 for group in groups)
+        result.append([group[0].group for group in groups])
+    return result
+
+
+def mini_batch_config(**settings) -> Config:
+    config = Config()
+    config.actor_rollout_ref.actor.ppo_mini_batch_size = 2
+    for name, value in settings.items():
+        setattr(config.actor_rollout_ref.actor, name, value)
+    return config
+
+
+def test_mini_batches_in_order():
+    samples = make_samples([1] * 12)  # two responses to each of six prompts
+    assert whole_groups(mini_batch_config(), samples, 1) == [[0, 1], [2, 3], [4, 5]]
+    twice = whole_groups(mini_batch_config(ppo_epochs=2), samples, 1)
+    assert twice == [[0, 1], [2, 3], [4, 5]] * 2
+    batches = list(mini_batches(mini_batch_config(), samples, 1))
+    assert all(a is b for a, b in zip(sum(batches, []), samples, strict=True))
+
+
+def test_shuffled_mini_batches():
+    samples = make_samples([1] * 40)
+    config = mini_batch_config(shuffle=True, ppo_epochs=3)
+    batches = whole_groups(config, samples, 5)
+    assert batches == whole_groups(config, samples, 5)
+    epochs = [sum(batches[i : i + 10], []) for i in (0, 10, 20)]
+    assert len(batches) == 30
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(20))
+        assert epoch != sorted(epoch)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert batches != whole_groups(config, samples, 6)
+    config.data.seed = 2
+    assert batches != whole_groups(config, samples, 5)
+
+
+# ------------------------------------------------------------------------------------- sampling
+
+
+def test_training_and_validation_draw_differently_in_each_step():
+    config = make_config()
+    seeds = {f(config, step).seed for f in (train_sampling, validation_sampling) for step in (1, 2)}
+    assert len(seeds) == 4
+    config.actor_rollout_ref.rollout.seed = 1
+    assert train_sampling(config, 1).seed not in seeds
+    assert train_sampling(config, 1) == train_sampling(config, 1)
+
+
+def test_sampling_follows_the_configuration():
+    config = make_config()
+    rollout = config.actor_rollout_ref.rollout
+    rollout.temperature, rollout.top_p, rollout.top_k, rollout.ignore_eos = 0.9, 0.8, 7, True
+    assert train_sampling(config, 3) == SamplingParams(
+        n=3, max_tokens=M, temperature=0.9, top_p=0.8, top_k=7, ignore_eos=True, seed=(0, 0, 3)
+    )
+    val = rollout.val_kwargs
+    val.n, val.temperature, val.top_p, val.top_k = 4, 0.6, 0.7, 5
+    for do_sample, temperature in ((False, 0.0), (True, 0.6)):
+        val.do_sample = do_sample
+        assert validation_sampling(config, 3) == SamplingParams(
+            n=4, max_tokens=M, temperature=temperature, top_p=0.7, top_k=5, seed=(0, 1, 3)
+        )

@@ -1,0 +1,357 @@
+"""The loader: what it accepts, what it rejects, and what it says."""
+
+from __future__ import annotations
+
+import ast
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import verl.trainer.config as loader
+from verl.trainer.config import ConfigError, compose_config, entry_point, load_config
+from verl.trainer.config.schema import LossAggregation, resolve_aggregation
+
+ACTOR = "actor_rollout_ref.actor."
+ROLLOUT = "actor_rollout_ref.rollout."
+MINIMAL = [f"{ACTOR}ppo_micro_batch_size_per_gpu=4", f"{ROLLOUT}n=8"]
+
+
+def load(*overrides: str) -> Any:
+    """A configuration that can run, with `overrides`."""
+    return load_config([*MINIMAL, *overrides])
+
+
+def error_of(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(*overrides)
+    return str(caught.value)
+
+
+def test_the_defaults_lack_only_what_a_user_must_choose() -> None:
+    config = load()
+    assert (config.data.train_batch_size, config.actor_rollout_ref.rollout.n) == (1024, 8)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("data.trian_batch_size", "data.train_batch_size"),
+        ("algorithm.grpopp_config.alhpa", "algorithm.grpopp_config.alpha"),
+        # The name alone, or in the wrong place.
+        ("loss_agg_mode", f"{ACTOR}loss_agg_mode"),
+        ("algorithm.loss_agg_mode", f"{ACTOR}loss_agg_mode"),
+        # The right section, with or without Hydra's plus sign.
+        ("+trainer.total_epoch", "trainer.total_epochs"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(key: str, nearest: str) -> None:
+    assert (
+        error_of(f"{key}=1")
+        == f"there is no key {key.lstrip('+')!r}; the nearest one is {nearest!r}"
+    )
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.train_batch_size=many",
+        "data.train_batch_size=1.5",
+        "data.train_batch_size=null",
+        "data.shuffle=often",
+        f"{ACTOR}optim.betas=0.9",
+        f"{ACTOR}optim.lr=fast",
+    ],
+)
+def test_a_value_of_the_wrong_type(override: str) -> None:
+    assert override.partition("=")[0] in error_of(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.max_prompt_length=0", "data.max_prompt_length=0: must be at least 1"),
+        ("algorithm.grpopp_config.alpha=-1", "grpopp_config.alpha=-1.0: must be at least 0"),
+        (f"{ROLLOUT}gpu_memory_utilization=1.1", "gpu_memory_utilization=1.1: must be at most 1"),
+        (f"{ROLLOUT}val_kwargs.top_p=-0.5", f"{ROLLOUT}val_kwargs.top_p=-0.5: must be at least 0"),
+        (f"{ACTOR}loss_agg_mode=mean", f"{ACTOR}loss_agg_mode=mean: choose one of token-mean, "),
+        (f"{ROLLOUT}name=sglang", f"{ROLLOUT}name=sglang: choose one of hf, vllm"),
+        ("algorithm.adv_estimator=gae", "adv_estimator=gae: choose one of grpo, rloo, "),
+        ("trainer.device=tpu", "trainer.device=tpu: choose one of "),
+    ],
+)
+def test_a_value_out_of_range(override: str, message: str) -> None:
+    assert message in error_of(override)
+
+
+CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
+    "actor's use_grpopp": (
+        ["algorithm.use_grpopp=True", f"{ACTOR}use_grpopp=False"],
+        f"algorithm.use_grpopp=True contradicts {ACTOR}use_grpopp=False",
+    ),
+    "actor's use_dr_grpo": (
+        [f"{ACTOR}use_dr_grpo=True"],
+        f"algorithm.use_dr_grpo=False contradicts {ACTOR}use_dr_grpo=True",
+    ),
+    "actor's alpha": (
+        ["algorithm.grpopp_config.alpha=1", f"{ACTOR}grpopp_config.alpha=0.5"],
+        f"algorithm.grpopp_config.alpha=1.0 contradicts {ACTOR}grpopp_config.alpha=0.5",
+    ),
+    "actor's scope": (
+        [f"{ACTOR}grpopp_config.scope=mini_batch"],
+        f"algorithm.grpopp_config.scope=batch contradicts {ACTOR}grpopp_config.scope=mini_batch",
+    ),
+    "two methods": (
+        ["algorithm.use_grpopp=True", "algorithm.use_dr_grpo=True"],
+        "are two methods: turn one of them off",
+    ),
+    "flag and mode": (
+        ["algorithm.use_grpopp=True", f"{ACTOR}loss_agg_mode=seq-mean-token-mean"],
+        f"and so does {ACTOR}loss_agg_mode=seq-mean-token-mean: drop one of them",
+    ),
+    "token-mean-legacy by tokens": (
+        [
+            f"{ACTOR}loss_agg_mode=token-mean-legacy",
+            f"{ACTOR}ppo_micro_batch_size_per_gpu=null",
+            f"{ACTOR}use_dynamic_bsz=True",
+        ],
+        "token-mean-legacy averages over micro-batches",
+    ),
+    "mini-batch": (
+        ["data.train_batch_size=100", f"{ACTOR}ppo_mini_batch_size=30"],
+        f"{ACTOR}ppo_mini_batch_size=30 must divide data.train_batch_size=100",
+    ),
+    "no micro-batch": (
+        [f"{ACTOR}ppo_micro_batch_size_per_gpu=null"],
+        f"set {ACTOR}ppo_micro_batch_size_per_gpu",
+    ),
+    "token budget": (
+        [f"{ACTOR}use_dynamic_bsz=True", f"{ACTOR}ppo_max_token_len_per_gpu=1023"],
+        f"{ACTOR}ppo_max_token_len_per_gpu=1023 can't hold one sequence",
+    ),
+    "token budget of log-probabilities": (
+        [f"{ROLLOUT}log_prob_use_dynamic_bsz=True", f"{ROLLOUT}log_prob_max_token_len_per_gpu=9"],
+        f"{ROLLOUT}log_prob_max_token_len_per_gpu=9 can't hold one sequence",
+    ),
+    "one response": ([f"{ROLLOUT}n=1"], "n must be at least 2"),
+    "greedy": ([f"{ROLLOUT}do_sample=False"], "training needs do_sample=True"),
+    "temperature 0": ([f"{ROLLOUT}temperature=0"], "temperature > 0"),
+    "reward model": (["reward_model.enable=True"], "use custom_reward_function.path"),
+    "overlong manager": (
+        ["reward_model.overlong_buffer.enable=True", "reward_model.overlong_buffer.len=8"],
+        "needs reward_model.reward_manager=dapo",
+    ),
+    "overlong length": (
+        [
+            "reward_model.reward_manager=dapo",
+            "reward_model.overlong_buffer.enable=True",
+            "reward_model.overlong_buffer.len=513",
+        ],
+        "reward_model.overlong_buffer.len=513 must be between 1 and data.max_response_length=512",
+    ),
+    "filter metric": (
+        ["algorithm.filter_groups.enable=True"],
+        "needs algorithm.filter_groups.metric",
+    ),
+    "logger": (["trainer.logger=[console,tensorboard]"], "'tensorboard' is not one of console"),
+    "hdfs": (["trainer.default_hdfs_dir=hdfs://x"], "only null is supported"),
+    "resume path": (["trainer.resume_mode=resume_path"], "needs trainer.resume_from_path"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictory_keys(name: str) -> None:
+    overrides, message = CONTRADICTIONS[name]
+    assert message in error_of(*overrides)
+
+
+def test_something_that_is_no_override() -> None:
+    assert "is not an override: write key=value" in error_of("data.train_batch_size")
+
+
+def test_the_configuration_is_read_only() -> None:
+    config = load()
+    for section, name in (
+        (config, "data"),
+        (config.data, "train_batch_size"),
+        (config.actor_rollout_ref.actor.optim, "lr"),
+    ):
+        with pytest.raises(AttributeError, match=f"read-only after start: {name}"):
+            setattr(section, name, 1)
+
+
+def test_the_actors_copies_follow_the_algorithm() -> None:
+    config = load(
+        "algorithm.use_grpopp=True", "algorithm.grpopp_config={alpha:0.5,scope:mini_batch}"
+    )
+    actor = config.actor_rollout_ref.actor
+    assert actor.use_grpopp and not actor.use_dr_grpo
+    assert (actor.grpopp_config.alpha, actor.grpopp_config.scope) == (0.5, "mini_batch")
+    assert load("algorithm.use_dr_grpo=True").actor_rollout_ref.actor.use_dr_grpo
+
+
+def test_both_copies_may_be_set_alike() -> None:
+    """As the published scripts do."""
+    keys = ("use_grpopp=True", "grpopp_config.alpha=0.5")
+    both = load(*(prefix + key for prefix in ("algorithm.", ACTOR) for key in keys))
+    assert both == load(*(f"algorithm.{key}" for key in keys))
+
+
+def test_sizes_follow_one_another() -> None:
+    config = load(
+        "data.train_batch_size=512",
+        f"{ACTOR}use_dynamic_bsz=True",
+        f"{ACTOR}ppo_max_token_len_per_gpu=2048",
+    )
+    rollout = config.actor_rollout_ref.rollout
+    assert config.data.gen_batch_size == 512
+    assert load("data.gen_batch_size=2048").data.gen_batch_size == 2048
+    assert (rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu) == (
+        True,
+        2048,
+    )
+
+
+def test_keys_without_effect_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, loader.__name__):
+        load("critic.optim.lr=1e-6", f"{ACTOR}kl_loss_coef=0.0", "data.train_batch_size=512")
+    (message,) = caplog.messages
+    assert message.count("critic.optim.lr (there is no critic)") == 1
+    assert message.count(f"{ACTOR}kl_loss_coef (use_kl_loss=False)") == 1
+    assert "train_batch_size" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["algorithm.grpopp_config.alpha=1"], "algorithm.grpopp_config.alpha"),
+        (["algorithm.kl_ctrl.kl_coef=0.1"], "algorithm.kl_ctrl.kl_coef"),
+        (["actor_rollout_ref.ref.fsdp_config.param_offload=True"], "actor_rollout_ref.ref."),
+        (["reward_model.overlong_buffer.len=8"], "reward_model.overlong_buffer.len"),
+        (["data.gen_batch_size=2048"], "data.gen_batch_size"),
+        ([f"{ROLLOUT}gpu_memory_utilization=0.8"], "gpu_memory_utilization"),
+    ],
+)
+def test_when_a_key_has_no_effect(
+    overrides: list[str], key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(*overrides)
+    assert key in caplog.text
+    caplog.clear()
+    load(
+        *overrides,
+        f"{ACTOR}use_kl_loss=True",
+        "algorithm.use_kl_in_reward=True",
+        "algorithm.use_grpopp=True",
+        "algorithm.filter_groups={enable:True,metric:acc}",
+        "reward_model={reward_manager:dapo,overlong_buffer:{enable:True,len:8}}",
+        f"{ROLLOUT}name=vllm",
+    )
+    assert key not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], LossAggregation("token-mean", 512)),
+        (
+            [f"{ACTOR}loss_agg_mode=seq-mean-token-mean"],
+            LossAggregation("seq-mean-token-mean", 512),
+        ),
+        ([f"{ACTOR}loss_agg_mode=seq-mean-token-sum"], LossAggregation("seq-mean-token-sum", 512)),
+        (
+            [f"{ACTOR}loss_agg_mode=seq-mean-token-sum-norm", "data.max_response_length=99"],
+            LossAggregation("seq-mean-token-sum-norm", 99),
+        ),
+        (
+            [f"{ACTOR}loss_agg_mode=token-mean-legacy"],
+            LossAggregation("token-mean-legacy", 512, group_size=4),
+        ),
+        (["algorithm.use_dr_grpo=True"], LossAggregation("dr-grpo", 512, norm_by_std=False)),
+        (["algorithm.use_grpopp=True"], LossAggregation("delta-l", 512, alpha=0.75)),
+        (
+            ["algorithm.use_grpopp=True", "algorithm.grpopp_config={alpha:0,scope:mini_batch}"],
+            LossAggregation("delta-l", 512, alpha=0.0, scope="mini_batch"),
+        ),
+        (
+            ["algorithm.norm_adv_by_std_in_grpo=False"],
+            LossAggregation("token-mean", 512, norm_by_std=False),
+        ),
+    ],
+)
+def test_the_flags_become_one_aggregation(overrides: list[str], expected: LossAggregation) -> None:
+    assert resolve_aggregation(load(*overrides)) == expected
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_keys_of_the_model_are_free(plus: str) -> None:
+    config = load(
+        f"{plus}actor_rollout_ref.model.override_config.x=1",
+        f"{plus}actor_rollout_ref.model.override_config.rope.theta=1e4",
+    )
+    assert config.actor_rollout_ref.model.override_config == {"x": 1, "rope": {"theta": 1e4}}
+
+
+def test_lists() -> None:
+    config = load(
+        "trainer.logger=['console','wandb']",
+        'data.val_files=["a b.parquet","c.parquet"]',
+        f"{ACTOR}optim.betas=[0.9,0.95]",
+    )
+    assert config.trainer.logger == ["console", "wandb"]
+    assert config.data.val_files == ["a b.parquet", "c.parquet"]
+    assert config.actor_rollout_ref.actor.optim.betas == [0.9, 0.95]
+    assert load("trainer.logger=console").trainer.logger == "console"
+
+
+def test_the_warm_up_has_a_schema_of_its_own() -> None:
+    config = load_config(["data.train_files=x.parquet"], "sft_trainer")
+    assert (config.optim.lr, config.trainer.logger) == (1e-5, ["console"])
+    with pytest.raises(ConfigError, match=r"nearest one is 'data\.max_length'"):
+        load_config(["data.max_lenght=3"], "sft_trainer")
+    with pytest.raises(ConfigError, match=r"data\.max_length=0: must be at least 1"):
+        load_config(["data.max_length=0"], "sft_trainer")
+    with pytest.raises(ConfigError, match="only null is supported"):
+        load_config(["trainer.default_hdfs_dir=x"], "sft_trainer")
+
+
+def test_a_yaml_file_of_ones_own(tmp_path: Path) -> None:
+    text = "defaults: [schema, _self_]\ndata: {train_batch_size: 8}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    assert compose_config([], "mine", tmp_path).data.train_batch_size == 8
+
+
+def test_entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    started: list[Any] = []
+    entry_point(started.append, "ppo_trainer", argv=MINIMAL)
+    assert started[0].actor_rollout_ref.rollout.n == 8
+    assert capsys.readouterr().out == ""
+
+    monkeypatch.setenv("DRY_RUN", "1")
+    entry_point(started.append, "ppo_trainer", argv=[*MINIMAL, "data.train_batch_size=512"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["gen_batch_size"] == 512
+    with pytest.raises(SystemExit) as exit_:
+        entry_point(started.append, "ppo_trainer", argv=["data.n=1"])
+    assert exit_.value.code == 2 and len(started) == 1
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("error: there is no key 'data.n'")
+
+
+@pytest.mark.parametrize("name", ["schema.py", "sft_schema.py"])
+def test_every_key_is_documented(name: str) -> None:
+    """A string follows each field that isn't a section; a section has its docstring."""
+    tree = ast.parse((Path(loader.__file__).parent / name).read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    sections = {c.name for c in classes} | {"ModelConfig", "OptimConfig", "FSDPConfig"}
+    sections |= {"TrainerConfig", "RayInitConfig"}
+    missing = [c.name for c in classes if not ast.get_docstring(c)]
+    for cls in classes:
+        for node, following in zip(cls.body, [*cls.body[1:], None], strict=True):
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) not in sections:
+                text = getattr(getattr(following, "value", None), "value", None)
+                if not (isinstance(text, str) and text.strip()):
+                    missing.append(f"{cls.name}.{ast.unparse(node.target)}")
+    assert classes and not missing

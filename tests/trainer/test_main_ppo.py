@@ -1,0 +1,216 @@
+"""The main job end to end, as users start it: real Ray, FSDP2 on two ranks, two engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+REWARD = """
+def share_of_pluses(data_source, solution_str, ground_truth, extra_info=None):
+    share = solution_str.count("+") / max(1, len(solution_str))
+    return {"score": share, "acc": share > 0.5}
+"""
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of a run of a few seconds a step."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [
+        {
+            "data_source": "pluses",
+            "prompt": " ".join(str((i * j) % 100) for j in range(1, 3 + i % 4)),
+            "reward_model": {"style": "rule", "ground_truth": "+"},
+            "extra_info": {"index": i},
+        }
+        for i in range(1, 41)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows[:32]), folder / "train.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[32:]), folder / "test.parquet")
+    (folder / "reward.py").write_text(REWARD)
+    return [
+        f"data.train_files={folder}/train.parquet",
+        f"data.val_files={folder}/test.parquet",
+        f"custom_reward_function.path={folder}/reward.py",
+        "custom_reward_function.name=share_of_pluses",
+        "data.apply_chat_template=False",
+        "data.train_batch_size=16",
+        "data.max_prompt_length=16",
+        "data.max_response_length=24",
+        f"actor_rollout_ref.model.path={tiny_model}",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
+        "actor_rollout_ref.actor.optim.lr=3e-3",
+        "actor_rollout_ref.actor.use_kl_loss=True",
+        "actor_rollout_ref.rollout.n=8",
+        "actor_rollout_ref.rollout.val_kwargs.do_sample=True",
+        "actor_rollout_ref.rollout.val_kwargs.temperature=1",
+        "actor_rollout_ref.rollout.val_kwargs.n=2",
+        "algorithm.use_grpopp=True",
+        "trainer.logger=console",
+        "trainer.n_gpus_per_node=2",
+        "trainer.total_training_steps=4",
+        "trainer.test_freq=2",
+        "trainer.save_freq=2",
+    ]
+
+
+def command(settings: list[str], *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "verl.trainer.main_ppo", *settings, *overrides]
+
+
+def run(settings: list[str], *overrides: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(settings, *overrides), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The steps of a run, without what the clock and the machine say."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("timing", "perf/"))} for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was left alone."""
+    folder = tmp_path_factory.mktemp("run")
+    run(settings, f"trainer.default_local_dir={folder}")
+    return folder
+
+
+def test_the_policy_learns_and_reports(finished: Path) -> None:
+    steps = read(finished)
+    assert [line["step"] for line in steps] == [0, 1, 2, 3, 4]
+    assert steps[4]["critic/score/mean"] > steps[1]["critic/score/mean"] + 0.05
+    assert {"val-core/pluses/acc/mean@2", "val-core/pluses/acc/best@2/mean"} <= steps[2].keys()
+    assert not any(key.startswith("val-core") for key in steps[3])
+    for key in (
+        "actor/pg_loss",
+        "actor/kl_loss",
+        "actor/entropy",
+        "actor/grad_norm",
+        "actor/lr",
+        "loss_agg/cv",
+        "loss_agg/effective_batch",
+        "response_length/mean",
+        "response_length/clip_ratio",
+    ):
+        assert isinstance(steps[1][key], float), key
+    assert steps[1]["actor/grad_norm"] > 0
+    assert steps[1]["actor/kl_loss"] < steps[4]["actor/kl_loss"]
+
+
+def test_the_final_model_is_the_trained_one(finished: Path, tiny_model: Path) -> None:
+    trained = AutoModelForCausalLM.from_pretrained(finished / "huggingface")
+    start = AutoModelForCausalLM.from_pretrained(tiny_model)
+    moved = [
+        (a - b).abs().max().item()
+        for a, b in zip(trained.parameters(), start.parameters(), strict=True)
+    ]
+    assert min(moved) > 0
+    assert trained.lm_head.weight is trained.model.embed_tokens.weight
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    settings: list[str], finished: Path, tmp_path: Path
+) -> None:
+    here = f"trainer.default_local_dir={tmp_path}"
+    metrics = tmp_path / "metrics.jsonl"
+    with subprocess.Popen(
+        command(settings, here), start_new_session=True, stdout=subprocess.DEVNULL
+    ) as process:
+        # A checkpoint of step 2 is there, and step 3 is over: killed in step 4.
+        while not (metrics.exists() and '"step": 3' in metrics.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    done = run(settings, here)
+    assert "resuming from" in done.stderr
+    assert read(tmp_path) == read(finished)
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder / "huggingface")
+        for folder in (tmp_path, finished)
+    ]
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_one_rank_resumes_what_two_saved_and_all_terms_run(
+    settings: list[str], finished: Path, tmp_path: Path
+) -> None:
+    run(
+        settings,
+        f"trainer.default_local_dir={tmp_path}",
+        "trainer.resume_mode=resume_path",
+        f"trainer.resume_from_path={finished}/global_step_2",
+        "trainer.n_gpus_per_node=1",
+        "trainer.total_training_steps=3",
+        "trainer.save_freq=-1",
+        "trainer.save_hf_model=False",
+    )
+    (line,) = read(tmp_path)
+    expected = read(finished)[3]
+    for key in ("critic/score/mean", "response_length/mean"):
+        assert line[key] == expected[key]
+    assert line["actor/grad_norm"] == pytest.approx(expected["actor/grad_norm"], rel=1e-4)
+    assert not (tmp_path / "huggingface").exists()
+
+
+def test_filters_and_kl_in_reward(settings: list[str], tmp_path: Path) -> None:
+    run(
+        settings,
+        f"trainer.default_local_dir={tmp_path}",
+        "algorithm.use_kl_in_reward=True",
+        "algorithm.kl_ctrl.type=adaptive",
+        "algorithm.filter_groups.enable=True",
+        "algorithm.filter_groups.metric=score",
+        "algorithm.filter_overlong_response.enable=True",
+        "reward_model.reward_manager=dapo",
+        "reward_model.overlong_buffer.enable=True",
+        "reward_model.overlong_buffer.len=8",
+        "reward_model.overlong_buffer.penalty_factor=1.0",
+        "actor_rollout_ref.actor.ppo_epochs=2",
+        "actor_rollout_ref.actor.shuffle=True",
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=128",
+        "actor_rollout_ref.rollout.top_k=50",
+        "trainer.total_training_steps=2",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=-1",
+    )
+    first, second = read(tmp_path)[1:]
+    assert first["train/num_gen_batches"] >= 1
+    assert first["reward/overlong_reward"] < 0
+    assert first["critic/rewards/mean"] < first["critic/score/mean"]
+    assert first["actor/reward_kl_penalty"] == 0  # the policy is still the reference
+    assert second["actor/reward_kl_penalty"] != 0
+    assert second["actor/reward_kl_penalty_coeff"] != first["actor/reward_kl_penalty_coeff"]
+
+
+def test_input_that_cannot_be_used_is_named_before_anything_starts(settings: list[str]) -> None:
+    for override, message in {
+        "data.train_files=/nowhere/train.parquet": "/nowhere/train.parquet",
+        "actor_rollout_ref.model.path=/nowhere/model": "actor_rollout_ref.model.path=/nowhere",
+        "data.train_batch_size=64": "data.train_batch_size=64 is more than the 32",
+        "actor_rollout_ref.rollout.name=vllm": "rollout.name=hf",
+        "custom_reward_function.name=missing": "missing",
+    }.items():
+        done = subprocess.run(command(settings, override), capture_output=True, text=True)
+        assert done.returncode == 2, override
+        assert message in done.stderr and "Traceback" not in done.stderr, done.stderr

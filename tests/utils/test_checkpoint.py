@@ -1,0 +1,170 @@
+"""Checkpoint folders: written aside, renamed, found again, deleted when old."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from verl.trainer.config.schema import TrainerConfig
+from verl.utils.checkpoint import LATEST, CheckpointFolder
+
+STATE = {"order": {"batches_taken": 3}, "kl_coef": 0.25}
+
+
+def folder(root: Path, **settings) -> CheckpointFolder:
+    return CheckpointFolder(TrainerConfig(default_local_dir=str(root), **settings))
+
+
+def save_actor(content: str = "weights"):
+    def save(path: str) -> None:
+        Path(path).mkdir(parents=True)
+        (Path(path) / "shard").write_text(content)
+
+    return save
+
+
+def steps(root: Path) -> list[int]:
+    return sorted(int(path.name.rpartition("_")[2]) for path in root.glob("global_step_*"))
+
+
+def test_saved_and_found(tmp_path):
+    root = tmp_path / "runs" / "one"
+    checkpoints = folder(root)
+    assert checkpoints.find() is None
+    saved = checkpoints.save(20, STATE, save_actor())
+    assert saved == root / "global_step_20" == checkpoints.find()
+    assert (saved / "actor" / "shard").read_text() == "weights"
+    assert checkpoints.read_state(saved) == STATE | {"step": 20}
+    assert json.loads((saved / "trainer.json").read_text())["kl_coef"] == 0.25
+    assert sorted(os.listdir(root)) == ["global_step_20", LATEST]
+    assert (root / LATEST).read_text() == "20"
+
+
+def test_the_latest_is_the_last_one_saved(tmp_path):
+    checkpoints = folder(tmp_path)
+    for step in (8, 9, 10):
+        checkpoints.save(step, STATE, save_actor())
+    assert folder(tmp_path).find() == tmp_path / "global_step_10"
+    assert steps(tmp_path) == [8, 9, 10]
+
+
+def test_a_step_saved_again_replaces_the_old_files(tmp_path):
+    checkpoints = folder(tmp_path)
+    checkpoints.save(1, STATE, save_actor("old"))
+    (tmp_path / "global_step_1" / "actor" / "more").write_text("old")
+    saved = checkpoints.save(1, STATE | {"kl_coef": 0.5}, save_actor("new"))
+    assert [path.read_text() for path in (saved / "actor").iterdir()] == ["new"]
+    assert checkpoints.read_state(saved)["kl_coef"] == 0.5
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [30]), (2, [10, 30]), (9, [5, 9, 10, 30])])
+def test_old_ones_are_deleted(tmp_path, limit, kept):
+    checkpoints = folder(tmp_path, max_actor_ckpt_to_keep=limit)
+    (tmp_path / "huggingface").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    for step in (5, 9, 10, 30):
+        checkpoints.save(step, STATE, save_actor())
+    assert steps(tmp_path) == kept
+    assert (tmp_path / "huggingface").is_dir()
+    assert (tmp_path / "metrics.jsonl").is_file()
+
+
+def test_the_one_just_saved_is_never_deleted(tmp_path):
+    folder(tmp_path).save(100, STATE, save_actor())
+    # Training went back to an earlier step.
+    checkpoints = folder(tmp_path, max_actor_ckpt_to_keep=1)
+    saved = checkpoints.save(20, STATE, save_actor())
+    assert steps(tmp_path) == [20]
+    assert checkpoints.find() == saved
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(*_: object) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("next_step", [10, 20])
+def test_killed_while_the_policy_is_written(tmp_path, next_step):
+    checkpoints = folder(tmp_path, max_actor_ckpt_to_keep=1)
+    old = checkpoints.save(10, STATE, save_actor("old"))
+    with pytest.raises(Killed):
+        checkpoints.save(next_step, STATE, lambda path: (save_actor("half")(path), kill()))
+    found = folder(tmp_path).find()
+    assert found == old
+    assert (found / "actor" / "shard").read_text() == "old"
+    # The next run gets there again.
+    new = checkpoints.save(next_step, STATE, save_actor("new"))
+    assert checkpoints.find() == new
+    assert (new / "actor" / "shard").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == [new.name, LATEST]
+
+
+@pytest.mark.parametrize("survived", [0, 1])
+def test_killed_before_a_rename(tmp_path, monkeypatch, survived):
+    old = folder(tmp_path).save(10, STATE, save_actor())
+    rename, left = os.replace, [survived]
+
+    def replace(source, target):
+        if left[0] == 0:
+            kill()
+        left[0] -= 1
+        rename(source, target)
+
+    monkeypatch.setattr("verl.utils.checkpoint.os.replace", replace)
+    with pytest.raises(Killed):
+        folder(tmp_path, max_actor_ckpt_to_keep=1).save(20, STATE, save_actor())
+    monkeypatch.undo()
+    assert folder(tmp_path).find() == old
+    assert (old / "trainer.json").is_file()
+
+
+def test_state_that_is_not_json_leaves_the_old_one_the_latest(tmp_path):
+    checkpoints = folder(tmp_path)
+    old = checkpoints.save(10, STATE, save_actor())
+    with pytest.raises(TypeError):
+        checkpoints.save(20, {"order": object()}, save_actor())
+    assert checkpoints.find() == old
+
+
+def test_resume_disabled(tmp_path):
+    folder(tmp_path).save(10, STATE, save_actor())
+    assert folder(tmp_path, resume_mode="disable").find() is None
+
+
+def test_resume_from_a_path(tmp_path):
+    other = folder(tmp_path / "other")
+    for step in (10, 20):
+        other.save(step, STATE, save_actor())
+    path = tmp_path / "other" / "global_step_10"
+    here = folder(tmp_path / "here", resume_mode="resume_path", resume_from_path=str(path))
+    assert here.find() == path
+    assert here.read_state(path)["step"] == 10
+
+
+@pytest.mark.parametrize("path", ["nowhere/global_step_3", "", None])
+def test_a_path_without_a_checkpoint_is_an_error(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = folder(tmp_path, resume_mode="resume_path", resume_from_path=path)
+    with pytest.raises(ValueError, match=r"trainer\.resume_from_path.*global_step_N"):
+        checkpoints.find()
+
+
+def test_a_latest_number_without_its_folder_is_an_error(tmp_path):
+    checkpoints = folder(tmp_path)
+    checkpoints.save(10, STATE, save_actor())
+    (tmp_path / LATEST).write_text("11\n")
+    with pytest.raises(ValueError, match=r"global_step_11.*trainer\.resume_mode=disable"):
+        checkpoints.find()
+    (tmp_path / LATEST).write_text("10\n")
+    assert checkpoints.find() == tmp_path / "global_step_10"
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert folder(Path("~/runs")).root == tmp_path / "runs"

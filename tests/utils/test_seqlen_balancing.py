@@ -1,0 +1,94 @@
+"""Partitions of sequences over ranks and micro-batches."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verl.utils.seqlen_balancing import balanced_partitions, equal_partitions, micro_batches
+
+quick = settings(deadline=None, max_examples=100, derandomize=True)
+token_counts = st.lists(st.integers(1, 200), max_size=40)
+
+
+def totals(lengths: list[int], parts: list[list[int]]) -> list[int]:
+    return [sum(lengths[i] for i in part) for part in parts]
+
+
+def test_balanced_by_hand():
+    assert balanced_partitions([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
+    # 9 | 7 | 6 5 would be 9, 7, 11: the 5 goes to the emptiest part, that of 6; the 1 to that of 7.
+    assert balanced_partitions([5, 6, 7, 9, 1], 3) == [[3], [2, 4], [0, 1]]
+
+
+def test_balanced_with_fewer_sequences_than_parts():
+    assert sorted(balanced_partitions([4, 2], 4)) == [[], [], [0], [1]]
+    assert balanced_partitions([], 2) == [[], []]
+
+
+@quick
+@given(token_counts, st.integers(1, 9))
+def test_balanced_uses_every_sequence_once_and_is_nearly_even(lengths, parts):
+    result = balanced_partitions(lengths, parts)
+    assert len(result) == parts
+    assert sorted(i for part in result for i in part) == list(range(len(lengths)))
+    assert all(part == sorted(part) for part in result)
+    sums = totals(lengths, result)
+    assert max(sums) - min(sums) <= max(lengths, default=0)
+    assert balanced_partitions(lengths, parts) == result
+
+
+def test_equal_by_hand():
+    assert equal_partitions(5, 2) == [[0, 1], [2, 3, 4]]
+    assert equal_partitions(2, 3) == [[], [0], [1]]
+    assert equal_partitions(0, 2) == [[], []]
+
+
+@quick
+@given(st.integers(0, 60), st.integers(1, 9))
+def test_equal_is_consecutive_and_even(count, parts):
+    result = equal_partitions(count, parts)
+    assert [i for part in result for i in part] == list(range(count))
+    sizes = [len(part) for part in result]
+    assert len(sizes) == parts
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_micro_batches_by_count():
+    assert micro_batches([9, 9, 9, 9, 9], size=2) == [[0, 1], [2, 3], [4]]
+    assert micro_batches([9, 9], size=5, max_tokens=1) == [[0, 1]]
+    assert micro_batches([], size=2) == []
+
+
+def test_micro_batches_by_tokens():
+    assert micro_batches([5, 1, 4, 2], max_tokens=6) == [[0, 1], [2, 3]]
+    assert micro_batches([3, 3, 3], max_tokens=100) == [[0, 1, 2]]
+    assert micro_batches([], max_tokens=10) == []
+
+
+def test_micro_batches_where_one_sequence_is_over_the_budget():
+    # 12 stands alone; two of 6 would be 12 tokens too, more than the budget.
+    result = micro_batches([12, 6, 6, 6], max_tokens=10)
+    assert sorted(result) == [[0], [1], [2], [3]]
+    result = micro_batches([100, 4, 3, 2], max_tokens=5)
+    assert [0] in result
+
+
+@quick
+@given(token_counts, st.integers(1, 150))
+def test_micro_batches_keep_the_budget(lengths, max_tokens):
+    result = micro_batches(lengths, max_tokens=max_tokens)
+    assert sorted(i for part in result for i in part) == list(range(len(lengths)))
+    assert all(result)
+    for part, total in zip(result, totals(lengths, result), strict=True):
+        assert total <= max_tokens or len(part) == 1
+    if max(lengths, default=0) <= max_tokens:
+        # Longest-first needs at most twice as many as could do: with so many, every sequence of
+        # more than half a budget finds an empty one, and every shorter one half a budget.
+        assert len(result) <= 2 * -(-sum(lengths) // max_tokens)
+
+
+def test_a_budget_or_a_size_is_needed():
+    with pytest.raises(AssertionError):
+        micro_batches([1, 2])

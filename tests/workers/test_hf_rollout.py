@@ -1,0 +1,158 @@
+"""The `hf` engine: what it draws, its log-probabilities, and that nothing else matters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import VOCABULARY, make_tiny_model
+from verl.protocol import Prompt, Sample
+from verl.trainer.config.schema import ModelConfig, RolloutConfig
+from verl.workers.rollout.base import SamplingParams, engine_class
+from verl.workers.rollout.hf import HFEngine, sample
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> HFEngine:
+    return build(tiny_model)
+
+
+def build(folder: Path, max_num_seqs: int = 1024) -> HFEngine:
+    return HFEngine(ModelConfig(path=str(folder)), RolloutConfig(max_num_seqs=max_num_seqs), "cpu")
+
+
+def make_prompts(lengths: list[int]) -> list[Prompt]:
+    rng = np.random.default_rng(1)
+    return [Prompt(i, rng.integers(3, 100, n), "countdown", {}) for i, n in enumerate(lengths)]
+
+
+def generate(engine: HFEngine, prompts: list[Prompt], params: SamplingParams) -> list[Sample]:
+    batches = engine.generate(prompts, list(range(len(prompts))), params)
+    return sorted((s for batch in batches for s in batch), key=lambda s: s.group)
+
+
+def plain_log_probs(folder: Path, s: Sample, temperature: float) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
+    start = len(s.prompt.token_ids) - 1
+    with torch.no_grad():
+        logits = model(ids).logits[0, start : start + s.length] / temperature
+    return logits.log_softmax(-1).gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_the_plain_model(
+    engine: HFEngine, tiny_model: Path, temperature: float
+) -> None:
+    samples = generate(engine, make_prompts([3, 9, 5]), SamplingParams(4, 40, temperature))
+    assert len(samples) == 12 and len({s.length for s in samples}) > 1
+    for s in samples:
+        assert s.rollout_log_probs is not None and len(s.rollout_log_probs) == s.length
+        expected = plain_log_probs(tiny_model, s, temperature)
+        np.testing.assert_allclose(s.rollout_log_probs, expected, atol=1e-4)
+
+
+def test_greedy_is_transformers_greedy(engine: HFEngine, tiny_model: Path) -> None:
+    prompts = make_prompts([4, 7, 2])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for s in generate(engine, prompts, SamplingParams(1, 20, temperature=0)):
+        ids = torch.tensor(s.prompt.token_ids)[None]
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20)
+        assert s.response_ids.tolist() == out[0, ids.shape[1] :].tolist()
+
+
+def test_ends_and_limits(engine: HFEngine) -> None:
+    samples = generate(engine, make_prompts([3] * 8), SamplingParams(8, 60))
+    assert {s.finish_reason for s in samples} == {"stop", "length"}
+    for s in samples:
+        ends = np.flatnonzero(s.response_ids == 0)
+        if s.finish_reason == "stop":
+            assert ends.tolist() == [s.length - 1]
+        else:
+            assert s.length == 60 and not len(ends)
+
+
+def test_end_token_in_the_last_place_is_not_truncation(engine: HFEngine) -> None:
+    full = generate(engine, make_prompts([3] * 8), SamplingParams(8, 60))
+    length = next(s.length for s in full if s.finish_reason == "stop" and s.length > 1)
+    short = generate(engine, make_prompts([3] * 8), SamplingParams(8, length))
+    at_limit = [s for s in short if s.length == length]
+    assert {s.finish_reason for s in at_limit} == {"stop", "length"}
+
+
+def test_ignore_eos_goes_on_to_the_limit(engine: HFEngine) -> None:
+    samples = generate(engine, make_prompts([3] * 4), SamplingParams(8, 30, ignore_eos=True))
+    assert {s.length for s in samples} == {30}
+
+
+def test_company_does_not_matter(engine: HFEngine, tiny_model: Path) -> None:
+    """The same draws alone, in small batches, and for a prompt that comes twice."""
+    prompts = make_prompts([3, 9, 5, 4, 6])
+    params = SamplingParams(3, 40, seed=(7, 1))
+    together = generate(engine, prompts, params)
+    apart = generate(build(tiny_model, max_num_seqs=4), prompts, params)
+    key = sorted((s.group, s.response_ids.tolist()) for s in together)
+    assert key == sorted((s.group, s.response_ids.tolist()) for s in apart)
+    other_seed = generate(engine, prompts, SamplingParams(3, 40, seed=(7, 2)))
+    assert key != sorted((s.group, s.response_ids.tolist()) for s in other_seed)
+    alone = list(engine.generate([prompts[2]], [2], params))
+    mine = sorted(s.response_ids.tolist() for batch in alone for s in batch)
+    assert mine == sorted(s.response_ids.tolist() for s in together if s.group == 2)
+
+
+def test_new_weights_are_used(tiny_model: Path, tmp_path: Path) -> None:
+    engine = build(tiny_model)
+    params, prompts = SamplingParams(2, 20), make_prompts([4, 4])
+    before = generate(engine, prompts, params)
+    other = make_tiny_model(tmp_path / "other", initializer_range=0.1)
+    weights = dict(AutoModelForCausalLM.from_pretrained(other).named_parameters())
+    for name, value in weights.items():
+        engine.load_weights({name: value})
+    after = generate(engine, prompts, params)
+    assert [s.response_ids.tolist() for s in before] != [s.response_ids.tolist() for s in after]
+    for s in after:
+        np.testing.assert_allclose(s.rollout_log_probs, plain_log_probs(other, s, 1.0), atol=1e-4)
+    with pytest.raises(KeyError, match="no such weight"):
+        engine.load_weights({"no such weight": torch.zeros(1)})
+
+
+def test_tokens_are_drawn_with_their_probabilities() -> None:
+    logits = torch.tensor([0.1, 0.5, 0.25, 0.15]).log().repeat(40_000, 1)
+    uniforms = (torch.arange(40_000) + 0.5).double() / 40_000
+    tokens, log_probs = sample(logits, uniforms, SamplingParams(1, 1))
+    assert torch.bincount(tokens).tolist() == [4000, 20000, 10000, 6000]
+    torch.testing.assert_close(log_probs, logits[0][tokens])
+
+
+def test_top_k_and_top_p_by_hand() -> None:
+    logits = torch.tensor([0.1, 0.5, 0.25, 0.15]).log().repeat(1000, 1)
+    uniforms = (torch.arange(1000) + 0.5).double() / 1000
+    tokens, log_probs = sample(logits, uniforms, SamplingParams(1, 1, top_k=2))
+    assert set(tokens.tolist()) == {1, 2}
+    assert log_probs[tokens == 2][0].exp().item() == pytest.approx(1 / 3)
+    tokens, log_probs = sample(logits, uniforms, SamplingParams(1, 1, top_p=0.8))
+    assert set(tokens.tolist()) == {1, 2, 3}  # 0.5 + 0.25 < 0.8: the third one still counts
+    assert log_probs[tokens == 3][0].exp().item() == pytest.approx(0.15 / 0.9)
+    tokens, _ = sample(logits, uniforms, SamplingParams(1, 1, top_p=0.01))
+    assert set(tokens.tolist()) == {1}
+    cold, _ = sample(logits, uniforms, SamplingParams(1, 1, temperature=0.5))
+    share = (cold == 1).double().mean().item()
+    assert share == pytest.approx(0.25 / (0.01 + 0.25 + 0.0625 + 0.0225), abs=0.002)
+
+
+def test_impossible_tokens_are_never_drawn() -> None:
+    logits = torch.zeros(2, len(VOCABULARY))
+    logits[:, 0] = logits[:, -1] = -torch.inf
+    uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    tokens, _ = sample(logits, uniforms, SamplingParams(1, 1))
+    assert tokens.tolist() == [1, len(VOCABULARY) - 2]
+
+
+def test_unknown_engine_is_named() -> None:
+    with pytest.raises(ValueError, match=r"rollout\.name=vllm.*rollout\.name=hf"):
+        engine_class("vllm")
