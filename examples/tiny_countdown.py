@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--local_dir", required=True, help="holds train.parquet; gets model/ and sft.parquet")
     add("--seed", type=int, default=0, help="of the initial weights and of the traces")
-    add("--sft_size", type=int, default=40960, help="warm-up examples")
+    add("--sft_size", type=int, default=44800, help="warm-up examples")
     add("--give_up", type=float, default=0.8, help="probability after each failed first operation")
     add("--patient", type=float, default=0.2, help="share of the traces that never give up")
     add("--hidden_size", type=int, default=96, help="a multiple of 32, the size of a head")

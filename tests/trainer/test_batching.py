@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -276,7 +277,7 @@ def test_nothing_kept_at_all_is_the_same_error():
         make_batches(config, Engine(lambda index, k: RIGHT)).next(1, Timer())
 
 
-def test_the_order_resumes_where_it_was(tmp_path):
+def test_the_order_resumes_where_it_was():
     config = make_config(enable=True, metric="acc")
     config.data.shuffle = True
     first, second = (make_batches(config, Engine(mixed_every(2))) for _ in range(2))
@@ -312,7 +313,7 @@ def test_mini_batches_in_order():
     twice = whole_groups(mini_batch_config(ppo_epochs=2), samples, 1)
     assert twice == [[0, 1], [2, 3], [4, 5]] * 2
     batches = list(mini_batches(mini_batch_config(), samples, 1))
-    assert all(a is b for a, b in zip(sum(batches, []), samples, strict=True))
+    assert all(a is b for a, b in zip(chain(*batches), samples, strict=True))
 
 
 def test_shuffled_mini_batches():
@@ -320,7 +321,7 @@ def test_shuffled_mini_batches():
     config = mini_batch_config(shuffle=True, ppo_epochs=3)
     batches = whole_groups(config, samples, 5)
     assert batches == whole_groups(config, samples, 5)
-    epochs = [sum(batches[i : i + 10], []) for i in (0, 10, 20)]
+    epochs = [list(chain(*batches[i : i + 10])) for i in (0, 10, 20)]
     assert len(batches) == 30
     for epoch in epochs:
         assert sorted(epoch) == list(range(20))

@@ -1,0 +1,54 @@
+"""What only a GPU can show: variable-length attention, bf16, NCCL, and the main job there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.helpers import free_address, make_samples
+from tests.trainer.test_main_ppo import read, run, settings  # noqa: F401  a fixture
+from verl.trainer.config.schema import FSDPConfig, ModelConfig, OptimConfig
+from verl.workers.actor import ActorWorker, LossConfig, MicroBatchLimit
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=free_address(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_packed_is_padded(one_rank: None, tiny_model: Path) -> None:
+    samples = make_samples([3, 9, 0, 1, 20, 7], weight=0.05)
+    gradients, log_probs = [], []
+    for remove_padding in (True, False):
+        worker = ActorWorker("cuda")
+        offload = FSDPConfig(param_offload=True, optimizer_offload=True)
+        model = ModelConfig(path=str(tiny_model), use_remove_padding=remove_padding)
+        worker.build(model, offload, OptimConfig(lr=1e-3), 10)
+        log_probs.append(worker.log_probs(samples, "actor", 1.0, MicroBatchLimit(4)))
+        worker.actor.onload()
+        worker.actor.accumulate_gradient(samples, LossConfig(), MicroBatchLimit(4))
+        grads = [p.grad.full_tensor().flatten() for p in worker.actor.model.parameters()]
+        gradients.append(torch.cat(grads))
+    packed, padded = gradients
+    assert ((packed - padded).norm() / padded.norm()).item() < 2e-2  # bfloat16
+    for a, b in zip(*log_probs, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-2)
+
+
+def test_main_job(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+    run(settings, "trainer.n_gpus_per_node=1", f"trainer.default_local_dir={tmp_path}")
+    steps = read(tmp_path)
+    assert steps[4]["critic/score/mean"] > steps[1]["critic/score/mean"]
+    assert (tmp_path / "huggingface" / "model.safetensors").exists()
