@@ -14,8 +14,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from transformers import AutoModelForCausalLM
+
+from verl.trainer import main_ppo
+from verl.trainer.config import load_config
 
 REWARD = """
 def share_of_pluses(data_source, solution_str, ground_truth, extra_info=None):
@@ -96,7 +100,7 @@ def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
 def test_the_policy_learns_and_reports(finished: Path) -> None:
     steps = read(finished)
     assert [line["step"] for line in steps] == [0, 1, 2, 3, 4]
-    assert steps[4]["critic/score/mean"] > steps[1]["critic/score/mean"] + 0.05
+    assert steps[4]["critic/score/mean"] > 3 * steps[1]["critic/score/mean"]
     assert {"val-core/pluses/acc/mean@2", "val-core/pluses/acc/best@2/mean"} <= steps[2].keys()
     assert not any(key.startswith("val-core") for key in steps[3])
     for key in (
@@ -203,14 +207,21 @@ def test_filters_and_kl_in_reward(settings: list[str], tmp_path: Path) -> None:
     assert second["actor/reward_kl_penalty_coeff"] != first["actor/reward_kl_penalty_coeff"]
 
 
-def test_input_that_cannot_be_used_is_named_before_anything_starts(settings: list[str]) -> None:
-    for override, message in {
-        "data.train_files=/nowhere/train.parquet": "/nowhere/train.parquet",
-        "actor_rollout_ref.model.path=/nowhere/model": "actor_rollout_ref.model.path=/nowhere",
-        "data.train_batch_size=64": "data.train_batch_size=64 is more than the 32",
-        "actor_rollout_ref.rollout.name=vllm": "rollout.name=hf",
-        "custom_reward_function.name=missing": "missing",
-    }.items():
-        done = subprocess.run(command(settings, override), capture_output=True, text=True)
-        assert done.returncode == 2, override
-        assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train_files=/nowhere/train.parquet", "/nowhere/train.parquet"),
+        ("actor_rollout_ref.model.path=/nowhere/model", "actor_rollout_ref.model.path=/nowhere"),
+        ("data.train_batch_size=64", "data.train_batch_size=64 is more than the 32"),
+        ("actor_rollout_ref.rollout.name=vllm", "rollout.name=hf"),
+        ("custom_reward_function.name=missing", "missing"),
+    ],
+)
+def test_input_that_cannot_be_used_is_named_before_anything_starts(
+    settings: list[str], override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main_ppo.run(load_config([*settings, override]))
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not ray.is_initialized()

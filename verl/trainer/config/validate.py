@@ -99,7 +99,7 @@ def ignored_keys(config: Config, given: Iterable[str]) -> list[str]:
     switches = (".enable",)
     return [
         f"{key} ({reason})"
-        for key in given
+        for key in dict.fromkeys(given)
         for start, reason in rules.items()
         if key.startswith(start) and not key.endswith(switches)
     ]
@@ -107,6 +107,8 @@ def ignored_keys(config: Config, given: Iterable[str]) -> list[str]:
 
 def _check_values(config: Section) -> None:
     for key, value, rule in config.walk():
+        if key.startswith("actor_rollout_ref.actor.grpopp_config."):
+            continue  # the copies of algorithm.grpopp_config, which is checked itself
         if "choices" in rule and value is not None:
             _require(
                 value in rule["choices"],
