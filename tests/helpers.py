@@ -29,7 +29,7 @@ def make_tokenizer() -> Any:
 def make_tiny_model(folder: Path, **overrides: Any) -> Path:
     """Saves a random decoder (2 layers, hidden 64, grouped-query attention) and its tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoModelForCausalLM, Qwen3Config
 
     settings = dict(
         vocab_size=len(VOCABULARY),
@@ -38,6 +38,7 @@ def make_tiny_model(folder: Path, **overrides: Any) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
+        head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.2,
@@ -46,7 +47,7 @@ def make_tiny_model(folder: Path, **overrides: Any) -> Path:
         pad_token_id=1,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(Qwen2Config(**(settings | overrides))).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(Qwen3Config(**(settings | overrides))).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

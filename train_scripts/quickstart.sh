@@ -22,15 +22,14 @@ set -euo pipefail
 
 PROBLEMS=(
   --template_type tiny --min_operands 3 --max_operands 3 --max_number 10 --max_target 50
-  --train_size 1536 --test_size 512
+  --train_size 1600 --test_size 512
 )
-MODEL=(--hidden_size 96 --intermediate_size 256 --num_layers 2 --give_up 0.4 --sft_size 40960)
+MODEL=(--sft_size 44800 --give_up 0.8 --patient 0.2)
 WARM_UP=(
   data.train_batch_size=32
   data.max_length=256
   optim.lr=4e-3
   "optim.betas=[0.9,0.95]"
-  optim.weight_decay=0.0
   optim.lr_warmup_steps=50
   optim.warmup_style=linear
   trainer.total_epochs=1
@@ -40,13 +39,13 @@ WARM_UP=(
 RL=(
   data.apply_chat_template=False
   data.train_batch_size=32
-  data.max_prompt_length=32
-  data.max_response_length=384
+  data.max_prompt_length=16
+  data.max_response_length=256
   actor_rollout_ref.model.enable_gradient_checkpointing=False
   actor_rollout_ref.actor.ppo_mini_batch_size=32
   actor_rollout_ref.actor.use_dynamic_bsz=True
   actor_rollout_ref.actor.ppo_max_token_len_per_gpu=8192
-  actor_rollout_ref.actor.optim.lr=4e-4
+  actor_rollout_ref.actor.optim.lr=1.5e-4
   "actor_rollout_ref.actor.optim.betas=[0.9,0.95]"
   actor_rollout_ref.rollout.name=hf
   actor_rollout_ref.rollout.n=8
@@ -57,8 +56,8 @@ RL=(
   "trainer.logger=[console]"
   trainer.n_gpus_per_node=2
   trainer.device=cpu
-  trainer.total_training_steps=80
-  trainer.test_freq=20
+  trainer.total_training_steps=40
+  trainer.test_freq=10
   trainer.save_freq=10
   trainer.max_actor_ckpt_to_keep=1
 )

@@ -72,6 +72,9 @@ def test_response_of_length_zero(remove_padding):
     assert batch.targets.tolist() == [1]
     assert batch.input_ids.flatten()[batch.predictors].tolist() == [8]
     assert batch.predictors.dtype == batch.targets.dtype == torch.int64
+    # [7] alone would leave nothing to attend to: a token that predicts nothing takes its place.
+    lengths = batch.model_kwargs.get("sequence_lengths", batch.model_kwargs["attention_mask"])
+    assert torch.as_tensor(lengths).view(3, -1).sum(1).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("remove_padding", [True, False])
@@ -124,7 +127,7 @@ def plain_attention(query, key, value, lengths, scaling, window):
     return torch.stack(output, dim=1)[None]  # [1, T, heads, D]
 
 
-@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("window", [None, 1, 3, 5])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 def test_packed_attention_is_block_diagonal_and_causal(key_heads, window):
     generator = torch.Generator().manual_seed(0)
