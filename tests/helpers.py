@@ -41,7 +41,7 @@ def make_tiny_model(folder: Path, **overrides: Any) -> Path:
         head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        initializer_range=0.2,
+        initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=1,

@@ -109,7 +109,7 @@ def test_new_weights_are_used(tiny_model: Path, tmp_path: Path) -> None:
     engine = build(tiny_model)
     params, prompts = SamplingParams(2, 20), make_prompts([4, 4])
     before = generate(engine, prompts, params)
-    other = make_tiny_model(tmp_path / "other", initializer_range=0.1)
+    other = make_tiny_model(tmp_path / "other", initializer_range=0.2)
     weights = dict(AutoModelForCausalLM.from_pretrained(other).named_parameters())
     for name, value in weights.items():
         engine.load_weights({name: value})

@@ -32,10 +32,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
             normalizer[part] = logits.logsumexp(-1)
             chosen = logits.gather(-1, targets[part, None])[:, 0]
             log_probs[part] = chosen - normalizer[part]
-            probs = (logits - normalizer[part, None]).exp_()
-            # -inf logits (masked tokens) have probability 0 and add nothing.
+            logits -= normalizer[part, None]
+            probs = logits.exp()
+            # Masked tokens have log-probability -inf and probability 0: they add nothing.
             logits.clamp_(min=torch.finfo(torch.float32).min)
-            entropy[part] = normalizer[part] - probs.mul_(logits).sum(-1)
+            entropy[part] = -probs.mul_(logits).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
         return log_probs, entropy

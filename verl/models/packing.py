@@ -88,6 +88,7 @@ def per_token(samples: Sequence[Sample], name: str, device: torch.device) -> Ten
 
     A field that holds one number per response is repeated for each of its tokens.
     """
+    assert all(getattr(s, name) is not None for s in samples), f"{name} has not been computed"
     values = [np.broadcast_to(getattr(s, name), s.length) for s in samples]
     joined = np.concatenate(values or [np.zeros(0)])
     return torch.as_tensor(joined.astype(np.float32), device=device)
@@ -95,8 +96,8 @@ def per_token(samples: Sequence[Sample], name: str, device: torch.device) -> Ten
 
 def split_per_sample(values: Tensor, samples: Sequence[Sample]) -> list[np.ndarray]:
     """The inverse of `per_token` for results: [R] → one float32 array [L_i] per sample."""
-    ends = np.cumsum([s.length for s in samples])[:-1]
-    return np.split(values.detach().float().cpu().numpy(), ends)
+    ends = np.cumsum([s.length for s in samples])
+    return np.split(values.detach().float().cpu().numpy(), ends)[:-1]
 
 
 def packed_sdpa(

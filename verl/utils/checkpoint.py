@@ -9,53 +9,16 @@ default_local_dir/
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from verl.trainer.config.schema import TrainerConfig
 
-if TYPE_CHECKING:
-    from verl.workers.actor import Policy
-
-logger = logging.getLogger(__name__)
-
 LATEST = "latest_checkpointed_iteration.txt"
-
-
-def save_policy(policy: Policy, folder: Path) -> None:
-    """Every rank writes its shards below `folder`; collective."""
-    import torch.distributed.checkpoint as dcp
-
-    dcp.save(_policy_state(policy), checkpoint_id=folder)
-
-
-def load_policy(policy: Policy, folder: Path) -> None:
-    """The inverse of `save_policy`, for any number of ranks; collective."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_state_dict
-
-    state = _policy_state(policy)
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(
-        policy.model,
-        policy.optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-    )
-    policy.schedule.load_state_dict(state["schedule"])
-    policy.offload()
-
-
-def _policy_state(policy: Policy) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    model, optimizer = get_state_dict(policy.model, policy.optimizer)
-    return {"model": model, "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
 
 
 class CheckpointFolder:
@@ -120,6 +83,6 @@ class CheckpointFolder:
         if limit is None:
             return
         found = [p for p in self.root.iterdir() if re.fullmatch(r"global_step_\d+", p.name)]
-        found.sort(key=lambda p: (p == keep, int(p.name.rpartition("_")[2])))
+        found.sort(key=lambda p: (p == keep, p.stat().st_mtime))
         for folder in found[:-limit]:
             shutil.rmtree(folder, ignore_errors=True)

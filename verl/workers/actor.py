@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
 from verl.models import fsdp
@@ -186,9 +188,8 @@ class Policy:
         results: list[np.ndarray] = [np.zeros(0, np.float32)] * len(samples)
         for indices, part in self.micro_batches(samples, limit):
             values, _ = self.model(self.pack(part), temperature)
-            if part:
-                for i, result in zip(indices, split_per_sample(values, part), strict=True):
-                    results[i] = result
+            for i, result in zip(indices, split_per_sample(values, part), strict=True):
+                results[i] = result
         self.offload()
         return results
 
@@ -238,6 +239,27 @@ class Policy:
                 totals[name] = totals.get(name, 0) + number.detach()
         tokens = sum(s.length for s in samples)
         return {name: value.item() for name, value in totals.items()} | {"tokens": tokens}
+
+    def save(self, folder: Path) -> None:
+        """Writes parameters, optimizer and schedule below `folder`, each rank its part."""
+        dcp.save(self._state(), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        """The inverse of `save`, for any number of ranks."""
+        state = self._state()
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        self.schedule.load_state_dict(state["schedule"])
+        self.offload()
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
 
 
 class ActorWorker:
@@ -302,15 +324,11 @@ class ActorWorker:
 
     def save(self, folder: str) -> None:
         """Writes parameters, optimizer and schedule below `folder`, each rank its part."""
-        from verl.utils.checkpoint import save_policy
-
-        save_policy(self.actor, Path(folder))
+        self.actor.save(Path(folder))
 
     def load(self, folder: str) -> None:
         """The inverse of `save`, for any number of ranks."""
-        from verl.utils.checkpoint import load_policy
-
-        load_policy(self.actor, Path(folder))
+        self.actor.load(Path(folder))
 
     def save_hf(self, folder: str, tokenizer: Any) -> None:
         """Writes the policy in Hugging Face format."""

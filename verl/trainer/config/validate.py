@@ -32,6 +32,12 @@ def validate(config: Config) -> None:
         "actor_rollout_ref.rollout: training needs do_sample=True and temperature > 0 (greedy "
         "responses to a prompt are all the same)",
     )
+    control = algorithm.kl_ctrl
+    _require(
+        control.type != "adaptive" or control.target_kl > 0,
+        f"algorithm.kl_ctrl.target_kl={control.target_kl}: kl_ctrl.type=adaptive steers towards a "
+        "divergence above 0",
+    )
     _require(
         not rewards.enable,
         "reward_model.enable=True: rewards are functions here; use custom_reward_function.path",
