@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 from verl.data.dataset import load_prompts
 from verl.protocol import Prompt, Sample, column, fill, response_lengths
@@ -96,10 +97,10 @@ class RayPPOTrainer:
 
     def fit(self) -> None:
         """Trains from the current step to the last one."""
-        trainer = self.config.trainer
-        with Tracking(
-            trainer, self.checkpoints.root, self.total_steps, asdict(self.config), self.step
-        ) as tracking:
+        trainer, settings = self.config.trainer, asdict(self.config)
+        root = self.checkpoints.root
+        with Tracking(trainer, root, self.total_steps, settings, self.step) as tracking:
+            (root / "config.yaml").write_text(OmegaConf.to_yaml(settings))
             if trainer.val_before_train and not self.resumed:
                 tracking.log_validation(self.validate(), self.step)
             if trainer.val_only:
