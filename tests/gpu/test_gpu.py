@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tests.helpers import free_address, make_samples
 from tests.trainer.test_main_ppo import read, run, settings  # noqa: F401  a fixture
-from verl.trainer.config.schema import FSDPConfig, ModelConfig, OptimConfig
+from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
 from verl.workers.actor import ActorWorker, LossConfig, MicroBatchLimit
 
 pytestmark = [

@@ -340,7 +340,7 @@ def test_entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert output.out == "" and output.err.startswith("error: there is no key 'data.n'")
 
 
-@pytest.mark.parametrize("name", ["schema.py", "sft_schema.py"])
+@pytest.mark.parametrize("name", ["schema.py", "model_schema.py", "sft_schema.py"])
 def test_every_key_is_documented(name: str) -> None:
     """A string follows each field that isn't a section; a section has its docstring."""
     tree = ast.parse((Path(loader.__file__).parent / name).read_text())

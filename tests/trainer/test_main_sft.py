@@ -40,7 +40,7 @@ def mean_nll(model: Path) -> float:
     lm = AutoModelForCausalLM.from_pretrained(model)
     losses = []
     for i in range(1, 9):
-        ids = tokenizer(f"{i} + 1 = {i + 1}").input_ids + [tokenizer.eos_token_id]
+        ids = [*tokenizer(f"{i} + 1 = {i + 1}").input_ids, tokenizer.eos_token_id]
         log_p = lm(torch.tensor([ids])).logits[0].log_softmax(-1)
         losses += [-log_p[t - 1, ids[t]].item() for t in (4, 5)]
     return float(np.mean(losses))

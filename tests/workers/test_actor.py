@@ -15,7 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers import free_address, make_samples
 from verl.protocol import Sample, fill
-from verl.trainer.config.schema import FSDPConfig, MixedPrecisionConfig, ModelConfig, OptimConfig
+from verl.trainer.config.model_schema import (
+    FSDPConfig,
+    MixedPrecisionConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from verl.trainer.ppo.core_algos import WEIGHTS, kl_divergence, policy_loss, response_weights
 from verl.utils.seqlen_balancing import balanced_partitions
 from verl.workers.actor import (

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers import VOCABULARY, make_tiny_model
 from verl.protocol import Prompt, Sample
-from verl.trainer.config.schema import ModelConfig, RolloutConfig
+from verl.trainer.config.model_schema import ModelConfig
+from verl.trainer.config.schema import RolloutConfig
 from verl.workers.rollout.base import SamplingParams, engine_class
 from verl.workers.rollout.hf import HFEngine, sample
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from verl.models.logprobs import chunked_log_probs
 from verl.models.packing import Batch, register_packed_attention
-from verl.trainer.config.schema import FSDPConfig, ModelConfig
+from verl.trainer.config.model_schema import FSDPConfig, ModelConfig
 from verl.utils.device import default_dtype, default_packed_attention
 
 # Heads that scale or cap their logits need more than a matrix product.
@@ -123,7 +123,8 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Poli
     )
     lm.tie_weights()
     _broadcast_buffers(policy, loaded, device)
-    return policy.train()
+    # Weights of a skeleton may arrive in host memory, whatever the mesh's device.
+    return policy.to(device).train()
 
 
 def _decoder_layers(lm: nn.Module) -> list[nn.Module]:
@@ -155,13 +156,12 @@ def move_optimizer(optimizer: torch.optim.Optimizer, device: torch.device) -> No
                 state[name] = value.to(device, non_blocking=True)
 
 
-def full_weights(policy: PolicyModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor on the host) of each weight, one at a time; tied weights
-    once. All ranks must iterate: gathering a tensor is collective."""
+def full_weights(policy: PolicyModel) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor) of each weight, one at a time; tied weights once. All ranks
+    must iterate: gathering a tensor is collective."""
     for name, param in policy.lm.named_parameters():
         value = param.detach()
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        yield name, whole.to("cpu", dtype)
+        yield name, value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def save_hf_model(policy: PolicyModel, model: ModelConfig, folder: Path, tokenizer: Any) -> None:

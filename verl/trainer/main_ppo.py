@@ -23,18 +23,21 @@ def run(config: Config) -> None:
 
     model = config.actor_rollout_ref.model
     try:
-        load_hf_config(model)
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(Path(config.data.tokenizer or model.path).expanduser()),
-            trust_remote_code=model.trust_remote_code,
-        )
-        trainer = RayPPOTrainer(config, tokenizer)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    try:
-        trainer.start_workers()
+        try:
+            load_hf_config(model)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(Path(config.data.tokenizer or model.path).expanduser()),
+                trust_remote_code=model.trust_remote_code,
+            )
+            trainer = RayPPOTrainer(config, tokenizer)
+            trainer.start_workers()
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
         trainer.fit()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         ray.shutdown()
 

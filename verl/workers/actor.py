@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from verl.models import fsdp
 from verl.models.packing import Batch, pack, per_token, split_per_sample
 from verl.protocol import Sample
-from verl.trainer.config.schema import FSDPConfig, ModelConfig, OptimConfig
+from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
 from verl.trainer.ppo.core_algos import kl_divergence, policy_loss
 from verl.utils.device import empty_cache, get_device, max_memory_gb, process_group_backend
 from verl.utils.seqlen_balancing import micro_batches
@@ -310,9 +310,10 @@ class ActorWorker:
         self.actor.onload()
         bucket: dict[str, Tensor] = {}
         size = 0
-        for name, value in fsdp.full_weights(self.actor.model, getattr(torch, dtype)):
+        for name, whole in fsdp.full_weights(self.actor.model):
             if dist.get_rank() != 0:
                 continue
+            value = whole.to("cpu", getattr(torch, dtype))
             if bucket and size + value.nbytes > bucket_bytes:
                 yield bucket
                 bucket, size = {}, 0

@@ -39,19 +39,25 @@ def start_ray(num_workers: int, num_cpus: int | None = None) -> None:
 def place(nodes: int, devices_per_node: int, device: str | None, timeout_s: float = 300) -> Slots:
     """Reserves `devices_per_node` devices on each of `nodes` machines.
 
-    Raises: ValueError if the cluster doesn't have them, or not free within `timeout_s`
+    Raises: ValueError if the cluster doesn't have them, or they are not free within `timeout_s`
     seconds.
     """
     need = worker_resources(device, 1)
-    bundle = {"CPU": WORKERS_PER_DEVICE, "GPU": need.get("num_gpus", 0)}
-    bundle = {name: float(amount) for name, amount in bundle.items() if amount}
+    bundle = {"CPU": float(WORKERS_PER_DEVICE), "GPU": need.get("num_gpus", 0.0)}
+    bundle = {name: amount for name, amount in bundle.items() if amount}
+    wanted = (
+        f"trainer.nnodes={nodes} × trainer.n_gpus_per_node={devices_per_node} needs {bundle} each"
+    )
+    total = ray.cluster_resources()
+    if any(total.get(name, 0) < nodes * devices_per_node * x for name, x in bundle.items()):
+        has = {name: total.get(name, 0) for name in bundle}
+        raise ValueError(f"{wanted}; the cluster has {has} in all: lower the keys")
     groups = [placement_group([bundle] * devices_per_node, "STRICT_PACK") for _ in range(nodes)]
     ready, _ = ray.wait([g.ready() for g in groups], num_returns=nodes, timeout=timeout_s)
     if len(ready) < nodes:
         raise ValueError(
-            f"trainer.nnodes={nodes} × trainer.n_gpus_per_node={devices_per_node} needs {bundle} "
-            f"per device; the cluster has {ray.available_resources()} free: lower the keys, or "
-            "stop the jobs that hold the rest"
+            f"{wanted}; after {timeout_s:.0f} s that many are not free on {nodes} machine(s): "
+            "lower the keys, or stop the jobs that hold the rest"
         )
     return [(group, index) for group in groups for index in range(devices_per_node)]
 

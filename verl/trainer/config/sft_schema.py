@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl.trainer.config.schema import (
-    FSDPConfig,
-    ModelConfig,
-    OptimConfig,
-    RayInitConfig,
-    TrainerConfig,
-)
+from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
+from verl.trainer.config.schema import RayInitConfig, TrainerConfig
 from verl.trainer.config.section import Section, number, one_of
 
 

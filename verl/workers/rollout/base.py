@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from verl.protocol import Prompt, Sample
-from verl.trainer.config.schema import ModelConfig, RolloutConfig
+from verl.trainer.config.model_schema import ModelConfig
+from verl.trainer.config.schema import RolloutConfig
 
 
 @dataclass(frozen=True, slots=True)

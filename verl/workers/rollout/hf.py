@@ -18,8 +18,9 @@ from transformers.cache_utils import DynamicLayer
 
 from verl.models.fsdp import load_hf_model
 from verl.protocol import Prompt, Sample
-from verl.trainer.config.schema import ModelConfig, RolloutConfig
-from verl.utils.device import default_dtype, get_device
+from verl.trainer.config.model_schema import ModelConfig
+from verl.trainer.config.schema import RolloutConfig
+from verl.utils.device import default_dtype, empty_cache, get_device
 from verl.workers.rollout.base import RolloutEngine, SamplingParams
 
 KEEP_SHARE = 0.85
@@ -88,6 +89,7 @@ class HFEngine(RolloutEngine):
     def sleep(self) -> None:
         """Moves the weights to host memory."""
         self.model.to("cpu")
+        empty_cache(self.device)
 
     def wake_up(self) -> None:
         """Moves the weights to the device."""
