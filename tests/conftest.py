@@ -19,7 +19,7 @@ from tests.helpers import make_tiny_model
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen2 with tied embeddings and its word-level tokenizer, in Hugging Face format."""
+    """A random Qwen3 with tied embeddings and its word-level tokenizer, in Hugging Face format."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 

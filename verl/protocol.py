@@ -53,6 +53,8 @@ class Sample:
     """Sampled tokens with the end-of-sequence token, if there was one, [L]."""
     finish_reason: FinishReason
     """`length`: the response hit the limit without an end-of-sequence token (truncated)."""
+    draw: int = 0
+    """Which of the responses to its prompt this is, from 0."""
     rollout_log_probs: NDArray[np.float32] | None = None
     """Log-probability of each sampled token under the distribution it was drawn from, [L]."""
     score: float = 0.0

@@ -120,7 +120,7 @@ def test_pandas_files_with_arrays_in_them(tmp_path):
     frame.to_parquet(tmp_path / "x.parquet")
     (prompt,) = load_prompts(str(tmp_path / "x.parquet"), DataConfig(), make_tokenizer())
     assert prompt.token_ids.tolist() == [USER, A, ASSISTANT]
-    assert json.dumps(prompt.ground_truth) == '{"target": 7, "numbers": [3, 4]}'
+    assert json.loads(json.dumps(prompt.ground_truth)) == {"target": 7, "numbers": [3, 4]}
 
 
 def test_column_names_are_configurable(tmp_path):

@@ -216,7 +216,7 @@ def test_overlong_penalty(length, penalty):
 
 
 def test_dapo_punishes_the_reward_only():
-    buffer = OverlongBufferConfig(enable=True, len=4, penalty_factor=1.0)
+    buffer = OverlongBufferConfig(enable=True, len=4, penalty_factor=1.0, log=True)
     config = RewardModelConfig(reward_manager="dapo", overlong_buffer=buffer)
     short = sample("<answer> 3 * 8 </answer>")  # 5 tokens, the ramp goes from 4 to 8
     long = sample("x x <answer> 3 * 8 </answer> <eos>")

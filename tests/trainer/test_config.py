@@ -75,7 +75,7 @@ def test_a_value_of_the_wrong_type(override: str) -> None:
         ("data.max_prompt_length=0", "data.max_prompt_length=0: must be at least 1"),
         ("algorithm.grpopp_config.alpha=-1", "grpopp_config.alpha=-1.0: must be at least 0"),
         (f"{ROLLOUT}gpu_memory_utilization=1.1", "gpu_memory_utilization=1.1: must be at most 1"),
-        (f"{ROLLOUT}val_kwargs.top_p=-0.5", f"{ROLLOUT}val_kwargs.top_p=-0.5: must be at least 0"),
+        (f"{ROLLOUT}val_kwargs.top_p=-0.5", f"{ROLLOUT}val_kwargs.top_p=-0.5: must be more than 0"),
         (f"{ACTOR}loss_agg_mode=mean", f"{ACTOR}loss_agg_mode=mean: choose one of token-mean, "),
         (f"{ROLLOUT}name=sglang", f"{ROLLOUT}name=sglang: choose one of hf, vllm"),
         ("algorithm.adv_estimator=gae", "adv_estimator=gae: choose one of grpo, rloo, "),
@@ -155,7 +155,18 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
         ["algorithm.filter_groups.enable=True"],
         "needs algorithm.filter_groups.metric",
     ),
-    "logger": (["trainer.logger=[console,tensorboard]"], "'tensorboard' is not one of console"),
+    "betas": ([f"{ACTOR}optim.betas=[0.9,1.0]"], "betas=[0.9, 1.0]: give two numbers"),
+    "files": (["data.train_files=null"], "data.train_files=None: give a path"),
+    "validation files": (["data.val_files=[]"], "data.val_files=[]: give a path"),
+    "metric": (
+        [
+            "algorithm.use_kl_in_reward=True",
+            "algorithm.filter_groups={enable:True,metric:seq_final_reward}",
+        ],
+        "take seq_reward",
+    ),
+    "no logger": (["trainer.logger=3"], "trainer.logger=3: choose from console"),
+    "logger": (["trainer.logger=[console,tensorboard]"], "'tensorboard']: choose from console"),
     "hdfs": (["trainer.default_hdfs_dir=hdfs://x"], "only null is supported"),
     "resume path": (["trainer.resume_mode=resume_path"], "needs trainer.resume_from_path"),
 }
@@ -255,21 +266,27 @@ def test_when_a_key_has_no_effect(
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], LossAggregation("token-mean", 512)),
+        ([], LossAggregation("token-mean", 512, alpha=0.75)),
         (
             [f"{ACTOR}loss_agg_mode=seq-mean-token-mean"],
-            LossAggregation("seq-mean-token-mean", 512),
+            LossAggregation("seq-mean-token-mean", 512, alpha=0.75),
         ),
-        ([f"{ACTOR}loss_agg_mode=seq-mean-token-sum"], LossAggregation("seq-mean-token-sum", 512)),
+        (
+            [f"{ACTOR}loss_agg_mode=seq-mean-token-sum"],
+            LossAggregation("seq-mean-token-sum", 512, alpha=0.75),
+        ),
         (
             [f"{ACTOR}loss_agg_mode=seq-mean-token-sum-norm", "data.max_response_length=99"],
-            LossAggregation("seq-mean-token-sum-norm", 99),
+            LossAggregation("seq-mean-token-sum-norm", 99, alpha=0.75),
         ),
         (
             [f"{ACTOR}loss_agg_mode=token-mean-legacy"],
-            LossAggregation("token-mean-legacy", 512, group_size=4),
+            LossAggregation("token-mean-legacy", 512, group_size=4, alpha=0.75),
         ),
-        (["algorithm.use_dr_grpo=True"], LossAggregation("dr-grpo", 512, norm_by_std=False)),
+        (
+            ["algorithm.use_dr_grpo=True"],
+            LossAggregation("dr-grpo", 512, norm_by_std=False, alpha=0.75),
+        ),
         (["algorithm.use_grpopp=True"], LossAggregation("delta-l", 512, alpha=0.75)),
         (
             ["algorithm.use_grpopp=True", "algorithm.grpopp_config={alpha:0,scope:mini_batch}"],
@@ -277,7 +294,7 @@ def test_when_a_key_has_no_effect(
         ),
         (
             ["algorithm.norm_adv_by_std_in_grpo=False"],
-            LossAggregation("token-mean", 512, norm_by_std=False),
+            LossAggregation("token-mean", 512, norm_by_std=False, alpha=0.75),
         ),
     ],
 )
@@ -313,8 +330,10 @@ def test_the_warm_up_has_a_schema_of_its_own() -> None:
         load_config(["data.max_lenght=3"], "sft_trainer")
     with pytest.raises(ConfigError, match=r"data\.max_length=0: must be at least 1"):
         load_config(["data.max_length=0"], "sft_trainer")
-    with pytest.raises(ConfigError, match="only null is supported"):
-        load_config(["trainer.default_hdfs_dir=x"], "sft_trainer")
+    with pytest.raises(ConfigError, match=r"no key 'trainer\.save_freq'"):
+        load_config(["trainer.save_freq=1"], "sft_trainer")
+    with pytest.raises(ConfigError, match=r"optim\.betas=\[0\.9\]: give two numbers"):
+        load_config(["optim.betas=[0.9]"], "sft_trainer")
 
 
 def test_a_yaml_file_of_ones_own(tmp_path: Path) -> None:

@@ -176,6 +176,23 @@ def test_one_rank_resumes_what_two_saved_and_all_terms_run(
     assert not (tmp_path / "huggingface").exists()
 
 
+def test_a_checkpoint_can_be_validated(settings: list[str], finished: Path, tmp_path: Path) -> None:
+    """A resumed run with val_only validates; a new one in a used folder starts anew."""
+    here = f"trainer.default_local_dir={tmp_path}"
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")  # an earlier run's
+    run(
+        settings,
+        here,
+        "trainer.resume_mode=resume_path",
+        f"trainer.resume_from_path={finished}/global_step_2",
+        "trainer.val_only=True",
+        "trainer.n_gpus_per_node=1",
+    )
+    (line,) = read(tmp_path)
+    validated = {k: v for k, v in read(finished)[2].items() if k.startswith("val-")}
+    assert validated and {k: line[k] for k in validated} == validated
+
+
 def test_filters_and_kl_in_reward(settings: list[str], tmp_path: Path) -> None:
     run(
         settings,
@@ -188,6 +205,7 @@ def test_filters_and_kl_in_reward(settings: list[str], tmp_path: Path) -> None:
         "reward_model.reward_manager=dapo",
         "reward_model.overlong_buffer.enable=True",
         "reward_model.overlong_buffer.len=8",
+        "reward_model.overlong_buffer.log=True",
         "reward_model.overlong_buffer.penalty_factor=1.0",
         "actor_rollout_ref.actor.ppo_epochs=2",
         "actor_rollout_ref.actor.shuffle=True",

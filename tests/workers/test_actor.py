@@ -260,6 +260,30 @@ def test_exported_weights_rebuild_the_model(worker: ActorWorker, tiny_model: Pat
         assert len(bucket) == 1 or sum(v.nbytes for v in bucket.values()) <= 40_000
 
 
+def test_resumed_settings_are_those_of_the_configuration(tiny_model: Path, tmp_path: Path) -> None:
+    """Checkpoints hold the optimizer's states and the step, not the learning rate."""
+    samples = weighted_samples("delta-l")
+    fsdp = FSDPConfig(param_offload=True)
+    workers = []
+    for lr in (1e-3, 5e-4):
+        worker = ActorWorker("cpu")
+        optim = OptimConfig(lr=lr, lr_warmup_steps=4, weight_decay=lr)
+        worker.build(ModelConfig(path=str(tiny_model)), fsdp, optim, 10)
+        workers.append(worker)
+    saved, resumed = workers
+    for _ in range(2):
+        saved.update([samples], LOSS, LIMITS["all"], 1.0)
+    saved.save(str(tmp_path / "actor"))
+    resumed.load(str(tmp_path / "actor"))
+    for a, b in zip(saved.actor.model.parameters(), resumed.actor.model.parameters(), strict=True):
+        assert torch.equal(a.full_tensor(), b.full_tensor())
+        states = [w.actor.optimizer.state[p] for w, p in ((saved, a), (resumed, b))]
+        assert torch.equal(*(s["exp_avg"].full_tensor() for s in states))
+    assert resumed.actor.optimizer.param_groups[0]["weight_decay"] == 5e-4
+    found = resumed.update([samples], LOSS, LIMITS["all"], 1.0)[0]["lr"]
+    assert found == pytest.approx(5e-4 * 3 / 4)  # the third of four steps of warm-up
+
+
 def test_learning_rate() -> None:
     warm = OptimConfig(lr_warmup_steps=4)
     assert [learning_rate_factor(i, warm, 10) for i in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]

@@ -57,6 +57,16 @@ def test_log_probs_are_those_of_the_plain_model(
         np.testing.assert_allclose(s.rollout_log_probs, expected, atol=1e-4)
 
 
+def test_only_short_prompts_are_left(engine: HFEngine, tiny_model: Path) -> None:
+    """Rows that were padded stay padded when the longest prompts are finished."""
+    for seed in range(6):
+        params = SamplingParams(2, 60, seed=(seed,))
+        for s in generate(engine, make_prompts([3, 14]), params):
+            np.testing.assert_allclose(
+                s.rollout_log_probs, plain_log_probs(tiny_model, s, 1.0), atol=1e-4
+            )
+
+
 def test_greedy_is_transformers_greedy(engine: HFEngine, tiny_model: Path) -> None:
     prompts = make_prompts([4, 7, 2])
     model = AutoModelForCausalLM.from_pretrained(tiny_model)

@@ -18,13 +18,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from verl.models.hf import (
+    ATTENTION_LAYERS,
+    is_stateful,
+    load_generation_config,
+    load_hf_config,
+    load_hf_model,
+)
 from verl.models.logprobs import chunked_log_probs
 from verl.models.packing import Batch, register_packed_attention
 from verl.trainer.config.model_schema import FSDPConfig, ModelConfig
 from verl.utils.device import default_dtype, default_packed_attention
-
-# Heads that scale or cap their logits need more than a matrix product.
-UNSUPPORTED_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 class PolicyModel(nn.Module):
@@ -47,42 +51,6 @@ class PolicyModel(nn.Module):
         return chunked_log_probs(hidden, head.weight, batch.targets, temperature, head.bias)
 
 
-def load_hf_config(model: ModelConfig) -> Any:
-    """The model's configuration with `override_config`; dropout is off, since log-probabilities
-    must not depend on chance.
-
-    Raises: ValueError if there is no such model, or its head isn't a plain matrix product.
-    """
-    from transformers import AutoConfig
-
-    path = str(Path(model.path).expanduser())
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except OSError as error:
-        raise ValueError(
-            f"actor_rollout_ref.model.path={model.path}: no Hugging Face model there ({error})"
-        ) from error
-    config.update(model.override_config)
-    for name in [n for n in vars(config) if n.endswith(("dropout", "_pdrop"))]:
-        setattr(config, name, 0.0)
-    for name in UNSUPPORTED_HEADS:
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"{model.path}: models with {name} are not supported")
-    return config
-
-
-def load_hf_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """The whole model with its weights, on the host."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        str(Path(model.path).expanduser()),
-        config=load_hf_config(model),
-        dtype=dtype,
-        trust_remote_code=model.trust_remote_code,
-    )
-
-
 def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> PolicyModel:
     """Loads the model on rank 0 and shards it over `mesh`; fp32 master weights.
 
@@ -91,11 +59,17 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Poli
     from transformers import AutoModelForCausalLM
 
     device = torch.device(mesh.device_type)
-    register_packed_attention()
-    attention = default_packed_attention(device) if model.use_remove_padding else "sdpa"
+    precision = fsdp.mixed_precision
+    compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device))
+    config = load_hf_config(model)
+    attention = "sdpa"
+    if model.use_remove_padding:
+        _check_packable(config, model.path)
+        register_packed_attention()
+        attention = default_packed_attention(device, compute_dtype)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(
-            load_hf_config(model),
+            config,
             attn_implementation=attention,
             dtype=torch.float32,
             trust_remote_code=model.trust_remote_code,
@@ -103,8 +77,6 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Poli
     if model.enable_gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = PolicyModel(lm)
-    precision = fsdp.mixed_precision
-    compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device))
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
@@ -123,8 +95,18 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Poli
     )
     lm.tie_weights()
     _broadcast_buffers(policy, loaded, device)
-    # Weights of a skeleton may arrive in host memory, whatever the mesh's device.
-    return policy.to(device).train()
+    return policy.train()
+
+
+def _check_packable(config: Any, path: str) -> None:
+    """Raises ValueError for layers that carry state from one packed sequence into the next."""
+    others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if others or is_stateful(config):
+        raise ValueError(
+            f"{path}: a {config.model_type} model has layers that are not attention "
+            f"({', '.join(sorted(others)) or 'recurrent'}), and those mix packed sequences: set "
+            "actor_rollout_ref.model.use_remove_padding=False"
+        )
 
 
 def _decoder_layers(lm: nn.Module) -> list[nn.Module]:
@@ -153,7 +135,8 @@ def move_optimizer(optimizer: torch.optim.Optimizer, device: torch.device) -> No
     for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.dim():
-                state[name] = value.to(device, non_blocking=True)
+                # Towards the host, a copy that doesn't block would take pinned memory.
+                state[name] = value.to(device, non_blocking=device.type == "cuda")
 
 
 def full_weights(policy: PolicyModel) -> Iterator[tuple[str, Tensor]]:
@@ -176,6 +159,7 @@ def save_hf_model(policy: PolicyModel, model: ModelConfig, folder: Path, tokeniz
         shell = AutoModelForCausalLM.from_config(
             load_hf_config(model), trust_remote_code=model.trust_remote_code
         )
+    shell.generation_config = load_generation_config(model)
     state = {name.removeprefix("lm."): value for name, value in weights.items()}
     shell.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)

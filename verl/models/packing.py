@@ -110,7 +110,7 @@ def packed_sdpa(
     sequence_lengths: list[int],
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a packed row, one call per sequence: no work on
     other sequences' tokens, on any device.
@@ -118,6 +118,7 @@ def packed_sdpa(
     Args (as Hugging Face attention functions): query [1, heads, T, D], key and value
     [1, key-value heads, T, D]. Returns: [1, T, heads, D].
     """
+    _refuse(others)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -148,11 +149,12 @@ def packed_varlen(
     sequence_bounds: Tensor,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """The same in one call: `torch.nn.attention.varlen`, for GPUs (16-bit types)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    _refuse(others)
     longest = max(sequence_lengths)
     output = varlen_attn(
         *(x[0].transpose(0, 1) for x in (query, key, value)),
@@ -165,6 +167,16 @@ def packed_varlen(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output[None], None
+
+
+def _refuse(others: dict[str, Any]) -> None:
+    """Raises ValueError for attention that is more than softmax of scaled products."""
+    for name in ("s_aux", "softcap"):
+        if others.get(name) is not None:
+            raise ValueError(
+                f"attention with {name} can't run packed: set "
+                "actor_rollout_ref.model.use_remove_padding=False"
+            )
 
 
 PACKED_ATTENTION = {"packed_sdpa": packed_sdpa, "packed_varlen": packed_varlen}

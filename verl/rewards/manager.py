@@ -134,7 +134,8 @@ def dapo(sample: Sample, config: RewardModelConfig, max_response_length: int) ->
     if config.overlong_buffer.enable:
         penalty = overlong_penalty(sample.length, max_response_length, config.overlong_buffer)
         sample.reward += penalty
-        sample.extras["overlong_reward"] = penalty
+        if config.overlong_buffer.log:
+            sample.extras["overlong_reward"] = penalty
 
 
 MANAGERS: dict[str, Callable[[Sample, RewardModelConfig, int], None]] = {

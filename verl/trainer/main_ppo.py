@@ -18,13 +18,13 @@ def run(config: Config) -> None:
     import ray
     from transformers import AutoTokenizer
 
-    from verl.models.fsdp import load_hf_config
+    from verl.models.hf import check_model
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     model = config.actor_rollout_ref.model
     try:
         try:
-            load_hf_config(model)
+            check_model(model, config.data.max_prompt_length + config.data.max_response_length)
             tokenizer = AutoTokenizer.from_pretrained(
                 str(Path(config.data.tokenizer or model.path).expanduser()),
                 trust_remote_code=model.trust_remote_code,

@@ -82,7 +82,10 @@ def run(config: SFTConfig) -> None:
     import ray
     from transformers import AutoTokenizer
 
+    from verl.models.hf import check_model
+
     try:
+        check_model(config.model, config.data.max_length)
         tokenizer = AutoTokenizer.from_pretrained(
             str(Path(config.data.tokenizer or config.model.path).expanduser()),
             trust_remote_code=config.model.trust_remote_code,

@@ -73,6 +73,11 @@ class CheckpointFolder:
             )
         return folder
 
+    def forget(self) -> None:
+        """What a new run in a used folder does: its predecessor's checkpoints stay, but nothing
+        resumes from them by itself."""
+        (self.root / LATEST).unlink(missing_ok=True)
+
     @staticmethod
     def read_state(folder: Path) -> dict[str, Any]:
         """The driver's state of a checkpoint, with `step`."""

@@ -20,9 +20,9 @@ def default_dtype(device: torch.device) -> str:
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def default_packed_attention(device: torch.device) -> str:
-    """Key of `verl.models.packing.PACKED_ATTENTION`."""
-    return "packed_varlen" if device.type == "cuda" else "packed_sdpa"
+def default_packed_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """Key of `verl.models.packing.PACKED_ATTENTION`; the GPU's kernels are for 16-bit types."""
+    return "packed_varlen" if device.type == "cuda" and dtype.itemsize == 2 else "packed_sdpa"
 
 
 def worker_resources(device: str | None, share: float) -> dict[str, float]:

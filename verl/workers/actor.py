@@ -137,6 +137,7 @@ class Policy:
         self.device, self.config, self.model_config = device, fsdp_config, model
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         self.model = fsdp.build_policy(model, fsdp_config, mesh)
+        self.optim, self.total_steps = optim, total_steps
         self.optimizer, self.schedule = None, None
         if optim is not None:
             self.optimizer = torch.optim.AdamW(
@@ -145,10 +146,21 @@ class Policy:
                 betas=(optim.betas[0], optim.betas[1]),
                 weight_decay=optim.weight_decay,
             )
-            self.schedule = torch.optim.lr_scheduler.LambdaLR(
-                self.optimizer, lambda step: learning_rate_factor(step, optim, total_steps)
-            )
+            self.schedule = self._schedule_from(0)
         self.offload()
+
+    def _schedule_from(self, step: int) -> torch.optim.lr_scheduler.LambdaLR:
+        """The learning rate from training step `step` on (0 is the first), and the optimizer's
+        other settings, as the configuration says: a resumed run may change them."""
+        optim, total_steps = self.optim, self.total_steps
+        for group in self.optimizer.param_groups:
+            group["initial_lr"], group["weight_decay"] = optim.lr, optim.weight_decay
+            group["betas"] = (optim.betas[0], optim.betas[1])
+        return torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda s: learning_rate_factor(s, optim, total_steps),
+            last_epoch=step - 1,
+        )
 
     def onload(self, optimizer: bool = False) -> None:
         """Brings the parameters (and the optimizer's states) to the device."""
@@ -245,7 +257,9 @@ class Policy:
         dcp.save(self._state(), checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
-        """The inverse of `save`, for any number of ranks."""
+        """The inverse of `save`, for any number of ranks. The learning rate and the optimizer's
+        other settings are those of the configuration."""
+        self.onload(optimizer=True)
         state = self._state()
         dcp.load(state, checkpoint_id=folder)
         set_state_dict(
@@ -254,12 +268,13 @@ class Policy:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
-        self.schedule.load_state_dict(state["schedule"])
+        self.schedule = self._schedule_from(state["training_steps"])
         self.offload()
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
+        steps = self.schedule.last_epoch
+        return {"model": model, "optimizer": optimizer, "training_steps": steps}
 
 
 class ActorWorker:

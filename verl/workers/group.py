@@ -107,23 +107,31 @@ class WorkerGroup:
             ray.get(ready)
         return ray.get(refs)
 
-    def streams(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Starts the generator `method(*arguments[i])` on worker i; returns its references."""
-        return [
-            getattr(worker, method).options(num_returns="streaming").remote(*args)
+    def references(
+        self, method: str, arguments: Sequence[tuple[Any, ...]], ahead: int = -1
+    ) -> Iterator[Any]:
+        """References to what the generators `method(*arguments[i])` on worker i yield, as it comes.
+
+        A generator waits while `ahead` of its results are unread; -1: it never waits. The error of
+        a worker comes as the last reference of its stream.
+        """
+        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": ahead}
+        open_streams = [
+            getattr(worker, method).options(**options).remote(*args)
             for worker, args in zip(self.workers, arguments, strict=True)
         ]
-
-    def stream(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """What those generators yield, in the order in which it arrives."""
-        open_streams = self.streams(method, arguments)
         while open_streams:
             ready, _ = ray.wait(open_streams)
             for stream in ready:
                 try:
-                    yield ray.get(next(stream))
+                    yield next(stream)
                 except StopIteration:
                     open_streams.remove(stream)
+
+    def stream(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        """What those generators yield, in the order in which it arrives; raises the first error."""
+        for reference in self.references(method, arguments):
+            yield ray.get(reference)
 
     def connect(self) -> None:
         """Makes the workers ranks of one process group; rank 0's machine is the meeting point."""

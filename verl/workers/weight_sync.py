@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ray
-
 from verl.workers.group import WorkerGroup
 
 BUCKET_BYTES = 256 * 2**20
-"""At most about this much of the model is on its way at a time."""
+"""About the size of one bucket."""
+BUCKETS_AHEAD = 2
+"""Buckets that wait in the object store while the engines read one."""
 
 
 def sync_weights(actor: WorkerGroup, rollout: WorkerGroup) -> None:
@@ -17,8 +17,6 @@ def sync_weights(actor: WorkerGroup, rollout: WorkerGroup) -> None:
     engine reads them from there, in the type it computes in.
     """
     dtype = rollout.call("weight_dtype")[0]
-    first, *others = actor.streams("export_weights", [(dtype, BUCKET_BYTES)] * len(actor))
-    for bucket in first:
+    arguments = [(dtype, BUCKET_BYTES)] * len(actor)
+    for bucket in actor.references("export_weights", arguments, BUCKETS_AHEAD):
         rollout.call("load_weights", bucket)
-    for stream in others:
-        ray.get(list(stream))

@@ -15,7 +15,7 @@ class ModelConfig(Section):
     path: str = "Qwen/Qwen2.5-3B"
     """Hugging Face model: a folder or a name on the hub."""
     override_config: dict[str, Any] = field(default_factory=dict)
-    """Values that replace those of the model's config.json."""
+    """Values that replace those of the model's config.json. Dropout is always off."""
     enable_gradient_checkpointing: bool = True
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
     use_remove_padding: bool = True
@@ -35,9 +35,9 @@ class OptimConfig(Section):
     weight_decay: float = number(0.01, 0)
     """AdamW's weight decay."""
     lr_warmup_steps: int = number(-1, -1)
-    """Optimizer steps of linear warm-up; -1: lr_warmup_steps_ratio decides."""
+    """Training steps of linear warm-up; -1: lr_warmup_steps_ratio decides."""
     lr_warmup_steps_ratio: float = number(0.0, 0, 1)
-    """Warm-up as a share of all optimizer steps."""
+    """Warm-up as a share of all training steps."""
     warmup_style: str = one_of("constant", "constant", "cosine", "linear")
     """Schedule after the warm-up."""
     min_lr_ratio: float = number(0.0, 0, 1)
@@ -48,7 +48,7 @@ class OptimConfig(Section):
 class MixedPrecisionConfig(Section):
     """`fsdp_config.mixed_precision`. Master parameters and optimizer states are fp32."""
 
-    param_dtype: str | None = one_of(None, "float32", "bfloat16", "float16")
+    param_dtype: str | None = one_of(None, "float32", "bfloat16")
     """Compute in this type; null: bfloat16 on a GPU, float32 on a CPU."""
     reduce_dtype: str = one_of("float32", "float32", "bfloat16", "float16")
     """Reduce gradients in this type."""

@@ -30,7 +30,7 @@ class DataConfig(Section):
     train_files: Any = "~/data/countdown_nochat/train.parquet"
     """Training parquet: a path or a list of paths."""
     val_files: Any = "~/data/countdown_nochat/test.parquet"
-    """Validation parquet: a path or a list of paths."""
+    """Validation parquet: a path or a list of paths; null if nothing is validated."""
     tokenizer: str | None = None
     """Tokenizer path; null: the model's."""
     prompt_key: str = "prompt"
@@ -141,7 +141,7 @@ class ValKwargs(Section):
     """False: greedy."""
     temperature: float = number(0.0, 0)
     """Sampling temperature; 0 is greedy."""
-    top_p: float = number(1.0, 0, 1)
+    top_p: float = number(1.0, high=1, above=0)
     """Sample from the smallest set of tokens with this probability mass."""
     top_k: int = number(-1, -1)
     """Sample from this many most probable tokens; -1 or 0: all."""
@@ -159,7 +159,7 @@ class RolloutConfig(Section):
     """False: greedy."""
     temperature: float = number(1.0, 0)
     """Sampling temperature; the policy that is trained is the one at this temperature."""
-    top_p: float = number(1.0, 0, 1)
+    top_p: float = number(1.0, high=1, above=0)
     """Sample from the smallest set of tokens with this probability mass."""
     top_k: int = number(-1, -1)
     """Sample from this many most probable tokens; -1 or 0: all."""
@@ -228,7 +228,7 @@ class OverlongBufferConfig(Section):
     penalty_factor: float = number(0.0, 0)
     """Punishment at the end of the ramp."""
     log: bool = False
-    """Report the mean punishment as reward/overlong_penalty."""
+    """Report the mean punishment as reward/overlong_reward."""
 
 
 @dataclass
@@ -315,7 +315,8 @@ class TrainerConfig(Section):
     """`trainer`."""
 
     total_epochs: int = number(30, 1)
-    """Passes over the training prompts."""
+    """Passes over the training prompts. With filter_groups this counts one generation round per
+    step, so that the prompts are passed more often."""
     total_training_steps: int | None = number(None, 1)
     """Training steps; null: total_epochs decides."""
     project_name: str = "verl_examples"
@@ -333,9 +334,9 @@ class TrainerConfig(Section):
     balance_batch: bool = True
     """Give every rank about the same number of tokens; False: the same number of responses."""
     val_before_train: bool = True
-    """Validate before the first step."""
+    """Validate before the first step of a new run."""
     val_only: bool = False
-    """Stop after that."""
+    """Validate (a resumed run, too) and stop."""
     test_freq: int = number(-1, -1)
     """Validate every so many steps, and after the last; -1: never during training."""
     save_freq: int = number(-1, -1)
@@ -349,7 +350,8 @@ class TrainerConfig(Section):
     save_hf_model: bool = True
     """Write the final model in Hugging Face format to default_local_dir/huggingface."""
     default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
-    """The run's folder: metrics.jsonl, checkpoints, the resolved configuration."""
+    """The run's folder: metrics.jsonl, checkpoints, the resolved configuration. With several nodes
+    on a file system that all of them see."""
     default_hdfs_dir: str | None = None
     """Only null is supported: checkpoints go to default_local_dir."""
     critic_warmup: int = number(0, 0)
@@ -390,7 +392,7 @@ class LossAggregation:
     max_response_length: int
     """M, in tokens."""
     alpha: float = 0.0
-    """Exponent of ∆L."""
+    """Exponent of ∆L, also where ∆L is only compared with."""
     scope: str = "batch"
     """Lengths over which ∆L averages L_i^(−α): `batch` (rollout batch) or `mini_batch`."""
     norm_by_std: bool = True
@@ -410,7 +412,7 @@ def resolve_aggregation(config: Config) -> LossAggregation:
     return LossAggregation(
         mode=mode,
         max_response_length=config.data.max_response_length,
-        alpha=algorithm.grpopp_config.alpha if algorithm.use_grpopp else 0.0,
+        alpha=algorithm.grpopp_config.alpha,
         scope=algorithm.grpopp_config.scope,
         norm_by_std=algorithm.norm_adv_by_std_in_grpo and not algorithm.use_dr_grpo,
         group_size=actor.ppo_micro_batch_size_per_gpu if mode == "token-mean-legacy" else None,

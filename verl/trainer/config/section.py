@@ -12,9 +12,14 @@ def one_of(default: str | None, *choices: str) -> Any:
     return field(default=default, metadata={"choices": choices})
 
 
-def number(default: float | int | None, low: float | None = None, high: float | None = None) -> Any:
-    """A key whose value, if there is one, must lie in [low, high]."""
-    return field(default=default, metadata={"low": low, "high": high})
+def number(
+    default: float | int | None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A key whose value, if there is one, must lie in [low, high] and above `above`."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above})
 
 
 @dataclass

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+from verl.trainer.config.model_schema import OptimConfig
 from verl.trainer.config.schema import Config, TrainerConfig
 from verl.trainer.config.section import Section
 from verl.trainer.config.sft_schema import SFTConfig
@@ -17,6 +19,11 @@ def validate(config: Config) -> None:
     _check_aggregation(config)
     _check_sizes(config)
     _check_trainer(config.trainer)
+    _check_betas("actor_rollout_ref.actor.optim", config.actor_rollout_ref.actor.optim)
+    _check_files("data.train_files", config.data.train_files)
+    trainer = config.trainer
+    if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
+        _check_files("data.val_files", config.data.val_files)
     algorithm, rollout, rewards = (
         config.algorithm,
         config.actor_rollout_ref.rollout,
@@ -57,12 +64,19 @@ def validate(config: Config) -> None:
         not algorithm.filter_groups.enable or algorithm.filter_groups.metric is not None,
         "algorithm.filter_groups.enable=True needs algorithm.filter_groups.metric, such as acc",
     )
+    _require(
+        not (algorithm.use_kl_in_reward and algorithm.filter_groups.metric == "seq_final_reward"),
+        "algorithm.filter_groups.metric=seq_final_reward with algorithm.use_kl_in_reward=True: the "
+        "KL term makes all rewards differ, so nothing would be dropped; take seq_reward",
+    )
 
 
 def validate_sft(config: SFTConfig) -> None:
     """The same for the supervised warm-up."""
     _check_values(config)
-    _check_trainer(config.trainer)
+    _check_logger(config.trainer.logger)
+    _check_betas("optim", config.optim)
+    _check_files("data.train_files", config.data.train_files)
 
 
 def ignored_keys(config: Config, given: Iterable[str]) -> list[str]:
@@ -70,6 +84,7 @@ def ignored_keys(config: Config, given: Iterable[str]) -> list[str]:
     actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
     reference = actor.use_kl_loss or algorithm.use_kl_in_reward
     hf = config.actor_rollout_ref.rollout.name == "hf"
+    dynamic = config.actor_rollout_ref.rollout.log_prob_use_dynamic_bsz
     rollout = "actor_rollout_ref.rollout."
     rules = {
         "critic.": "there is no critic",
@@ -77,6 +92,21 @@ def ignored_keys(config: Config, given: Iterable[str]) -> list[str]:
     }
     if not actor.use_kl_loss:
         rules["actor_rollout_ref.actor.kl_loss_"] = "use_kl_loss=False"
+    if algorithm.adv_estimator != "grpo":
+        rules["algorithm.norm_adv_by_std_in_grpo"] = "adv_estimator is not grpo"
+    if algorithm.kl_ctrl.type == "fixed":
+        rules |= dict.fromkeys(
+            ("algorithm.kl_ctrl.horizon", "algorithm.kl_ctrl.target_kl"), "kl_ctrl.type=fixed"
+        )
+    if None not in (actor.clip_ratio_low, actor.clip_ratio_high):
+        rules["actor_rollout_ref.actor.clip_ratio="] = "clip_ratio_low and clip_ratio_high are set"
+    size = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    budget = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
+    rules[size if actor.use_dynamic_bsz else budget] = f"use_dynamic_bsz={actor.use_dynamic_bsz}"
+    size, budget = "log_prob_micro_batch_size_per_gpu", "log_prob_max_token_len_per_gpu"
+    rules[rollout + (size if dynamic else budget)] = f"log_prob_use_dynamic_bsz={dynamic}"
+    if config.trainer.save_freq < 0:
+        rules["trainer.max_actor_ckpt_to_keep"] = "save_freq=-1"
     if not algorithm.use_kl_in_reward:
         rules |= dict.fromkeys(
             ("algorithm.kl_ctrl.", "algorithm.kl_penalty"), "use_kl_in_reward=False"
@@ -102,13 +132,12 @@ def ignored_keys(config: Config, given: Iterable[str]) -> list[str]:
             "free_cache_engine",
         ):
             rules[rollout + name] = "rollout.name=hf"
-    switches = (".enable",)
-    return [
-        f"{key} ({reason})"
-        for key in dict.fromkeys(given)
-        for start, reason in rules.items()
-        if key.startswith(start) and not key.endswith(switches)
-    ]
+    found = []
+    for key in dict.fromkeys(given):
+        reasons = [why for start, why in rules.items() if f"{key}=".startswith(start)]
+        if reasons and not key.endswith(".enable"):
+            found.append(f"{key} ({reasons[0]})")
+    return found
 
 
 def _check_values(config: Section) -> None:
@@ -122,6 +151,8 @@ def _check_values(config: Section) -> None:
             )
         if value is not None and rule.get("low") is not None:
             _require(value >= rule["low"], f"{key}={value}: must be at least {rule['low']}")
+        if value is not None and rule.get("above") is not None:
+            _require(value > rule["above"], f"{key}={value}: must be more than {rule['above']}")
         if value is not None and rule.get("high") is not None:
             _require(value <= rule["high"], f"{key}={value}: must be at most {rule['high']}")
 
@@ -191,10 +222,31 @@ def _check_sizes(config: Config) -> None:
         )
 
 
+def _check_files(key: str, value: Any) -> None:
+    paths = [value] if isinstance(value, str) else value
+    _require(
+        isinstance(paths, list) and paths and all(isinstance(p, str) and p for p in paths),
+        f"{key}={value}: give a path or a list of paths",
+    )
+
+
+def _check_betas(section: str, optim: OptimConfig) -> None:
+    _require(
+        len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
+        f"{section}.betas={optim.betas}: give two numbers from 0 to below 1",
+    )
+
+
+def _check_logger(value: Any) -> None:
+    names = [value] if isinstance(value, str) else value
+    _require(
+        isinstance(names, list) and all(name in LOGGERS for name in names),
+        f"trainer.logger={value}: choose from {', '.join(LOGGERS)}",
+    )
+
+
 def _check_trainer(trainer: TrainerConfig) -> None:
-    names = [trainer.logger] if isinstance(trainer.logger, str) else list(trainer.logger)
-    for name in names:
-        _require(name in LOGGERS, f"trainer.logger: {name!r} is not one of {', '.join(LOGGERS)}")
+    _check_logger(trainer.logger)
     _require(
         trainer.default_hdfs_dir is None,
         "trainer.default_hdfs_dir: only null is supported; checkpoints go to "

@@ -25,7 +25,8 @@ METRICS: dict[str, Callable[[Sample], float]] = {
     "seq_reward": lambda sample: sample.reward,
     "seq_final_reward": lambda sample: sample.reward,
 }
-"""What `algorithm.filter_groups.metric` compares; the rewards include the overlong punishment."""
+"""What `algorithm.filter_groups.metric` compares. Both rewards hold the overlong punishment. They
+would differ with a KL term in the reward, where the configuration refuses `seq_final_reward`."""
 
 
 class TrainBatches:
@@ -88,7 +89,7 @@ class TrainBatches:
                 with timer("reward"):
                     self.rewards.score(finished)
                 samples += finished
-        return sorted(samples, key=lambda sample: sample.group)
+        return sorted(samples, key=lambda sample: (sample.group, sample.draw))
 
 
 def split_groups(samples: list[Sample]) -> list[list[Sample]]:

@@ -62,7 +62,8 @@ class RayPPOTrainer:
         self.rewards = RewardManager(
             config.reward_model, config.custom_reward_function, tokenizer, data.max_response_length
         )
-        self.val_prompts = load_prompts(data.val_files, data, tokenizer)
+        validates = trainer.val_before_train or trainer.val_only or trainer.test_freq > 0
+        self.val_prompts = load_prompts(data.val_files, data, tokenizer) if validates else []
         train_prompts = load_prompts(data.train_files, data, tokenizer)
         self.batches = TrainBatches(config, train_prompts, self.generate, self.rewards)
         self.steps_per_epoch = self.batches.order.steps_per_epoch
@@ -101,7 +102,9 @@ class RayPPOTrainer:
         root = self.checkpoints.root
         with Tracking(trainer, root, self.total_steps, settings, self.step) as tracking:
             (root / "config.yaml").write_text(OmegaConf.to_yaml(settings))
-            if trainer.val_before_train and not self.resumed:
+            if not self.resumed:
+                self.checkpoints.forget()
+            if trainer.val_only or (trainer.val_before_train and not self.resumed):
                 tracking.log_validation(self.validate(), self.step)
             if trainer.val_only:
                 return
@@ -121,7 +124,9 @@ class RayPPOTrainer:
                     sync_weights(self.actor, self.rollout)
                 metrics |= self.step_metrics(samples, timer)
                 if self._due(trainer.test_freq):
-                    tracking.log_validation(self.validate(), self.step)
+                    with timer("testing"):
+                        tracking.log_validation(self.validate(), self.step)
+                    metrics["timing_s/testing"] = timer.seconds["testing"]
                 tracking.log(metrics, self.step)
                 if self._due(trainer.save_freq):
                     self.save_checkpoint()
@@ -149,16 +154,20 @@ class RayPPOTrainer:
         model, algorithm = self.config.actor_rollout_ref, self.config.algorithm
         rollout, actor = model.rollout, model.actor
         prompts = actor.ppo_mini_batch_size * rollout.n
+        metrics: dict[str, float] = {}
         several_updates = len(samples) > prompts or actor.ppo_epochs > 1
         size = rollout.log_prob_micro_batch_size_per_gpu or actor.ppo_micro_batch_size_per_gpu
         ref_size = model.ref.log_prob_micro_batch_size_per_gpu or size
         if several_updates or algorithm.use_kl_in_reward:
             with timer("old_log_prob"):
                 fill(samples, "old_log_probs", self._log_probs(samples, "actor", size))
+            metrics |= log_prob_difference(samples)
         if self.needs_reference:
             with timer("ref"):
                 fill(samples, "ref_log_probs", self._log_probs(samples, "ref", ref_size))
-        return self._subtract_kl(samples) if algorithm.use_kl_in_reward else {}
+        if algorithm.use_kl_in_reward:
+            metrics |= self._subtract_kl(samples)
+        return metrics
 
     def add_advantages(self, samples: list[Sample]) -> dict[str, float]:
         """One advantage per response; metrics of rewards and aggregation."""
@@ -213,7 +222,7 @@ class RayPPOTrainer:
             for finished in self.generate(prompts, groups, params):
                 self.rewards.score(finished)
                 samples += finished
-        return validation_metrics(sorted(samples, key=lambda s: s.group))
+        return validation_metrics(sorted(samples, key=lambda s: (s.group, s.draw)))
 
     # ---------------------------------------------------------------------------------- details
 
@@ -224,11 +233,10 @@ class RayPPOTrainer:
         return config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
 
     def step_metrics(self, samples: list[Sample], timer: Timer) -> dict[str, float]:
-        """What the samples and the clock say about a step."""
+        """What the samples and the clock say about a step, validation and checkpoint apart."""
         seconds = sum(timer.seconds.values())
-        epoch = (self.step - 1) / self.steps_per_epoch
         return (
-            {"training/global_step": self.step, "training/epoch": epoch}
+            {"training/global_step": self.step, "training/epoch": self.batches.order.epoch}
             | data_metrics(samples, self.config.data.max_prompt_length)
             | timing_metrics(samples, timer.seconds | {"step": seconds})
             | throughput_metrics(samples, seconds, self.num_workers)
@@ -242,6 +250,7 @@ class RayPPOTrainer:
     def save_hf_model(self) -> None:
         """Writes the policy in Hugging Face format."""
         folder = self.checkpoints.root / "huggingface"
+        self.rollout.call("sleep")
         self.actor.call("save_hf", str(folder), self.tokenizer)
         logger.info("the model is in %s", folder)
 
@@ -324,6 +333,19 @@ def loss_config(config: Config) -> LossConfig:
         kl_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
         kl_type=actor.kl_loss_type,
     )
+
+
+def log_prob_difference(samples: list[Sample]) -> dict[str, float]:
+    """How far the engines' log-probabilities are from the actor's, per token in nats. Rounding
+    alone where nothing but the temperature shaped the sampling; top-k and top-p add to it."""
+    pairs = [(s.rollout_log_probs, s.old_log_probs) for s in samples if s.length]
+    if not pairs or any(rollout is None for rollout, _ in pairs):
+        return {}
+    difference = np.concatenate([np.abs(rollout - old) for rollout, old in pairs])
+    return {
+        "rollout/logprob_diff_mean": float(difference.mean()),
+        "rollout/logprob_diff_max": float(difference.max()),
+    }
 
 
 def reduce_update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, float]:

@@ -7,16 +7,16 @@ finished sequences are dropped from the batch, and the KV cache is written in pl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, Cache, GenerationConfig
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from verl.models.fsdp import load_hf_model
+from verl.models.hf import load_hf_model, stop_token_ids
 from verl.protocol import Prompt, Sample
 from verl.trainer.config.model_schema import ModelConfig
 from verl.trainer.config.schema import RolloutConfig
@@ -30,9 +30,10 @@ KEEP_SHARE = 0.85
 class InPlaceLayer(DynamicLayer):
     """One layer's KV cache: new tokens are written into a buffer that doubles when it is full."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        """`limit`: most tokens that a row will ever hold."""
         super().__init__()
-        self.length = 0
+        self.length, self.limit = 0, limit
         self.buffers: list[Tensor] = []
 
     def update(
@@ -54,7 +55,7 @@ class InPlaceLayer(DynamicLayer):
         old, self.buffers = self.buffers, []
         for i, new in enumerate((key_states, value_states)):
             batch, heads, _, size = new.shape
-            buffer = new.new_zeros(batch, heads, max(64, 2 * needed), size)
+            buffer = new.new_zeros(batch, heads, min(self.limit, 2 * needed), size)
             if old:
                 buffer[:, :, : self.length] = old[i][:, :, : self.length]
             self.buffers.append(buffer)
@@ -73,7 +74,7 @@ class HFEngine(RolloutEngine):
         self.max_num_seqs = rollout.max_num_seqs
         dtype = getattr(torch, rollout.dtype or default_dtype(self.device))
         self.model = load_hf_model(model, dtype).to(self.device).eval()
-        self.stop_ids = torch.tensor(stop_token_ids(model.path), device=self.device)
+        self.stop_ids = torch.tensor(stop_token_ids(model), device=self.device)
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, Tensor]) -> None:
@@ -124,7 +125,8 @@ class HFEngine(RolloutEngine):
                 len(rows), dtype=torch.int64, device=self.device
             ),  # 0: unfinished
         }
-        cache = Cache(layer_class_to_replicate=InPlaceLayer)
+        limit = max(len(prompts[i].token_ids) for i, _ in rows) + M
+        cache = Cache(layer_class_to_replicate=partial(InPlaceLayer, limit))
         logits, prompt_state = self._prefill([prompts[i] for i, _ in rows], cache, M)
         state |= prompt_state
         for t in range(M):
@@ -179,8 +181,9 @@ class HFEngine(RolloutEngine):
 
     def _decode(self, state: dict[str, Tensor], cache: Cache, t: int) -> Tensor:
         """Feeds token t of each row and returns the next token's logits, [B, V]."""
-        seen = state["mask"].shape[-1] - state["tokens"].shape[-1] + t + 1
-        padded = state["prompt_length"].min() != state["prompt_length"].max()
+        width = state["mask"].shape[-1] - state["tokens"].shape[-1]  # of the prefill
+        seen = width + t + 1
+        padded = state["prompt_length"].min() < width
         output = self.model(
             input_ids=state["tokens"][:, t : t + 1],
             attention_mask=state["mask"][:, :seen] if padded else None,
@@ -204,11 +207,12 @@ class HFEngine(RolloutEngine):
         stop_ids = set(self.stop_ids.tolist())
         samples = []
         for row, length, tokens, log_probs in zip(*columns, strict=True):
-            i = rows[row][0]
+            i, draw = rows[row]
             samples.append(
                 Sample(
                     prompt=prompts[i],
                     group=groups[i],
+                    draw=draw,
                     response_ids=tokens[:length].copy(),
                     finish_reason="stop" if tokens[length - 1] in stop_ids else "length",
                     rollout_log_probs=log_probs[:length].copy(),
@@ -245,23 +249,3 @@ def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Te
     wanted = uniforms[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, wanted, right=True).clamp(max=logits.shape[-1] - 1)
     return tokens[:, 0], all_log_probs.gather(-1, tokens)[:, 0]
-
-
-def stop_token_ids(path: str) -> list[int]:
-    """End-of-sequence tokens of a model: its generation config's, else its tokenizer's.
-
-    Raises: ValueError if neither names one.
-    """
-    path = str(Path(path).expanduser())
-    try:
-        stop = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        stop = None
-    if stop is None:
-        stop = AutoTokenizer.from_pretrained(path).eos_token_id
-    if stop is None:
-        raise ValueError(
-            f"{path}: neither generation_config.json nor the tokenizer names an "
-            "end-of-sequence token"
-        )
-    return [stop] if isinstance(stop, int) else list(stop)

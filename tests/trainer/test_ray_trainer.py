@@ -1,0 +1,167 @@
+"""What the driver computes between generation and update, without any worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+
+from tests.helpers import make_samples
+from verl.protocol import Sample, column, fill
+from verl.trainer.config import load_config
+from verl.trainer.ppo.ray_trainer import (
+    RayPPOTrainer,
+    log_prob_difference,
+    loss_config,
+    reduce_update_metrics,
+)
+
+LENGTHS = [2, 4, 5, 10, 1, 1, 3, 4]  # four prompts, two responses each
+
+
+def make_trainer(model: Path, folder: Path, *overrides: str) -> RayPPOTrainer:
+    row = {
+        "data_source": "countdown",
+        "prompt": "1 2",
+        "reward_model": {"ground_truth": {"target": 3, "numbers": [1, 2]}},
+    }
+    pq.write_table(pa.Table.from_pylist([row] * 4), folder / "data.parquet")
+    settings = [
+        f"data.train_files={folder}/data.parquet",
+        "data.val_files=null",
+        "trainer.val_before_train=False",
+        "data.apply_chat_template=False",
+        "data.train_batch_size=4",
+        "data.max_response_length=10",
+        f"actor_rollout_ref.model.path={model}",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+        "actor_rollout_ref.rollout.n=2",
+        f"trainer.default_local_dir={folder}",
+    ]
+    config = load_config([*settings, *overrides])
+    return RayPPOTrainer(config, AutoTokenizer.from_pretrained(model))
+
+
+def weights(trainer: RayPPOTrainer, samples: list[Sample]) -> list[list[float]]:
+    fill(samples, "weight", [0.0] * len(samples))
+    steps = list(trainer.add_weights(samples))
+    assert sum(len(step) for step in steps) == sum(s.weight > 0 for s in samples)
+    return [[s.weight for s in samples[:4]], [s.weight for s in samples[4:]]]
+
+
+def test_weights_are_those_of_each_optimizer_step(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_model, tmp_path)
+    first, second = weights(trainer, make_samples(LENGTHS))
+    assert first == pytest.approx([1 / 21] * 4) and second == pytest.approx([1 / 9] * 4)
+
+
+@pytest.mark.parametrize("scope", ["batch", "mini_batch"])
+def test_scope_of_delta_l(scope: str, tiny_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tiny_model,
+        tmp_path,
+        "algorithm.use_grpopp=True",
+        "algorithm.grpopp_config.alpha=1",
+        f"algorithm.grpopp_config.scope={scope}",
+    )
+    steps = weights(trainer, make_samples(LENGTHS))
+    inverse = 1 / np.array(LENGTHS)
+    for found, part in zip(steps, (inverse[:4], inverse[4:]), strict=True):
+        mean = inverse.mean() if scope == "batch" else part.mean()
+        assert found == pytest.approx(part / mean / (4 * 10))
+
+
+def test_truncated_responses_leave_every_denominator(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_model, tmp_path, "algorithm.filter_overlong_response.enable=True")
+    samples = make_samples(LENGTHS)
+    samples[3].finish_reason = "length"
+    first, second = weights(trainer, samples)
+    assert first == pytest.approx([1 / 11, 1 / 11, 1 / 11, 0])
+    assert second == pytest.approx([1 / 9] * 4)
+    fill(samples, "finish_reason", ["length"] * 8)
+    assert weights(trainer, samples) == [[0.0] * 4, [0.0] * 4]
+    assert list(trainer.add_weights(samples)) == [[], []]
+    trainer.add_advantages(samples)  # nothing to report, nothing to divide by
+
+
+def test_every_method_is_compared_with_its_own_exponent(tiny_model: Path, tmp_path: Path) -> None:
+    """Also where ∆L is not the method in use."""
+    samples = make_samples(LENGTHS)
+    found = make_trainer(tiny_model, tmp_path).add_advantages(samples)
+    L = np.array(LENGTHS, float)
+    for key, w in {
+        "loss_agg/cv": np.ones(8),
+        "loss_agg/cv/dr-grpo": np.ones(8),
+        "loss_agg/cv/delta-l": L**-0.75,
+        "loss_agg/cv/seq-mean-token-mean": 1 / L,
+    }.items():
+        assert found[key] == pytest.approx(np.sqrt((w**2 * L).sum()) / w.sum()), key
+    assert found["loss_agg/effective_batch"] == pytest.approx(8)
+
+
+def test_advantages_compare_responses_to_one_prompt(tiny_model: Path, tmp_path: Path) -> None:
+    samples = make_samples(LENGTHS)
+    fill(samples, "reward", [1, 0, 0, 0, 3, 1, 1, 1])
+    make_trainer(tiny_model, tmp_path).add_advantages(samples)
+    half = np.sqrt(0.5)
+    expected = [half, -half, 0, 0, half, -half, 0, 0]
+    np.testing.assert_allclose(column(samples, "advantage"), expected, atol=1e-5)
+    make_trainer(tiny_model, tmp_path, "algorithm.use_dr_grpo=True").add_advantages(samples)
+    assert column(samples, "advantage").tolist() == [0.5, -0.5, 0, 0, 1, -1, 0, 0]
+
+
+def test_kl_is_subtracted_from_the_reward(tiny_model: Path, tmp_path: Path) -> None:
+    overrides = ["algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.kl_coef=0.5"]
+    trainer = make_trainer(tiny_model, tmp_path, *overrides)
+    samples = make_samples([2, 4], reward=1.0)
+    samples[0].old_log_probs = np.array([-1.0, -2.0], np.float32)
+    samples[0].ref_log_probs = np.array([-1.5, -2.5], np.float32)
+    samples[1].old_log_probs = samples[1].ref_log_probs
+    metrics = trainer._subtract_kl(samples)
+    assert column(samples, "reward").tolist() == [0.5, 1.0]  # 1 − 0.5·(0.5 + 0.5), 1 − 0
+    assert metrics["actor/reward_kl_penalty"] == 0.25  # means over tokens of 0.5 and 0
+    assert metrics["actor/reward_kl_penalty_coeff"] == 0.5
+
+
+def test_update_metrics_of_two_ranks() -> None:
+    """Weighted sums add up, the others become means over tokens, and mini-batches are averaged."""
+    first = {"w/pg_loss": 1.0, "entropy": 6.0, "tokens": 2, "grad_norm": 3.0, "lr": 0.1}
+    second = {"w/pg_loss": 0.5, "entropy": 2.0, "tokens": 6, "grad_norm": 3.0, "lr": 0.1}
+    later = {"w/pg_loss": 0.0, "entropy": 0.0, "tokens": 4, "grad_norm": 1.0, "lr": 0.1}
+    ranks = [[first, later | {"max_memory_gb": 2.0}], [second, later | {"max_memory_gb": 5.0}]]
+    assert reduce_update_metrics(ranks) == pytest.approx(
+        {
+            "actor/pg_loss": (1.5 + 0) / 2,
+            "actor/entropy": (8 / 8 + 0) / 2,
+            "actor/grad_norm": 2.0,
+            "actor/lr": 0.1,
+            "perf/max_memory_gb": 5.0,
+        }
+    )
+
+
+def test_clip_ratio_stands_in_for_the_bounds(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tiny_model,
+        tmp_path,
+        "actor_rollout_ref.actor.clip_ratio=0.1",
+        "actor_rollout_ref.actor.clip_ratio_high=0.3",
+        "actor_rollout_ref.actor.kl_loss_coef=0.5",
+    )
+    loss = loss_config(trainer.config)
+    assert (loss.clip_ratio_low, loss.clip_ratio_high, loss.kl_coef) == (0.1, 0.3, 0.0)
+
+
+def test_log_prob_difference() -> None:
+    samples = make_samples([2, 0, 1])
+    for s in samples:
+        s.rollout_log_probs = s.old_log_probs + np.float32(0.25)
+    samples[2].rollout_log_probs = samples[2].old_log_probs - np.float32(1.0)
+    found = log_prob_difference(samples)
+    assert found["rollout/logprob_diff_max"] == pytest.approx(1.0)
+    assert found["rollout/logprob_diff_mean"] == pytest.approx(0.5)
