@@ -75,3 +75,15 @@ def free_address() -> str:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return f"tcp://127.0.0.1:{s.getsockname()[1]}"
+
+
+def close(actual: Any, expected: Any, rtol: float = 1e-6, atol: float = 1e-7) -> None:
+    """Asserts that two tensors, numbers or lists agree, in float64."""
+    import torch
+
+    torch.testing.assert_close(
+        torch.as_tensor(actual, dtype=torch.float64),
+        torch.as_tensor(expected, dtype=torch.float64),
+        rtol=rtol,
+        atol=atol,
+    )

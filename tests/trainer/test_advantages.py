@@ -1,0 +1,84 @@
+"""Advantages against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers import close
+from verl.trainer.ppo.core_algos import (
+    advantages,
+)
+
+quick = settings(deadline=None, max_examples=50, derandomize=True)
+
+
+REWARDS = [1.0, 0.0, 0.0, 1.0, 0.5, 3.0]
+GROUPS = [7, -3, 7, -3, 7, 2]  # 7: 1, 0, 0.5; -3: 0, 1; 2: 3 alone
+LENGTHS = [4, 1, 2, 5, 3, 6]
+
+
+def test_grpo_by_hand():
+    with_std = advantages(REWARDS, GROUPS, LENGTHS, "grpo", norm_by_std=True)
+    a, b = 0.5 / (0.5 + 1e-6), 0.5 / (math.sqrt(0.5) + 1e-6)
+    assert with_std.dtype == torch.float64
+    close(with_std, [a, -b, -a, b, 0, 0], rtol=1e-12)
+    without = advantages(REWARDS, GROUPS, LENGTHS, "grpo", norm_by_std=False)
+    close(without, [0.5, -0.5, -0.5, 0.5, 0, 0], rtol=1e-12)
+
+
+def test_rloo_by_hand():
+    # 1 − (0 + 0.5)/2, 0 − 1, 0 − (1 + 0.5)/2, 1 − 0, 0.5 − (1 + 0)/2, alone
+    values = advantages(REWARDS, GROUPS, LENGTHS, "rloo")
+    close(values, [0.75, -1, -0.75, 1, 0, 0], rtol=1e-12)
+
+
+def test_reinforce_plus_plus_baseline_is_masked_whitening():
+    lengths = [4, 1, 2, 5, 3, 6]
+    mask = (torch.arange(8) < torch.tensor(lengths)[:, None]).double()
+    centred = torch.tensor([0.5, -0.5, -0.5, 0.5, 0, 0], dtype=torch.float64)
+    values = centred[:, None].expand(6, 8)
+    mean = (values * mask).sum() / mask.sum()
+    variance = ((values - mean) ** 2 * mask).sum() / (mask.sum() - 1)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8) * mask
+    ours = advantages(REWARDS, GROUPS, lengths, "reinforce_plus_plus_baseline")
+    close(ours[:, None] * mask, whitened, rtol=1e-12)
+    tokens = ours.repeat_interleave(torch.tensor(lengths))
+    close([tokens.mean(), tokens.var()], [0, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus_baseline"])
+def test_advantages_of_degenerate_batches_are_zero(estimator):
+    close(advantages([5.0], [1], [3], estimator), [0])
+    close(advantages([0.1, 0.1, 0.1], [1, 1, 1], [3, 0, 9], estimator), [0, 0, 0])
+    close(advantages([1.0, 2.0], [1, 2], [0, 0], estimator), [0, 0])
+    assert advantages([], [], [], estimator).tolist() == []
+
+
+@quick
+@given(
+    st.lists(
+        st.tuples(st.floats(-5, 5), st.integers(-2, 2), st.integers(1, 9)), min_size=2, max_size=12
+    ),
+    st.sampled_from(["grpo", "rloo", "reinforce_plus_plus_baseline"]),
+    st.randoms(use_true_random=False),
+)
+def test_advantages_follow_a_permutation_of_the_responses(rows, estimator, random):
+    order = random.sample(range(len(rows)), len(rows))
+    values = advantages(*zip(*rows, strict=True), estimator)
+    shuffled = advantages(*zip(*(rows[i] for i in order), strict=True), estimator)
+    close(shuffled, values[order], rtol=1e-6, atol=1e-6)
+
+
+@quick
+@given(st.lists(st.tuples(st.floats(-5, 5), st.integers(0, 3)), min_size=1, max_size=12))
+def test_grpo_and_rloo_advantages_add_up_to_zero_in_each_group(rows):
+    rewards, groups = zip(*rows, strict=True)
+    for estimator in ("grpo", "rloo"):
+        values = advantages(rewards, groups, [1] * len(rows), estimator)
+        for group in set(groups):
+            close(values[torch.tensor(groups) == group].sum(), 0, atol=1e-6)
