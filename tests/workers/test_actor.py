@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import free_address, make_samples
+from tests.helpers import free_address, make_samples, make_tiny_model
 from verl.protocol import Sample, fill
 from verl.trainer.config.model_schema import (
     FSDPConfig,
@@ -48,6 +48,12 @@ def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", init_method=free_address(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small weights: float32 rounding stays well below what is compared."""
+    return make_tiny_model(tmp_path_factory.mktemp("actor"), initializer_range=0.02)
 
 
 @pytest.fixture(scope="module")
