@@ -27,6 +27,10 @@ check mypy "$PYTHON" -m mypy
 check shellcheck find . \( -name '.venv*' -o -name outputs \) -prune -o \
   \( -name '*.sh' -o -path ./.ci/run \) -exec "$shellcheck" -x -P SCRIPTDIR {} +
 check pytest "$PYTHON" -m pytest "${selection[@]}" "$@"
+if [[ -x .venv-server/bin/python ]]; then
+  check "pytest of the LaTeX server" .venv-server/bin/python -m pytest \
+    --confcutdir=tests/server tests/server
+fi
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}"

@@ -1,0 +1,162 @@
+r"""Whether a model's answer equals the reference answer, in stages, the cheap ones first.
+
+identical → normalised strings → exact numbers → structures → expressions (60-digit sampling, then
+math-verify). The first stage that can tell settles the pair, and the verdict names it.
+
+>>> judge(r"\frac{3}{5}", "0.6")
+Verdict(equal=True, how='numeric', status='ok')
+
+Answers are hostile input: nothing is ever evaluated as code, depth and sizes are limited. What
+stays unbounded is the time of the last stages, so :func:`judge` belongs in a process that can be
+killed; :func:`quick` may run on an event loop.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import structures
+from evaluate import TooLarge, Undecided, exact
+from normalise import normalise, split_units, words
+from tokens import ParseError, TooComplex
+from tree import Node, parse
+from values import same_values
+
+MAX_QUICK = 200  # characters of a normalised answer that are parsed on the event loop
+MAX_LENGTH = 5_000  # characters of an answer that are read at all
+_CHOICE = re.compile(r"\(?([A-J])\)(?:[^(,)].*)?|([A-J])\..+")  # what stands before an option
+_DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The outcome for one pair, such as ``Verdict(True, "numeric", "ok")``.
+
+    Attributes:
+        equal: whether the two answers are the same.
+        how: the stage that decided: identical, normalised, numeric, structure or symbolic.
+        status: ok, or unparsable if no stage could read one of the answers (then not equal).
+    """
+
+    equal: bool
+    how: str
+    status: str = "ok"
+
+
+def judge(gold: str, pred: str) -> Verdict:
+    """Whether ``pred`` equals the reference ``gold``; may take long, see the module."""
+    verdict = quick(gold, pred)
+    if verdict is not None:
+        return verdict
+    gold, pred = cache_key(gold, pred)
+    gold, pred, units_differ = split_units(gold, pred)
+    if units_differ:
+        return Verdict(False, "normalised")
+    try:
+        return _compare(gold, pred)
+    except TooLarge:
+        return Verdict(False, "symbolic")
+    except TooComplex:
+        return Verdict(False, "symbolic", "unparsable")
+    except (ParseError, Undecided):
+        pass
+    try:
+        equal = _symbolic(gold, pred)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception:  # the library raises anything on input it can't handle
+        equal = None
+    return Verdict(bool(equal), "symbolic", "unparsable" if equal is None else "ok")
+
+
+def quick(gold: str, pred: str) -> Verdict | None:
+    """The verdict of the string and exact-number stages, or None if they can't tell.
+
+    Work is linear in the lengths: no sampling, no number over a few thousand bits.
+    """
+    if gold == pred and gold.strip():
+        return Verdict(True, "identical")
+    if max(len(gold), len(pred)) > MAX_LENGTH:
+        return Verdict(False, "normalised", "unparsable")
+    gold, pred = cache_key(gold, pred)
+    if not gold or not pred:
+        return Verdict(False, "normalised", "unparsable")
+    if gold == pred:
+        return Verdict(True, "normalised")
+    if words(gold) and words(gold) == words(pred):
+        return Verdict(True, "normalised")
+    for letter, option in ((gold, pred), (pred, gold)):
+        if len(letter) == 1 and letter.isalpha() and (choice := _CHOICE.fullmatch(option)):
+            return Verdict(letter in choice.groups(), "normalised")
+    if max(len(gold), len(pred)) > MAX_QUICK:
+        return None
+    return _numeric(gold, pred)
+
+
+def cache_key(gold: str, pred: str) -> tuple[str, str]:
+    """The normalised pair: pairs with the same key get the same verdict."""
+    return normalise(gold), normalise(pred)
+
+
+def preload() -> None:
+    """Import what the expensive stages need, so that no task pays for it."""
+    _symbolic("1", r"\int_0^1 1 dx")
+
+
+def _numeric(gold: str, pred: str) -> Verdict | None:
+    """Two numbers with an exact value, whatever their notation."""
+    gold, pred, units_differ = split_units(gold, pred)
+    if units_differ:
+        return Verdict(False, "normalised")
+    try:
+        trees = parse(gold), parse(pred)
+        if all(exact(_bare(tree)) is not None for tree in trees):
+            return Verdict(same_values(*trees), "numeric")
+    except (ParseError, Undecided):
+        pass
+    return None
+
+
+def _bare(tree: Node) -> Node:
+    return tree.args[0] if tree.op == "degree" else tree
+
+
+def _compare(gold: str, pred: str) -> Verdict:
+    """The structural stages, on both readings of commas between digits."""
+    trees = parse(gold), parse(pred)
+    expressions = all(tree.op not in _STRUCTURES for tree in trees)
+    how = "symbolic" if expressions else "structure"
+    if structures.same(*trees):
+        return Verdict(True, how)
+    for reading in (_as_lists, _as_decimals):
+        if (other := reading(gold, pred, *trees)) and structures.same(*other):
+            return Verdict(True, "structure")
+    return Verdict(False, how)
+
+
+_STRUCTURES = ("list", "set", "group", "matrix", "rel", "cup", "cap", "minus", "such")
+
+
+def _as_lists(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> tuple[Node, Node] | None:
+    """100,200 as a list, if the other side clearly is one."""
+    if (gold_tree.op == "list") == (pred_tree.op == "list"):
+        return None
+    return parse(gold, thousands=False), parse(pred, thousands=False)
+
+
+def _as_decimals(
+    gold: str, pred: str, gold_tree: Node, pred_tree: Node
+) -> tuple[Node, Node] | None:
+    """1,22 as a decimal fraction, if the other side clearly is a number."""
+    if _DECIMAL_COMMA.fullmatch(gold) and exact(pred_tree) is not None:
+        return parse(gold.replace(",", ".")), pred_tree
+    if _DECIMAL_COMMA.fullmatch(pred) and exact(gold_tree) is not None:
+        return gold_tree, parse(pred.replace(",", "."))
+    return None
+
+
+def _symbolic(gold: str, pred: str) -> bool | None:
+    import symbolic
+
+    return symbolic.equal(gold, pred)

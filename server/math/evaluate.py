@@ -1,0 +1,325 @@
+"""The value of a tree: exactly where it is a rational, else with 60 digits at sample points.
+
+Both kinds of work are bounded: numbers that would not fit raise :class:`Undecided` before they
+are computed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import lru_cache
+from math import comb, factorial, isqrt
+
+import mpmath
+from mpmath.libmp.libhyper import NoConvergence
+from tree import Node
+
+MAX_BITS = 4_096
+MAX_EXPONENT = 1_000_000  # of two: what may come out of a power or a factorial
+DIGITS, CONFIRMING_DIGITS = 60, 1_000
+GUARD = 15  # digits that rounding errors may spoil
+SAMPLES = 12  # positive points; three times as many of any sign follow
+_CONTEXT = mpmath.MPContext()
+_ERRORS = (ZeroDivisionError, ValueError, OverflowError, TypeError, NoConvergence)
+
+
+class Undecided(ValueError):
+    """The value can't be computed within the limits, or the tree has none."""
+
+
+class TooLarge(Undecided):
+    """A number beyond the limits: no other library should try it either."""
+
+
+def exact(node: Node) -> Fraction | None:
+    """The rational value of a tree, or None if it has none or one of over ``MAX_BITS`` bits."""
+    op, args = node
+    if op == "num":
+        return args[0]
+    if op not in _EXACT:
+        return None
+    values = [exact(arg) for arg in args]
+    if None in values:
+        return None
+    try:
+        result = _EXACT[op](*values)
+    except ZeroDivisionError:
+        return None
+    return result if result is not None and _bits(result) <= MAX_BITS else None
+
+
+def _bits(value: Fraction) -> int:
+    return value.numerator.bit_length() + value.denominator.bit_length()
+
+
+def _exact_sum(*terms: Fraction) -> Fraction:
+    return sum(terms, Fraction(0))
+
+
+def _exact_product(*factors: Fraction) -> Fraction | None:
+    result = Fraction(1)
+    for factor in factors:
+        result *= factor
+        if _bits(result) > MAX_BITS:
+            return None
+    return result
+
+
+def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
+    if exponent.denominator != 1 or abs(exponent) * _bits(base) > MAX_BITS:
+        return None
+    return base**exponent.numerator
+
+
+def _exact_root(value: Fraction, index: Fraction) -> Fraction | None:
+    if index != 2 or value < 0:
+        return None
+    top, bottom = isqrt(value.numerator), isqrt(value.denominator)
+    return Fraction(top, bottom) if Fraction(top, bottom) ** 2 == value else None
+
+
+def _exact_factorial(value: Fraction) -> Fraction | None:
+    return Fraction(factorial(int(value))) if value.denominator == 1 and 0 <= value < 400 else None
+
+
+def _exact_binomial(n: Fraction, k: Fraction) -> Fraction | None:
+    whole = n.denominator == k.denominator == 1 and 0 <= k <= n < 400
+    return Fraction(comb(int(n), int(k))) if whole else None
+
+
+_EXACT = {
+    "add": _exact_sum, "mul": _exact_product, "div": lambda a, b: a / b, "neg": lambda a: -a,
+    "pow": _exact_power, "root": _exact_root, "abs": abs, "percent": lambda a: a / 100,
+    "fact": _exact_factorial, "binom": _exact_binomial,
+}  # fmt: skip
+
+
+def symbols(node: Node) -> frozenset[str]:
+    """The names of the variables in a tree (not of the constants pi, e, i)."""
+    if node.op == "sym":
+        return frozenset(node.args) - CONSTANTS.keys()
+    inner = [symbols(arg) for arg in node.args if isinstance(arg, Node)]
+    return frozenset().union(*inner)
+
+
+def has(node: Node, op: str, name: str | None = None) -> bool:
+    """Whether a tree holds an operation (with ``name`` as its first argument, if given)."""
+    if node.op == op and (name is None or node.args[0] == name):
+        return True
+    return any(has(arg, op, name) for arg in node.args if isinstance(arg, Node))
+
+
+CONSTANTS = {
+    "pi": lambda: _CONTEXT.pi(), "e": lambda: _CONTEXT.e(), "i": lambda: _CONTEXT.mpc(0, 1),
+    "oo": lambda: _CONTEXT.inf,
+}  # fmt: skip
+
+
+def value(node: Node, point: dict | None = None, digits: int = DIGITS):
+    """The value of a tree with its variables at ``point``, an ``mpf`` or ``mpc``.
+
+    Raises:
+        Undecided: if it has none (a division by zero, a set) or would be too large.
+    """
+    with _CONTEXT.workdps(digits):
+        try:
+            return +_evaluate(node, point or {})
+        except Undecided:
+            raise
+        except _ERRORS as error:
+            raise Undecided(str(error)) from error
+
+
+def _evaluate(node: Node, point: dict):
+    op, args = node
+    if op == "num":
+        return _CONTEXT.mpf(args[0].numerator) / args[0].denominator
+    if op == "sym":
+        if args[0] in point:
+            return _CONTEXT.mpf(point[args[0]])
+        if args[0] not in CONSTANTS:
+            raise Undecided(f"no value for {args[0]}")
+        return CONSTANTS[args[0]]()
+    if op == "fn":
+        return _function(args[0], [_evaluate(arg, point) for arg in _operands(args[1:])])
+    if op == "apply":
+        # An unknown function: any fixed smooth one, the same on both sides.
+        return _CONTEXT.cos(_bounded(_evaluate(args[1], point)) + sum(map(ord, args[0]))) + 3
+    if op == "group" and len(args) == 3:
+        return _evaluate(args[2], point)
+    if op not in _OPERATIONS:
+        raise Undecided(f"{op} has no value")
+    return _OPERATIONS[op](*(_evaluate(arg, point) for arg in args))
+
+
+def _operands(args: tuple) -> Iterator[Node]:
+    r"""Arguments, with the brackets of ``\max(1, 2)`` opened."""
+    for arg in args:
+        if arg.op in ("group", "set", "list"):
+            yield from (item for item in arg.args if isinstance(item, Node))
+        else:
+            yield arg
+
+
+def _bounded(x):
+    """``x``, if a function of it can be computed: not over ``MAX_EXPONENT``."""
+    if not _CONTEXT.isfinite(x) or abs(x) > MAX_EXPONENT:
+        raise TooLarge("too large an argument")
+    return x
+
+
+def _power(base, exponent):
+    if base == 0 and _CONTEXT.re(exponent) <= 0 and exponent != 0:
+        raise ZeroDivisionError("a negative power of 0")
+    if base != 0 and base != 1:
+        _bounded(exponent * (abs(_CONTEXT.log(abs(base), 2)) + 1))
+    return base**exponent
+
+
+def _root(x, index):
+    """The real root where there is one: the cube root of -8 is -2."""
+    if index == 0 or index != _CONTEXT.floor(_CONTEXT.re(index)):
+        raise Undecided("a root of this index")
+    if _CONTEXT.im(x) == 0 and _CONTEXT.re(x) < 0 and index % 2 == 1:
+        return -_power(-x, 1 / index)
+    return _CONTEXT.sqrt(x) if index == 2 else _power(x, 1 / index)
+
+
+def _factorial(x):
+    return _CONTEXT.factorial(_bounded(x))
+
+
+def _product(*factors):
+    return _CONTEXT.fprod(factors)
+
+
+def _determinant(*rows):
+    if len(rows) > 10:
+        raise TooLarge("too large a determinant")
+    return _CONTEXT.det(_CONTEXT.matrix([list(row) for row in rows]))
+
+
+_OPERATIONS = {
+    "add": lambda *terms: _CONTEXT.fsum(terms), "mul": _product, "div": lambda a, b: a / b,
+    "ratio": lambda a, b: a / b, "neg": lambda a: -a, "pow": _power, "root": _root, "abs": abs,
+    "percent": lambda a: a / 100, "degree": lambda a: a * _CONTEXT.pi / 180, "fact": _factorial,
+    "binom": lambda n, k: _CONTEXT.binomial(_bounded(n), _bounded(k)), "det": _determinant,
+    "row": lambda *cells: cells,
+}  # fmt: skip
+
+_RENAMED = {
+    "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot", "arcsec": "asec",
+    "arccsc": "acsc", "arsinh": "asinh", "arcosh": "acosh", "artanh": "atanh", "Re": "re",
+    "Im": "im", "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh",
+}  # fmt: skip
+
+
+def _function(name: str, args: list):
+    if name in ("max", "min"):
+        return max(args) if name == "max" else min(args)
+    if name in ("gcd", "lcm"):
+        raise Undecided("number theory")
+    args = [_bounded(arg) for arg in args]
+    if name == "sqrt":
+        return _CONTEXT.sqrt(*args)
+    if name == "abs":
+        return abs(*args)
+    if name in ("log", "ln"):
+        return _CONTEXT.log(*args)
+    if name == "lg":
+        return _CONTEXT.log(args[0], 10)
+    return getattr(_CONTEXT, _RENAMED.get(name, name))(*args)
+
+
+def settled(node: Node, point: dict | None = None):
+    """The value with ``DIGITS`` digits, and 0 where it is nothing but rounding errors."""
+    number = value(node, point)
+    if 0 < abs(number) < _CONTEXT.mpf(10) ** (GUARD - DIGITS):
+        exacter = value(node, point, CONFIRMING_DIGITS)
+        return number if close(number, exacter) else _CONTEXT.zero
+    return number
+
+
+def close(a, b, digits: int = DIGITS) -> bool:
+    """Equal to all but the last ``GUARD`` of ``digits`` significant digits."""
+    with _CONTEXT.workdps(digits):
+        tolerance = _CONTEXT.mpf(10) ** (GUARD - digits)
+        if not (_CONTEXT.isfinite(a) and _CONTEXT.isfinite(b)):
+            return a == b
+        return abs(a - b) <= tolerance * max(abs(a), abs(b))
+
+
+@lru_cache(maxsize=64)
+def _points(names: tuple[str, ...]) -> list[dict]:
+    """Where expressions are compared: positive points first, at several scales, then any sign."""
+    generator = random.Random("sample points")
+    scales = [1, 3, 0.4, 10, 2, 0.8, 30, 5]
+    points = []
+    for n in range(4 * SAMPLES):
+        scale = scales[n % len(scales)]
+        signs = (1,) if n < SAMPLES else (1, -1)
+        points.append({
+            name: generator.choice(signs) * scale * (0.1 + generator.random()) for name in names
+        })  # fmt: skip
+    return points
+
+
+def equal(a: Node, b: Node) -> bool:
+    """Whether two expressions have the same value at every point where both are real.
+
+    Where there are no such points (or ``i`` occurs), complex values are compared.
+
+    Raises:
+        Undecided: if no point gives values, or they are too large to tell apart.
+    """
+    names = tuple(sorted(symbols(a) | symbols(b)))
+    if not names:
+        return _equal_constants(a, b)
+    complex_too = has(a, "sym", "i") or has(b, "sym", "i")
+    real, other, too_large = [], [], None
+    for point in _points(names):
+        try:
+            left, right = settled(a, point), settled(b, point)
+        except TooLarge as error:
+            too_large = error
+            continue
+        except Undecided:
+            continue
+        if not (_CONTEXT.isfinite(left) and _CONTEXT.isfinite(right)):
+            continue
+        same = close(left, right)
+        if complex_too or (_is_real(left) and _is_real(right)):
+            if not same:
+                return False
+            real.append(point)
+            if len(real) == 2 * SAMPLES:
+                return True
+        else:
+            other.append(same)
+    if len(real) >= 3:
+        return True
+    if len(other) >= 3:
+        return all(other)
+    raise too_large or Undecided("no point where both sides have a value")
+
+
+def _is_real(x) -> bool:
+    return abs(_CONTEXT.im(x)) <= abs(x) * _CONTEXT.mpf(10) ** -45
+
+
+def _equal_constants(a: Node, b: Node) -> bool:
+    left, right = settled(a), settled(b)
+    if not close(left, right):
+        return False
+    if left == right == 0:
+        return True
+    size = max(abs(left), abs(right))
+    if not _CONTEXT.isfinite(size):
+        return left == right
+    # Large numbers may differ in their last digit: as many digits as they have, and some.
+    digits = CONFIRMING_DIGITS + max(0, int(_CONTEXT.log(size + 1, 10)))
+    if digits > 10 * CONFIRMING_DIGITS:
+        raise TooLarge("too large to compare to the last digit")
+    return close(value(a, None, digits), value(b, None, digits), digits)

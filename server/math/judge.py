@@ -1,0 +1,130 @@
+"""What the server knows about a pair: quick stages, cache, and the job that is already running."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import functools
+import hashlib
+import logging
+from collections.abc import Sequence
+
+import equivalence
+from equivalence import Verdict
+from pool import Outcome, Pool, PoolFull
+
+log = logging.getLogger("uvicorn.error")
+LIMITS = {
+    "timeout": Verdict(False, "limit", "timeout"),
+    "memory": Verdict(False, "limit", "memory"),
+    "died": Verdict(False, "crash", "memory"),
+    "error": Verdict(False, "error", "unparsable"),
+}
+SAME = Verdict(True, "identical", "ok")
+TOO_LONG = Verdict(False, "length", "unparsable")
+QUICK_CHARS = 300
+"""The quick stages take time with the length: longer strings leave the event loop at once."""
+PAIRS_PER_TURN = 32
+"""Pairs of a batch that pass the quick stages before other requests get their turn."""
+
+
+class Judge:
+    """Verdicts by the cheapest way there is.
+
+    Args:
+        pool: Runs `equivalence.judge`.
+        max_chars: A longer string is no answer.
+        cache_size: Verdicts to remember, least recently used first out.
+    """
+
+    def __init__(self, pool: Pool, max_chars: int, cache_size: int) -> None:
+        self.pool, self.max_chars, self.cache_size = pool, max_chars, cache_size
+        self.cache: collections.OrderedDict[bytes, Verdict] = collections.OrderedDict()
+        self.running: dict[bytes, asyncio.Future[Outcome]] = {}
+        self.sources: collections.Counter[str] = collections.Counter()
+        """Pairs by who knew the answer: quick, cache, running (another request's job), pool."""
+        self.decided: collections.Counter[tuple[str, str]] = collections.Counter()
+        """Pairs by (how, status)."""
+
+    async def verdicts(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """One verdict for each (gold, pred), in order.
+
+        Raises:
+            PoolFull: not all of them fit into the queue; none was queued.
+            PoolClosed: the server shuts down.
+        """
+        known: list[Verdict | bytes] = []  # the verdict, or the key of the job that will know
+        jobs: dict[bytes, tuple[str, str]] = {}
+        for i, (gold, pred) in enumerate(pairs):
+            if i and i % PAIRS_PER_TURN == 0:
+                await asyncio.sleep(0)
+            item = self._look_up(gold, pred)
+            if isinstance(item, bytes):
+                jobs.setdefault(item, (gold, pred))
+            known.append(item)
+        futures = self._submit(jobs)
+        if futures:
+            await asyncio.wait(futures.values())  # a request that is cancelled leaves the jobs be
+        verdicts = [
+            item if isinstance(item, Verdict) else _verdict(futures[item].result())
+            for item in known
+        ]
+        self.decided.update((verdict.how, verdict.status) for verdict in verdicts)
+        return verdicts
+
+    def _look_up(self, gold: str, pred: str) -> Verdict | bytes:
+        """The verdict, if it is known or quickly found, else the pair's key."""
+        length = max(len(gold), len(pred))
+        if length > self.max_chars:
+            return SAME if gold == pred else TOO_LONG
+        item = _quick(gold, pred) if length <= QUICK_CHARS else _digest(gold, pred)
+        if isinstance(item, Verdict):
+            self.sources["quick"] += 1
+        elif verdict := self.cache.get(item):
+            self.cache.move_to_end(item)
+            self.sources["cache"] += 1
+            return verdict
+        return item
+
+    def _submit(self, jobs: dict[bytes, tuple[str, str]]) -> dict[bytes, asyncio.Future[Outcome]]:
+        """The future of each job: all of them or, where the queue is too full, `PoolFull`."""
+        new = [key for key in jobs if key not in self.running]
+        if len(new) > self.pool.room:
+            raise PoolFull
+        for key in new:
+            self.running[key] = future = self.pool.submit(*jobs[key])
+            future.add_done_callback(lambda future, key=key: self._remember(key, future))
+        self.sources["pool"] += len(new)
+        self.sources["running"] += len(jobs) - len(new)
+        return {key: self.running[key] for key in jobs}
+
+    def _remember(self, key: bytes, future: asyncio.Future[Outcome]) -> None:
+        """Keep what will not change: a job over its limits gets another chance."""
+        del self.running[key]
+        if future.cancelled() or future.exception():
+            return
+        outcome = future.result()
+        if outcome.kind == "error":
+            log.error("equivalence.judge raised %r", outcome.value)
+        verdict = _verdict(outcome)
+        if verdict.status in ("ok", "unparsable"):
+            self.cache[key] = verdict
+            while len(self.cache) > self.cache_size:
+                self.cache.popitem(last=False)
+
+
+@functools.lru_cache(maxsize=20_000)
+def _quick(gold: str, pred: str) -> Verdict | bytes:
+    """The verdict of the quick stages, or the pair's key; remembered, as pairs come again."""
+    verdict = equivalence.quick(gold, pred)
+    return verdict or _digest(*equivalence.cache_key(gold, pred))
+
+
+def _verdict(outcome: Outcome) -> Verdict:
+    return Verdict(**outcome.value) if outcome.kind == "ok" else LIMITS[outcome.kind]
+
+
+def _digest(gold: str, pred: str) -> bytes:
+    """Same size for every pair, so that the cache's memory is bounded by its number of entries."""
+    text = f"{len(gold)} {gold}{pred}"
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -1,0 +1,328 @@
+"""A process pool for asyncio whose jobs can be killed.
+
+    pool = Pool("equivalence:judge", workers=2, time_limit=2.0)
+    await pool.start()
+    outcome = await pool.submit(r"\\frac{1}{2}", "0.5")   # Outcome("ok", {"equal": True, …})
+    await pool.close()
+
+* A job's time counts from the moment a worker has it, so that its outcome doesn't depend on the
+  queue. A worker whose job is over the limit is killed and replaced.
+* Two queues. A job that ran for `patience` seconds is *slow*; slow jobs never hold all workers.
+  Where the last worker meets one while others wait, it is killed, and the job starts anew in the
+  slow queue, with the full limit. So a few hostile jobs don't delay all the honest ones.
+* A worker that dies by itself is replaced, and its job tried again once: it may have been chance
+  (the system's out-of-memory killer) or the job (a crash in C).
+* The queue is bounded: `submit` raises `PoolFull` at once rather than making everybody wait.
+
+All methods belong to the event loop's thread. See `worker.py` for the processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from worker import COMMAND, FORK
+
+WORKER_SCRIPT = Path(__file__).with_name("worker.py")
+START_LIMIT_S = 60.0
+"""The template has to import and warm up everything within this time."""
+RESPAWN_DELAY_S = 0.5
+"""Pause after a process that didn't even come up, so that a broken machine isn't made worse."""
+
+
+class PoolFull(Exception):
+    """The queue has no room; try again later."""
+
+
+class PoolClosed(Exception):
+    """The pool shuts down and takes or keeps no jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a job: `Outcome("ok", {"equal": True})`, `Outcome("timeout")`."""
+
+    kind: str
+    """`ok`, `timeout`, `memory` (over the limit), `died` (two workers did), or `error` (raised)."""
+    value: Any = None
+    """What the function returned as JSON, or for `error` the exception's text."""
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    arguments: tuple[Any, ...]
+    future: asyncio.Future[Outcome]
+    slow: bool = False
+    deaths: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    connection: Connection
+    pid: int | None = None  # not known, not ready
+    job: _Job | None = None
+    started: float = 0.0
+    served: int = 0
+    timer: asyncio.TimerHandle | None = None
+
+
+class Pool:
+    """Runs the function `target` ("module:function") in worker processes; see the module's text.
+
+    Args:
+        target: Imported by the template from its `sys.path`, where the module's `preload()` is
+            called. Takes and returns what JSON can carry; a dataclass becomes an object.
+        workers: Number of processes that work at the same time.
+        time_limit: Seconds of wall-clock time for a job once it has started.
+        memory_limit: Bytes of address space for each worker.
+        queue_limit: Jobs that may wait.
+        recycle_after: Jobs after which a worker is replaced, against slow leaks.
+        patience: Seconds after which a job counts as slow.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        workers: int = 2,
+        time_limit: float = 2.0,
+        memory_limit: int = 2 << 30,
+        queue_limit: int = 4096,
+        recycle_after: int = 2000,
+        patience: float = 0.25,
+    ) -> None:
+        self.target, self.size = target, workers
+        self.time_limit, self.memory_limit = time_limit, memory_limit
+        self.queue_limit, self.recycle_after, self.patience = queue_limit, recycle_after, patience
+        self.restarts: collections.Counter[str] = collections.Counter()
+        """Replaced workers by reason: timeout, postponed, memory, died, recycled."""
+        self._slow_slots = max(1, workers - 1)
+        self._fresh: collections.deque[_Job] = collections.deque()
+        self._slow: collections.deque[_Job] = collections.deque()
+        self._workers: set[_Worker] = set()
+        self._idle: list[_Worker] = []
+        self._accepting = self._closing = False
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that no worker has yet."""
+        return len(self._fresh) + len(self._slow)
+
+    @property
+    def room(self) -> int:
+        """Jobs that `submit` would take now."""
+        return len(self._idle) + self.queue_limit - self.waiting
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that are up."""
+        return [worker.pid for worker in self._workers if worker.pid is not None]
+
+    async def start(self) -> None:
+        """Start the processes. Returns when all are ready.
+
+        Raises:
+            RuntimeError: the template can't import its target, or takes over a minute for it.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._ready = self._loop.create_future()
+        self._start_template()
+        for _ in range(self.size):
+            self._spawn()
+        try:
+            await asyncio.wait_for(self._ready, START_LIMIT_S)
+        except (RuntimeError, TimeoutError) as error:
+            await self.close()
+            raise RuntimeError(f"the workers for {self.target} don't start: {error!r}") from error
+        self._accepting = True
+
+    def submit(self, *arguments: Any) -> asyncio.Future[Outcome]:
+        """Queue a job. The future never raises but `PoolClosed`.
+
+        Raises:
+            PoolFull: as many jobs wait as may.
+            PoolClosed: `drain` or `close` was called, or `start` wasn't.
+        """
+        if not self._accepting:
+            raise PoolClosed
+        if self.room <= 0:
+            raise PoolFull
+        job = _Job(arguments, self._loop.create_future())
+        self._fresh.append(job)
+        self._dispatch()
+        return job.future
+
+    def drain(self) -> None:
+        """Take no more jobs and give up those that wait; those that run go on."""
+        self._accepting = False
+        for queue in (self._fresh, self._slow):
+            while queue:
+                _settle(queue.popleft(), PoolClosed())
+
+    async def close(self) -> None:
+        """End all processes. Returns when they are gone."""
+        self._closing = True
+        self.drain()
+        for worker in list(self._workers):
+            if worker.job:
+                _settle(worker.job, PoolClosed())
+            self._retire(worker)
+        self._close_control()  # on which the template kills and reaps its workers, and exits
+        try:
+            await asyncio.to_thread(self._template.wait, 10)
+        except subprocess.TimeoutExpired:
+            self._template.kill()  # on which the system kills the workers
+            await asyncio.to_thread(self._template.wait)
+
+    # Jobs.
+
+    def _next_job(self) -> _Job | None:
+        """Slow jobs get at least one worker and at most all but one."""
+        running = self._slow_running()
+        if self._slow and (not running or (not self._fresh and running < self._slow_slots)):
+            return self._slow.popleft()
+        return self._fresh.popleft() if self._fresh else None
+
+    def _slow_running(self) -> int:
+        return sum(worker.job is not None and worker.job.slow for worker in self._workers)
+
+    def _dispatch(self) -> None:
+        while self._idle and (job := self._next_job()):
+            worker = self._idle.pop()
+            if worker.connection.poll():  # an idle worker has nothing to say: it was killed
+                (self._slow if job.slow else self._fresh).appendleft(job)
+                self._on_death(worker)
+                continue
+            worker.job, worker.started = job, self._loop.time()
+            with contextlib.suppress(OSError):  # killed just now: the reader notices
+                worker.connection.send_bytes(json.dumps(job.arguments).encode())
+            wait = self.time_limit if job.slow else min(self.patience, self.time_limit)
+            worker.timer = self._loop.call_later(wait, self._on_timer, worker)
+
+    def _on_timer(self, worker: _Worker) -> None:
+        if worker.connection.poll():  # the answer came in while the event loop was busy
+            return self._on_message(worker)
+        job, left = worker.job, worker.started + self.time_limit - self._loop.time()
+        if left <= 0.001:
+            _settle(job, Outcome("timeout"))
+            return self._replace(worker, "timeout")
+        if not job.slow and self._slow_running() < self._slow_slots:
+            job.slow = True
+        elif not job.slow and self._fresh:
+            job.slow = True
+            self._slow.append(job)
+            return self._replace(worker, "postponed")
+        wait = left if job.slow else min(self.patience, left)
+        worker.timer = self._loop.call_later(wait, self._on_timer, worker)
+
+    def _on_message(self, worker: _Worker) -> None:
+        try:
+            message = json.loads(worker.connection.recv_bytes())
+        except (EOFError, OSError):
+            return self._on_death(worker)
+        if worker.pid is None:
+            worker.pid = message
+            self._idle.append(worker)
+            if len(self._idle) == self.size and not self._ready.done():
+                self._ready.set_result(None)
+            return self._dispatch()
+        worker.timer.cancel()
+        worker.served += 1
+        _settle(worker.job, Outcome(*message))
+        worker.job = None
+        if message[0] == "memory":
+            self._replace(worker, "memory")
+        elif worker.served >= self.recycle_after:
+            self._replace(worker, "recycled")
+        else:
+            self._idle.append(worker)
+            self._dispatch()
+
+    def _on_death(self, worker: _Worker) -> None:
+        if job := worker.job:
+            job.deaths += 1
+            if job.deaths > 1:
+                _settle(job, Outcome("died"))
+            else:
+                (self._slow if job.slow else self._fresh).appendleft(job)
+        if worker.pid is not None:
+            self._replace(worker, "died")
+        else:
+            self._retire(worker)
+            self._loop.call_later(RESPAWN_DELAY_S, self._spawn)
+
+    # Processes.
+
+    def _start_template(self) -> None:
+        self._control, theirs = socket.socketpair()
+        arguments = theirs.fileno(), self.target, self.memory_limit
+        with theirs:
+            self._template = subprocess.Popen(
+                [sys.executable, WORKER_SCRIPT, *map(str, arguments)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # parsers print
+            )
+        # The template never writes: readable means that it is gone.
+        self._loop.add_reader(self._control.fileno(), self._on_template_death)
+
+    def _close_control(self) -> None:
+        if self._control.fileno() >= 0:
+            self._loop.remove_reader(self._control.fileno())
+            self._control.close()
+
+    def _on_template_death(self) -> None:
+        self._close_control()
+        status = self._template.wait()
+        if not self._ready.done():
+            self._ready.set_exception(RuntimeError(f"exit status {status}"))
+        elif not self._closing:
+            self._start_template()
+
+    def _spawn(self) -> None:
+        if self._closing:
+            return
+        ours, theirs = socket.socketpair()
+        with theirs, contextlib.suppress(OSError):  # a lost template: the new worker's socket ends
+            socket.send_fds(self._control, [COMMAND.pack(FORK)], [theirs.fileno()])
+        worker = _Worker(Connection(ours.detach()))
+        self._workers.add(worker)
+        self._loop.add_reader(worker.connection.fileno(), self._on_message, worker)
+
+    def _retire(self, worker: _Worker) -> None:
+        self._workers.discard(worker)
+        if worker in self._idle:
+            self._idle.remove(worker)
+        if worker.timer:
+            worker.timer.cancel()
+        worker.job = None
+        self._loop.remove_reader(worker.connection.fileno())
+        worker.connection.close()
+        if worker.pid is not None:
+            with contextlib.suppress(OSError):  # a lost template has taken its workers along
+                self._control.send(COMMAND.pack(worker.pid))
+
+    def _replace(self, worker: _Worker, reason: str) -> None:
+        self.restarts[reason] += 1
+        self._retire(worker)
+        self._spawn()
+        self._dispatch()
+
+
+def _settle(job: _Job, outcome: Outcome | PoolClosed) -> None:
+    if job.future.done():  # its caller has given up
+        return
+    if isinstance(outcome, Outcome):
+        job.future.set_result(outcome)
+    else:
+        job.future.set_exception(outcome)

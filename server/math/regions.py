@@ -1,0 +1,141 @@
+"""Sets of real numbers (intervals, unions, inequalities in one variable), compared by membership.
+
+Between two neighbouring ends nothing changes, so two sets are equal if they agree at every end,
+between every two neighbours, and beyond the outermost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from evaluate import Undecided, close, symbols, value
+from tree import Node
+
+OPERATIONS = ("cup", "cap", "minus", "such")
+MAX_ENDS = 200
+_NUMBERS = frozenset({"set:R"})
+
+
+def same(a: Node, b: Node) -> bool:
+    """Whether two regions hold the same real numbers.
+
+    Raises:
+        Undecided: if an end isn't a number, or a side is no region of the real line.
+    """
+    ends = sorted(_distinct([*_ends(a), *_ends(b)]))
+    if len(ends) > MAX_ENDS:
+        raise Undecided("too many ends")
+    between = [(low + high) / 2 for low, high in pairwise(ends)]
+    outside = [ends[0] - 1, ends[-1] + 1] if ends else [0]
+    return all(_holds(a, x) == _holds(b, x) for x in [*ends, *between, *outside])
+
+
+def is_region(node: Node) -> bool:
+    """Whether a tree can only be a set of numbers, unlike (1, 2), which may be a point."""
+    return node.op in OPERATIONS or (node.op == "sym" and node.args[0] in _NUMBERS)
+
+
+def parts(node: Node) -> Iterator[Node]:
+    """The operands of nested operations of one kind."""
+    for arg in node.args:
+        if arg.op == node.op:
+            yield from parts(arg)
+        else:
+            yield arg
+
+
+def _distinct(numbers: list) -> list:
+    kept: list = []
+    for number in sorted(numbers):
+        if not kept or not close(kept[-1], number):
+            kept.append(number)
+    return kept
+
+
+def _real(node: Node):
+    number = value(node)
+    if getattr(number, "imag", 0) != 0:
+        raise Undecided("a complex end")
+    return number.real
+
+
+def _ends(node: Node) -> Iterator:
+    """The finite numbers where membership may change."""
+    if node.op in OPERATIONS:
+        for arg in node.args:
+            yield from _ends(arg)
+    elif node.op in ("list", "set"):
+        for item in node.args:
+            yield from _ends(item) if item.op in ("rel", "group") else [_real(item)]
+    elif node.op == "group" and len(node.args) == 4:
+        yield from (end for end in map(_real, node.args[2:]) if abs(end) < float("inf"))
+    elif node.op == "rel":
+        yield from _relation_ends(node)
+    elif not (node.op == "sym" and node.args[0] in _NUMBERS):
+        raise Undecided(f"{node.op} is no region")
+
+
+def _relation_ends(node: Node) -> Iterator:
+    sides = node.args[1:]
+    if len(symbols(node) - _NUMBERS) != 1:
+        raise Undecided("not one variable")
+    for operator, left, right in zip(node.args[0], sides[:-1], sides[1:], strict=True):
+        if operator in ("in", "notin"):
+            if left.op != "sym":
+                raise Undecided("not a variable")
+            yield from _ends(right)
+        elif not symbols(left) and right.op == "sym":
+            yield from (end for end in [_real(left)] if abs(end) < float("inf"))
+        elif not symbols(right) and left.op == "sym":
+            yield from (end for end in [_real(right)] if abs(end) < float("inf"))
+        else:
+            raise Undecided("not solved for its variable")
+
+
+def _holds(node: Node, x) -> bool:
+    """Whether the number ``x`` is in the region."""
+    if node.op == "cup":
+        return any(_holds(arg, x) for arg in node.args)
+    if node.op == "cap":
+        return all(_holds(arg, x) for arg in node.args)
+    if node.op == "minus":
+        return _holds(node.args[0], x) and not _holds(node.args[1], x)
+    if node.op == "such":
+        return all(_holds(arg, x) for arg in node.args)
+    if node.op in ("list", "set"):
+        return any(
+            _holds(item, x) if item.op in ("rel", "group") else close(_real(item), x)
+            for item in node.args
+        )
+    if node.op == "group":
+        opener, closer, low, high = node.args
+        left = "<=" if opener == "[" else "<"
+        right = "<=" if closer == "]" else "<"
+        return _compare(left, _real(low), x) and _compare(right, x, _real(high))
+    if node.op == "rel":
+        return _satisfies(node, x)
+    return True
+
+
+def _satisfies(node: Node, x) -> bool:
+    sides = node.args[1:]
+    for operator, left, right in zip(node.args[0], sides[:-1], sides[1:], strict=True):
+        if operator in ("in", "notin"):
+            if _holds(right, x) != (operator == "in"):
+                return False
+            continue
+        numbers = [x if side.op == "sym" and symbols(side) else _real(side)
+                   for side in (left, right)]  # fmt: skip
+        if not _compare(operator, *numbers):
+            return False
+    return True
+
+
+def _compare(operator: str, a, b) -> bool:
+    equal = close(a, b)
+    if operator in ("=", "!="):
+        return equal == (operator == "=")
+    if equal:
+        return operator in ("<=", ">=")
+    return (a < b) == (operator in ("<", "<="))

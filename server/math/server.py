@@ -1,0 +1,289 @@
+"""HTTP server that judges whether two LaTeX answers are equal.
+
+    python server.py [--host 127.0.0.1] [--port 6284] [--workers N] …      (--help lists all)
+
+    POST /is_equal  {"str1": gold, "str2": pred}         → {"equal": true}
+    POST /verify    {"pairs": [{"gold": …, "pred": …}]}  → {"results": [{"equal", "how", "status"}]}
+    GET  /health, /metrics, /docs, /openapi.json
+
+A pair passes the quick stages on the event loop, then the cache, then a process pool with limits of
+time and memory. Overload is a 503 with Retry-After, never a verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import openapi
+import uvicorn
+from judge import Judge
+from metrics import CONTENT_TYPE, Metrics
+from pool import Pool, PoolClosed, PoolFull
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+log = logging.getLogger("uvicorn.error")
+BODY_TIMEOUT_S = 30.0
+DRAINED = 16
+"""Up to so many times the limit is read and thrown away: who still sends doesn't see the 413."""
+RETRY_AFTER = {"Retry-After": "1"}
+
+
+def setting(default: Any, text: str) -> Any:
+    """A field of `Settings` with its help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What can be set: `queue_limit` by --queue-limit or by MATH_SERVER_QUEUE_LIMIT."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(6284, "port to listen on; 0 takes a free one")
+    workers: int = setting(max(2, os.cpu_count() or 1), "worker processes")
+    time_limit: float = setting(2.0, "seconds for one pair, from its start")
+    memory_limit_mb: int = setting(2048, "MiB of address space for one worker")
+    queue_limit: int = setting(8192, "pairs that may wait; more is a 503")
+    max_pairs: int = setting(2048, "pairs in one request; more is a 413")
+    max_chars: int = setting(5000, "characters of an answer; a longer one is unparsable")
+    max_body_kb: int = setting(2048, "KiB of a request; more is a 413")
+    cache_size: int = setting(100_000, "verdicts to remember")
+    recycle_after: int = setting(2000, "pairs after which a worker is replaced")
+    shutdown_timeout: float = setting(5.0, "seconds that open requests have at the end")
+
+    def __post_init__(self) -> None:
+        """Refuse what can't work."""
+        for name, least in {"port": 0, "cache_size": 0, "shutdown_timeout": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must not be negative")
+        for name in ("workers", "time_limit", "memory_limit_mb", "max_pairs", "max_chars"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive")
+        if self.queue_limit < self.max_pairs:
+            raise ValueError("queue_limit must be at least max_pairs, or no such request ever fits")
+
+
+def parse_settings(arguments: Sequence[str]) -> Settings:
+    """Settings from the command line, else from the environment, else the defaults."""
+    about, epilog = __doc__.splitlines()[0], "Each option has a variable: MATH_SERVER_MAX_PAIRS=64."
+    parser = argparse.ArgumentParser(description=about, epilog=epilog)
+    for field in dataclasses.fields(Settings):
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=type(field.default),
+            default=os.environ.get(f"MATH_SERVER_{field.name.upper()}", field.default),
+            help=f"{field.metadata['help']} [{field.default}]",
+        )
+    try:
+        return Settings(**vars(parser.parse_args(arguments)))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The request's JSON object.
+
+    Raises:
+        HTTPException: 400 for what isn't a JSON object in UTF-8, 408, or 413.
+    """
+    text = f"the request is over {max_bytes} bytes"
+    too_large = HTTPException(413, text, {"Connection": "close"})
+    if int(request.headers.get("content-length", 0)) > DRAINED * max_bytes:
+        raise too_large
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= max_bytes:
+                    body += chunk
+                elif size > DRAINED * max_bytes:
+                    raise too_large
+        if size > max_bytes:
+            raise too_large
+        document = json.loads(body.decode("utf-8"))
+    except TimeoutError as error:
+        raise HTTPException(408, "the request's body didn't arrive") from error
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"the body isn't JSON in UTF-8: {error}"[:200]) from error
+    if not isinstance(document, dict):
+        raise HTTPException(400, "the body must be a JSON object")
+    return document
+
+
+def text_field(document: object, name: str, where: str = "") -> str:
+    """The string `document[name]`.
+
+    Raises:
+        HTTPException: 422 where it is missing, no string, or holds half of a surrogate pair.
+    """
+    value = document.get(name) if isinstance(document, dict) else None
+    if not isinstance(value, str):
+        raise HTTPException(422, f"{where}{name} must be a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise HTTPException(422, f"{where}{name} holds a lone surrogate") from error
+    return value
+
+
+class Service:
+    """The routes, over one judge."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.pool = Pool(
+            "equivalence:judge",
+            workers=settings.workers,
+            time_limit=settings.time_limit,
+            memory_limit=settings.memory_limit_mb << 20,
+            queue_limit=settings.queue_limit,
+            recycle_after=settings.recycle_after,
+        )
+        self.judge = Judge(self.pool, settings.max_chars, settings.cache_size)
+        self.metrics = Metrics(self.pool, self.judge)
+
+    async def is_equal(self, request: Request) -> Response:
+        """POST /is_equal: one pair, the published interface."""
+        document = await read_json(request, self.settings.max_body_kb << 10)
+        pair = text_field(document, "str1"), text_field(document, "str2")
+        (verdict,) = await self.judge.verdicts([pair])
+        return JSONResponse({"equal": verdict.equal})
+
+    async def verify(self, request: Request) -> Response:
+        """POST /verify: many pairs, results in their order."""
+        document = await read_json(request, self.settings.max_body_kb << 10)
+        pairs = document.get("pairs")
+        if not isinstance(pairs, list):
+            raise HTTPException(422, "pairs must be a list")
+        if len(pairs) > self.settings.max_pairs:
+            raise HTTPException(413, f"over {self.settings.max_pairs} pairs in one request")
+        verdicts = await self.judge.verdicts(
+            [
+                (text_field(pair, "gold", f"pairs[{i}]."), text_field(pair, "pred", f"pairs[{i}]."))
+                for i, pair in enumerate(pairs)
+            ]
+        )
+        results = [{"equal": v.equal, "how": v.how, "status": v.status} for v in verdicts]
+        return JSONResponse({"results": results})
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: 200 where a worker is up."""
+        up = len(self.pool.pids)
+        state = {"status": "ok" if up else "no worker", "workers": up, "waiting": self.pool.waiting}
+        return JSONResponse(state, 200 if up else 503)
+
+    async def show_metrics(self, request: Request) -> Response:
+        """GET /metrics: Prometheus text."""
+        return Response(self.metrics.render(), media_type=CONTENT_TYPE)
+
+    async def openapi_json(self, request: Request) -> Response:
+        """GET /openapi.json: the interface in OpenAPI 3.1."""
+        return JSONResponse(openapi.DOCUMENT)
+
+    async def docs(self, request: Request) -> Response:
+        """GET /docs: the same to read."""
+        return HTMLResponse(openapi.page())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Start and end the pool with the server."""
+        start = time.monotonic()
+        await self.pool.start()
+        log.info("%d workers ready in %.1f s", self.pool.size, time.monotonic() - start)
+        try:
+            yield
+        finally:
+            await self.pool.close()
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        app = Starlette(
+            routes=[
+                Route("/is_equal", self.is_equal, methods=["POST"]),
+                Route("/verify", self.verify, methods=["POST"]),
+                Route("/health", self.health),
+                Route("/metrics", self.show_metrics),
+                Route("/openapi.json", self.openapi_json),
+                Route("/docs", self.docs),
+                Route("/", self.docs),
+            ],
+            exception_handlers={
+                HTTPException: _refuse,
+                ClientDisconnect: _gone,
+                PoolFull: _try_later,
+                PoolClosed: _try_later,
+            },
+            lifespan=self.lifespan,
+        )
+        app.add_middleware(self.metrics.middleware)
+        return app
+
+
+async def _refuse(request: Request, error: HTTPException) -> Response:
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+async def _gone(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=400)  # nobody is there to read it
+
+
+async def _try_later(request: Request, error: Exception) -> Response:
+    text = "the queue is full" if isinstance(error, PoolFull) else "the server is shutting down"
+    return JSONResponse({"error": text}, 503, RETRY_AFTER)
+
+
+class Server(uvicorn.Server):
+    """Gives up waiting jobs when it is told to end, so that open requests end soon, with a 503."""
+
+    service: Service
+
+    async def shutdown(self, sockets: list[Any] | None = None) -> None:
+        """Finish what runs, refuse what waits."""
+        self.service.pool.drain()
+        await super().shutdown(sockets)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    settings = parse_settings(sys.argv[1:] if arguments is None else arguments)
+    # After its orderly end uvicorn raises the signal again, which is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    service = Service(settings)
+    config = uvicorn.Config(
+        service.app(),
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=1024,
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
+    )
+    server = Server(config)
+    server.service = service
+    # Bound before the workers start: a port in use is an error at once.
+    with config.bind_socket() as listener:
+        server.run([listener])
+    sys.exit(0 if server.started else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+r"""Comparing trees: lists, tuples, intervals, sets, matrices, relations, down to expressions.
+
+Conventions, all of them common in public answer checkers:
+
+* A list is unordered, a tuple ordered; brackets around a list may be missing, but an interval's
+  type, a set and a tuple are never confused.
+* ``x = 2`` equals ``2`` if ``x`` is only a name for the answer; ``2x + z = 1`` doesn't equal ``1``.
+* Names matter where both sides have them, order where a name is missing and they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+
+import regions
+from evaluate import Undecided, equal, exact, has, symbols, value
+from tree import Node
+from values import same_values
+
+MAX_ITEMS = 64
+_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "==": "=="}
+_COLLECTIONS = ("list", "set", "group", "matrix", "det")
+
+
+def same(a: Node, b: Node) -> bool:
+    """Whether two answers are the same, ``a`` being the reference.
+
+    Raises:
+        Undecided: if the values can't be computed or told apart.
+    """
+    a, b = _tidy(a), _tidy(b)
+    if a == b:
+        return True
+    if a.op == "rel" or b.op == "rel":
+        return _same_relations(a, b)
+    if regions.is_region(a) or regions.is_region(b):
+        return _same_regions(a, b)
+    if a.op in ("list", "set") or b.op in ("list", "set"):
+        return _same_lists(a, b)
+    if a.op == "group" or b.op == "group":
+        return _same_groups(a, b)
+    if a.op == "matrix" or b.op == "matrix":
+        return _same_matrices(a, b)
+    return same_values(a, b)
+
+
+def _tidy(node: Node) -> Node:
+    r"""Without what doesn't change an answer: approximations after ``\approx``, ``\pm`` written
+    out as a list, one layer of a list of one."""
+    if node.op == "rel" and "~" in node.args[0]:
+        first = node.args[0].index("~")
+        operators, sides = node.args[0][:first], node.args[1 : first + 2]
+        node = Node("rel", (operators, *sides)) if operators else sides[0]
+    if node.op == "rel" and "==" in node.args[0]:
+        operators = tuple("=" if op == "==" else op for op in node.args[0])
+        node = Node("rel", (operators, *node.args[1:]))
+    if node.op not in _COLLECTIONS and (has(node, "pm") or has(node, "mp")):
+        node = Node("list", (_choose(node, "pm"), _choose(node, "mp")))
+    if node.op == "sym" and node.args[0] == "{}":
+        return Node("set", ())
+    if node.op == "list":
+        items = []
+        for item in map(_tidy, node.args):
+            flat = item.op == "list"
+            items += item.args if flat else [item]
+        node = Node("list", _share_names(items))
+    return node
+
+
+def _choose(node: Node, plus: str) -> Node:
+    """The tree with every plus-minus sign settled: ``plus`` becomes +, the other one -."""
+    args = tuple(_choose(arg, plus) if isinstance(arg, Node) else arg for arg in node.args)
+    if node.op in ("pm", "mp"):
+        return args[0] if node.op == plus else Node("neg", args)
+    return Node(node.op, args)
+
+
+def _share_names(items: list[Node]) -> tuple[Node, ...]:
+    """``x = 1, 2, 3``: the name of the first belongs to all."""
+    named = [item.op == "rel" and item.args[0] == ("=",) for item in items]
+    if named and named[0] and not any(named[1:]) and len(items) > 1 and _name(items[0]):
+        return (items[0].args[-1], *items[1:])
+    return tuple(items)
+
+
+# ---------------------------------------------------------------- collections
+
+
+def _same_lists(a: Node, b: Node) -> bool:
+    if "group" in (a.op, b.op):
+        group, listed = (a, b) if a.op == "group" else (b, a)
+        if listed.op == "set":
+            return len(listed.args) == 1 and listed.args[0].op == "group" and same(
+                group, listed.args[0])  # fmt: skip
+        if len(group.args) == 3:
+            return False
+        if any(item.op == "rel" and set(item.args[0]) != {"="} for item in listed.args):
+            both = Node("such", listed.args)  # x > 1 and x < 2, where a comma may also mean "or"
+            return _same_regions(group, listed) or _same_regions(group, both)
+        return group.args[:2] == ("(", ")") and _pairwise(group.args[2:], listed.args)
+    sides = [side.args if side.op in ("list", "set") else (side,) for side in (a, b)]
+    if len(sides[0]) == len(sides[1]) == 1 and a.op != b.op:
+        return False  # {2} isn't 2
+    names = [[_name(item) for item in side] for side in sides]
+    if any(all(side) and side for side in names) and names[0] != names[1]:
+        settled = _same_named(sides, names)
+        if settled is not None:
+            return settled
+    as_set = "set" in (a.op, b.op) or any(item.op == "group" for item in sides[0])
+    return _matched(*sides, as_set=as_set)
+
+
+def _same_named(sides: list, names: list) -> bool | None:
+    """Lists of assignments: by name, or in order where one side leaves distinct names out."""
+    if all(all(side) for side in names):
+        if sorted(map(str, names[0])) != sorted(map(str, names[1])):
+            return None if any(map(_is_numbered, names[0] + names[1])) else False
+        return None
+    side = 0 if all(names[0]) else 1
+    values = [_value(item) for item in sides[side]]
+    others = list(sides[1 - side])
+    distinct = len(set(names[side])) == len(values)
+    if distinct and not any(map(_is_numbered, names[side])):
+        flat = [item for other in others for item in
+                (other.args[2:] if other.op == "group" else (other,))]  # fmt: skip
+        return _pairwise(values, flat)
+    flat_groups = others and all(other.op == "group" for other in others)
+    if flat_groups and not distinct and names[side].count(names[side][0]) == len(others):
+        # p=5, q=2; p=7, q=2 against (5,2), (7,2): as many tuples as there are p's
+        width = len(values) // len(others)
+        values = [
+            Node("group", ("(", ")", *values[at : at + width]))
+            for at in range(0, len(values), width)
+        ]
+    return _matched(values, others, as_set=False)
+
+
+def _is_numbered(name: Node) -> bool:
+    """x_1, x_2 name the solutions of one equation: their order means nothing."""
+    return name.op == "sym" and "_" in name.args[0]
+
+
+def _pairwise(left: Iterable[Node], right: Iterable[Node]) -> bool:
+    left, right = list(left), list(right)
+    return len(left) == len(right) and all(map(same, left, right))
+
+
+def _matched(left: Iterable[Node], right: Iterable[Node], as_set: bool) -> bool:
+    """Each item has its equal on the other side; once each, or at least once if ``as_set``."""
+    left, right = list(left), list(right)
+    if max(len(left), len(right)) > MAX_ITEMS:
+        return len(left) == len(right) and all(map(same, left, right))
+    if not as_set and len(left) != len(right):
+        return False
+    unused = list(right)
+    for item in left:
+        found = next((other for other in unused if same(item, other)), None)
+        if found is None:
+            if as_set and any(same(item, other) for other in right):
+                continue
+            return False
+        unused.remove(found)
+    return all(any(same(item, other) for item in left) for other in unused)
+
+
+def _same_groups(a: Node, b: Node) -> bool:
+    if a.op != b.op:
+        group, other = (a, b) if a.op == "group" else (b, a)
+        if other.op == "matrix":
+            return group.args[:2] == ("(", ")") and _pairwise(group.args[2:], _vector(other))
+        return False
+    brackets = [side.args[:2] for side in (a, b)]
+    if len(a.args) != len(b.args):
+        return False
+    if len(a.args) == 4:
+        ends = [(left == "[", right == "]") for left, right in brackets]
+        if ends[0] != ends[1]:
+            return False
+    return _pairwise(a.args[2:], b.args[2:])
+
+
+def _same_matrices(a: Node, b: Node) -> bool:
+    if a.op != b.op or len(a.args) != len(b.args):
+        return False
+    return all(_pairwise(x.args, y.args) for x, y in zip(a.args, b.args, strict=True))
+
+
+def _vector(matrix: Node) -> list[Node]:
+    """The entries of a matrix of one row or column; of any other, none."""
+    rows = matrix.args
+    if len(rows) == 1 or all(len(row.args) == 1 for row in rows):
+        return [cell for row in rows for cell in row.args]
+    return []
+
+
+# ------------------------------------------------------------------ relations
+
+
+def _name(node: Node) -> Node | None:
+    """What a ``name = value`` relation names, or None: a symbol, f(x), AB/CD, |AB|, (x, y)."""
+    if node.op != "rel" or set(node.args[0]) != {"="}:
+        return None
+    first, last = node.args[1], node.args[-1]
+    if _is_name(first):
+        return first
+    return last if last.op == "sym" and _is_name(last) else None
+
+
+def _is_name(node: Node) -> bool:
+    if node.op == "sym":
+        return node.args[0] not in ("pi", "oo", "{}")
+    if node.op == "group":
+        return len(node.args) > 2 and all(map(_is_name, node.args[2:]))
+    if node.op in ("apply", "fn", "prime", "abs", "div", "ratio", "degree", "pow", "mul"):
+        return all(
+            _is_name(arg) or (arg.op == "num" and node.op in ("pow", "apply"))
+            for arg in node.args if isinstance(arg, Node)
+        )  # fmt: skip
+    return False
+
+
+def _value(node: Node) -> Node:
+    """The value of a ``name = … = value`` relation."""
+    first, last = node.args[1], node.args[-1]
+    return last if _is_name(first) else first
+
+
+def _same_relations(a: Node, b: Node) -> bool:
+    name_a, name_b = _name(a), _name(b)
+    if a.op != b.op:
+        relation, other, name = (a, b, name_a) if a.op == "rel" else (b, a, name_b)
+        if name is not None:
+            return same(*((_value(a), b) if a is relation else (a, _value(b))))
+        if relation.args[0] == ("in",) and relation.args[1].op == "sym":
+            return same(relation.args[2], other)
+        if set(relation.args[0]) == {"="}:
+            return relation is b and _is_identity(b) and same(a, b.args[-1])
+        return _same_regions(a, b)
+    if name_a is not None and name_b is not None:
+        if _compatible(name_a, name_b):
+            return same(_value(a), _value(b))
+        if len(a.args) > 3 or len(b.args) > 3:
+            return False
+    if set(a.args[0]) == set(b.args[0]) == {"="} and len(a.args) == len(b.args) == 3:
+        return _same_equations(a.args[1:], b.args[1:])
+    if "in" in a.args[0] or "in" in b.args[0]:
+        return a.args[0] == b.args[0] and all(map(same, a.args[1:], b.args[1:]))
+    if _same_inequalities(a, b):
+        return True
+    try:
+        return _same_regions(a, b)
+    except Undecided:
+        return False
+
+
+def _is_identity(relation: Node) -> bool:
+    """A chain of equal numbers, like 1 + 1 = 2."""
+    values = [exact(side) for side in relation.args[1:]]
+    return None not in values and len(set(values)) == 1
+
+
+def _compatible(a: Node, b: Node) -> bool:
+    """The same name, up to y for f(x)."""
+    function_and_y = {a.op, b.op} == {"apply", "sym"} and Node("sym", ("y",)) in (a, b)
+    return a == b or function_and_y
+
+
+def _difference(left: Node, right: Node) -> Node:
+    return Node("add", (left, Node("neg", (right,))))
+
+
+def _same_equations(a: tuple[Node, Node], b: tuple[Node, Node]) -> bool:
+    """Two equations: one side in common, or the differences of their sides proportional."""
+    for i in (0, 1):
+        for j in (0, 1):
+            if a[i] == b[j] and symbols(a[i]):
+                return same(a[1 - i], b[1 - j])
+    if symbols(a[0]) | symbols(a[1]) != symbols(b[0]) | symbols(b[1]):
+        return False
+    return _proportional(_difference(*a), _difference(*b)) is not None
+
+
+def _proportional(a: Node, b: Node) -> int | None:
+    """The sign of the constant c with a = c·b (0 if it isn't real), or None if there is none."""
+    names = sorted(symbols(a) | symbols(b))
+    ratios = []
+    for shift in range(3):
+        point = {name: 0.37 + 0.61 * n + 1.19 * shift for n, name in enumerate(names)}
+        try:
+            ratios.append(value(Node("div", (a, b)), point))
+        except Undecided:
+            continue
+    if not ratios:
+        raise Undecided("no ratio of the two relations")
+    if ratios[0] == 0:
+        return None
+    # a(x)·b(p) = b(x)·a(p) for all x says that a/b is constant
+    first = {name: 0.37 + 0.61 * n for n, name in enumerate(names)}
+    fixed_a, fixed_b = _substituted(a, first), _substituted(b, first)
+    if not equal(Node("mul", (a, fixed_b)), Node("mul", (b, fixed_a))):
+        return None
+    real = ratios[0].real
+    return 0 if ratios[0] != real else (1 if real > 0 else -1)
+
+
+def _substituted(node: Node, point: dict[str, float]) -> Node:
+    if node.op == "sym" and node.args[0] in point:
+        return Node("num", (Fraction(point[node.args[0]]), 0, 1))
+    args = (_substituted(arg, point) if isinstance(arg, Node) else arg for arg in node.args)
+    return Node(node.op, tuple(args))
+
+
+def _upward(node: Node) -> Node:
+    """A chain of inequalities turned so that it rises: ``5 >= x`` becomes ``x <= 5``."""
+    if all(op in (">", ">=", "=", "!=") for op in node.args[0]):
+        operators = tuple(_FLIPPED[op] for op in reversed(node.args[0]))
+        return Node("rel", (operators, *reversed(node.args[1:])))
+    return node
+
+
+def _same_inequalities(a: Node, b: Node) -> bool:
+    a, b = _upward(a), _upward(b)
+    if a.args[0] != b.args[0] or any(op not in _FLIPPED for op in a.args[0]):
+        return False
+    if len(a.args) > 3:
+        return _pairwise(a.args[1:], b.args[1:])
+    sign = _proportional(_difference(*a.args[1:]), _difference(*b.args[1:]))
+    return sign is not None and (sign > 0 or a.args[0] == ("!=",))
+
+
+def _same_regions(a: Node, b: Node) -> bool:
+    """Sets of real numbers; where they have symbolic ends, part by part."""
+    try:
+        return regions.same(a, b)
+    except Undecided:
+        if a.op == b.op and a.op in regions.OPERATIONS:
+            return _matched(regions.parts(a), regions.parts(b), as_set=True)
+        if not {a.op, b.op} <= {*_COLLECTIONS, *regions.OPERATIONS, "rel", "sym"}:
+            return False  # an expression is no set
+        raise

@@ -1,0 +1,46 @@
+r"""The last stage: math-verify, for what the parser of answers doesn't read (sums, integrals …).
+
+It is used as documented (the reference first, both within ``$``), and only its LaTeX reader: its
+plain-expression reader evaluates Python. Time limits are the caller's, so its own, which need the
+signals of the main thread, are off.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its limits are off
+
+MAX_LENGTH = 300  # its parser may take time exponential in the number of brackets
+_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
+_PROSE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}")
+
+
+def readable(gold: str, pred: str) -> bool:
+    """Whether math-verify may be trusted with a pair: short, no prose, letters alike in case."""
+    if max(len(gold), len(pred)) > MAX_LENGTH:
+        return False
+    if Counter(_PROSE.findall(gold)) != Counter(_PROSE.findall(pred)):
+        return False
+    letters = [set(_LETTER.findall(text)) for text in (gold, pred)]
+    return letters[0] == letters[1] or {c.lower() for c in letters[0]} != {
+        c.lower() for c in letters[1]
+    }
+
+
+def equal(gold: str, pred: str) -> bool | None:
+    """What math-verify says of two normalised answers; None if it can't read one of them."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    if not readable(gold, pred):
+        return False
+    trees = [
+        parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback",
+              parsing_timeout=None)
+        for text in (gold, pred)
+    ]  # fmt: skip
+    if not all(trees):
+        return None
+    return bool(verify(*trees, timeout_seconds=None))

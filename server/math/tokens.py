@@ -1,0 +1,56 @@
+"""An answer as a list of tokens: numbers, commands, letters, signs."""
+
+from __future__ import annotations
+
+import re
+
+from normalise import FUNCTIONS
+
+MAX_TOKENS = 4_000
+_TOKEN = re.compile(
+    r"(?P<num>\d+\.?\d*(?:[eE][+-]?\d+(?![\d.]))?|\.\d+)"
+    r"|(?P<cmd>\\[A-Za-z]+|\\.)|(?P<word>[A-Za-z]+)|(?P<space> +)|(?P<op>.)"
+)
+_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?!,?\d)")
+_WORDS = FUNCTIONS | {"pi"}
+
+
+class ParseError(ValueError):
+    """The text is not an answer of a form this parser knows."""
+
+
+class TooComplex(ParseError):
+    """The text exceeds a limit: no other parser should try it either."""
+
+
+def tokens(text: str, thousands: bool) -> list[str]:
+    """The tokens of an answer; words that are no function fall into letters."""
+    found: list[str] = []
+    position = depth = 0
+    while position < len(text):
+        match = _THOUSANDS.match(text, position) if thousands and depth == 0 else None
+        match = match or _TOKEN.match(text, position)
+        if match is None or len(found) > MAX_TOKENS:
+            raise TooComplex("too many tokens, or not text")
+        position = match.end()
+        token, kind = match[0], match.lastgroup
+        if token == r"\text" and position < len(text) and text[position] == "{":
+            end = text.find("}", position)
+            token, position = text[match.start() : end + 1 or None], end + 1 or len(text)
+        depth += (token in ("(", "[", r"\{")) - (token in (")", "]", r"\}"))
+        if kind is None:
+            token = token.replace(",", "")
+        if kind == "word" and token not in _WORDS:
+            found += _letters(token)
+            if text[position : position + 1].isdigit():
+                found.append("_")  # x1 is x_1
+        elif kind != "space":
+            found.append("\\" + token if kind == "word" else token)
+    return found
+
+
+def _letters(word: str) -> list[str]:
+    """A run of letters: a product of variables if short and lower case, else one name."""
+    if (word.isupper() and len(word) > 1) or len(word) > 4:
+        return [word]
+    return list(word)

@@ -1,0 +1,400 @@
+r"""A small parser of answers: LaTeX or plain text to a tree of :class:`Node`.
+
+It reads what answers are made of (numbers, expressions, lists, tuples, intervals, sets, matrices,
+relations) and raises :class:`ParseError` on everything else: nothing is skipped, so ``5`` and
+``5)`` never become the same tree. Depth and sizes are limited, work is linear in the length.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+from normalise import FUNCTIONS, word_set
+from tokens import ParseError, TooComplex, tokens
+
+MAX_DEPTH = 40
+MAX_DIGITS = 400
+MAX_SET_TOKENS = 400
+MAX_POSTFIX = 6
+
+
+class Node(NamedTuple):
+    """One operation and its operands: ``Node("pow", (x, 2))``.
+
+    Numbers are ``("num", (Fraction, decimals, significant))``, symbols ``("sym", (name,))``.
+    """
+
+    op: str
+    args: tuple
+
+
+_ACCENTS = word_set(
+    r"\vec \hat \bar \overline \tilde \ddot \overrightarrow \widehat \underline \dot"
+)
+_SYMBOLS = {r"\infty": "oo", r"\pi": "pi", r"\imath": "i", r"\emptyset": "{}", r"\varnothing": "{}"}
+_RELATIONS = {"=": "=", "<": "<", ">": ">", r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\ge": ">=",
+              r"\ne": "!=", r"\in": "in", r"\notin": "notin", r"\approx": "~", r"\equiv": "==",
+              r"\simeq": "~"}  # fmt: skip
+_SET_OPERATIONS = {r"\cup": "cup", r"\cap": "cap", r"\setminus": "minus", r"\backslash": "minus"}
+_TIMES = frozenset(["*", r"\cdot", r"\times", r"\ast", r"\div", "/"])
+_CLOSERS = {"(": ")]", "[": ")][", "]": "[])", r"\{": (r"\}",), "{": "}", r"\langle": (r"\rangle",),
+            r"\lfloor": (r"\rfloor",), r"\lceil": (r"\rceil",), r"\lvert": (r"\rvert",),
+            r"\|": (r"\|",), "|": "|"}  # fmt: skip
+_NOT_A_FACTOR = word_set(
+    r"\cup \cap \setminus \backslash \pm \mp \} \\ \rangle \rfloor \rceil \rvert \mid \end \| "
+    r"\to \rightarrow \Rightarrow \implies \iff \subset \subseteq \ldots \dots \cdots \sum \prod "
+    r"\int \iint \oint \lim \partial \sim \pmod \bmod \mod \perp \parallel \forall \exists"
+) | frozenset(_RELATIONS) | (_TIMES)  # fmt: skip
+
+
+def parse(text: str, thousands: bool = True) -> Node:
+    """The tree of a normalised answer.
+
+    ``thousands`` reads commas between groups of three digits outside brackets as separators
+    within a number (1,234 is one number), otherwise every comma separates.
+
+    Raises:
+        ParseError: for unknown commands, unbalanced brackets, or limits exceeded.
+    """
+    parser = _Parser(tokens(text, thousands))
+    node = parser.answer()
+    if parser.peek():
+        raise ParseError(f"unexpected {parser.peek()!r}")
+    return node
+
+
+class _Parser:
+    """Recursive descent over the tokens; each method takes one level of precedence."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens = tokens
+        self.at = 0
+        self.depth = 0
+        self.bars = 0
+        self.such = False  # within { }, a colon is "such that" and not a ratio
+
+    def peek(self, ahead: int = 0) -> str:
+        return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else ""
+
+    def next(self) -> str:
+        token = self.peek()
+        if not token:
+            raise ParseError("unexpected end")
+        self.at += 1
+        return token
+
+    def accept(self, *tokens: str) -> str:
+        return self.next() if self.peek() and self.peek() in tokens else ""
+
+    def expect(self, token: str) -> None:
+        if not self.accept(token):
+            raise ParseError(f"expected {token!r}, not {self.peek()!r}")
+
+    def enter(self) -> None:
+        """One level deeper; whoever calls it subtracts it again."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise TooComplex("nested too deeply")
+
+    def answer(self) -> Node:
+        """Relations separated by commas, groups of them by semicolons."""
+        groups: list[Node] = []
+        while True:
+            items = [self.relation()]
+            while self.accept(","):
+                items.append(self.relation())
+            groups.append(items[0] if len(items) == 1 else Node("list", tuple(items)))
+            if not self.accept(";"):
+                break
+        return groups[0] if len(groups) == 1 else Node("list", tuple(groups))
+
+    def relation(self) -> Node:
+        """A chain of sides: ``1 < x <= 2`` is one node with three sides and two operators."""
+        self.accept(r"\approx")
+        sides, operators = [self.union()], []
+        while self.peek() in _RELATIONS:
+            operators.append(_RELATIONS[self.next()])
+            sides.append(self.union())
+        return Node("rel", (tuple(operators), *sides)) if operators else sides[0]
+
+    def union(self) -> Node:
+        node = self.ratio()
+        while self.peek() in _SET_OPERATIONS:
+            operation, part = _SET_OPERATIONS[self.next()], self.ratio()
+            more = node.op == operation != "minus"
+            node = Node(operation, (*node.args, part) if more else (node, part))
+            if len(self.tokens) > MAX_SET_TOKENS:
+                raise TooComplex("too long a union")
+        return node
+
+    def ratio(self) -> Node:
+        parts = [self.sum()]
+        while not self.such and self.accept(":"):
+            parts.append(self.sum())
+        return parts[0] if len(parts) == 1 else Node("ratio", tuple(parts))
+
+    def sum(self) -> Node:
+        terms: list[Node] = []
+        while True:
+            sign, plus_minus = 1, ""
+            while token := self.accept("+", "-", r"\pm", r"\mp"):
+                sign = -sign if token == "-" else sign
+                plus_minus = token if token in (r"\pm", r"\mp") else plus_minus
+            term = self.product()
+            term = Node("neg", (term,)) if sign < 0 else term
+            terms.append(Node(plus_minus[1:], (term,)) if plus_minus else term)
+            if self.peek() not in ("+", "-", r"\pm", r"\mp"):
+                return terms[0] if len(terms) == 1 else Node("add", tuple(terms))
+
+    def product(self, implicit: bool = False) -> Node:
+        """Factors with * and /, or side by side; left to right, so ``1/2x`` is ``(1/2)x``.
+
+        With ``implicit``, only what stands side by side: the argument of ``\\sin 2x``.
+        """
+        top, bottom = [self.factor()], []
+        while token := self.peek():
+            if token in _TIMES and not implicit:
+                self.next()
+                (bottom if token in ("/", r"\div") else top).append(self.factor(signed=True))
+            elif self._starts_factor(token) and not (implicit and token[1:] in FUNCTIONS):
+                if token[0].isdigit() and self._is_number(self.at - 1):
+                    raise ParseError("two numbers side by side")
+                previous_is_integer = self.tokens[self.at - 1].isdigit() and token == r"\frac"
+                factor = self.factor()
+                if previous_is_integer and _is_proper(factor) and top[-1].op == "num":
+                    factor = Node("add", (top.pop(), factor))  # 1\frac{1}{2} is 3/2
+                top.append(factor)
+            else:
+                break
+        node = top[0] if len(top) == 1 else Node("mul", tuple(top))
+        if bottom:
+            node = Node("div", (node, bottom[0] if len(bottom) == 1 else Node("mul", (*bottom,))))
+        return node
+
+    def _is_number(self, index: int) -> bool:
+        return self.tokens[index][0].isdigit()
+
+    def _starts_factor(self, token: str) -> bool:
+        if token == "|":
+            return self.bars == 0 and not self.such
+        if token[0] == "\\":
+            return token not in _NOT_A_FACTOR
+        return token[0].isalnum() or token[0] == "." or token in ("(", "{", "°")
+
+    def factor(self, signed: bool = False) -> Node:
+        """A primary with its postfix signs and powers."""
+        negative = False
+        while signed and (sign := self.accept("-", "+")):
+            negative ^= sign == "-"
+        node, signs = self.primary(), 0
+        while token := self.accept("!", "%", "°", "^", "_"):
+            signs += 1
+            if signs > MAX_POSTFIX:
+                raise TooComplex("too many signs")
+            if token == "^":
+                node = Node("pow", (node, self.argument(signed=True)))
+            elif token == "_":
+                node = Node("sym", (f"{_name(node)}_{self.raw_group()}",))
+            else:
+                node = Node({"!": "fact", "%": "percent", "°": "degree"}[token], (node,))
+        return Node("neg", (node,)) if negative else node
+
+    def argument(self, signed: bool = False) -> Node:
+        """What follows ``^``, or a function without brackets: a group or one factor."""
+        if self.peek() == "{":
+            return self.bracketed()
+        sign = self.accept("-", "+") if signed else ""
+        node = self.primary()
+        if self.accept("^"):
+            self.enter()
+            node = Node("pow", (node, self.argument(signed=True)))
+            self.depth -= 1
+        return Node("neg", (node,)) if sign == "-" else node
+
+    def digit_or_group(self) -> Node:
+        r"""The argument of ``\frac``: a group, or one digit (``\frac12`` is a half)."""
+        token = self.peek()
+        if token.isdigit() and len(token) > 1:
+            self.tokens[self.at] = token[1:]
+            return number(token[0])
+        return self.bracketed() if token == "{" else self.primary()
+
+    def raw_group(self) -> str:
+        """The text of a subscript, which is part of a name and not an expression."""
+        if self.peek() != "{":
+            return self.next()
+        start, level = self.at, 0
+        while True:
+            level += {"{": 1, "}": -1}.get(self.next(), 0)
+            if level == 0:
+                return "".join(self.tokens[start + 1 : self.at - 1])
+
+    def primary(self) -> Node:
+        """A number, a symbol, a command with its arguments, or something in brackets."""
+        self.enter()
+        node = self._primary()
+        self.depth -= 1
+        return node
+
+    def _primary(self) -> Node:
+        token = self.peek()
+        if token in _CLOSERS and not (token == "|" and self.bars):
+            return self.bracketed()
+        self.next()
+        if token[0].isdigit() or (token[0] == "." and len(token) > 1):
+            return number(token)
+        if token.isalpha():
+            name = token
+            while self.accept("'"):
+                name += "'"
+            if token in ("f", "g") and self.peek() == "(":
+                return Node("apply", (name, self.bracketed()))
+            if self.tokens[self.at : self.at + 3] == ["(", "0", ")"]:  # a value at 0, no product
+                self.at += 3
+                name += "(0)"
+            return Node("sym", (name,))
+        if token[0] != "\\" or token in _NOT_A_FACTOR:
+            raise ParseError(f"unexpected {token!r}")
+        return self.command(token)
+
+    def command(self, token: str) -> Node:
+        name = token[1:]
+        if name == "frac":
+            return Node("div", (self.digit_or_group(), self.digit_or_group()))
+        if name == "binom":
+            return Node("binom", (self.digit_or_group(), self.digit_or_group()))
+        if name == "sqrt":
+            index = self.bracketed().args[2] if self.peek() == "[" else None
+            return Node("root", (self.argument(), index or number("2")))
+        if name in FUNCTIONS:
+            return self.function(name)
+        if name == "begin":
+            return self.environment()
+        if name.startswith("text{"):
+            return Node("sym", (re.sub(r"\s", "", name[5:-1]).lower(),))
+        if token in _ACCENTS:
+            return Node("sym", (f"{name}:{self.raw_group()}",))
+        if name == "mathbb":
+            return Node("sym", (f"set:{self.raw_group()}",))
+        if token in _SYMBOLS:
+            return Node("sym", (_SYMBOLS[token],))
+        if name in _GREEK:
+            return Node("sym", (token,))
+        raise ParseError(f"unknown command {token!r}")
+
+    def function(self, name: str) -> Node:
+        base = power = None
+        while token := self.accept("_", "^"):
+            if token == "_":
+                base = self.digit_or_group() if self.peek() != "{" else self.bracketed()
+            else:
+                power = self.argument(signed=True)
+        bracket = self.peek() in _CLOSERS and self.peek() != "|"
+        argument = self.bracketed() if bracket else self.product(implicit=True)
+        if power == Node("neg", (number("1"),)) and "arc" + name in FUNCTIONS:
+            name, power = "arc" + name, None
+        node = Node("fn", (name, argument, *([base] if base else [])))
+        return Node("pow", (node, power)) if power else node
+
+    def bracketed(self) -> Node:
+        r"""Everything that opens and closes: ( ) [ ] { } \{ \} | | and the named pairs."""
+        opener = self.next()
+        outer = self.bars, self.such
+        self.bars, self.such = int(opener == "|"), opener == r"\{"
+        if (close := self.accept(*_CLOSERS[opener])) and opener != "|":
+            content: Node | None = None
+        else:
+            content = self.answer()
+            if opener == r"\{" and self.accept("|", r"\mid", ":"):
+                content = Node("such", (content, self.answer()))
+            close = self.accept(*_CLOSERS[opener])
+        self.bars, self.such = outer
+        if not close:
+            raise ParseError(f"{opener!r} is not closed")
+        items = () if content is None else content.args if content.op == "list" else (content,)
+        if opener == r"\{":
+            return Node("such", content.args[1:]) if content and content.op == "such" else Node(
+                "set", items)  # fmt: skip
+        if content is None:
+            if opener == "{":
+                raise ParseError("empty group")
+            return Node("group", (opener, close))
+        if opener in ("|", r"\lvert", r"\|"):
+            return Node("abs", (content,))
+        if opener in (r"\lfloor", r"\lceil"):
+            return Node("fn", ("floor" if opener == r"\lfloor" else "ceil", content))
+        if opener == r"\langle":
+            return Node("group", ("(", ")", *items))
+        if (
+            opener == "{"
+            or content.op == "matrix"
+            or (opener == "(" and close == ")" and content.op != "list")
+        ):
+            return content
+        return Node("group", (opener, close, *items))
+
+    def environment(self) -> Node:
+        """``\\begin{…} … \\end{…}``: a matrix, or a list of the lines of a system."""
+        name = self.raw_group()
+        if name in ("array", "tabular") and self.peek() == "{":
+            self.raw_group()
+        rows: list[list[Node]] = [[]]
+        while not self.accept(r"\end"):
+            if self.accept(r"\\"):
+                rows.append([])
+            elif not self.accept("&"):
+                rows[-1].append(self.answer())
+        self.raw_group()
+        rows = [row for row in rows if row]
+        if name in ("cases", "aligned", "align", "align*", "gathered") or (
+            name == "array" and any(cell.op == "rel" for row in rows for cell in row)
+        ):
+            return Node("list", tuple(node for row in rows for node in row))
+        if (
+            ("matrix" not in name and name != "array")
+            or not rows
+            or len({len(row) for row in rows}) != 1
+        ):
+            raise ParseError(f"environment {name!r}")
+        kind = "det" if name == "vmatrix" else "matrix"
+        return Node(kind, tuple(Node("row", tuple(row)) for row in rows))
+
+
+_GREEK = word_set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
+    "rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi "
+    "Omega ell hbar prime angle triangle square star"
+)
+
+
+def number(token: str) -> Node:
+    """A numeral as ``("num", (exact value, digits after the point, significant digits))``."""
+    mantissa, _, exponent = token.lower().partition("e")
+    whole, _, decimals = mantissa.partition(".")
+    if len(token) > MAX_DIGITS or abs(int(exponent or 0)) > MAX_DIGITS:
+        raise ParseError("too large a number")
+    value = Fraction(int(whole + decimals or 0)) * Fraction(10) ** (
+        int(exponent or 0) - len(decimals)
+    )
+    places = max(0, len(decimals) - int(exponent or 0))
+    return Node("num", (value, places, len((whole + decimals).lstrip("0"))))
+
+
+def _is_proper(node: Node) -> bool:
+    """Whether a node is the fraction of a mixed number: two integers, the smaller on top."""
+    return (
+        node.op == "div"
+        and all(part.op == "num" and part.args[0].denominator == 1 for part in node.args)
+        and node.args[0].args[0] < node.args[1].args[0]
+    )
+
+
+def _name(node: Node) -> str:
+    """The name that carries a subscript: a symbol's, or the digits of a based numeral."""
+    if node.op == "num" and node.args[0].denominator == 1:
+        return str(node.args[0])
+    if node.op == "sym":
+        return node.args[0]
+    raise ParseError("a subscript on an expression")

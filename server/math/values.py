@@ -1,0 +1,88 @@
+"""Comparing two expressions by value, with the conventions of per cent signs and decimals.
+
+* ``75%`` equals both ``75`` and ``0.75``; a degree sign may be missing on one side.
+* A decimal of at least six significant digits equals the exact value it abbreviates, that is,
+  one less than one unit in its last place away. So 0.333333 is 1/3, and 0.33 isn't.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from evaluate import CONSTANTS, Undecided, equal, exact, symbols, value
+from tree import Node
+
+MIN_SIGNIFICANT, MIN_PLACES = 6, 4
+
+
+def same_values(a: Node, b: Node) -> bool:
+    """Whether two expressions have the same value, percent signs and decimals understood."""
+    if "ratio" in (a.op, b.op) and max(len(a.args), len(b.args)) > 2:
+        return a.op == b.op and _same_ratios(a, b)
+    if (a.op == "percent") != (b.op == "percent"):
+        bare_a, bare_b = (side.args[0] if side.op == "percent" else side for side in (a, b))
+        if same_values(bare_a, bare_b):
+            return True
+    if (a.op == "degree") != (b.op == "degree"):
+        bare_a, bare_b = (side.args[0] if side.op == "degree" else side for side in (a, b))
+        if same_values(bare_a, bare_b):
+            return True
+    exact_a, exact_b = exact(a), exact(b)
+    if exact_a is not None and exact_b is not None:
+        return exact_a == exact_b or _abbreviates(a, b, exact_a, exact_b)
+    if a.op == b.op == "sym" and not {a.args[0], b.args[0]} <= CONSTANTS.keys():
+        return _same_symbols(a.args[0], b.args[0])
+    if equal(a, b):
+        return True
+    return not (symbols(a) or symbols(b)) and _abbreviates(a, b, exact_a, exact_b)
+
+
+def _same_symbols(a: str, b: str) -> bool:
+    """Letters as they are; words without regard to case."""
+    return a == b or (len(a) > 1 and "_" not in a + b and a.lower() == b.lower())
+
+
+def _same_ratios(a: Node, b: Node) -> bool:
+    if len(a.args) != len(b.args):
+        return False
+    first_a, first_b = a.args[0], b.args[0]
+    return all(
+        same_values(Node("mul", (x, first_b)), Node("mul", (y, first_a)))
+        for x, y in zip(a.args, b.args, strict=True)
+    )
+
+
+def _abbreviates(a: Node, b: Node, exact_a: Fraction | None, exact_b: Fraction | None) -> bool:
+    """Whether one side is a decimal that stands for the other's value."""
+    decimal_a, decimal_b = _decimal(a), _decimal(b)
+    if decimal_a and decimal_b and decimal_a[1] == decimal_b[1]:
+        return False
+    for number, other, other_exact in ((decimal_a, b, exact_b), (decimal_b, a, exact_a)):
+        if number is None:
+            continue
+        written, places, significant = number
+        if significant < MIN_SIGNIFICANT or places < MIN_PLACES:
+            continue
+        unit = Fraction(1, 10**places)
+        if other_exact is not None:
+            if abs(written - other_exact) < unit and _decimal(other) is None:
+                return True
+            continue
+        try:
+            exact_value = value(other)
+        except Undecided:
+            continue
+        if abs(exact_value - written.numerator / _mpf(written.denominator)) < _mpf(1) / 10**places:
+            return True
+    return False
+
+
+def _mpf(x: int):
+    return value(Node("num", (Fraction(x), 0, 1)))
+
+
+def _decimal(node: Node) -> tuple[Fraction, int, int] | None:
+    """A signed decimal numeral's (value, places, significant digits), or None."""
+    if node.op == "neg" and (inner := _decimal(node.args[0])):
+        return -inner[0], inner[1], inner[2]
+    return node.args if node.op == "num" and node.args[1] > 0 else None

@@ -1,0 +1,156 @@
+"""Judging pairs of answers: right verdicts, at the right stage, on hostile input too."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.server.pairs import EQUAL, UNEQUAL, pairs
+
+pytest.importorskip("math_verify")
+
+import equivalence
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from normalise import normalise, split_unit, word_set
+
+HOSTILE = [
+    "9^{9^{9^{9}}}", "(10^{9})!", "10^{10^{10}}", "2^{2^{2^{49}}}", "1e999999999", "{" * 5000,
+    "(" * 2000 + "1" + ")" * 2000, "1" * 1_000_000, "\x00", "\ud800", "\\boxed{" * 100_000,
+    "\\boxed{1}" * 100_000, "1+" * 2000 + "1", "x^" * 2000 + "2", "5" + "!" * 4000, "!" * 4000,
+    "-" * 4000 + "1", "\\sqrt" * 900 + "2", "\\frac" * 900, "|" * 900, "5" + "%" * 3000,
+    "(1,2)" + "\\cup(1,2)" * 400, ",".join(map(str, range(1000))), "\\sin(10^{10^{5}})",
+    "\\tan(\\tan(\\tan(x)))^{999999}", "\\begin{pmatrix}" * 300, "^".join("2" * 200),
+    " " * 1_000_000, "\\text{" * 1000, "__import__('os').abort()", "\\{" * 900, "x<" * 900 + "1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gold", "pred"), pairs(EQUAL))
+def test_equal(gold: str, pred: str) -> None:
+    verdict = equivalence.judge(gold, pred)
+    assert verdict.equal, verdict
+    assert verdict.status == "ok"
+
+
+@pytest.mark.parametrize(("gold", "pred"), pairs(UNEQUAL))
+def test_unequal(gold: str, pred: str) -> None:
+    assert not equivalence.judge(gold, pred).equal
+
+
+def test_enough_pairs() -> None:
+    equal, unequal = pairs(EQUAL), pairs(UNEQUAL)
+    assert len(set(equal + unequal)) == len(equal + unequal) >= 250
+    assert 3 * len(unequal) >= len(equal) + len(unequal)
+
+
+@pytest.mark.parametrize(("gold", "pred"), pairs(EQUAL))
+def test_every_answer_equals_itself(gold: str, pred: str) -> None:
+    for text in (gold, pred):
+        for other in (text, f"${text}$", f"The answer is $\\boxed{{{text}}}$."):
+            assert equivalence.judge(text, other).equal
+
+
+@pytest.mark.parametrize(
+    ("gold", "pred", "how"),
+    [
+        ("5", "5", "identical"),
+        (r"\left(1, 2\right)", "(1,2)", "normalised"),
+        (r"\frac{3}{5}", "0.6", "numeric"),
+        ("(1,2)", "(1, 2.0)", "structure"),
+        ("x(x+1)", "x^2+x", "symbolic"),
+        (r"\int_0^1 x dx", r"\frac{1}{2}", "symbolic"),
+    ],
+)
+def test_stage_that_decides(gold: str, pred: str, how: str) -> None:
+    assert equivalence.judge(gold, pred) == equivalence.Verdict(True, how, "ok")
+
+
+def test_quick_agrees_with_judge_where_it_decides() -> None:
+    decided = 0
+    for gold, pred in pairs(EQUAL) + pairs(UNEQUAL):
+        if verdict := equivalence.quick(gold, pred):
+            decided += 1
+            assert verdict == equivalence.judge(gold, pred)
+            assert verdict.how in ("identical", "normalised", "numeric")
+    assert decided > 80
+
+
+def test_same_key_same_verdict() -> None:
+    for gold, pred in pairs(EQUAL) + pairs(UNEQUAL):
+        key = equivalence.cache_key(gold, pred)
+        assert equivalence.judge(*key).equal == equivalence.judge(gold, pred).equal, key
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize("gold", ["5", r"\sqrt{2}", "x"])
+def test_hostile_answers_are_wrong_at_once(gold: str, text: str) -> None:
+    start = time.perf_counter()
+    equivalence.quick(gold, text)
+    assert time.perf_counter() - start < 0.5
+    assert not equivalence.judge(gold, text).equal
+    assert time.perf_counter() - start < 2
+
+
+def test_unreadable_answers() -> None:
+    for text in ("", " ", "5)", r"\frac{1", "{" * 500):
+        assert equivalence.judge("7", text).status == "unparsable"
+    assert not equivalence.judge("", "").equal
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"$\dfrac{1}{2}\,$.", r"\frac{1}{2}"),
+        (r"\boxed{1} and \boxed{2}", "1,2"),
+        (r"\text{ (C) }", "(C)"),
+        ("1, 234", "1, 234"),
+        (r"1\,234", "1234"),
+        (r"36^\circ", "36°"),
+        (r"50 \text{ percent}", "50%"),
+        ("0.5.", "0.5"),
+        (".5", ".5"),
+    ],
+)
+def test_normalise(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+    assert normalise(expected) == expected
+
+
+def test_split_unit() -> None:
+    assert split_unit("10weeks") == ("10", "week")
+    assert split_unit("5 apples") == ("5", "apple")
+    assert split_unit(r"3\text{square meters}") == ("3", "m^2")
+    assert split_unit("x+1") == ("x+1", "")
+
+
+_FRAGMENTS = st.sampled_from(
+    sorted(
+        word_set(
+            r"\frac \sqrt { } ( ) [ ] \{ \} | , ; = < \le + - * / ^ _ ! % ° ' x y i 1 23 0.5 \pi"
+            r" \pm e \cup \in \sin \log \text{a} \begin{pmatrix} \end{pmatrix} & \\ : . \infty"
+        )
+    )
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(_FRAGMENTS, max_size=14).map("".join), st.lists(_FRAGMENTS, max_size=14))
+def test_any_text_gets_a_verdict_without_the_library(gold: str, fragments: list[str]) -> None:
+    equivalence.quick(gold, " ".join(fragments))
+    equivalence.quick("".join(fragments), gold)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60))
+def test_normalise_takes_any_text(text: str) -> None:
+    equivalence.quick("1", text)
+    equivalence.quick(text, "x" + text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.fractions(max_denominator=10_000), st.fractions(max_denominator=10_000))
+def test_fractions_are_exact(a, b) -> None:
+    left = rf"\frac{{{a.numerator}}}{{{a.denominator}}}"
+    verdict = equivalence.quick(left, f"{b.numerator}/{b.denominator}")
+    assert verdict is not None and verdict.equal == (a == b)

@@ -1,0 +1,255 @@
+"""The process pool: limits, deaths, queues. Real processes, real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "server" / "math"))
+
+from pool import Outcome, Pool, PoolClosed, PoolFull  # noqa: E402
+
+
+@asynccontextmanager
+async def running(**settings: float) -> AsyncIterator[Pool]:
+    """A started pool for `jobs.run`, closed at the end."""
+    pool = Pool("jobs:run", **{"time_limit": 0.5, "memory_limit": 1 << 30, **settings})
+    await pool.start()
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+@pytest.fixture
+def pooled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a test's coroutine `body(pool)` with a pool of the given settings."""
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+
+    def run(body: Callable[[Pool], Awaitable[None]], **settings: float) -> None:
+        async def main() -> None:
+            async with asyncio.timeout(30), running(**settings) as pool:
+                await body(pool)
+
+        asyncio.run(main())
+
+    return run
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait up to 10 s for `condition`."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; a zombie doesn't."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_results_and_errors(pooled):
+    async def body(pool):
+        values = ["1/2", "ä∆\0", {"nested": [1, None]}, "x" * 100_000]
+        for value in values:
+            assert await pool.submit("echo", value) == Outcome("ok", value)
+        pid = (await pool.submit("pid")).value
+        assert pid != os.getpid()
+        assert await pool.submit("raise", "x") == Outcome(
+            "error", "ValueError: invalid literal for int() with base 10: 'x'"
+        )
+        assert (await pool.submit("not JSON")).kind == "error"
+        assert (await pool.submit("deep")).value.startswith("RecursionError")
+        assert (await pool.submit("pid")).value == pid  # none of that cost the worker
+        assert not pool.restarts
+
+    pooled(body, workers=1)
+
+
+def test_many_jobs_keep_their_answers_apart(pooled):
+    async def body(pool):
+        outcomes = await asyncio.gather(*(pool.submit("echo", i) for i in range(2000)))
+        assert [outcome.value for outcome in outcomes] == list(range(2000))
+
+    pooled(body, workers=3)
+
+
+@pytest.mark.parametrize("job", [("sleep", 60), ("power", 9)])
+def test_a_stuck_worker_is_killed_and_replaced(pooled, job):
+    async def body(pool):
+        (stuck,) = pool.pids
+        start = time.monotonic()
+        assert await pool.submit(*job) == Outcome("timeout")
+        assert 0.5 <= time.monotonic() - start < 0.8
+        assert (await pool.submit("pid")).value != stuck
+        assert time.monotonic() - start < 1.2  # the next one is answered soon
+        await eventually(lambda: not is_alive(stuck))
+        assert pool.restarts == {"timeout": 1}
+
+    pooled(body, workers=1)
+
+
+def test_time_in_the_queue_does_not_count(pooled):
+    async def body(pool):
+        jobs = [pool.submit("sleep", 0.2) for _ in range(8)]  # the last starts after 1.4 s
+        assert {outcome.kind for outcome in await asyncio.gather(*jobs)} == {"ok"}
+        assert not pool.restarts
+
+    pooled(body, workers=1)
+
+
+def test_a_busy_event_loop_does_not_make_a_timeout(pooled):
+    async def body(pool):
+        job = pool.submit("sleep", 0.05)
+        time.sleep(0.7)
+        assert (await job).kind == "ok"
+
+    pooled(body, workers=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux only")
+def test_memory_limit(pooled):
+    async def body(pool):
+        assert await pool.submit("hoard", 4) == Outcome("memory")
+        assert await pool.submit("echo", 1) == Outcome("ok", 1)
+        assert pool.restarts == {"memory": 1}
+
+    pooled(body, workers=1)
+
+
+def test_a_job_of_a_killed_worker_is_tried_again(pooled, tmp_path):
+    async def body(pool):
+        assert await pool.submit("die once", str(tmp_path / "marker")) == Outcome("ok", "alive")
+        assert pool.restarts == {"died": 1}
+        assert await pool.submit("crash") == Outcome("died")  # twice is enough
+        assert await pool.submit("echo", 1) == Outcome("ok", 1)
+
+    pooled(body, workers=2)
+
+
+def test_all_workers_killed_from_outside(pooled):
+    async def body(pool):
+        jobs = [pool.submit("sleep", 0.1) for _ in range(6)]
+        await asyncio.sleep(0.02)
+        killed = set(pool.pids)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        outcomes = await asyncio.gather(*jobs)
+        assert {outcome.kind for outcome in outcomes} == {"ok"}
+        assert not killed & {outcome.value for outcome in outcomes}
+        idle = set(pool.pids)
+        for pid in idle:
+            os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(0.05)
+        assert (await pool.submit("echo", 1)).kind == "ok"
+        await eventually(lambda: len(pool.pids) == 3 and not idle & set(pool.pids))
+
+    pooled(body, workers=3)
+
+
+def test_the_template_killed_from_outside(pooled):
+    async def body(pool):
+        workers = pool.pids
+        job = pool.submit("sleep", 0.2)
+        pool._template.kill()
+        assert (await job).kind == "ok"
+        await eventually(lambda: len(pool.pids) == 2)
+        assert not set(workers) & set(pool.pids)
+        assert not any(map(is_alive, workers))
+
+    pooled(body, workers=2)
+
+
+def test_a_bounded_queue(pooled):
+    async def body(pool):
+        jobs = [pool.submit("sleep", 0.1) for _ in range(2 + 3)]
+        assert (pool.waiting, pool.room) == (3, 0)
+        with pytest.raises(PoolFull):
+            pool.submit("echo", 1)
+        await asyncio.gather(*jobs)
+        assert pool.room == 2 + 3
+
+    pooled(body, workers=2, queue_limit=3)
+
+
+def test_workers_are_recycled(pooled):
+    async def body(pool):
+        pids = [(await pool.submit("pid")).value for _ in range(6)]
+        assert pids[0] == pids[1] != pids[2] == pids[3] != pids[4] == pids[5]
+        assert pool.restarts == {"recycled": 3}
+
+    pooled(body, workers=1, recycle_after=2)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_quick_jobs_overtake_slow_ones(pooled, workers):
+    """Each slow job takes a worker for 0.6 s; behind them in one queue, quick ones wait long."""
+
+    async def body(pool):
+        slow = [pool.submit("sleep", 60) for _ in range(2 * workers)]
+        start = time.monotonic()
+        quick = await asyncio.gather(*(pool.submit("echo", i) for i in range(100)))
+        assert time.monotonic() - start < 0.55
+        assert {outcome.kind for outcome in quick} == {"ok"}
+        assert {outcome.kind for outcome in await asyncio.gather(*slow)} == {"timeout"}
+        assert pool.restarts["postponed"] <= len(slow)
+
+    pooled(body, workers=workers, time_limit=0.6, patience=0.1)
+
+
+def test_a_postponed_job_gets_its_full_time(pooled):
+    async def body(pool):
+        jobs = [pool.submit("sleep", 0.4) for _ in range(4)] + [pool.submit("echo", 1)]
+        assert {outcome.kind for outcome in await asyncio.gather(*jobs)} == {"ok"}
+        assert pool.restarts["postponed"]
+
+    pooled(body, workers=2, time_limit=0.6, patience=0.1)
+
+
+def test_a_caller_that_gives_up(pooled):
+    async def body(pool):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(pool.submit("sleep", 0.2), 0.05)
+        assert await pool.submit("echo", 1) == Outcome("ok", 1)
+        assert not pool.restarts
+
+    pooled(body, workers=1)
+
+
+def test_closing_leaves_no_process_and_no_caller(pooled):
+    async def body(pool):
+        pids = [*pool.pids, pool._template.pid]
+        assert all(map(is_alive, pids))
+        jobs = [pool.submit("sleep", 0.3) for _ in range(4)]
+        pool.drain()
+        with pytest.raises(PoolClosed):
+            pool.submit("echo", 1)
+        running, waiting = jobs[:2], jobs[2:]
+        assert {outcome.kind for outcome in await asyncio.gather(*running)} == {"ok"}
+        for job in waiting:
+            with pytest.raises(PoolClosed):
+                await job
+        await pool.close()
+        assert not any(map(is_alive, pids))
+
+    pooled(body, workers=2)
+
+
+def test_a_target_that_can_not_be_imported(monkeypatch):
+    async def main():
+        await Pool("no_such_module:run").start()
+
+    with pytest.raises(RuntimeError, match="workers for no_such_module:run don't start"):
+        asyncio.run(main())
