@@ -130,7 +130,12 @@ examples=$REPO/examples
 makers=$(cat "$examples/data_preprocess/countdown.py" "$examples/tiny_countdown.py")
 warm=warm-up-seed-$seed-$(digest "${PROBLEMS[@]}" "${MODEL[@]}" "${WARM_UP[@]}" "$makers")
 RL+=("data.seed=$seed" "actor_rollout_ref.rollout.seed=$seed" ${extra[@]+"${extra[@]}"})
-run+=-seed-$seed-$(digest "$warm" "${RL[@]}")
+reward='' # a reward function that was edited makes another run
+for override in ${extra[@]+"${extra[@]}"}; do
+  [[ $override != custom_reward_function.path=* || ! -f ${override#*=} ]] ||
+    reward=$(cksum <"${override#*=}")
+done
+run+=-seed-$seed-$(digest "$warm" "${RL[@]}" ${reward:+"$reward"})
 warm=$out/$warm
 RL=(
   "data.train_files='$warm/train.parquet'"

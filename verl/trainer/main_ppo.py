@@ -20,10 +20,12 @@ def run(config: Config) -> None:
 
     from verl.models.hf import check_model
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+    from verl.workers.rollout.base import engine_class
 
     model = config.actor_rollout_ref.model
     try:
         try:
+            engine_class(config.actor_rollout_ref.rollout.name)
             check_model(model, config.data.max_prompt_length + config.data.max_response_length)
             tokenizer = AutoTokenizer.from_pretrained(
                 str(Path(config.data.tokenizer or model.path).expanduser()),
@@ -36,7 +38,10 @@ def run(config: Config) -> None:
             raise SystemExit(2) from None
         trainer.fit()
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the latest checkpoint", file=sys.stderr)
+        print(
+            "stopped; the same command goes on from the latest checkpoint, if there is one",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
     finally:
         ray.shutdown()

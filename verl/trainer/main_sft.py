@@ -94,6 +94,9 @@ def run(config: SFTConfig) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; the warm-up starts anew the next time", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         ray.shutdown()
     print(f"the model is in {folder}")
