@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfi
 from verl.trainer.ppo.core_algos import kl_divergence, policy_loss
 from verl.utils.device import empty_cache, get_device, max_memory_gb, process_group_backend
 from verl.utils.seqlen_balancing import micro_batches
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,8 +181,8 @@ class RayPPOTrainer:
         )
         fill(samples, "advantage", values.tolist())
         used = [s.length for s in samples if self._counts(s)]
-        weights = {mode: self._weights(used, mode, used).numpy() for mode in WEIGHTS_TO_COMPARE}
-        weights[self.aggregation.mode] = self._weights(used, self.aggregation.mode, used).numpy()
+        modes = dict.fromkeys((*WEIGHTS_TO_COMPARE, self.aggregation.mode))
+        weights = {mode: self._weights(used, mode, used).numpy() for mode in modes}
         return loss_agg_metrics(used, weights, self.aggregation.mode)
 
     def add_weights(self, samples: list[Sample]) -> Iterator[list[Sample]]:
