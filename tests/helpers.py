@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import numpy as np
 
 from verl.protocol import Prompt, Sample
 
+ROOT = Path(__file__).parents[1]
 VOCABULARY = ["<eos>", "<pad>", "<unk>", *map(str, range(100)), "+", "-", "*", "/", "(", ")", "="]
 
 
@@ -87,3 +92,53 @@ def close(actual: Any, expected: Any, rtol: float = 1e-6, atol: float = 1e-7) ->
         rtol=rtol,
         atol=atol,
     )
+
+
+def server_python() -> str | None:
+    """The interpreter of the LaTeX server's environment; None if there is none."""
+    named = os.environ.get("MATH_SERVER_PYTHON")
+    usual = ROOT / ".venv-server" / "bin" / "python"
+    return named or (str(usual) if usual.exists() else None)
+
+
+class LatexServer:
+    """A LaTeX server of its own process, to be killed and started again on the same port."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.arguments = arguments
+        self.port = int(free_address().rpartition(":")[2])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        self.process = subprocess.Popen(
+            ["bash", ROOT / "server/math/start.sh", "--port", str(self.port), *self.arguments],
+            env=os.environ | {"MATH_SERVER_PYTHON": str(server_python())},
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.get("/health", wait=60)
+
+    def get(self, path: str, wait: float = 0) -> str:
+        """The body of an answer; tries for `wait` seconds."""
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                with urllib.request.urlopen(self.url + path, timeout=60) as response:
+                    return response.read().decode()
+            except OSError:
+                assert self.process.poll() is None, "the server has ended"
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    def metric(self, line: str) -> float:
+        """The value of a line of /metrics, such as ``latex_pairs_total{status="ok"}``."""
+        lines = [x.rpartition(" ") for x in self.get("/metrics").splitlines()]
+        return sum(float(value) for name, _, value in lines if name == line)
+
+    def kill(self) -> None:
+        """As a crash would."""
+        self.process.kill()
+        self.process.wait()

@@ -64,6 +64,7 @@ class Settings:
     cache_size: int = setting(100_000, "verdicts to remember")
     recycle_after: int = setting(2000, "pairs after which a worker is replaced")
     shutdown_timeout: float = setting(5.0, "seconds that open requests have at the end")
+    stop_at_end_of_input: int = setting(0, "1: end when standard input, a pipe, does")
 
     def __post_init__(self) -> None:
         """Refuse what can't work."""
@@ -205,6 +206,8 @@ class Service:
         start = time.monotonic()
         await self.pool.start()
         log.info("%d workers ready in %.1f s", self.pool.size, time.monotonic() - start)
+        if self.settings.stop_at_end_of_input:
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _end_with_input)
         try:
             yield
         finally:
@@ -245,6 +248,13 @@ async def _gone(request: Request, error: ClientDisconnect) -> Response:
 async def _try_later(request: Request, error: Exception) -> Response:
     text = "the queue is full" if isinstance(error, PoolFull) else "the server is shutting down"
     return JSONResponse({"error": text}, 503, RETRY_AFTER)
+
+
+def _end_with_input() -> None:
+    """Whoever started the server is gone when nobody holds the other end of its input any more."""
+    if not os.read(sys.stdin.fileno(), 4096):
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Server(uvicorn.Server):

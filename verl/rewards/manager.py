@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from numbers import Real
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from verl.protocol import Sample
-from verl.rewards import compute_score
+from verl.protocol import Prompt, Sample
+from verl.rewards import RewardFunction, check_data_source, compute_score
+from verl.rewards.errors import RewardError, RewardServerError
+from verl.rewards.math_answer import MATH_SOURCES
+from verl.rewards.math_http import MathServer
 from verl.trainer.config.schema import CustomRewardConfig, OverlongBufferConfig, RewardModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RewardFunction = Callable[[str, str, Any, dict[str, Any]], Any]
-"""`fn(data_source, solution_str, ground_truth, extra_info)` → a number, or a dict with `score`."""
-
 
 class RewardManager:
-    """Scores samples on the driver.
+    """Scores samples in the background: in a thread with an event loop, while the driver waits for
+    the next ones to be generated.
 
     Example::
 
         manager = RewardManager(config.reward_model, config.custom_reward_function, tokenizer, 8192)
-        manager.score(samples)
+        manager.connect(["countdown"], run_folder)
+        scoring = manager.submit(samples)
+        scoring.result()                          # waits
         samples[0].score, samples[0].reward, samples[0].extras  # 1.0, 1.0, {"acc": 1.0}
+        manager.close()
     """
 
     def __init__(
@@ -55,39 +62,75 @@ class RewardManager:
         self.config = config
         self.tokenizer = tokenizer
         self.max_response_length = max_response_length
-        self.function: RewardFunction = compute_score
+        self.custom: RewardFunction | None = None
         self.function_name = "verl.rewards.compute_score"
-        self.num_threads = 1  # the built-in rules compute and never wait: threads would slow them
         if custom.path is not None:
-            self.function = load_function(custom.path, custom.name)
+            self.custom = load_function(custom.path, custom.name)
             self.function_name = f"{custom.name} of {custom.path}"
-            self.num_threads = config.num_workers
+        self.math = MathServer(config.math_server)
+        self._threads = ThreadPoolExecutor(config.num_workers)
+        self._places = asyncio.Semaphore(config.num_workers)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    def score(self, samples: Sequence[Sample]) -> None:
-        """Sets `score`, `reward` and `extras` (with `acc`, always) of each sample.
-
-        Either all samples are filled or, after an error, none.
+    def connect(self, data_sources: Iterable[str], folder: Path) -> None:
+        """Makes sure that these data sources can be scored; a server that it starts keeps its log
+        in `folder`.
 
         Raises:
-            RuntimeError: the reward function failed; the error is chained.
-            ValueError: it returned something that is neither a finite number nor a dict with one.
+            ValueError: there is no function for one of them, or the LaTeX server is none.
+            RewardServerError: they need the LaTeX server, and there is none.
         """
-        if not samples:  # some tokenizers decode an empty batch to one empty text
+        if self.custom is not None:
             return
+        sources = set(data_sources)
+        for source in sources:
+            check_data_source(source)
+        if not sources.isdisjoint(MATH_SOURCES):
+            self._run(self.math.connect(folder / "math_server.log")).result()
+
+    def submit(self, samples: list[Sample]) -> Future[list[Sample]]:
+        """Starts to set `score`, `reward` and `extras` (with `acc`, always) of each sample.
+
+        The future holds the samples. Either all of them are filled or, after an error, none:
+
+        * RewardError: the reward function failed; its error is chained.
+        * RewardServerError: the LaTeX server is gone for good.
+        * ValueError: the function returned neither a finite number nor a dict with one.
+        """
+        return self._run(self._score(samples))
+
+    def score(self, samples: list[Sample]) -> None:
+        """`submit`, and waits."""
+        self.submit(samples).result()
+
+    def close(self) -> None:
+        """Ends the background thread, and the LaTeX server if it was started here."""
+        if self._loop is not None:
+            self._run(self.math.close()).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            Thread(target=self._loop.run_forever, name="rewards", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _score(self, samples: list[Sample]) -> list[Sample]:
+        if not samples:  # some tokenizers decode an empty batch to one empty text
+            return samples
         ids = [sample.response_ids.tolist() for sample in samples]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        if self.num_threads > 1:
-            with ThreadPoolExecutor(self.num_threads) as pool:
-                results = list(pool.map(self._call, samples, texts))
-        else:
-            results = [self._call(*pair) for pair in zip(samples, texts, strict=True)]
+        results = await asyncio.gather(*map(self._call, samples, texts))
         set_reward = MANAGERS[self.config.reward_manager]
         for sample, (score, extras) in zip(samples, results, strict=True):
             sample.score = score
             sample.extras.update(extras)
             set_reward(sample, self.config, self.max_response_length)
+        return samples
 
-    def _call(self, sample: Sample, text: str) -> tuple[float, dict[str, Any]]:
+    async def _call(self, sample: Sample, text: str) -> tuple[float, dict[str, Any]]:
         """Score and extras of one sample; every error names where it comes from."""
         prompt = sample.prompt
         where = (
@@ -95,9 +138,11 @@ class RewardManager:
             f"prompt {prompt.index}"
         )
         try:
-            result = self.function(prompt.data_source, text, prompt.ground_truth, prompt.extra_info)
+            result = await self._evaluate(prompt, text)
+        except RewardServerError:
+            raise
         except Exception as error:
-            raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
+            raise RewardError(f"{where}: {type(error).__name__}: {error}") from error
         extras = dict(result) if isinstance(result, Mapping) else {"score": result}
         if "score" not in extras:
             raise ValueError(f"{where}: the returned dict has no 'score', only {list(extras)}")
@@ -110,6 +155,19 @@ class RewardManager:
                 )
             extras[key] = number
         return extras.pop("score"), extras
+
+    async def _evaluate(self, prompt: Prompt, text: str) -> Any:
+        """What the reward function says about `text`. Only what waits leaves the event loop."""
+        arguments = (prompt.data_source, text, prompt.ground_truth, prompt.extra_info)
+        if self.custom is None:
+            if prompt.data_source in MATH_SOURCES:
+                return await self.math.compute_score(*arguments)
+            return compute_score(*arguments)
+        if inspect.iscoroutinefunction(self.custom):
+            async with self._places:
+                return await self.custom(*arguments)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self.custom, *arguments)
 
 
 def _finite(value: Any) -> float | None:

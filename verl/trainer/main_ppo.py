@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import NoReturn
 
 from verl.trainer.config import entry_point
 from verl.trainer.config.schema import Config
+
+
+RESUME = "the same command goes on from the latest checkpoint, if there is one"
 
 
 def run(config: Config) -> None:
@@ -19,11 +24,13 @@ def run(config: Config) -> None:
     from transformers import AutoTokenizer
 
     from verl.models.hf import check_model
+    from verl.rewards.errors import RewardError, RewardServerError
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.workers.rollout.base import engine_class
 
     model = config.actor_rollout_ref.model
-    try:
+    with ExitStack() as ending:
+        ending.callback(ray.shutdown)
         try:
             engine_class(config.actor_rollout_ref.rollout.name)
             check_model(model, config.data.max_prompt_length + config.data.max_response_length)
@@ -31,20 +38,23 @@ def run(config: Config) -> None:
                 str(Path(config.data.tokenizer or model.path).expanduser()),
                 trust_remote_code=model.trust_remote_code,
             )
-            trainer = RayPPOTrainer(config, tokenizer)
+            trainer = ending.enter_context(closing(RayPPOTrainer(config, tokenizer)))
             trainer.start_workers()
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        trainer.fit()
-    except KeyboardInterrupt:
-        print(
-            "stopped; the same command goes on from the latest checkpoint, if there is one",
-            file=sys.stderr,
-        )
-        raise SystemExit(130) from None
-    finally:
-        ray.shutdown()
+        except (ValueError, OSError, RewardError) as error:
+            _stop(2, f"error: {error}")
+        except KeyboardInterrupt:
+            _stop(130, "stopped")
+        try:
+            trainer.fit()
+        except RewardServerError as error:
+            _stop(1, f"error: {error}\n{RESUME}")
+        except KeyboardInterrupt:
+            _stop(130, f"stopped; {RESUME}")
+
+
+def _stop(status: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(status) from None
 
 
 if __name__ == "__main__":

@@ -232,6 +232,25 @@ class OverlongBufferConfig(Section):
 
 
 @dataclass
+class MathServerConfig(Section):
+    """`reward_model.math_server`: the LaTeX server (`server/math`), which math data sources ask."""
+
+    url: str | None = None
+    """null: MATH_SERVER_URL of the environment, else http://127.0.0.1:6284."""
+    autostart: bool = False
+    """Start the server, in its own environment, where none answers at `url`, and again should it
+    end in mid-run; stop it at the end."""
+    max_wait_s: float = number(600.0, above=0)
+    """Seconds to wait for a server that went away; then the run stops, with a checkpoint."""
+    max_answer_length: int = number(30, 0)
+    """Characters; a longer answer is wrong unless it is identical to the reference."""
+    batch_size: int = number(64, 1)
+    """Pairs of one request, at most."""
+    max_connections: int = number(8, 1)
+    """Requests that are under way at the same time."""
+
+
+@dataclass
 class RewardModelConfig(Section):
     """`reward_model`."""
 
@@ -240,8 +259,10 @@ class RewardModelConfig(Section):
     reward_manager: str = one_of("naive", "naive", "dapo")
     """`dapo` adds the overlong punishment to the score."""
     num_workers: int = number(8, 1)
-    """Threads that call the reward function, for functions that wait (HTTP); 1: no threads."""
+    """Calls of a custom reward function at the same time, in threads (or, if it is `async`, as
+    tasks of one thread)."""
     overlong_buffer: OverlongBufferConfig = field(default_factory=OverlongBufferConfig)
+    math_server: MathServerConfig = field(default_factory=MathServerConfig)
 
 
 @dataclass

@@ -49,6 +49,11 @@ def validate(config: Config) -> None:
         not rewards.enable,
         "reward_model.enable=True: rewards are functions here; use custom_reward_function.path",
     )
+    url = rewards.math_server.url
+    _require(
+        url is None or url.startswith(("http://", "https://")),
+        f"reward_model.math_server.url={url}: give a URL such as http://127.0.0.1:6284",
+    )
     buffer = rewards.overlong_buffer
     if buffer.enable:
         _require(
@@ -116,6 +121,10 @@ def ignored_keys(config: Config, given: Iterable[str]) -> list[str]:
     if not algorithm.use_grpopp:
         for prefix in ("algorithm.", "actor_rollout_ref.actor."):
             rules[f"{prefix}grpopp_config."] = "use_grpopp=False"
+    if config.custom_reward_function.path is None:
+        rules["reward_model.num_workers"] = "there is no custom_reward_function"
+    else:
+        rules["reward_model.math_server."] = "custom_reward_function scores everything"
     if not config.reward_model.overlong_buffer.enable:
         rules["reward_model.overlong_buffer."] = "overlong_buffer.enable=False"
     if not algorithm.filter_groups.enable:

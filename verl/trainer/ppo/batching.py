@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from itertools import groupby
 
 import numpy as np
@@ -83,13 +84,28 @@ class TrainBatches:
         """One round: every response to the next prompts of the order, scored, sorted by group."""
         prompts = [self.prompts[i] for i in self.order.next_batch()]
         groups = [round_ * len(prompts) + i for i in range(len(prompts))]
-        samples: list[Sample] = []
-        with timer("gen"):
-            for finished in self.generate(prompts, groups, train_sampling(self.config, step)):
-                with timer("reward"):
-                    self.rewards.score(finished)
-                samples += finished
-        return sorted(samples, key=lambda sample: (sample.group, sample.draw))
+        generated = self.generate(prompts, groups, train_sampling(self.config, step))
+        return score_while_generating(generated, self.rewards, timer)
+
+
+def score_while_generating(
+    generated: Iterable[list[Sample]], rewards: RewardManager, timer: Timer
+) -> list[Sample]:
+    """All of the generated samples with their scores, sorted by group.
+
+    `timing_s/reward` is the time that scores take after the last sample has come.
+    """
+    scoring: list[Future[list[Sample]]] = []
+    first_open = 0
+    with timer("gen"):
+        for finished in generated:
+            scoring.append(rewards.submit(finished))
+            while first_open < len(scoring) and scoring[first_open].done():
+                scoring[first_open].result()  # an error need not wait for the last sample
+                first_open += 1
+    with timer("reward"):
+        samples = [sample for future in scoring for sample in future.result()]
+    return sorted(samples, key=lambda sample: (sample.group, sample.draw))
 
 
 def split_groups(samples: list[Sample]) -> list[list[Sample]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -13,11 +14,13 @@ from omegaconf import OmegaConf
 
 from verl.data.dataset import load_prompts
 from verl.protocol import Prompt, Sample, column, fill, response_lengths
+from verl.rewards.errors import RewardError
 from verl.rewards.manager import RewardManager
 from verl.trainer.config.schema import Config, resolve_aggregation
 from verl.trainer.ppo.batching import (
     TrainBatches,
     mini_batches,
+    score_while_generating,
     validation_sampling,
 )
 from verl.trainer.ppo.core_algos import (
@@ -65,6 +68,7 @@ class RayPPOTrainer:
         validates = trainer.val_before_train or trainer.val_only or trainer.test_freq > 0
         self.val_prompts = load_prompts(data.val_files, data, tokenizer) if validates else []
         train_prompts = load_prompts(data.train_files, data, tokenizer)
+        self.data_sources = {p.data_source for p in [*train_prompts, *self.val_prompts]}
         self.batches = TrainBatches(config, train_prompts, self.generate, self.rewards)
         self.steps_per_epoch = self.batches.order.steps_per_epoch
         self.total_steps = (
@@ -73,13 +77,18 @@ class RayPPOTrainer:
         self.num_workers = trainer.nnodes * trainer.n_gpus_per_node
         self.checkpoints = CheckpointFolder(trainer)
         self.step = 0
+        self.validation_missing = False
         if resumed := self.checkpoints.find():
             self._load_state(self.checkpoints.read_state(resumed))
         self.resumed = resumed
 
     def start_workers(self) -> None:
-        """Starts Ray, the actor ranks and the engines, with the weights to begin from."""
+        """Starts Ray, the actor ranks and the engines, with the weights to begin from.
+
+        Raises: ValueError or RewardServerError, before that, if the data can't be scored.
+        """
         trainer, model = self.config.trainer, self.config.actor_rollout_ref
+        self.rewards.connect(self.data_sources, self.checkpoints.root)
         start_ray(self.num_workers, self.config.ray_init.num_cpus)
         slots = place(trainer.nnodes, trainer.n_gpus_per_node, trainer.device)
         device = trainer.device
@@ -104,14 +113,16 @@ class RayPPOTrainer:
             (root / "config.yaml").write_text(OmegaConf.to_yaml(settings))
             if not self.resumed:
                 self.checkpoints.forget()
-            if trainer.val_only or (trainer.val_before_train and not self.resumed):
+            new = trainer.val_before_train and not self.resumed
+            if trainer.val_only or new or self.validation_missing:
                 tracking.log_validation(self.validate(), self.step)
             if trainer.val_only:
                 return
             while self.step < self.total_steps:
-                self.step += 1
                 timer = Timer()
-                samples, metrics = self.batches.next(self.step, timer)
+                with self.saved_on_error():
+                    samples, metrics = self.batches.next(self.step + 1, timer)
+                self.step += 1
                 self.rollout.call("sleep")
                 metrics |= self.add_log_probs(samples, timer)
                 with timer("adv"):
@@ -123,11 +134,13 @@ class RayPPOTrainer:
                     self.rollout.call("wake_up")
                     sync_weights(self.actor, self.rollout)
                 metrics |= self.step_metrics(samples, timer)
-                if self._due(trainer.test_freq):
-                    with timer("testing"):
-                        tracking.log_validation(self.validate(), self.step)
-                    metrics["timing_s/testing"] = timer.seconds["testing"]
-                tracking.log(metrics, self.step)
+                try:
+                    if self._due(trainer.test_freq):
+                        with timer("testing"), self.saved_on_error(validation_missing=True):
+                            tracking.log_validation(self.validate(), self.step)
+                        metrics["timing_s/testing"] = timer.seconds["testing"]
+                finally:
+                    tracking.log(metrics, self.step)
                 if self._due(trainer.save_freq):
                     self.save_checkpoint()
         if trainer.save_hf_model:
@@ -214,15 +227,17 @@ class RayPPOTrainer:
     def validate(self) -> dict[str, float]:
         """Accuracy on the validation prompts."""
         size = self.config.data.val_batch_size or len(self.val_prompts)
+        params = validation_sampling(self.config, self.step)
         samples: list[Sample] = []
         for start in range(0, len(self.val_prompts), size):
             prompts = self.val_prompts[start : start + size]
-            groups = list(range(start, start + len(prompts)))
-            params = validation_sampling(self.config, self.step)
-            for finished in self.generate(prompts, groups, params):
-                self.rewards.score(finished)
-                samples += finished
-        return validation_metrics(sorted(samples, key=lambda s: (s.group, s.draw)))
+            generated = self.generate(prompts, list(range(start, start + len(prompts))), params)
+            samples += score_while_generating(generated, self.rewards, Timer())
+        return validation_metrics(samples)
+
+    def close(self) -> None:
+        """Ends what scores; Ray belongs to the caller."""
+        self.rewards.close()
 
     # ---------------------------------------------------------------------------------- details
 
@@ -244,8 +259,19 @@ class RayPPOTrainer:
 
     def save_checkpoint(self) -> None:
         """Writes what a resumed run needs to go on as if nothing had happened."""
-        state = {"order": self.batches.order.state_dict(), "kl_coef": self.kl_controller.value}
-        self.checkpoints.save(self.step, state, lambda folder: self.actor.call("save", folder))
+        self._save(self._state())
+
+    @contextmanager
+    def saved_on_error(self, validation_missing: bool = False) -> Iterator[None]:
+        """For what fails while the policy is that of `step`, such as a reward: writes a checkpoint
+        of what was before, so that the error costs no step that was complete."""
+        state = self._state() | {"validation_missing": validation_missing}
+        try:
+            yield
+        except (RewardError, ValueError):
+            logger.error("writing a checkpoint of step %d, then stopping", self.step)
+            self._save(state)
+            raise
 
     def save_hf_model(self) -> None:
         """Writes the policy in Hugging Face format."""
@@ -254,8 +280,15 @@ class RayPPOTrainer:
         self.actor.call("save_hf", str(folder), self.tokenizer)
         logger.info("the model is in %s", folder)
 
+    def _state(self) -> dict[str, Any]:
+        return {"order": self.batches.order.state_dict(), "kl_coef": self.kl_controller.value}
+
+    def _save(self, state: dict[str, Any]) -> None:
+        self.checkpoints.save(self.step, state, lambda folder: self.actor.call("save", folder))
+
     def _load_state(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
+        self.validation_missing = state.get("validation_missing", False)
         self.batches.order.load_state_dict(state["order"])
         self.kl_controller.value = state["kl_coef"]
 

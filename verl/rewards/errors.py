@@ -1,0 +1,11 @@
+"""What can go wrong with rewards in mid-run. None of it is ever a score."""
+
+from __future__ import annotations
+
+
+class RewardError(RuntimeError):
+    """A response could not be scored."""
+
+
+class RewardServerError(RewardError):
+    """A server that rewards depend on has not answered for too long."""
