@@ -5,7 +5,7 @@
 #   bash examples/smollm2_gsm8k_cpu.sh [key=value …]
 #
 # GSM8K_TRAIN, GSM8K_TEST: the set's jsonl files (default: the hub set openai/gsm8k, which needs a
-# network and `pip install datasets`). WORK: folder for model, data and run.
+# network). WORK: folder for model, data and run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -2,7 +2,7 @@
 
 Two sources, one output format:
 
-* default: Hugging Face's ``Jiayi-Pan/Countdown-Tasks-3to4`` (needs ``datasets`` and a network);
+* default: Hugging Face's ``Jiayi-Pan/Countdown-Tasks-3to4`` (needs a network);
 * ``--generate``: problems drawn here, solvable by construction, reproducible by ``--seed``.
 
 ``train.parquet`` and ``test.parquet`` in ``--local_dir`` hold the columns ``data_source``,
@@ -128,13 +128,11 @@ def load_from_hub(args: argparse.Namespace) -> tuple[list[Problem], list[Problem
     Raises:
         ValueError: the set cannot be loaded, or is too small.
     """
+    from datasets import load_dataset  # not at the top: --generate can do without its second
+
     remedy = "pass --generate to draw the problems here instead"
     try:
-        from datasets import load_dataset
-
         rows = load_dataset(HUB_NAME, split="train")
-    except ImportError as error:
-        raise ValueError(f"`datasets` is missing: pip install datasets, or {remedy}") from error
     except Exception as error:  # "no network" comes in many types; all mean the same here
         raise ValueError(f"cannot load {HUB_NAME} ({error}): {remedy}") from error
     problems = [(tuple(n), t) for n, t in zip(rows["nums"], rows["target"], strict=True)]

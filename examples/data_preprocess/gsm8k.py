@@ -4,7 +4,7 @@ Two sources, one output format:
 
 * `--train_file`, `--test_file`: JSON lines with the fields `question` and `answer` (which ends in
   `#### 18`); only the files that are given are converted;
-* neither: the Hugging Face set `openai/gsm8k` (needs `datasets` and a network).
+* neither: the Hugging Face set `openai/gsm8k` (needs a network).
 
 `train.parquet` and `test.parquet` in `--local_dir` hold the columns `data_source`, `prompt` (one
 chat message), `ability`, `reward_model` (rule and ground truth) and `extra_info`.
@@ -93,17 +93,13 @@ def read_jsonl(path: Path) -> Iterable[tuple[str, Row]]:
 def load_from_hub(split: str) -> Iterable[tuple[str, Row]]:
     """(place, problem) of one split of the Hugging Face set.
 
-    Raises: ValueError if the package is missing, or the set can't be loaded.
+    Raises: ValueError if the set can't be loaded.
     """
+    from datasets import load_dataset  # not at the top: local files can do without its second
+
     remedy = "pass --train_file and --test_file with JSON lines instead"
     try:
-        from datasets import load_dataset
-
         problems = load_dataset(HUB_NAME, "main", split=split)
-    except ImportError as error:
-        raise ValueError(
-            f"the package `datasets` is missing: pip install datasets, or {remedy}"
-        ) from error
     except Exception as error:  # many types mean "no network" here
         raise ValueError(f"can't load {HUB_NAME} ({error}): {remedy}") from error
     return ((f"{HUB_NAME} {split}, row {i}", problem) for i, problem in enumerate(problems))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl.rewards import compute_score
@@ -112,9 +113,7 @@ def test_prompt_says_what_the_reward_asks_for(template_type):
 
 def test_hub_set_is_split_without_overlap(monkeypatch):
     rows = {"nums": [[1, 2, 3], [4, 5], [3, 2, 1], [6, 7], [8, 9]], "target": [6, 9, 6, 13, 17]}
-    datasets = type(sys)("datasets")
-    datasets.load_dataset = lambda name, split: rows
-    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: Dataset.from_dict(rows))
     args = countdown.parse_args(["--train_size", "2", "--test_size", "2"])
     train, test = countdown.load_from_hub(args)
     assert train == [((1, 2, 3), 6), ((4, 5), 9)]
@@ -125,8 +124,11 @@ def test_hub_set_is_split_without_overlap(monkeypatch):
 
 
 def test_hub_set_out_of_reach_names_the_remedy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="--generate"):
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(ValueError, match=r"no route to host.*--generate"):
         countdown.load_from_hub(countdown.parse_args([]))
 
 
