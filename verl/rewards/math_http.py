@@ -175,6 +175,7 @@ class MathServer:
         import httpx
 
         if self._http is None:
+            logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
             self._http = httpx.AsyncClient(
                 timeout=httpx.Timeout(ANSWER_WITHIN_S, connect=5),
                 limits=httpx.Limits(max_connections=self.config.max_connections),
