@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
-# All checks: style, types, scripts, tests.  bash tests/run.sh [argument of pytest …]
+# All checks: style, types, scripts, tests.  bash tests/run.sh [argument of the trainer's pytest …]
 #
-# Makes .venv first, unless VERL_PYTHON or PYTHON names an interpreter that has it all.
+# Makes the environments first, unless VERL_PYTHON or PYTHON names an interpreter that has all that
+# the trainer needs. The LaTeX server's is MATH_SERVER_PYTHON, else that of .venv-server.
 set -euo pipefail
 HERE=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
-[[ -n ${VERL_PYTHON:-${PYTHON:-}} ]] || bash "$HERE/../setup.sh" cpu
+if [[ -z ${VERL_PYTHON:-${PYTHON:-}} ]]; then
+  bash "$HERE/../setup.sh" cpu ${MATH_SERVER_PYTHON:+--trainer-only}
+fi
 source "$HERE/../train_scripts/_common.sh"
 cd "$REPO"
+export MATH_SERVER_PYTHON=${MATH_SERVER_PYTHON:-$REPO/.venv-server/bin/python}
+if ! "$MATH_SERVER_PYTHON" -c 'import math_verify, pytest' 2>/dev/null; then
+  echo "run.sh: $MATH_SERVER_PYTHON lacks the LaTeX server's packages: bash setup.sh --server-only" >&2
+  exit 1
+fi
 
 failed=()
 # check NAME COMMAND…: goes on after a failure, so that one run shows them all.
@@ -27,10 +35,8 @@ check mypy "$PYTHON" -m mypy
 check shellcheck find . \( -name '.venv*' -o -name outputs \) -prune -o \
   \( -name '*.sh' -o -path ./.ci/run \) -exec "$shellcheck" -x -P SCRIPTDIR {} +
 check pytest "$PYTHON" -m pytest "${selection[@]}" "$@"
-if [[ -x .venv-server/bin/python ]]; then
-  check "pytest of the LaTeX server" .venv-server/bin/python -m pytest \
-    --confcutdir=tests/server tests/server
-fi
+check "pytest of the LaTeX server" "$MATH_SERVER_PYTHON" -m pytest \
+  --confcutdir=tests/server tests/server
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}"

@@ -110,7 +110,7 @@ esac
 dry_run=${DRY_RUN:-0}
 unset DRY_RUN
 if [[ -z ${VERL_PYTHON:-${PYTHON:-}} && $dry_run == 0 ]]; then
-  bash "$HERE/../setup.sh" cpu
+  bash "$HERE/../setup.sh" cpu --trainer-only
 fi
 source "$HERE/_common.sh"
 

@@ -9,9 +9,7 @@ PYTHON=${MATH_SERVER_PYTHON:-$HERE/../../.venv-server/bin/python}
 needed='"math_verify", "starlette", "uvicorn", "uvloop", "httptools", "prometheus_client"'
 if ! "$PYTHON" -c "from importlib.util import find_spec as f; assert all(map(f, [$needed]))" \
   2>/dev/null; then
-  echo "start.sh: $PYTHON lacks the server's packages; make their environment by" >&2
-  echo "  python3 -m venv .venv-server" >&2
-  echo "  .venv-server/bin/pip install -r server/math/requirements.txt" >&2
+  echo "start.sh: $PYTHON lacks the server's packages: bash setup.sh --server-only" >&2
   exit 1
 fi
 exec "$PYTHON" "$HERE/server.py" "$@"
