@@ -18,14 +18,17 @@ from dataclasses import dataclass
 
 import structures
 from evaluate import TooLarge, Undecided, exact
-from normalise import normalise, split_units, words
+from normalise import normalise, words
 from tokens import ParseError, TooComplex
 from tree import Node, parse
+from units import split_units
 from values import same_values
 
 MAX_QUICK = 200  # characters of a normalised answer that are parsed on the event loop
 MAX_LENGTH = 5_000  # characters of an answer that are read at all
-_CHOICE = re.compile(r"\(?([A-J])\)(?:[^(,)].*)?|([A-J])\..+")  # what stands before an option
+# A choice alone, and before its option.
+_LETTER = re.compile(r"([A-Ja-j])|\(([A-J])\)")
+_CHOICE = re.compile(r"\(?([A-J])\)(?:[^(,)].*)?|([A-J])\..+|\(?([a-j])\)")
 _DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))")
 
 
@@ -86,9 +89,11 @@ def quick(gold: str, pred: str) -> Verdict | None:
         return Verdict(True, "normalised")
     if words(gold) and words(gold) == words(pred):
         return Verdict(True, "normalised")
-    for letter, option in ((gold, pred), (pred, gold)):
-        if len(letter) == 1 and letter.isalpha() and (choice := _CHOICE.fullmatch(option)):
-            return Verdict(letter in choice.groups(), "normalised")
+    for bare, option in ((gold, pred), (pred, gold)):
+        if (letter := _LETTER.fullmatch(bare)) and (choice := _CHOICE.fullmatch(option)):
+            return Verdict(
+                letter[letter.lastindex].upper() == choice[choice.lastindex].upper(), "normalised"
+            )
     if max(len(gold), len(pred)) > MAX_QUICK:
         return None
     return _numeric(gold, pred)
@@ -140,8 +145,8 @@ _STRUCTURES = ("list", "set", "group", "matrix", "rel", "cup", "cap", "minus", "
 
 def _as_lists(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> tuple[Node, Node] | None:
     """100,200 as a list, if the other side clearly is one."""
-    if (gold_tree.op == "list") == (pred_tree.op == "list"):
-        return None
+    if (gold_tree.op == "list") == (pred_tree.op == "list") or ",0" in gold + pred:
+        return None  # a list doesn't hold 000
     return parse(gold, thousands=False), parse(pred, thousands=False)
 
 

@@ -10,7 +10,8 @@ import random
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
-from math import comb, factorial, isqrt
+from itertools import pairwise
+from math import ceil, comb, factorial, isqrt
 
 import mpmath
 from mpmath.libmp.libhyper import NoConvergence
@@ -20,7 +21,10 @@ MAX_BITS = 4_096
 MAX_EXPONENT = 1_000_000  # of two: what may come out of a power or a factorial
 DIGITS, CONFIRMING_DIGITS = 60, 1_000
 GUARD = 15  # digits that rounding errors may spoil
+MAX_KINKS = 16
+NEGLIGIBLE = 1e-40  # next to numbers of ordinary size
 SAMPLES = 12  # positive points; three times as many of any sign follow
+INTEGERS = frozenset("nmk")
 _CONTEXT = mpmath.MPContext()
 _ERRORS = (ZeroDivisionError, ValueError, OverflowError, TypeError, NoConvergence)
 
@@ -97,18 +101,25 @@ _EXACT = {
 
 
 def symbols(node: Node) -> frozenset[str]:
-    """The names of the variables in a tree (not of the constants pi, e, i)."""
+    """The free variables of a tree: not pi, e, i, nor R, nor the x of {x | x > 1}."""
     if node.op == "sym":
-        return frozenset(node.args) - CONSTANTS.keys()
-    inner = [symbols(arg) for arg in node.args if isinstance(arg, Node)]
+        return frozenset(name for name in node.args if name not in CONSTANTS and name[:4] != "set:")
+    inner = [symbols(arg) for arg in node.args if isinstance(arg, Node) and node.op != "such"]
     return frozenset().union(*inner)
+
+
+def find(node: Node, op: str) -> Iterator[Node]:
+    """The subtrees of a tree that are this operation, nested ones included."""
+    if node.op == op:
+        yield node
+    for arg in node.args:
+        if isinstance(arg, Node):
+            yield from find(arg, op)
 
 
 def has(node: Node, op: str, name: str | None = None) -> bool:
     """Whether a tree holds an operation (with ``name`` as its first argument, if given)."""
-    if node.op == op and (name is None or node.args[0] == name):
-        return True
-    return any(has(arg, op, name) for arg in node.args if isinstance(arg, Node))
+    return any(name in (None, found.args[0]) for found in find(node, op))
 
 
 CONSTANTS = {
@@ -224,13 +235,39 @@ def _function(name: str, args: list):
     args = [_bounded(arg) for arg in args]
     if name == "sqrt":
         return _CONTEXT.sqrt(*args)
-    if name == "abs":
+    if name in ("abs", "Abs"):
         return abs(*args)
+    if name == "cbrt":
+        return _root(*args, _CONTEXT.mpf(3))
     if name in ("log", "ln"):
         return _CONTEXT.log(*args)
     if name == "lg":
         return _CONTEXT.log(args[0], 10)
     return getattr(_CONTEXT, _RENAMED.get(name, name))(*args)
+
+
+def crossings(sides: Node, name: str) -> list:
+    """Where a piecewise linear expression in ``name`` is 0 or has a kink.
+
+    Raises:
+        Undecided: if it has no value, or isn't linear between two kinks.
+    """
+    inner = [found.args[0] for found in find(sides, "abs")]
+    if len(inner) > MAX_KINKS or any(has(part, "abs") for part in inner):
+        raise Undecided("too many kinks, or bars in bars")
+    kinks = sorted(x for part in inner for x in crossings(part, name))
+    found = list(kinks)
+    with _CONTEXT.workdps(DIGITS):
+        edges = [kinks[0] - 9, *kinks, kinks[-1] + 9] if kinks else [_CONTEXT.mpf(-5), 4]
+        for low, high in pairwise(edges):
+            x, *_ = points = [low + (high - low) * part / 7 for part in (1, 2, 5)]
+            a, b, c = (value(sides, {name: point}) for point in points)
+            bend = abs(4 * b - 3 * a - c)
+            if not (all(map(_is_real, (a, b, c))) and bend <= NEGLIGIBLE * max(1, abs(a), abs(c))):
+                raise Undecided("not linear")
+            if abs(b - a) > NEGLIGIBLE:
+                found.append(x - a * (points[1] - x) / (b - a))
+    return found
 
 
 def settled(node: Node, point: dict | None = None):
@@ -253,16 +290,20 @@ def close(a, b, digits: int = DIGITS) -> bool:
 
 @lru_cache(maxsize=64)
 def _points(names: tuple[str, ...]) -> list[dict]:
-    """Where expressions are compared: positive points first, at several scales, then any sign."""
+    """Where expressions are compared: positive points first, at several scales, then any sign.
+
+    Names that stand for integers get integers: cos(pi n) is (-1)^n.
+    """
     generator = random.Random("sample points")
     scales = [1, 3, 0.4, 10, 2, 0.8, 30, 5]
     points = []
     for n in range(4 * SAMPLES):
         scale = scales[n % len(scales)]
         signs = (1,) if n < SAMPLES else (1, -1)
-        points.append({
+        point = {
             name: generator.choice(signs) * scale * (0.1 + generator.random()) for name in names
-        })  # fmt: skip
+        }
+        points.append({name: ceil(x) if name in INTEGERS else x for name, x in point.items()})
     return points
 
 
@@ -282,27 +323,40 @@ def equal(a: Node, b: Node) -> bool:
     for point in _points(names):
         try:
             left, right = settled(a, point), settled(b, point)
+            if not (_CONTEXT.isfinite(left) and _CONTEXT.isfinite(right)):
+                continue
+            same = close(left, right)
+            both_real = _is_real(left) and _is_real(right)
+            if both_real and not same:  # not if a square root of a negative number was on the way
+                both_real = _all_real(a, point) and _all_real(b, point)
         except TooLarge as error:
             too_large = error
             continue
         except Undecided:
             continue
-        if not (_CONTEXT.isfinite(left) and _CONTEXT.isfinite(right)):
-            continue
-        same = close(left, right)
-        if complex_too or (_is_real(left) and _is_real(right)):
-            if not same:
-                return False
+        if not (complex_too or both_real):
+            other.append(same)
+        elif not same:
+            return False
+        else:
             real.append(point)
             if len(real) == 2 * SAMPLES:
                 return True
-        else:
-            other.append(same)
     if len(real) >= 3:
         return True
     if len(other) >= 3:
         return all(other)
     raise too_large or Undecided("no point where both sides have a value")
+
+
+def _all_real(node: Node, point: dict) -> bool:
+    r"""Whether no part of an expression leaves the real line, as ``\sqrt{x}`` does for x = -1."""
+    try:
+        if not _is_real(value(node, point)):
+            return False
+    except Undecided:  # a part that is no number, such as the arguments of a function
+        pass
+    return all(_all_real(part, point) for part in node.args if isinstance(part, Node))
 
 
 def _is_real(x) -> bool:

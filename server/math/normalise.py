@@ -8,28 +8,33 @@ from __future__ import annotations
 
 import re
 
+from phrases import number_in_words, phrase, without_article
+from units import UNITS
+from vocabulary import FUNCTIONS
 
-def word_set(text: str) -> frozenset[str]:
-    """The words of a text, as a set."""
-    return frozenset(text.split())
-
-
-FUNCTIONS = word_set(
-    "sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos arctan arccot arcsec "
-    "arccsc arsinh arcosh artanh asin acos atan arcsinh arccosh arctanh ln log lg exp "
-    "sqrt abs max min gcd lcm Re Im arg"
-)
-PERCENT = frozenset({"percent", "percentage", "percents", "pct"})
-DEGREE = frozenset({"degree", "degrees", "deg"})
+_WORDS = {"and": ",", "or": r"\lor "} | {
+    word: sign
+    for sign, words in {"%": "percent percents percentage pct", "°": "degree degrees deg",
+                        r"\infty ": "infinity infty inf oo"}.items()
+    for word in words.split()
+}  # fmt: skip
+UNIT_LETTERS = frozenset("mgshLlKNJWVCF")
 
 _CHARACTERS = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*",
     "÷": r"\div ", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
     "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ",
     "∓": r"\mp ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "º": "°", "’": "'", "′": "'",
-    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
     "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "⟨": r"\langle ",
-    "⟩": r"\rangle ", "，": ",", "。": ".", "：": ":", "；": ";",
+    "⟩": r"\rangle ", "，": ",", "。": ".", "：": ":", "；": ";", "…": "...", "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\sqrt[3]", "γ": r"\gamma ",
+    "δ": r"\delta ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ", "μ": r"\mu ",
+    "Δ": r"\Delta ", "ρ": r"\rho ", "⁻": "^{-}", "∨": r"\lor ", "∧": r"\land ", '"': "", "“": "",
+    "”": "", "¢": r"\text{cents}", "`": "",
+} | {
+    symbol: rf"\frac{{{top}}}{{{bottom}}}"
+    for symbol, top, bottom in ["½12", "⅓13", "⅔23", "¼14", "¾34", "⅕15", "⅖25", "⅗35", "⅘45",
+                                "⅙16", "⅚56", "⅛18", "⅜38", "⅝58", "⅞78"]
 }  # fmt: skip
 _TABLE = str.maketrans(
     _CHARACTERS
@@ -45,74 +50,94 @@ _BRACE = re.compile(r"\\.|[{}]")
 _UNIT_AFTER_BOX = re.compile(
     r"\s*(?:\\?%|\^|°|(?:pct|percent|percentage|degrees?)(?![A-Za-z])|\\text\{)"
 )
-# Applied in this order; each is one linear pass.
-_LAYOUT = [
+_SYNONYMS = {
+    name: replacement
+    for names, replacement in {
+        "displaystyle textstyle scriptstyle limits nolimits hfill big Big bigg Bigg bigl Bigl "
+        "biggl Biggl bigr Bigr biggr Biggr bigm Bigm tiny small normalsize large Large LARGE huge "
+        "strut mathstrut nonumber notag": "",
+        "quad qquad thinspace": " ", "dfrac tfrac cfrac nicefrac sfrac": r"\frac",
+        "dbinom tbinom": r"\binom", "leq leqslant leqq": r"\le", "geq geqslant geqq": r"\ge",
+        "neq": r"\ne", "vee": r"\lor", "land wedge": ",", "degree": "°", "lbrace": r"\{",
+        "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "dots cdots dotsc dotsb": r"\ldots",
+        "overrightarrow": r"\vec", "colon": ":",
+    }.items()
+    for name in names.split()
+}  # fmt: skip
+_OPERATORS = {"<=": r"\le ", "=<": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "+/-": r"\pm ",
+              r"\not=": r"\ne "}  # fmt: skip
+_CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen"}
+
+
+def _group(match: re.Match[str]) -> str:
+    """What one of the groups holds: a replacement that, unlike a template, costs nothing unused."""
+    return match[match.lastindex] if match.lastindex else " "
+
+
+# Applied in this order; each is one linear pass. The first only where there is a backslash.
+_COMMANDS = [
     (re.compile(r"\\n(?![A-Za-z])"), " "),
-    (re.compile(r"(\\\\)|\\[()\[\]]"), lambda m: m[1] or " "),
-    (re.compile(r"\\?\$"), " "),
+    (re.compile(r"(\\\\)|\\[()\[\]]"), _group),
     (re.compile(r"\\(?:left|right|middle)(?![A-Za-z])\.?"), ""),
-    (re.compile(r"\\[bB]igg?[lrm]?(?![A-Za-z])"), ""),
-    (
-        re.compile(r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|hfill)(?![A-Za-z])"),
-        "",
-    ),
-    (re.compile(r"(\\\\)|\\! *"), r"\1"),
+    (re.compile(r"(\\\\)|\\!() *"), _group),
     (re.compile(r"(?<=\d)\\[,; ](?=\d{3}(?!\d))"), ""),
+    (
+        re.compile(
+            r"(\\\\)|\\(?:[,;:> ]|(?:[hv]space|(?:text)?color|tag|label|h?phantom)\*? *\{[^{}]*\}"
+            r"|(?:begin|end)\{(?:equation|displaymath|math|split|center)\*?\})"
+        ),
+        _group,
+    ),
+    (re.compile(r"\\([A-Za-z]+)"), lambda match: _SYNONYMS.get(match[1], match[0])),
+    (re.compile(r"\\math(?:bin|rel|open|close|ord|punct)\s*\{([^{}]*)\}"), _group),
+    (re.compile(r"\\%"), "%"),
+    (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])"), "°"),
+]
+_SIGNS = [
     (re.compile(r"(?<=\d)\{,\}(?=\d{3}(?!\d))"), ""),
     (re.compile(r"(?<=\d)\{,\}(?=\d)"), "."),
-    (re.compile(r"\{([,;])\}"), r"\1"),
+    (re.compile(r"\{([,;:])\}"), _group),
     (
-        re.compile(r"(\\\\)|\\(?:[,;:> ]|qquad|quad|thinspace|hspace\{[^{}]*\})|~"),
-        lambda m: m[1] or " ",
+        re.compile(r"(\\\$|[€£¥])\s*(\d++(?:[.,]\d++)*+)(?=\s*(?:[,;.)$]|\Z))|([€£¥])"),
+        lambda match: rf"{match[2] or ''}\text{{{_CURRENCIES[match[1] or match[3]]}}}",
     ),
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
-    (re.compile(r"\\%"), "%"),
-    (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])|\\degree(?![A-Za-z])"), "°"),
+    (re.compile(r"\\?\$|~"), " "),
+    (re.compile(r"(?<![\w)\]}])\*\*([^\s*](?:[^*]*[^\s*])?)\*\*(?![\w(\\])"), _group),
     (re.compile(r"\*\*"), "^"),
-    (re.compile(r"<=|=<|\\leqq?(?:slant)?(?![A-Za-z])"), r"\\le "),
-    (re.compile(r">=|\\geqq?(?:slant)?(?![A-Za-z])"), r"\\ge "),
-    (re.compile(r"!=|\\neq(?![A-Za-z])"), r"\\ne "),
-    (re.compile(r"\\(?:lor|vee|land|wedge)(?![A-Za-z])"), ","),
+    (re.compile(r"<=|=<|>=|!=|\+/-|\\not="), lambda match: _OPERATORS[match[0]]),
+    (re.compile(r"\.\.\.+"), lambda _: r"\ldots "),
+    (re.compile(r"(?<=\d) ?x ?(?=10\^)"), "*"),
 ]
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|it|sf|tt|cal|scr|frak|normal)|mbox|hbox"
-    r"|operatorname\*?|bm|boldsymbol|emph)\s*\{([^{}]*)\}"
+    r"|operatorname\*?|bm|boldsymbol|emph|underline)\s*\{([^{}]*)\}"
 )
 _FONT = re.compile(r"\\(?:mathrm|mathbf|mathit|rm|bf|it|text|operatorname)(?![A-Za-z{])\s*")
-_WORD = re.compile(
-    r"(?<![A-Za-z\\])(percent(?:age|s)?|pct|degrees?|deg|infinity|infty|inf|oo|and|or)(?![A-Za-z])"
-)
+_WORD = re.compile(rf"(?<![A-Za-z\\])({'|'.join(sorted(_WORDS, reverse=True))})(?![A-Za-z])")
+_POWER_OF_UNIT = re.compile(rf"({'|'.join(sorted(UNITS, reverse=True))})(\^\{{?-?\d\}}?)?")
 _CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)*\.?")
-_NUMERAL = re.compile(r"[-+]?[\d.,:/% ]+")
+_FORMULA = re.compile(r".?|\d.*|[-+]?[\d.,:/% ]+|(?!.*[A-Za-z]{2}).*=.*")
 _MIXED = re.compile(r"(?<![\d./])(\d{1,9}) +(\d{1,9}) ?/ ?(\d{1,9})(?![\d./])")
 _REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot)\{(\d{1,20})\}")
-_ANSWER_IS = re.compile(r" ?(?:(?:the )?(?:final )?answer(?: is)?|therefore|so) ?[:,]? ", re.I)
+_ANSWER_IS = re.compile(
+    r" ?(?:(?:therefore|thus|hence|so) ?,? )?"
+    r"(?:(?:the )?(?:correct |final )?(?:answer|option|choice)(?: is)? ?[:,]? )?",
+    re.IGNORECASE,
+)
 _MAXIMA = re.compile(r"(?<![\d.})\]])%(?=(?:pi|e|i)(?![A-Za-z]))")
 _SPACE = re.compile(r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])")
+_TEMPERATURE = re.compile(r"(?<!\{)° ?(?:\\text\{ ?)?([CF])(?:elsius|ahrenheit)?(?![A-Za-z]) ?\}?")
+_MODULO = re.compile(
+    r"(\( ?)?\\?(?:text\{ ?)?(?<![A-Za-z])[pb]?mod\b ?\}? ?(\d{1,9}|\{\d{1,9}\}|[a-z])(?(1) ?\))"
+)
+_CONDITION = re.compile(r",? ?&? ?\\text\{ ?(?:if|for|when) ?\}|, ?(?:&|(?=\\\\))")
+_ALIGNED = re.compile(r"& ?(?=[=<>]|\\[lg]e(?![A-Za-z]))")
+_INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
+_SUPERSCRIPTS = re.compile(r"(\^\{-?\d*)\}\^\{(?=\d)")  # x¹² is x^{12}
+_SPACED = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
+_RECURRING = re.compile(r"(\d{0,20})\.(\d{0,6}?)(\d{1,3}?)\3{2,9} ?\\ldots")
+_SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
 _KEPT_SPACE = re.compile(r"(\d), +(?=\d{3}(?!\d))")  # "1, 234" is a list, "1,234" may be a number
-
-_UNITS = word_set(
-    "mm cm dm km kg mg lb lbs oz ft mi yd hr hrs min mins sec secs ms mph kmh km/h m/s "
-    "cents weeks days hours minutes seconds years months meters metres feet inches miles grams "
-    "units dollars"
-)
-_UNIT = re.compile(
-    r"(?:(?<=[\d})\]!a-z%]) ?\\text\{(?P<text>[^{}]*)\}"
-    r"|(?<=[\d})]) ?(?P<known>"
-    + "|".join(sorted(_UNITS, key=lambda unit: (-len(unit), unit)))
-    + r")"
-    r"|(?<=[\d})]) (?P<words>[A-Za-z]{3,}(?: [A-Za-z]+){0,4})"
-    r")(?P<power>\^\{?-?\d\}?)?\Z"
-)
-_UNIT_LETTERS = frozenset("mgshLlKNJWVCF")
-_UNIT_NAMES = {
-    "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m",
-    "metre": "m", "kilometer": "km", "kilometre": "km", "inche": "in", "inch": "in",
-    "feet": "ft", "foot": "ft", "mile": "mi", "gram": "g", "kilogram": "kg", "second": "s",
-    "sec": "s", "minute": "min", "hour": "h", "hr": "h", "dollar": "", "unit": "", "liter": "l",
-    "litre": "l", "pound": "lb", "yard": "yd",
-}  # fmt: skip
 
 
 def normalise(text: str) -> str:
@@ -123,21 +148,50 @@ def normalise(text: str) -> str:
     """
     text = text.translate(_TABLE)
     if r"\begin" not in text:  # in an environment a double backslash ends a row
-        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
-    text = unbox(text)
-    for pattern, replacement in _LAYOUT:
+        text = re.sub(r"\\\\(?=[A-Za-z()\[\]{}])", r"\\", text)
+    text = _SUPERSCRIPTS.sub(_group, unbox(text))
+    if "\\" in text:
+        for pattern, replacement in _COMMANDS:
+            text = pattern.sub(replacement, text)
+    for pattern, replacement in _SIGNS:
         text = pattern.sub(replacement, text)
     text = _MAXIMA.sub("", text)
     text = _FONT.sub("", _TEXT.sub(_plain_text, text))
-    text = _WORD.sub(_word, text)
+    text = _WORD.sub(lambda match: _WORDS[match[1]], text)
     text = re.sub(r"(?<=[)\]]) *U *(?=[(\[])", r"\\cup ", text)
-    text = _MIXED.sub(r"\1\\frac{\2}{\3}", re.sub(r"\s+", " ", text).rstrip(" .,;:"))
-    text = _ANSWER_IS.sub("", text, count=1) if _ANSWER_IS.match(text) else text
-    text = _REPEATING.sub(_repeating, text)
+    text = re.sub(r"\s+", " ", text).rstrip(" .,;:\\")
+    text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
+    text = _ANSWER_IS.sub("", text, count=1)
+    text = _rare(_REPEATING.sub(_repeating, text))
     text = re.sub(r"(?: ?, ?){2,}", ",", text)
     text = _SPACE.sub("", _KEPT_SPACE.sub("\\1,\0", text)).replace("\0", " ")
-    text = text.lstrip(" ,;:").rstrip(" .,;:")
-    return text if text[:1] != "." or text[1:2].isdigit() else text.lstrip(".")
+    text = text.lstrip(" ,;:=").rstrip(" .,;:")
+    text = text if text[:1] != "." or text[1:2].isdigit() else text.lstrip(".")
+    return phrase(spelt) or text if (spelt := _in_words(text)) else text
+
+
+def _rare(text: str) -> str:
+    """What few answers hold: temperatures, residues, piecewise functions, 3 to 4, 0.333…, "or"."""
+    if "°" in text:
+        text = _TEMPERATURE.sub(r"\\text{°\1}", text)
+    if "atrix(" in text:
+        text = re.sub(r"(?<![A-Za-z])[Mm]atrix(?=\()", "", text)
+    if "mod" in text:
+        text = _MODULO.sub(lambda m: rf"\pmod{{{m[2].strip('{}')}}}", text)
+    if r"\begin" in text:
+        text = _ALIGNED.sub("", _CONDITION.sub("&", text) if "cases" in text else text)
+    if " to " in text:
+        text = re.sub(r"\A(\d+) to (\d+)\Z", r"\1:\2", text)
+    if text[:1] == "<":
+        text = re.sub(r"\A<([^<>=]*,[^<>=]*)>\Z", r"(\1)", text)
+    if r"\ldots" in text:  # 0.333… is a third, 3.14159… is cut off
+        text = re.sub(r"(\.\d+) ?\\ldots *\Z", r"\1", _RECURRING.sub(_repeating, text))
+    if " " in text and _SPACED.fullmatch(text):
+        text = text.replace(" ", "")
+    if r"\lor" in text:  # between inequalities it isn't the comma it is in a list
+        text = re.sub(r"(?: ?,)? ?\\lor(?![a-z]) ?,?", r"\\lor ", text)
+        text = text if _INEQUALITY.search(text) else text.replace(r"\lor", ",")
+    return text
 
 
 def unbox(text: str) -> str:
@@ -146,9 +200,8 @@ def unbox(text: str) -> str:
     Several boxes make a list; a per cent sign, unit or power right after the only box stays.
     """
     for _ in range(3):  # boxes in boxes
-        boxes, rest, last = [], [], 0
+        boxes, last = [], 0
         while match := _BOX.search(text, last):
-            rest.append(text[last : match.start()])
             end = closing_brace(text, match.end())
             boxes.append(text[match.end() : end])
             last = end + 1
@@ -171,87 +224,42 @@ def closing_brace(text: str, start: int) -> int:
     return len(text)
 
 
-def split_unit(text: str) -> tuple[str, str]:
-    r"""A normalised answer without the unit at its end, and that unit ("" if there is none).
-
-    >>> split_unit(r"10\text{cm}^2")
-    ('10', 'cm^2')
-    """
-    match = _UNIT.search(text[-80:]) if len(text) > 1 else None
-    if not match:
-        return text, ""
-    body = text[: len(text) - len(match[0])].strip()
-    if not body or body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body):
-        return text, ""
-    name = (match["text"] or match["known"] or match["words"] or "").lower().strip()
-    power = (match["power"] or "").strip("^{}")
-    if square := re.match(r"(sq(?:uare|\.)?|cubic|cu\.?) ", name):
-        power, name = ("2" if square[1][0] == "s" else "3"), name[square.end() :]
-    name = re.sub(r"[\s.]", "", name)
-    name = _UNIT_NAMES.get(name, name)
-    if len(name) > 2 and name.endswith("s"):
-        name = _UNIT_NAMES.get(name[:-1], name[:-1])
-    return body, f"{name}^{power}" if name and power else name
-
-
-def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
-    r"""Both normalised answers without their units, and whether these contradict each other.
-
-    A unit on one side only is no contradiction: ``5`` equals ``5\text{m}``, and so does ``5 m``.
-    """
-    (gold_body, gold_unit), (pred_body, pred_unit) = split_unit(gold), split_unit(pred)
-    if gold_unit and not pred_unit:
-        pred_body = _without(pred_body, gold_unit)
-    elif pred_unit and not gold_unit:
-        gold_body = _without(gold_body, pred_unit)
-    return gold_body, pred_body, bool(gold_unit and pred_unit and gold_unit != pred_unit)
-
-
-def _without(body: str, unit: str) -> str:
-    shorter = body.removesuffix(unit).rstrip()
-    return shorter if shorter != body and shorter[-1:].isdigit() else body
-
-
 def words(text: str) -> str | None:
     r"""Letters of an answer made of words only, in lower case (``\text{Even}`` → even)."""
-    if re.fullmatch(r"(?:[A-Za-z ,'-]|\\text\{[^{}\\]*\})+", text):
-        bare = re.sub(r"\\text\{|\}|[ ,]", "", text)
-        return bare.lower() if len(bare) > 1 else None
-    return None
+    spelt = _in_words(text)
+    bare = re.sub(r"(?<!\d)[ ,]+|[ ,]+(?!\d)", "", without_article(spelt)) if spelt else ""
+    return bare if len(bare) > 1 else None
+
+
+def _in_words(text: str) -> str | None:
+    if not _SPELT.fullmatch(text):
+        return None
+    bare = re.sub(r"\\text\{|\}", "", text).lower()
+    return bare if not re.search(r"\d", bare) or re.search(r"[a-z]{3}", bare) else None
 
 
 def _plain_text(match: re.Match[str]) -> str:
     r"""What ``\text{…}`` stands for: a function, a letter, a separator, a number, or words."""
-    inner = match[1].strip(" .")
+    inner = _ANSWER_IS.sub("", match[1], count=1).strip(" .")
     lowered = inner.lower().strip(" ,")
-    if inner in FUNCTIONS:
+    before = match.string[: match.start()].rstrip()[-1:]
+    if inner in FUNCTIONS and not (inner == "min" and before.isdigit()):
         return f"\\{inner} "
-    if lowered in ("and", "or"):
-        return ","
-    if lowered in PERCENT:
-        return "%"
-    if lowered in DEGREE:
-        return "°"
-    before = match.string[: match.start()].rstrip()[-1:] if inner in _UNIT_LETTERS else ""
-    if before.isdigit() or before == "}":
-        return f"\\text{{{inner}}}"
-    if (
-        len(inner) <= 1
-        or inner[0].isdigit()
-        or _CHOICES.fullmatch(inner)
-        or _NUMERAL.fullmatch(inner)
-    ):
+    if lowered in _WORDS:
+        return _WORDS[lowered]
+    if inner in UNIT_LETTERS and (before.isdigit() or before in ("}", "°")):
+        return rf"\text{{{inner}}}"
+    if unit := _POWER_OF_UNIT.fullmatch(inner):
+        return rf"\text{{{unit[1]}}}{unit[2] or ''}"
+    if _FORMULA.fullmatch(inner) or _CHOICES.fullmatch(inner):
         return inner
-    return f"\\text{{{inner}}}" if match[0][:5] != "\\math" or " " in inner else f" {inner}"
-
-
-def _word(match: re.Match[str]) -> str:
-    word = match[1]
-    if word in PERCENT:
-        return "%"
-    if word in DEGREE:
-        return "°"
-    return "," if word in ("and", "or") else r"\infty "
+    if digits := number_in_words(lowered):
+        return digits
+    parts = re.split(r"(?:, | |^)(?:and|or) ?(?![A-Za-z])|, ", inner)
+    if len(parts) > 1 and match[0][:5] == r"\text":
+        joined = ",".join(rf"\text{{{part.strip()}}}" if part else "" for part in parts)
+        return _TEXT.sub(_plain_text, joined)
+    return rf"\text{{{inner}}}" if match[0][:5] != r"\math" or " " in inner else f" {inner}"
 
 
 def _repeating(match: re.Match[str]) -> str:

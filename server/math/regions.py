@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from evaluate import Undecided, close, symbols, value
+from evaluate import NEGLIGIBLE, Undecided, crossings, symbols, value
 from tree import Node
 
 OPERATIONS = ("cup", "cap", "minus", "such")
-MAX_ENDS = 200
+MAX_ENDS, MAX_SIDES = 200, 4
+_SUBSETS = {"list": ("rel", "group"), "set": ("rel",)}  # in braces, (1, 2) is a point
 _NUMBERS = frozenset({"set:R"})
 
 
@@ -23,6 +24,11 @@ def same(a: Node, b: Node) -> bool:
     Raises:
         Undecided: if an end isn't a number, or a side is no region of the real line.
     """
+    names = [symbols(a), symbols(b)]
+    if max(map(len, names)) > 1:
+        raise Undecided("not one variable")
+    if all(names) and names[0] != names[1]:
+        return False
     ends = sorted(_distinct([*_ends(a), *_ends(b)]))
     if len(ends) > MAX_ENDS:
         raise Undecided("too many ends")
@@ -48,9 +54,13 @@ def parts(node: Node) -> Iterator[Node]:
 def _distinct(numbers: list) -> list:
     kept: list = []
     for number in sorted(numbers):
-        if not kept or not close(kept[-1], number):
+        if not kept or not _near(kept[-1], number):
             kept.append(number)
     return kept
+
+
+def _near(a, b) -> bool:
+    return a == b or abs(a - b) <= NEGLIGIBLE * max(1, min(abs(a), abs(b)))
 
 
 def _real(node: Node):
@@ -67,7 +77,7 @@ def _ends(node: Node) -> Iterator:
             yield from _ends(arg)
     elif node.op in ("list", "set"):
         for item in node.args:
-            yield from _ends(item) if item.op in ("rel", "group") else [_real(item)]
+            yield from _ends(item) if item.op in _SUBSETS[node.op] else [_real(item)]
     elif node.op == "group" and len(node.args) == 4:
         yield from (end for end in map(_real, node.args[2:]) if abs(end) < float("inf"))
     elif node.op == "rel":
@@ -78,19 +88,15 @@ def _ends(node: Node) -> Iterator:
 
 def _relation_ends(node: Node) -> Iterator:
     sides = node.args[1:]
-    if len(symbols(node) - _NUMBERS) != 1:
-        raise Undecided("not one variable")
+    if len(symbols(node)) != 1 or len(sides) > MAX_SIDES:
+        raise Undecided("not one variable, or too long a chain")
     for operator, left, right in zip(node.args[0], sides[:-1], sides[1:], strict=True):
         if operator in ("in", "notin"):
             if left.op != "sym":
                 raise Undecided("not a variable")
             yield from _ends(right)
-        elif not symbols(left) and right.op == "sym":
-            yield from (end for end in [_real(left)] if abs(end) < float("inf"))
-        elif not symbols(right) and left.op == "sym":
-            yield from (end for end in [_real(right)] if abs(end) < float("inf"))
-        else:
-            raise Undecided("not solved for its variable")
+        elif symbols(left) | symbols(right):
+            yield from crossings(Node("add", (left, Node("neg", (right,)))), *symbols(node))
 
 
 def _holds(node: Node, x) -> bool:
@@ -105,7 +111,7 @@ def _holds(node: Node, x) -> bool:
         return all(_holds(arg, x) for arg in node.args)
     if node.op in ("list", "set"):
         return any(
-            _holds(item, x) if item.op in ("rel", "group") else close(_real(item), x)
+            _holds(item, x) if item.op in _SUBSETS[node.op] else _near(_real(item), x)
             for item in node.args
         )
     if node.op == "group":
@@ -125,15 +131,14 @@ def _satisfies(node: Node, x) -> bool:
             if _holds(right, x) != (operator == "in"):
                 return False
             continue
-        numbers = [x if side.op == "sym" and symbols(side) else _real(side)
-                   for side in (left, right)]  # fmt: skip
+        numbers = [value(side, dict.fromkeys(symbols(side), x)) for side in (left, right)]
         if not _compare(operator, *numbers):
             return False
     return True
 
 
 def _compare(operator: str, a, b) -> bool:
-    equal = close(a, b)
+    equal = _near(a, b)
     if operator in ("=", "!="):
         return equal == (operator == "=")
     if equal:

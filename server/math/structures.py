@@ -15,12 +15,13 @@ from fractions import Fraction
 
 import regions
 from evaluate import Undecided, equal, exact, has, symbols, value
+from tidy import COLLECTIONS, is_numbered, name_of, tidy, value_of
 from tree import Node
 from values import same_values
 
 MAX_ITEMS = 64
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "==": "=="}
-_COLLECTIONS = ("list", "set", "group", "matrix", "det")
+_VECTORS = (("(", ")"), ("[", "]"))
 
 
 def same(a: Node, b: Node) -> bool:
@@ -29,9 +30,11 @@ def same(a: Node, b: Node) -> bool:
     Raises:
         Undecided: if the values can't be computed or told apart.
     """
-    a, b = _tidy(a), _tidy(b)
+    a, b = tidy(a), tidy(b)
     if a == b:
         return True
+    if "mod" in (a.op, b.op):
+        return _same_residues(a, b)
     if a.op == "rel" or b.op == "rel":
         return _same_relations(a, b)
     if regions.is_region(a) or regions.is_region(b):
@@ -43,45 +46,6 @@ def same(a: Node, b: Node) -> bool:
     if a.op == "matrix" or b.op == "matrix":
         return _same_matrices(a, b)
     return same_values(a, b)
-
-
-def _tidy(node: Node) -> Node:
-    r"""Without what doesn't change an answer: approximations after ``\approx``, ``\pm`` written
-    out as a list, one layer of a list of one."""
-    if node.op == "rel" and "~" in node.args[0]:
-        first = node.args[0].index("~")
-        operators, sides = node.args[0][:first], node.args[1 : first + 2]
-        node = Node("rel", (operators, *sides)) if operators else sides[0]
-    if node.op == "rel" and "==" in node.args[0]:
-        operators = tuple("=" if op == "==" else op for op in node.args[0])
-        node = Node("rel", (operators, *node.args[1:]))
-    if node.op not in _COLLECTIONS and (has(node, "pm") or has(node, "mp")):
-        node = Node("list", (_choose(node, "pm"), _choose(node, "mp")))
-    if node.op == "sym" and node.args[0] == "{}":
-        return Node("set", ())
-    if node.op == "list":
-        items = []
-        for item in map(_tidy, node.args):
-            flat = item.op == "list"
-            items += item.args if flat else [item]
-        node = Node("list", _share_names(items))
-    return node
-
-
-def _choose(node: Node, plus: str) -> Node:
-    """The tree with every plus-minus sign settled: ``plus`` becomes +, the other one -."""
-    args = tuple(_choose(arg, plus) if isinstance(arg, Node) else arg for arg in node.args)
-    if node.op in ("pm", "mp"):
-        return args[0] if node.op == plus else Node("neg", args)
-    return Node(node.op, args)
-
-
-def _share_names(items: list[Node]) -> tuple[Node, ...]:
-    """``x = 1, 2, 3``: the name of the first belongs to all."""
-    named = [item.op == "rel" and item.args[0] == ("=",) for item in items]
-    if named and named[0] and not any(named[1:]) and len(items) > 1 and _name(items[0]):
-        return (items[0].args[-1], *items[1:])
-    return tuple(items)
 
 
 # ---------------------------------------------------------------- collections
@@ -96,13 +60,15 @@ def _same_lists(a: Node, b: Node) -> bool:
         if len(group.args) == 3:
             return False
         if any(item.op == "rel" and set(item.args[0]) != {"="} for item in listed.args):
-            both = Node("such", listed.args)  # x > 1 and x < 2, where a comma may also mean "or"
-            return _same_regions(group, listed) or _same_regions(group, both)
+            return _same_regions(group, listed)
+        names = [name_of(item) for item in listed.args]
+        if None not in names and len(set(names)) < len(names):
+            return False  # x = 1 or x = 2 is no point
         return group.args[:2] == ("(", ")") and _pairwise(group.args[2:], listed.args)
     sides = [side.args if side.op in ("list", "set") else (side,) for side in (a, b)]
     if len(sides[0]) == len(sides[1]) == 1 and a.op != b.op:
         return False  # {2} isn't 2
-    names = [[_name(item) for item in side] for side in sides]
+    names = [[name_of(item) for item in side] for side in sides]
     if any(all(side) and side for side in names) and names[0] != names[1]:
         settled = _same_named(sides, names)
         if settled is not None:
@@ -115,17 +81,17 @@ def _same_named(sides: list, names: list) -> bool | None:
     """Lists of assignments: by name, or in order where one side leaves distinct names out."""
     if all(all(side) for side in names):
         if sorted(map(str, names[0])) != sorted(map(str, names[1])):
-            return None if any(map(_is_numbered, names[0] + names[1])) else False
+            return None if any(map(is_numbered, names[0] + names[1])) else False
         return None
     side = 0 if all(names[0]) else 1
-    values = [_value(item) for item in sides[side]]
+    values = [value_of(item) for item in sides[side]]
     others = list(sides[1 - side])
     distinct = len(set(names[side])) == len(values)
-    if distinct and not any(map(_is_numbered, names[side])):
+    if distinct and not any(map(is_numbered, names[side])):
         flat = [item for other in others for item in
                 (other.args[2:] if other.op == "group" else (other,))]  # fmt: skip
         return _pairwise(values, flat)
-    flat_groups = others and all(other.op == "group" for other in others)
+    flat_groups = len(values) > len(others) and all(other.op == "group" for other in others)
     if flat_groups and not distinct and names[side].count(names[side][0]) == len(others):
         # p=5, q=2; p=7, q=2 against (5,2), (7,2): as many tuples as there are p's
         width = len(values) // len(others)
@@ -134,11 +100,6 @@ def _same_named(sides: list, names: list) -> bool | None:
             for at in range(0, len(values), width)
         ]
     return _matched(values, others, as_set=False)
-
-
-def _is_numbered(name: Node) -> bool:
-    """x_1, x_2 name the solutions of one equation: their order means nothing."""
-    return name.op == "sym" and "_" in name.args[0]
 
 
 def _pairwise(left: Iterable[Node], right: Iterable[Node]) -> bool:
@@ -168,7 +129,15 @@ def _same_groups(a: Node, b: Node) -> bool:
     if a.op != b.op:
         group, other = (a, b) if a.op == "group" else (b, a)
         if other.op == "matrix":
-            return group.args[:2] == ("(", ")") and _pairwise(group.args[2:], _vector(other))
+            rows = [Node("row", row.args[2:]) for row in group.args[2:] if row.op == "group"]
+            if rows:  # [[1, 2], [3, 4]]
+                return _same_matrices(Node("matrix", tuple(rows)), other)
+            return group.args[:2] in _VECTORS and _pairwise(group.args[2:], _vector(other))
+        if has(other, "sym", "j") and len(group.args) in (4, 5):  # 2i + 3j
+            terms = zip(group.args[2:], "ijk", strict=False)
+            return equal(
+                other, Node("add", tuple(Node("mul", (x, Node("sym", (c,)))) for x, c in terms))
+            )
         return False
     brackets = [side.args[:2] for side in (a, b)]
     if len(a.args) != len(b.args):
@@ -197,41 +166,15 @@ def _vector(matrix: Node) -> list[Node]:
 # ------------------------------------------------------------------ relations
 
 
-def _name(node: Node) -> Node | None:
-    """What a ``name = value`` relation names, or None: a symbol, f(x), AB/CD, |AB|, (x, y)."""
-    if node.op != "rel" or set(node.args[0]) != {"="}:
-        return None
-    first, last = node.args[1], node.args[-1]
-    if _is_name(first):
-        return first
-    return last if last.op == "sym" and _is_name(last) else None
-
-
-def _is_name(node: Node) -> bool:
-    if node.op == "sym":
-        return node.args[0] not in ("pi", "oo", "{}")
-    if node.op == "group":
-        return len(node.args) > 2 and all(map(_is_name, node.args[2:]))
-    if node.op in ("apply", "fn", "prime", "abs", "div", "ratio", "degree", "pow", "mul"):
-        return all(
-            _is_name(arg) or (arg.op == "num" and node.op in ("pow", "apply"))
-            for arg in node.args if isinstance(arg, Node)
-        )  # fmt: skip
-    return False
-
-
-def _value(node: Node) -> Node:
-    """The value of a ``name = … = value`` relation."""
-    first, last = node.args[1], node.args[-1]
-    return last if _is_name(first) else first
-
-
 def _same_relations(a: Node, b: Node) -> bool:
-    name_a, name_b = _name(a), _name(b)
+    name_a, name_b = name_of(a), name_of(b)
     if a.op != b.op:
         relation, other, name = (a, b, name_a) if a.op == "rel" else (b, a, name_b)
+        if name is not None and name.op == "group" and other.op == "list":
+            relation = _by_name(name, value_of(relation))
+            return same(relation, b) if b is other else same(a, relation)
         if name is not None:
-            return same(*((_value(a), b) if a is relation else (a, _value(b))))
+            return same(*((value_of(a), b) if a is relation else (a, value_of(b))))
         if relation.args[0] == ("in",) and relation.args[1].op == "sym":
             return same(relation.args[2], other)
         if set(relation.args[0]) == {"="}:
@@ -239,12 +182,12 @@ def _same_relations(a: Node, b: Node) -> bool:
         return _same_regions(a, b)
     if name_a is not None and name_b is not None:
         if _compatible(name_a, name_b):
-            return same(_value(a), _value(b))
-        if len(a.args) > 3 or len(b.args) > 3:
+            return same(value_of(a), value_of(b))
+        if len(a.args) > 3 or len(b.args) > 3 or "group" in (name_a.op, name_b.op):
             return False
     if set(a.args[0]) == set(b.args[0]) == {"="} and len(a.args) == len(b.args) == 3:
         return _same_equations(a.args[1:], b.args[1:])
-    if "in" in a.args[0] or "in" in b.args[0]:
+    if "in" in a.args[0] and "in" in b.args[0]:
         return a.args[0] == b.args[0] and all(map(same, a.args[1:], b.args[1:]))
     if _same_inequalities(a, b):
         return True
@@ -252,6 +195,14 @@ def _same_relations(a: Node, b: Node) -> bool:
         return _same_regions(a, b)
     except Undecided:
         return False
+
+
+def _by_name(names: Node, values: Node) -> Node:
+    """(x, y) = (1, 2) as x = 1, y = 2."""
+    if names.op != values.op or len(names.args) != len(values.args):
+        return values
+    pairs = zip(names.args[2:], values.args[2:], strict=True)
+    return Node("list", tuple(Node("rel", (("=",), *pair)) for pair in pairs))
 
 
 def _is_identity(relation: Node) -> bool:
@@ -272,6 +223,8 @@ def _difference(left: Node, right: Node) -> Node:
 
 def _same_equations(a: tuple[Node, Node], b: tuple[Node, Node]) -> bool:
     """Two equations: one side in common, or the differences of their sides proportional."""
+    if not symbols(a[0]) | symbols(a[1]):  # f(3) = 10
+        return all(map(same, a, b))
     for i in (0, 1):
         for j in (0, 1):
             if a[i] == b[j] and symbols(a[i]):
@@ -329,13 +282,37 @@ def _same_inequalities(a: Node, b: Node) -> bool:
     return sign is not None and (sign > 0 or a.args[0] == ("!=",))
 
 
+def _same_residues(a: Node, b: Node) -> bool:
+    """x = 8 (mod 5) and x = 3 (mod 5); the modulus may be missing where no name is."""
+    bare = [tidy(side.args[0]) if side.op == "mod" else side for side in (a, b)]
+    if a.op != b.op:
+        return all(side.op != "rel" for side in bare) and same(*bare)
+    if not same(a.args[1], b.args[1]):
+        return False
+    values = [exact(value_of(side) if name_of(side) else side) for side in bare]
+    names = {name_of(side) for side in bare} - {None}
+    if None in (*values, exact(a.args[1])) or len(names) > 1:
+        return same(*bare)
+    return (values[0] - values[1]) % exact(a.args[1]) == 0
+
+
+def _readings(region: Node) -> list[Node]:
+    """Inequalities with commas between them may be a union, if it isn't all of R, or all hold."""
+    if region.op != "list":
+        return [region]
+    both = Node("cap", region.args)
+    return [both] if regions.same(region, Node("sym", ("set:R",))) else [region, both]
+
+
 def _same_regions(a: Node, b: Node) -> bool:
     """Sets of real numbers; where they have symbolic ends, part by part."""
     try:
-        return regions.same(a, b)
+        return any(regions.same(x, y) for x in _readings(a) for y in _readings(b))
     except Undecided:
         if a.op == b.op and a.op in regions.OPERATIONS:
+            if a.op == "minus":
+                return _pairwise(a.args, b.args)
             return _matched(regions.parts(a), regions.parts(b), as_set=True)
-        if not {a.op, b.op} <= {*_COLLECTIONS, *regions.OPERATIONS, "rel", "sym"}:
+        if not {a.op, b.op} <= {*COLLECTIONS, *regions.OPERATIONS, "rel", "sym"}:
             return False  # an expression is no set
         raise

@@ -15,19 +15,31 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its li
 
 MAX_LENGTH = 300  # its parser may take time exponential in the number of brackets
 _LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
+_BARE_SCRIPT = re.compile(r"(?<=[_^])([A-Za-z])")  # it doesn't read \int_1^e
 _PROSE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}")
 
 
 def readable(gold: str, pred: str) -> bool:
-    """Whether math-verify may be trusted with a pair: short, no prose, letters alike in case."""
+    """Whether math-verify may be trusted with a pair: short, no prose, as many
+    ellipses and derivatives, both or none equations, letters alike in case."""
     if max(len(gold), len(pred)) > MAX_LENGTH:
         return False
     if Counter(_PROSE.findall(gold)) != Counter(_PROSE.findall(pred)):
         return False
+    if any(gold.count(sign) != pred.count(sign) for sign in (r"\ldots", r"\partial")):
+        return False
+    if _is_equation(gold) != _is_equation(pred):
+        return False  # of an equation it would take the right side
     letters = [set(_LETTER.findall(text)) for text in (gold, pred)]
     return letters[0] == letters[1] or {c.lower() for c in letters[0]} != {
         c.lower() for c in letters[1]
     }
+
+
+def _is_equation(text: str) -> bool:
+    """Whether more than a name stands before an equals sign."""
+    left, sign, _ = re.sub(r"_\{[^{}]*\}", "", text).partition("=")
+    return bool(sign and re.search(r"[-+*/]|\\frac|\\sqrt", left))
 
 
 def equal(gold: str, pred: str) -> bool | None:
@@ -39,7 +51,7 @@ def equal(gold: str, pred: str) -> bool | None:
     trees = [
         parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback",
               parsing_timeout=None)
-        for text in (gold, pred)
+        for text in (_BARE_SCRIPT.sub(r"{\1}", gold), _BARE_SCRIPT.sub(r"{\1}", pred))
     ]  # fmt: skip
     if not all(trees):
         return None

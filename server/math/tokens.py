@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from normalise import FUNCTIONS
+from vocabulary import FUNCTIONS, GREEK
 
 MAX_TOKENS = 4_000
 _TOKEN = re.compile(
@@ -12,7 +12,7 @@ _TOKEN = re.compile(
     r"|(?P<cmd>\\[A-Za-z]+|\\.)|(?P<word>[A-Za-z]+)|(?P<space> +)|(?P<op>.)"
 )
 _THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?!,?\d)")
-_WORDS = FUNCTIONS | {"pi"}
+_WORDS = FUNCTIONS | {"pi"} | {name for name in GREEK if len(name) > 2} - {"prime"}
 
 
 class ParseError(ValueError):
@@ -35,14 +35,16 @@ def tokens(text: str, thousands: bool) -> list[str]:
         position = match.end()
         token, kind = match[0], match.lastgroup
         if token == r"\text" and position < len(text) and text[position] == "{":
-            end = text.find("}", position)
-            token, position = text[match.start() : end + 1 or None], end + 1 or len(text)
+            position = text.find("}", position) + 1
+            if not position:
+                raise TooComplex("text without an end")
+            token = text[match.start() : position]
         depth += (token in ("(", "[", r"\{")) - (token in (")", "]", r"\}"))
         if kind is None:
             token = token.replace(",", "")
         if kind == "word" and token not in _WORDS:
             found += _letters(token)
-            if text[position : position + 1].isdigit():
+            if text[position : position + 1].isdigit() and found[-2:-1] != [r"\frac"]:
                 found.append("_")  # x1 is x_1
         elif kind != "space":
             found.append("\\" + token if kind == "word" else token)

@@ -11,8 +11,9 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from normalise import FUNCTIONS, word_set
+import vocabulary
 from tokens import ParseError, TooComplex, tokens
+from vocabulary import CLOSERS, FUNCTIONS, NOT_A_FACTOR, RELATIONS, TIMES
 
 MAX_DEPTH = 40
 MAX_DIGITS = 400
@@ -28,25 +29,6 @@ class Node(NamedTuple):
 
     op: str
     args: tuple
-
-
-_ACCENTS = word_set(
-    r"\vec \hat \bar \overline \tilde \ddot \overrightarrow \widehat \underline \dot"
-)
-_SYMBOLS = {r"\infty": "oo", r"\pi": "pi", r"\imath": "i", r"\emptyset": "{}", r"\varnothing": "{}"}
-_RELATIONS = {"=": "=", "<": "<", ">": ">", r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\ge": ">=",
-              r"\ne": "!=", r"\in": "in", r"\notin": "notin", r"\approx": "~", r"\equiv": "==",
-              r"\simeq": "~"}  # fmt: skip
-_SET_OPERATIONS = {r"\cup": "cup", r"\cap": "cap", r"\setminus": "minus", r"\backslash": "minus"}
-_TIMES = frozenset(["*", r"\cdot", r"\times", r"\ast", r"\div", "/"])
-_CLOSERS = {"(": ")]", "[": ")][", "]": "[])", r"\{": (r"\}",), "{": "}", r"\langle": (r"\rangle",),
-            r"\lfloor": (r"\rfloor",), r"\lceil": (r"\rceil",), r"\lvert": (r"\rvert",),
-            r"\|": (r"\|",), "|": "|"}  # fmt: skip
-_NOT_A_FACTOR = word_set(
-    r"\cup \cap \setminus \backslash \pm \mp \} \\ \rangle \rfloor \rceil \rvert \mid \end \| "
-    r"\to \rightarrow \Rightarrow \implies \iff \subset \subseteq \ldots \dots \cdots \sum \prod "
-    r"\int \iint \oint \lim \partial \sim \pmod \bmod \mod \perp \parallel \forall \exists"
-) | frozenset(_RELATIONS) | (_TIMES)  # fmt: skip
 
 
 def parse(text: str, thousands: bool = True) -> Node:
@@ -99,10 +81,17 @@ class _Parser:
             raise TooComplex("nested too deeply")
 
     def answer(self) -> Node:
-        """Relations separated by commas, groups of them by semicolons."""
+        """Relations separated by commas, groups of them by semicolons.
+
+        Inequalities with an "or" between them are a union.
+        """
         groups: list[Node] = []
         while True:
             items = [self.relation()]
+            while self.accept(r"\lor"):
+                items.append(self.relation())
+            if len(items) > 1:
+                items = [Node("cup", tuple(items))]
             while self.accept(","):
                 items.append(self.relation())
             groups.append(items[0] if len(items) == 1 else Node("list", tuple(items)))
@@ -114,15 +103,16 @@ class _Parser:
         """A chain of sides: ``1 < x <= 2`` is one node with three sides and two operators."""
         self.accept(r"\approx")
         sides, operators = [self.union()], []
-        while self.peek() in _RELATIONS:
-            operators.append(_RELATIONS[self.next()])
+        while self.peek() in RELATIONS:
+            operators.append(RELATIONS[self.next()])
             sides.append(self.union())
-        return Node("rel", (tuple(operators), *sides)) if operators else sides[0]
+        node = Node("rel", (tuple(operators), *sides)) if operators else sides[0]
+        return Node("mod", (node, self.argument())) if self.accept(r"\pmod") else node
 
     def union(self) -> Node:
         node = self.ratio()
-        while self.peek() in _SET_OPERATIONS:
-            operation, part = _SET_OPERATIONS[self.next()], self.ratio()
+        while self.peek() in vocabulary.SET_OPERATIONS:
+            operation, part = vocabulary.SET_OPERATIONS[self.next()], self.ratio()
             more = node.op == operation != "minus"
             node = Node(operation, (*node.args, part) if more else (node, part))
             if len(self.tokens) > MAX_SET_TOKENS:
@@ -155,16 +145,16 @@ class _Parser:
         """
         top, bottom = [self.factor()], []
         while token := self.peek():
-            if token in _TIMES and not implicit:
+            if token in TIMES and not implicit:
                 self.next()
                 (bottom if token in ("/", r"\div") else top).append(self.factor(signed=True))
             elif self._starts_factor(token) and not (implicit and token[1:] in FUNCTIONS):
-                if token[0].isdigit() and self._is_number(self.at - 1):
-                    raise ParseError("two numbers side by side")
-                previous_is_integer = self.tokens[self.at - 1].isdigit() and token == r"\frac"
+                previous = self.tokens[self.at - 1] if top[-1].op == "num" else ""
+                if token[0].isdigit() and previous[:1].isdigit():
+                    raise TooComplex("two numbers side by side")
                 factor = self.factor()
-                if previous_is_integer and _is_proper(factor) and top[-1].op == "num":
-                    factor = Node("add", (top.pop(), factor))  # 1\frac{1}{2} is 3/2
+                if previous.isdigit() and token == r"\frac":
+                    factor = _mixed(top, factor)
                 top.append(factor)
             else:
                 break
@@ -173,14 +163,11 @@ class _Parser:
             node = Node("div", (node, bottom[0] if len(bottom) == 1 else Node("mul", (*bottom,))))
         return node
 
-    def _is_number(self, index: int) -> bool:
-        return self.tokens[index][0].isdigit()
-
     def _starts_factor(self, token: str) -> bool:
         if token == "|":
             return self.bars == 0 and not self.such
         if token[0] == "\\":
-            return token not in _NOT_A_FACTOR
+            return token not in NOT_A_FACTOR
         return token[0].isalnum() or token[0] == "." or token in ("(", "{", "°")
 
     def factor(self, signed: bool = False) -> Node:
@@ -240,7 +227,7 @@ class _Parser:
 
     def _primary(self) -> Node:
         token = self.peek()
-        if token in _CLOSERS and not (token == "|" and self.bars):
+        if token in CLOSERS and not (token == "|" and self.bars):
             return self.bracketed()
         self.next()
         if token[0].isdigit() or (token[0] == "." and len(token) > 1):
@@ -249,13 +236,18 @@ class _Parser:
             name = token
             while self.accept("'"):
                 name += "'"
+            if token in "fg" and "".join(self.tokens[self.at : self.at + 6]) == "^{-1}(":
+                self.at += 5
+                name += "^-1"
             if token in ("f", "g") and self.peek() == "(":
                 return Node("apply", (name, self.bracketed()))
-            if self.tokens[self.at : self.at + 3] == ["(", "0", ")"]:  # a value at 0, no product
-                self.at += 3
-                name += "(0)"
+            point = self.peek(1)
+            called = self.peek() + self.peek(2) == "()" and point.isdigit()
+            if called and (point == "0" or self.peek(3) == "="):
+                self.at += 3  # a value at 0 and h(2) = 7 are no products
+                name += f"({point})"
             return Node("sym", (name,))
-        if token[0] != "\\" or token in _NOT_A_FACTOR:
+        if token[0] != "\\" or token in NOT_A_FACTOR:
             raise ParseError(f"unexpected {token!r}")
         return self.command(token)
 
@@ -266,21 +258,25 @@ class _Parser:
         if name == "binom":
             return Node("binom", (self.digit_or_group(), self.digit_or_group()))
         if name == "sqrt":
-            index = self.bracketed().args[2] if self.peek() == "[" else None
-            return Node("root", (self.argument(), index or number("2")))
+            index = self.bracketed().args[2:] if self.peek() == "[" else (number("2"),)
+            if len(index) != 1:
+                raise ParseError("a root without an index")
+            return Node("root", (self.argument(), *index))
         if name in FUNCTIONS:
             return self.function(name)
         if name == "begin":
             return self.environment()
         if name.startswith("text{"):
             return Node("sym", (re.sub(r"\s", "", name[5:-1]).lower(),))
-        if token in _ACCENTS:
-            return Node("sym", (f"{name}:{self.raw_group()}",))
+        if token in vocabulary.ACCENTS:
+            inner = self.raw_group()
+            bare = len(inner) == 1 and (name == "vec" or (name == "hat" and inner in "ijk"))
+            return Node("sym", (inner if bare else f"{name}:{inner}",))
         if name == "mathbb":
             return Node("sym", (f"set:{self.raw_group()}",))
-        if token in _SYMBOLS:
-            return Node("sym", (_SYMBOLS[token],))
-        if name in _GREEK:
+        if token in vocabulary.SYMBOLS:
+            return Node("sym", (vocabulary.SYMBOLS[token],))
+        if name in vocabulary.GREEK:
             return Node("sym", (token,))
         raise ParseError(f"unknown command {token!r}")
 
@@ -291,7 +287,7 @@ class _Parser:
                 base = self.digit_or_group() if self.peek() != "{" else self.bracketed()
             else:
                 power = self.argument(signed=True)
-        bracket = self.peek() in _CLOSERS and self.peek() != "|"
+        bracket = self.peek() in CLOSERS and self.peek() != "|"
         argument = self.bracketed() if bracket else self.product(implicit=True)
         if power == Node("neg", (number("1"),)) and "arc" + name in FUNCTIONS:
             name, power = "arc" + name, None
@@ -303,20 +299,19 @@ class _Parser:
         opener = self.next()
         outer = self.bars, self.such
         self.bars, self.such = int(opener == "|"), opener == r"\{"
-        if (close := self.accept(*_CLOSERS[opener])) and opener != "|":
+        if opener != "|" and (close := self.accept(CLOSERS[opener][0])):
             content: Node | None = None
         else:
             content = self.answer()
             if opener == r"\{" and self.accept("|", r"\mid", ":"):
-                content = Node("such", (content, self.answer()))
-            close = self.accept(*_CLOSERS[opener])
+                content = _such(content, self.answer())
+            close = self.accept(*CLOSERS[opener])
         self.bars, self.such = outer
         if not close:
             raise ParseError(f"{opener!r} is not closed")
         items = () if content is None else content.args if content.op == "list" else (content,)
         if opener == r"\{":
-            return Node("such", content.args[1:]) if content and content.op == "such" else Node(
-                "set", items)  # fmt: skip
+            return content if content and content.op == "such" else Node("set", items)
         if content is None:
             if opener == "{":
                 raise ParseError("empty group")
@@ -346,12 +341,16 @@ class _Parser:
                 rows.append([])
             elif not self.accept("&"):
                 rows[-1].append(self.answer())
-        self.raw_group()
+        if self.raw_group() != name:
+            raise ParseError(f"environment {name!r} is not closed")
         rows = [row for row in rows if row]
+        if name == "cases" and all(len(row) == 2 for row in rows):
+            return Node("list", tuple(Node("group", ("(", ")", *row)) for row in rows))
         if name in ("cases", "aligned", "align", "align*", "gathered") or (
             name == "array" and any(cell.op == "rel" for row in rows for cell in row)
         ):
-            return Node("list", tuple(node for row in rows for node in row))
+            nodes = tuple(node for row in rows for node in row)
+            return nodes[0] if len(nodes) == 1 else Node("list", nodes)
         if (
             ("matrix" not in name and name != "array")
             or not rows
@@ -360,13 +359,6 @@ class _Parser:
             raise ParseError(f"environment {name!r}")
         kind = "det" if name == "vmatrix" else "matrix"
         return Node(kind, tuple(Node("row", tuple(row)) for row in rows))
-
-
-_GREEK = word_set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
-    "rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi "
-    "Omega ell hbar prime angle triangle square star"
-)
 
 
 def number(token: str) -> Node:
@@ -380,6 +372,19 @@ def number(token: str) -> Node:
     )
     places = max(0, len(decimals) - int(exponent or 0))
     return Node("num", (value, places, len((whole + decimals).lstrip("0"))))
+
+
+def _such(element: Node, conditions: Node) -> Node:
+    """The set ``{element | conditions}``, as conditions only where the element is a variable."""
+    parts = conditions.args if conditions.op == "list" else (conditions,)
+    return Node("such", parts if element.op == "sym" else (element, *parts))
+
+
+def _mixed(top: list[Node], factor: Node) -> Node:
+    """1\\frac{1}{2} as 3/2, before a sign as well: the integer is taken off the factors."""
+    if factor.op in ("percent", "degree"):
+        return Node(factor.op, (_mixed(top, factor.args[0]),))
+    return Node("add", (top.pop(), factor)) if _is_proper(factor) else factor
 
 
 def _is_proper(node: Node) -> bool:

@@ -9,32 +9,56 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from evaluate import CONSTANTS, Undecided, equal, exact, symbols, value
+from evaluate import CONSTANTS, Undecided, equal, exact, has, symbols, value
 from tree import Node
 
 MIN_SIGNIFICANT, MIN_PLACES = 6, 4
+FLOAT_DIGITS = 16  # the last one of a printed float is rounding
 
 
 def same_values(a: Node, b: Node) -> bool:
     """Whether two expressions have the same value, percent signs and decimals understood."""
     if "ratio" in (a.op, b.op) and max(len(a.args), len(b.args)) > 2:
         return a.op == b.op and _same_ratios(a, b)
-    if (a.op == "percent") != (b.op == "percent"):
-        bare_a, bare_b = (side.args[0] if side.op == "percent" else side for side in (a, b))
-        if same_values(bare_a, bare_b):
-            return True
-    if (a.op == "degree") != (b.op == "degree"):
-        bare_a, bare_b = (side.args[0] if side.op == "degree" else side for side in (a, b))
-        if same_values(bare_a, bare_b):
-            return True
+    bare_a, bare_b = _without_sign(a), _without_sign(b)
+    if bool(bare_a) != bool(bare_b) and same_values(bare_a or a, bare_b or b):
+        return True
     exact_a, exact_b = exact(a), exact(b)
     if exact_a is not None and exact_b is not None:
         return exact_a == exact_b or _abbreviates(a, b, exact_a, exact_b)
+    if {a.op, b.op} == {"sym", "mul"} and _letters(a) == _letters(b) != ["p", "i"]:
+        return True  # \text{red} and the product of r, e and d
     if a.op == b.op == "sym" and not {a.args[0], b.args[0]} <= CONSTANTS.keys():
         return _same_symbols(a.args[0], b.args[0])
     if equal(a, b):
         return True
+    if not (has(a, "fn", "ln") or has(b, "fn", "ln")):
+        common_a, common_b = _common_logarithms(a), _common_logarithms(b)
+        if (common_a, common_b) != (a, b) and equal(common_a, common_b):
+            return True
     return not (symbols(a) or symbols(b)) and _abbreviates(a, b, exact_a, exact_b)
+
+
+def _without_sign(node: Node) -> Node | None:
+    """A tree without the % or ° at its end, or None if it has none."""
+    if node.op == "neg" and (inner := _without_sign(node.args[0])):
+        return Node("neg", (inner,))
+    return node.args[0] if node.op in ("percent", "degree") else None
+
+
+def _common_logarithms(node: Node) -> Node:
+    """The tree with the other reading of \\log without a base: 10 where it was e."""
+    args = tuple(_common_logarithms(arg) if isinstance(arg, Node) else arg for arg in node.args)
+    if node.op == "fn" and args[0] == "log" and len(args) == 2:
+        args = ("lg", args[1])
+    return Node(node.op, args)
+
+
+def _letters(node: Node) -> list[object]:
+    """The letters of a word, or of a product of variables."""
+    if node.op == "sym":
+        return list(node.args[0])
+    return [part.args[0] if part.op == "sym" else None for part in node.args]
 
 
 def _same_symbols(a: str, b: str) -> bool:
@@ -63,16 +87,17 @@ def _abbreviates(a: Node, b: Node, exact_a: Fraction | None, exact_b: Fraction |
         written, places, significant = number
         if significant < MIN_SIGNIFICANT or places < MIN_PLACES:
             continue
-        unit = Fraction(1, 10**places)
+        units = 10 if significant >= FLOAT_DIGITS else 1
         if other_exact is not None:
-            if abs(written - other_exact) < unit and _decimal(other) is None:
+            if abs(written - other_exact) < Fraction(units, 10**places) and _decimal(other) is None:
                 return True
             continue
         try:
             exact_value = value(other)
         except Undecided:
             continue
-        if abs(exact_value - written.numerator / _mpf(written.denominator)) < _mpf(1) / 10**places:
+        difference = abs(exact_value - written.numerator / _mpf(written.denominator))
+        if difference < _mpf(units) / 10**places:
             return True
     return False
 

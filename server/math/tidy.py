@@ -1,0 +1,115 @@
+r"""One tree for what answers write in several ways, and the names that answers give to values."""
+
+from __future__ import annotations
+
+from evaluate import find
+from tree import Node
+from vocabulary import word_set
+
+COLLECTIONS = ("list", "set", "group", "matrix", "det")
+_NAMES = word_set("apply fn abs div ratio degree pow mul matrix row cap cup")
+
+
+def tidy(node: Node) -> Node:
+    r"""Without what doesn't change an answer: approximations after ``\approx``, ``\pm`` written
+    out as a list, matrices with arithmetic left to do, one layer of a list of one."""
+    if node.op == "rel" and "~" in node.args[0]:
+        first = node.args[0].index("~")
+        operators, sides = node.args[0][:first], node.args[1 : first + 2]
+        node = Node("rel", (operators, *sides)) if operators else sides[0]
+    if node.op == "rel" and "==" in node.args[0]:
+        operators = tuple("=" if op == "==" else op for op in node.args[0])
+        node = Node("rel", (operators, *node.args[1:]))
+    signs = len([*find(node, "pm"), *find(node, "mp")])
+    point = signs == 1 and node.op == "group" and node.args[0] == "("  # (0, \pm 5)
+    if point or (signs and node.op not in COLLECTIONS):
+        node = Node("list", (_choose(node, "pm"), _choose(node, "mp")))
+    if node.op == "mul" and [arg.op for arg in node.args] == ["sym", "group"]:
+        point, at = node.args  # P(1, 2)
+        node = Node("rel", (("=",), point, at)) if point.args[0].isupper() else node
+    node = _linear(node)
+    if node.op == "sym" and node.args[0] == "{}":
+        return Node("set", ())
+    if node.op == "add" and len(node.args) == 2 and node.args[1].op == "neg":
+        (excluded,) = node.args[1].args
+        node = Node("minus", (node.args[0], excluded)) if excluded.op == "set" else node
+    if node.op in ("list", "set"):
+        items = []
+        for item in map(tidy, node.args):
+            flat = item.op == "list"
+            items += item.args if flat else [item]
+        node = Node(node.op, _share_names(items))
+    return node
+
+
+def _linear(node: Node) -> Node:
+    """Multiples and sums of matrices written out as one matrix."""
+    if node.op not in ("mul", "div", "neg", "add"):
+        return node
+    args = [_linear(arg) for arg in node.args]
+    matrices = [arg for arg in args if arg.op == "matrix"]
+    shapes = {tuple(len(row.args) for row in matrix.args) for matrix in matrices}
+    whole = len(matrices) == len(args) if node.op == "add" else len(matrices) == 1
+    if len(shapes) != 1 or not whole or (node.op == "div" and args[0] is not matrices[0]):
+        return node
+    rows = [
+        Node("row", tuple(
+            Node(node.op, tuple(arg.args[i].args[j] if arg.op == "matrix" else arg for arg in args))
+            for j in range(width)
+        ))
+        for i, width in enumerate(*shapes)
+    ]  # fmt: skip
+    return Node("matrix", tuple(rows))
+
+
+def _choose(node: Node, plus: str) -> Node:
+    """The tree with every plus-minus sign settled: ``plus`` becomes +, the other one -."""
+    args = tuple(_choose(arg, plus) if isinstance(arg, Node) else arg for arg in node.args)
+    if node.op in ("pm", "mp"):
+        return args[0] if node.op == plus else Node("neg", args)
+    return Node(node.op, args)
+
+
+def _share_names(items: list[Node]) -> tuple[Node, ...]:
+    r"""``x = 1, 2`` or ``x \ne 1, 2``: the name of the first belongs to all."""
+    first, *rest = items or [Node("list", ())]
+    if first.op == "rel" and rest and all(item.op != "rel" for item in rest):
+        if first.args[0] == ("=",) and name_of(first):
+            return (first.args[-1], *rest)
+        if first.args[0] == ("!=",):
+            return (first, *(Node("rel", (("!=",), first.args[1], item)) for item in rest))
+    return tuple(items)
+
+
+def name_of(node: Node) -> Node | None:
+    """What a ``name = value`` relation names, or None: a symbol, f(x), AB/CD, |AB|, (x, y)."""
+    if node.op != "rel" or set(node.args[0]) != {"="}:
+        return None
+    first, last = node.args[1], node.args[-1]
+    if _is_name(first):
+        return first
+    return last if last.op == "sym" and _is_name(last) else None
+
+
+def _is_name(node: Node) -> bool:
+    if node.op == "sym":
+        return node.args[0] not in ("pi", "oo", "{}")
+    if node.op == "group":
+        return len(node.args) > 2 and all(map(_is_name, node.args[2:]))
+    if node.op in _NAMES:
+        return all(
+            _is_name(arg) or (arg.op == "num" and node.op in ("pow", "apply")) or arg.op == "rel"
+            for arg in node.args if isinstance(arg, Node)
+        )  # fmt: skip
+    return False
+
+
+def value_of(node: Node) -> Node:
+    """The value of a ``name = … = value`` relation."""
+    first, last = node.args[1], node.args[-1]
+    return last if _is_name(first) else first
+
+
+def is_numbered(name: Node) -> bool:
+    """x_1, x_2 name the solutions of one equation: their order means nothing."""
+    return name.op == "sym" and "_" in name.args[0]

@@ -1,0 +1,85 @@
+"""The unit at the end of an answer: taken off, and compared by name."""
+
+from __future__ import annotations
+
+import re
+
+from phrases import POWERS
+from vocabulary import word_set
+
+UNITS = word_set(
+    "mm cm dm km kg mg lb lbs oz ft mi yd hr hrs min mins sec secs ms mph kmh km/h m/s "
+    "cents weeks days hours minutes seconds years months meters metres feet inches miles grams "
+    "units dollars am pm a.m p.m AM PM mL kPa kHz kW kN kJ"
+)
+_UNIT = re.compile(
+    r"(?:(?<=[\d})\]!a-z%]) ?\\text\{(?P<text>[^{}]*)\}"
+    r"|(?<=[\d})]) ?(?P<known>"
+    + "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
+    + r")"
+    r"|(?<=[\d})]) (?P<words>[A-Za-z]{3,}(?: [A-Za-z]+){0,4})"
+    r")(?P<power>\^\{?-?\d\}?)?\Z"
+)
+_ANGLES = ("", "rad", "°c", "°f")
+_QUOTIENT = re.compile(r"(?:\\frac\{)?\\text\{([^{}]+)\}(?:\}\{|/)\\text\{([^{}]+)\}\}?\Z")
+_UNIT_NAMES = {
+    "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m",
+    "metre": "m", "kilometer": "km", "kilometre": "km", "inche": "in", "inch": "in",
+    "feet": "ft", "foot": "ft", "mile": "mi", "gram": "g", "kilogram": "kg", "second": "s",
+    "sec": "s", "minute": "min", "hour": "h", "hr": "h", "unit": "", "liter": "l", "litre": "l",
+    "pound": "lb", "yard": "yd", "usd": "dollar", "buck": "dollar", "mph": "mi/h", "kmh": "km/h",
+    "kph": "km/h", "newton": "n", "joule": "j", "watt": "w", "volt": "v", "radian": "rad",
+    "milliliter": "ml", "millilitre": "ml", "ounce": "oz", "mole": "mol", "eur": "euro",
+}  # fmt: skip
+
+
+def split_unit(text: str) -> tuple[str, str]:
+    r"""A normalised answer without the unit at its end, and that unit ("" if there is none).
+
+    >>> split_unit(r"10\text{cm}^2")
+    ('10', 'cm^2')
+    """
+    text = _QUOTIENT.sub(r"\\text{\1/\2}", text)
+    match = _UNIT.search(text[-80:]) if len(text) > 1 else None
+    if not match:
+        return text, ""
+    body = text[: len(text) - len(match[0])].replace(f"{match[0]},", ",").strip()
+    if not body or body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body):
+        return text, ""
+    name = (match["text"] or match["known"] or match["words"] or "").lower().strip()
+    power = (match["power"] or "").strip("^{}")
+    if square := re.match(r"(sq(?:uare|\.)?|cubic|cu\.?) ", name):
+        power, name = ("2" if square[1][0] == "s" else "3"), name[square.end() :]
+    power_word, _, rest = name.partition(" ")
+    if power_word in POWERS:  # 5 million people
+        body, name = rf"{body}\cdot10^{{{POWERS[power_word]}}}", rest
+    name = "/".join(map(_singular, re.sub(r"[\s.]", "", name.replace(" per ", "/")).split("/")))
+    return body, f"{name}^{power}" if name and power else name
+
+
+def _singular(name: str) -> str:
+    name = _UNIT_NAMES.get(name, name)
+    if len(name) > 2 and name.endswith("s"):
+        name = _UNIT_NAMES.get(name[:-1], name[:-1])
+    return name
+
+
+def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
+    r"""Both normalised answers without their units, and whether these contradict each other.
+
+    A unit on one side only is no contradiction: ``5`` equals ``5\text{m}``, and so does ``5 m``.
+    """
+    (gold_body, gold_unit), (pred_body, pred_unit) = split_unit(gold), split_unit(pred)
+    if gold_unit and not pred_unit:
+        pred_body = _without(pred_body, gold_unit)
+    elif pred_unit and not gold_unit:
+        gold_body = _without(gold_body, pred_unit)
+    if gold_unit and pred_unit:
+        return gold_body, pred_body, gold_unit != pred_unit
+    signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in (gold_body, pred_body)]
+    return gold_body, pred_body, signs[0] != signs[1] and gold_unit + pred_unit not in _ANGLES
+
+
+def _without(body: str, unit: str) -> str:
+    shorter = body[: -len(unit)].rstrip()
+    return shorter if body.lower().endswith(unit) and re.search(r"[\d})]\Z", shorter) else body
