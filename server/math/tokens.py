@@ -12,7 +12,7 @@ _TOKEN = re.compile(
     r"|(?P<cmd>\\[A-Za-z]+|\\.)|(?P<word>[A-Za-z]+)|(?P<space> +)|(?P<op>.)"
 )
 _THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?!,?\d)")
-_WORDS = FUNCTIONS | {"pi"} | {name for name in GREEK if len(name) > 2} - {"prime"}
+_WORDS = FUNCTIONS | {"pi"} | {name for name in GREEK if len(name) > 2}
 
 
 class ParseError(ValueError):

@@ -276,7 +276,7 @@ class _Parser:
             return Node("sym", (f"set:{self.raw_group()}",))
         if token in vocabulary.SYMBOLS:
             return Node("sym", (vocabulary.SYMBOLS[token],))
-        if name in vocabulary.GREEK:
+        if name in vocabulary.NAMES:
             return Node("sym", (token,))
         raise ParseError(f"unknown command {token!r}")
 

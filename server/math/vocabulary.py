@@ -16,8 +16,9 @@ FUNCTIONS = word_set(
 GREEK = word_set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
     "rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi "
-    "Omega ell hbar prime angle triangle square star circ det dim"
+    "Omega"
 )
+NAMES = GREEK | word_set("ell hbar prime angle triangle square star circ det dim")
 ACCENTS = word_set(
     r"\vec \hat \bar \overline \tilde \ddot \overrightarrow \widehat \underline \dot"
 )
