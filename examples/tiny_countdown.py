@@ -25,12 +25,9 @@ import random
 from pathlib import Path
 
 import pandas as pd
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from tiny_model import argument_parser, probability, write
 
 LIMIT = 100  # all numbers, targets and results lie below: one token each
-EOS, PAD, UNK = "<|endoftext|>", "<|pad|>", "<|unk|>"
 SYMBOLS = [
     *"+-*/()=:;",
     "yes",
@@ -51,44 +48,9 @@ OPS = {
 }
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; decoding joins words with spaces, so that nothing is lost either way."""
-    words = [PAD, EOS, UNK, *SYMBOLS, *map(str, range(LIMIT)), *(f"={n}" for n in range(LIMIT))]
-    vocab = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=EOS,
-        pad_token=PAD,
-        unk_token=UNK,
-        clean_up_tokenization_spaces=False,
-        model_max_length=1024,
-    )
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Qwen3ForCausalLM:
-    """A randomly initialised Qwen3 with heads of size 32, the smallest that vLLM runs.
-
-    Not a Qwen2: next to a Qwen2, AutoTokenizer replaces any tokenizer by Qwen2's byte-level one.
-    The normalised queries and keys of a Qwen3 also learn this task in fewer steps.
-    """
-    torch.manual_seed(args.seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=args.hidden_size // 32,
-        num_key_value_heads=args.hidden_size // 32,
-        head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config)
+def vocabulary() -> list[str]:
+    """Every word that a problem or a trace may hold."""
+    return [*SYMBOLS, *map(str, range(LIMIT)), *(f"={n}" for n in range(LIMIT))]
 
 
 def results(a: int, b: int) -> list[tuple[int, str, int, int]]:
@@ -131,10 +93,10 @@ def make_trace(numbers: list[int], target: int, give_up: float, rng: random.Rand
     return " ".join([*words, f"stop </think> <answer> {answer} </answer>"])
 
 
-def sft_frame(problems: pd.DataFrame, args: argparse.Namespace) -> pd.DataFrame:
+def warm_up(problems: pd.DataFrame, args: argparse.Namespace) -> list[tuple[str, str]]:
     """``--sft_size`` prompts with traces; every training problem is used about equally often."""
     rng = random.Random(args.seed)
-    rows: list[dict[str, str]] = []
+    rows: list[tuple[str, str]] = []
     records = problems.to_dict("records")
     while len(rows) < args.sft_size:
         rng.shuffle(records)
@@ -142,9 +104,8 @@ def sft_frame(problems: pd.DataFrame, args: argparse.Namespace) -> pd.DataFrame:
             truth = record["reward_model"]["ground_truth"]
             numbers = [int(n) for n in truth["numbers"]]
             give_up = 0.0 if rng.random() < args.patient else args.give_up
-            trace = make_trace(numbers, int(truth["target"]), give_up, rng)
-            rows.append({"prompt": record["prompt"], "response": trace})
-    return pd.DataFrame(rows)
+            rows.append((record["prompt"], make_trace(numbers, int(truth["target"]), give_up, rng)))
+    return rows
 
 
 def read_problems(path: Path) -> pd.DataFrame:
@@ -174,36 +135,16 @@ def read_problems(path: Path) -> pd.DataFrame:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the model and the warm-up text."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argument_parser(__doc__.partition("\n")[0], sft_size=44800)
     add = parser.add_argument
     add("--local_dir", required=True, help="holds train.parquet; gets model/ and sft.parquet")
-    add("--seed", type=int, default=0, help="of the initial weights and of the traces")
-    add("--sft_size", type=int, default=44800, help="warm-up examples")
-    add("--give_up", type=float, default=0.8, help="probability after each failed first operation")
-    add("--patient", type=float, default=0.2, help="share of the traces that never give up")
-    add("--hidden_size", type=int, default=96, help="a multiple of 32, the size of a head")
-    add("--intermediate_size", type=int, default=256, help="width of the feed-forward layers")
-    add("--num_layers", type=int, default=2, help="decoder layers")
+    add("--give_up", type=probability, default=0.8, help="after each failed first operation")
+    add("--patient", type=probability, default=0.2, help="share of the traces that never give up")
     args = parser.parse_args(argv)
-    if args.hidden_size % 32:
-        parser.error("--hidden_size must be a multiple of 32, the size of a head")
-    if not (0 <= args.give_up <= 1 and 0 <= args.patient <= 1):
-        parser.error("--give_up and --patient are probabilities")
 
     folder = Path(args.local_dir).expanduser()
     problems = read_problems(folder / "train.parquet")
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, args)
-    tokenizer.save_pretrained(folder / "model")
-    model.save_pretrained(folder / "model")
-    frame = sft_frame(problems, args)
-    frame.to_parquet(folder / "sft.parquet", index=False)
-    print(f"{folder / 'model'}: {model.num_parameters():,} parameters, {len(tokenizer)} words")
-    example = " ".join(frame.iloc[0])
-    print(f"{folder / 'sft.parquet'}: {len(frame)} examples, {example!r}, …")
+    write(folder, vocabulary(), warm_up(problems, args), args)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ STEERING = (
     "BASE_MODEL",
     "DATA_DIR",
     "RAY_ADDRESS",
+    "MATH_SERVER_URL",
 )
 
 # (loss_agg_mode, use_grpopp, use_dr_grpo, alpha)
@@ -38,6 +39,7 @@ EXPERIMENTS = {
 }
 # Names as in METHODS, and the method that quickstart.sh runs by default.
 QUICKSTART = {**METHODS, "delta-l-norm": ("token-mean", True, False, 0.75)}
+MATH_TINY = "math-tiny-delta-l-norm-alpha-0.75"
 
 COMMON = {
     "algorithm.adv_estimator": "grpo",
@@ -150,13 +152,14 @@ def method(config: dict[str, Any]) -> tuple[str, bool, bool, float | None]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """Every experiment, and every method of the quick start; side by side, as each takes a second
-    or two."""
+    """Every experiment, every method of the quick start, and its counterpart for math; side by
+    side, as each takes a second or two."""
     out = tmp_path_factory.mktemp("quickstart") / "out"
     calls = {name: (name,) for name in EXPERIMENTS} | {
         f"quickstart {name}": ("quickstart", "--method", name, "--out", str(out))
         for name in QUICKSTART
     }
+    calls[MATH_TINY] = (MATH_TINY, "--out", str(out))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = dict(zip(calls, pool.map(lambda call: dry_run(*call), calls.values()), strict=True))
     assert not out.exists(), "DRY_RUN makes nothing"
@@ -165,7 +168,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 
 def test_no_script_is_left_out() -> None:
     found = {path.stem for path in SCRIPTS.glob("*.sh")}
-    assert found == {*EXPERIMENTS, "quickstart", "_common"}
+    assert found == {*EXPERIMENTS, "quickstart", MATH_TINY, "_common", "_tiny"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -195,6 +198,21 @@ def test_quickstart(results: dict[str, Result], name: str) -> None:
     assert config["trainer.device"] == "cpu"
     assert config["trainer.default_local_dir"].endswith(config["trainer.experiment_name"])
     assert config["actor_rollout_ref.model.path"].endswith("/sft/huggingface")
+
+
+def test_math_tiny_starts_a_server_unless_one_is_named(results: dict[str, Result]) -> None:
+    out = str(Path(resolved(results[MATH_TINY])["trainer.default_local_dir"]).parent)
+    named = dry_run(MATH_TINY, "--out", out, MATH_SERVER_URL="http://127.0.0.1:7284")
+    own, other = resolved(results[MATH_TINY]), resolved(named)
+    autostart = "reward_model.math_server.autostart"
+    assert (own.pop(autostart), other.pop(autostart)) == (True, False)
+    assert own == other, "the same run, in the same folder"
+    assert method(own) == EXPERIMENTS["math-3b-delta-l-norm-alpha-0.75"]
+    assert own["custom_reward_function.path"] is None
+    assert own["trainer.project_name"] == "math-tiny"
+    # What test_tiny_math.py takes for granted.
+    limits = ("data.max_prompt_length", "data.max_response_length")
+    assert [own[key] for key in limits] == [32, 160]
 
 
 def test_quickstart_runs_that_differ_have_folders_of_their_own(results: dict[str, Result]) -> None:
@@ -229,10 +247,12 @@ def test_quickstart_rejects_wrong_options(arguments: tuple[str, ...], message: s
     assert message in result.stderr
 
 
-def test_quickstart_help() -> None:
-    result = dry_run("quickstart", "--help")
+@pytest.mark.parametrize("name", ["quickstart", MATH_TINY])
+def test_help_is_the_text_at_the_top_of_the_script(name: str) -> None:
+    result = dry_run(name, "--help")
     assert result.returncode == 0 and "--method" in result.stdout
-    assert "#" not in result.stdout and "set -" not in result.stdout
+    assert f"bash train_scripts/{name}.sh" in result.stdout
+    assert "#" not in result.stdout and "source" not in result.stdout
 
 
 def test_variables_arguments_and_working_directory(tmp_path: Path) -> None:
