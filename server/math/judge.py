@@ -7,6 +7,8 @@ import collections
 import functools
 import hashlib
 import logging
+import math
+import time
 from collections.abc import Sequence
 
 import equivalence
@@ -18,10 +20,12 @@ LIMITS = {
     "timeout": Verdict(False, "limit", "timeout"),
     "memory": Verdict(False, "limit", "memory"),
     "died": Verdict(False, "crash", "memory"),
-    "error": Verdict(False, "error", "unparsable"),
+    "error": Verdict(False, "error", "error"),
 }
 SAME = Verdict(True, "identical", "ok")
 TOO_LONG = Verdict(False, "length", "unparsable")
+LIMITS_REMEMBERED_S = 300.0
+"""A pair that ran into its limits gets another chance, but not while its batch is sent again."""
 QUICK_CHARS = 300
 """The quick stages take time with the length: longer strings leave the event loop at once."""
 PAIRS_PER_TURN = 32
@@ -39,7 +43,10 @@ class Judge:
 
     def __init__(self, pool: Pool, max_chars: int, cache_size: int) -> None:
         self.pool, self.max_chars, self.cache_size = pool, max_chars, cache_size
-        self.cache: collections.OrderedDict[bytes, Verdict] = collections.OrderedDict()
+        self.cache: collections.OrderedDict[bytes, tuple[Verdict, float]] = (
+            collections.OrderedDict()
+        )
+        """The verdict, and until when it holds."""
         self.running: dict[bytes, asyncio.Future[Outcome]] = {}
         self.sources: collections.Counter[str] = collections.Counter()
         """Pairs by who knew the answer: quick, cache, running (another request's job), pool."""
@@ -80,11 +87,13 @@ class Judge:
         item = _quick(gold, pred) if length <= QUICK_CHARS else _digest(gold, pred)
         if isinstance(item, Verdict):
             self.sources["quick"] += 1
-        elif verdict := self.cache.get(item):
-            self.cache.move_to_end(item)
-            self.sources["cache"] += 1
-            return verdict
-        return item
+            return item
+        verdict, until = self.cache.get(item, (item, 0.0))
+        if until < time.monotonic():
+            return item
+        self.cache.move_to_end(item)
+        self.sources["cache"] += 1
+        return verdict
 
     def _submit(self, jobs: dict[bytes, tuple[str, str]]) -> dict[bytes, asyncio.Future[Outcome]]:
         """The future of each job: all of them or, where the queue is too full, `PoolFull`."""
@@ -99,16 +108,16 @@ class Judge:
         return {key: self.running[key] for key in jobs}
 
     def _remember(self, key: bytes, future: asyncio.Future[Outcome]) -> None:
-        """Keep what will not change: a job over its limits gets another chance."""
+        """Keep what will not change; a job over its limits for a while."""
         del self.running[key]
         if future.cancelled() or future.exception():
             return
         outcome = future.result()
         if outcome.kind == "error":
             log.error("equivalence.judge raised %r", outcome.value)
-        verdict = _verdict(outcome)
-        if verdict.status in ("ok", "unparsable"):
-            self.cache[key] = verdict
+        if outcome.kind in ("ok", "timeout", "memory"):
+            until = time.monotonic() + (math.inf if outcome.kind == "ok" else LIMITS_REMEMBERED_S)
+            self.cache[key] = _verdict(outcome), until
             while len(self.cache) > self.cache_size:
                 self.cache.popitem(last=False)
 
@@ -116,8 +125,12 @@ class Judge:
 @functools.lru_cache(maxsize=20_000)
 def _quick(gold: str, pred: str) -> Verdict | bytes:
     """The verdict of the quick stages, or the pair's key; remembered, as pairs come again."""
-    verdict = equivalence.quick(gold, pred)
-    return verdict or _digest(*equivalence.cache_key(gold, pred))
+    try:
+        verdict = equivalence.quick(gold, pred)
+        return verdict or _digest(*equivalence.cache_key(gold, pred))
+    except Exception:  # hostile input found a bug: the pair's job will meet it, and nobody else
+        log.exception("the quick stages failed")
+        return _digest(gold, pred)
 
 
 def _verdict(outcome: Outcome) -> Verdict:

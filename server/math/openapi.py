@@ -15,7 +15,7 @@ VERDICT = {
         "equal": {"type": "boolean", "description": "False unless shown to be equal"},
         "how": {**TEXT, "description": "The stage that decided, e.g. identical or symbolic"},
         "status": {
-            "enum": ["ok", "timeout", "memory", "unparsable"],
+            "enum": ["ok", "timeout", "memory", "unparsable", "error"],
             "description": "timeout, memory: a limit was reached before a decision",
         },
     },

@@ -206,9 +206,9 @@ class Service:
         start = time.monotonic()
         await self.pool.start()
         log.info("%d workers ready in %.1f s", self.pool.size, time.monotonic() - start)
-        if self.settings.stop_at_end_of_input:
-            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _end_with_input)
         try:
+            if self.settings.stop_at_end_of_input:
+                asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _end_with_input)
             yield
         finally:
             await self.pool.close()
@@ -289,8 +289,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     server = Server(config)
     server.service = service
-    # Bound before the workers start: a port in use is an error at once.
+    # Open before the workers start: a port in use is an error at once, and who comes early waits.
     with config.bind_socket() as listener:
+        try:
+            listener.listen(config.backlog)  # two sockets may be bound to a port, one may listen
+        except OSError as error:
+            sys.exit(f"server.py: {settings.host}:{settings.port}: {error.strerror}")
         server.run([listener])
     sys.exit(0 if server.started else 1)
 

@@ -150,7 +150,7 @@ class _Parser:
                 (bottom if token in ("/", r"\div") else top).append(self.factor(signed=True))
             elif self._starts_factor(token) and not (implicit and token[1:] in FUNCTIONS):
                 previous = self.tokens[self.at - 1] if top[-1].op == "num" else ""
-                if token[0].isdigit() and previous[:1].isdigit():
+                if token[0] in "0123456789" and previous[:1].isdigit():
                     raise TooComplex("two numbers side by side")
                 factor = self.factor()
                 if previous.isdigit() and token == r"\frac":
@@ -230,7 +230,7 @@ class _Parser:
         if token in CLOSERS and not (token == "|" and self.bars):
             return self.bracketed()
         self.next()
-        if token[0].isdigit() or (token[0] == "." and len(token) > 1):
+        if token[0] in "0123456789" or (token[0] == "." and len(token) > 1):
             return number(token)
         if token.isalpha():
             name = token

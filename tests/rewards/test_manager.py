@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from verl.protocol import Prompt, Sample
 from verl.rewards import compute_score
+from verl.rewards.errors import RewardError
 from verl.rewards.manager import RewardManager, load_function, overlong_penalty
 from verl.trainer.config.schema import CustomRewardConfig, OverlongBufferConfig, RewardModelConfig
 
@@ -233,3 +234,37 @@ def test_dapo_without_buffer():
     one = sample("<answer> 3 * 8 </answer>")
     manager(RewardModelConfig(reward_manager="dapo"), max_response_length=5).score([one])
     assert (one.reward, one.extras) == (1, {"acc": 1})
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("code", ["exit(3)", "raise KeyboardInterrupt"])
+def test_a_function_that_ends_the_process_is_an_error_like_any_other(tmp_path, threads, code):
+    function = custom(tmp_path, f"def compute_score(*arguments):\n    {code}\n")
+    rewards = manager(RewardModelConfig(num_workers=threads), function)
+    with pytest.raises(RewardError, match=r"SystemExit|KeyboardInterrupt"):
+        rewards.submit([sample("3")]).result(timeout=60)
+    rewards.close()
+
+
+def test_an_async_function_is_awaited(tmp_path):
+    code = """
+    import asyncio
+
+    async def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+        await asyncio.sleep(0.01)
+        return float(solution_str)
+    """
+    samples = [sample("3"), sample("8")]
+    rewards = manager(RewardModelConfig(num_workers=1), custom(tmp_path, code))
+    rewards.score(samples)
+    rewards.close()
+    assert [s.score for s in samples] == [3, 8]
+
+
+def test_what_cannot_be_scored_is_named_before_anything_starts(tmp_path):
+    prompts = [sample("3").prompt, sample("3", 7, "gpqa", "many").prompt]
+    with pytest.raises(ValueError, match=r"row 7: the ground truth of gpqa must be a letter"):
+        manager().connect(prompts, tmp_path)
+    with pytest.raises(ValueError, match="'sudoku'"):
+        manager().connect([sample("3", data_source="sudoku").prompt], tmp_path)
+    manager().connect([sample("3").prompt], tmp_path)  # needs no server

@@ -19,7 +19,7 @@ import numpy as np
 from verl.protocol import Prompt, Sample
 from verl.rewards import RewardFunction, check_data_source, compute_score
 from verl.rewards.errors import RewardError, RewardServerError
-from verl.rewards.math_answer import MATH_SOURCES
+from verl.rewards.math_answer import MATH_SOURCES, reference
 from verl.rewards.math_http import MathServer
 from verl.trainer.config.schema import CustomRewardConfig, OverlongBufferConfig, RewardModelConfig
 
@@ -34,7 +34,7 @@ class RewardManager:
     Example::
 
         manager = RewardManager(config.reward_model, config.custom_reward_function, tokenizer, 8192)
-        manager.connect(["countdown"], run_folder)
+        manager.connect(prompts, run_folder)
         scoring = manager.submit(samples)
         scoring.result()                          # waits
         samples[0].score, samples[0].reward, samples[0].extras  # 1.0, 1.0, {"acc": 1.0}
@@ -72,20 +72,27 @@ class RewardManager:
         self._places = asyncio.Semaphore(config.num_workers)
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def connect(self, data_sources: Iterable[str], folder: Path) -> None:
-        """Makes sure that these data sources can be scored; a server that it starts keeps its log
-        in `folder`.
+    def connect(self, prompts: Iterable[Prompt], folder: Path) -> None:
+        """Makes sure that responses to these prompts can be scored; a server that it starts keeps
+        its log in `folder`.
 
         Raises:
-            ValueError: there is no function for one of them, or the LaTeX server is none.
+            ValueError: there is no function for one of them, its ground truth is not of the form
+                that math needs, or the LaTeX server is none.
             RewardServerError: they need the LaTeX server, and there is none.
         """
         if self.custom is not None:
             return
-        sources = set(data_sources)
-        for source in sources:
-            check_data_source(source)
-        if not sources.isdisjoint(MATH_SOURCES):
+        math = False
+        for prompt in prompts:
+            check_data_source(prompt.data_source)
+            if prompt.data_source in MATH_SOURCES:
+                math = True
+                try:
+                    reference(prompt.data_source, prompt.ground_truth)
+                except ValueError as error:
+                    raise ValueError(f"row {prompt.index}: {error}") from None
+        if math:
             self._run(self.math.connect(folder / "math_server.log")).result()
 
     def submit(self, samples: list[Sample]) -> Future[list[Sample]]:
@@ -108,13 +115,15 @@ class RewardManager:
         if self._loop is not None:
             self._run(self.math.close()).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
             self._loop = None
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            Thread(target=self._loop.run_forever, name="rewards", daemon=True).start()
+            self._thread = Thread(target=self._loop.run_forever, name="rewards", daemon=True)
+            self._thread.start()
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _score(self, samples: list[Sample]) -> list[Sample]:
@@ -141,7 +150,7 @@ class RewardManager:
             result = await self._evaluate(prompt, text)
         except RewardServerError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the last two end event loops
             raise RewardError(f"{where}: {type(error).__name__}: {error}") from error
         extras = dict(result) if isinstance(result, Mapping) else {"score": result}
         if "score" not in extras:

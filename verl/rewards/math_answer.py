@@ -61,7 +61,7 @@ def compare(
     Raises:
         ValueError: the ground truth is something else, or empty, or no letter for `gpqa`.
     """
-    gold = _reference(data_source, ground_truth)
+    gold = reference(data_source, ground_truth)
     boxes = boxed_answers(solution_str)
     if not boxes:
         pred = solution_str.strip()
@@ -120,7 +120,8 @@ def choice(text: str) -> str:
     return match[0].upper() if match else ""
 
 
-def _reference(data_source: str, ground_truth: Any) -> str:
+def reference(data_source: str, ground_truth: Any) -> str:
+    """The right answer, as `compare` takes it; raises ValueError like `compare`."""
     number = isinstance(ground_truth, Real) and not isinstance(ground_truth, bool)
     text = str(ground_truth) if number else ground_truth
     if isinstance(text, str):

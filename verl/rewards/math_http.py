@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from verl.rewards.errors import RewardServerError
 from verl.rewards.math_answer import compare
@@ -27,8 +28,10 @@ HOW_TO_START = (
     "start it with `bash server/math/start.sh` (its environment: `bash setup.sh --server-only`), "
     "or let the trainer do so with reward_model.math_server.autostart=True"
 )
-UNDECIDED = ("timeout", "memory")
-"""What the server answers for a pair that it gave up on."""
+UNDECIDED = ("timeout", "memory", "error")
+"""What the server answers for a pair that it gave up on, or failed at."""
+TEMPORARY = (408, 429)
+"""Client errors that time mends: a request that came too slowly, or too soon."""
 REPORT_EVERY_S = 10.0
 START_WITHIN_S = 60.0
 ANSWER_WITHIN_S = 120.0
@@ -36,8 +39,21 @@ ANSWER_WITHIN_S = 120.0
 
 
 def server_url(config: MathServerConfig) -> str:
-    """The key `url`, else MATH_SERVER_URL of the environment, else port 6284 of this machine."""
-    return (config.url or os.environ.get("MATH_SERVER_URL") or DEFAULT_URL).rstrip("/")
+    """The key `url`, else MATH_SERVER_URL of the environment, else port 6284 of this machine.
+
+    Raises: ValueError if it is none.
+    """
+    url = (config.url or os.environ.get("MATH_SERVER_URL") or DEFAULT_URL).rstrip("/")
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return url
+    except ValueError:  # a port that is no number
+        pass
+    raise ValueError(
+        f"reward_model.math_server.url (or MATH_SERVER_URL) is {url}: give a URL such as "
+        + DEFAULT_URL
+    )
 
 
 def compute_score(
@@ -117,7 +133,7 @@ class MathServer:
         extra_info: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """`score` and `acc` (0 or 1), `pred` (the answer), and `undecided`: 1 where the server ran
-        into its limits, which counts as wrong.
+        into its limits or failed, which counts as wrong.
 
         Raises:
             ValueError: a ground truth of the wrong form, or the server refuses the pair.
@@ -186,17 +202,20 @@ class MathServer:
         body = {"pairs": [{"gold": gold, "pred": pred} for gold, pred in text]}
         started, pause = time.monotonic(), 0.1
         while True:
+            failure = self.process.failure() if self.process else None
             try:
                 response = await self._http.post(f"{self.url}/verify", json=body)
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__}: {error}".removesuffix(": ")
             else:
-                if response.status_code < 500:
+                if response.status_code < 500 and response.status_code not in TEMPORARY:
                     verdicts = self._verdicts(response, len(pairs))
                     self._answered()
                     return verdicts
                 reason = f"status {response.status_code}: {response.text[:200]}"
             waited = time.monotonic() - max(started, self._last_answer)
+            if failure and not self._last_answer:  # and nobody else answers in its place
+                raise RewardServerError(f"the LaTeX server does not start: {failure}")
             self._wait_or_raise(reason, waited, max_wait_s)
             await asyncio.sleep(min(pause * random.uniform(0.5, 1), max_wait_s))
             pause = min(2 * pause, 2.0)
@@ -205,8 +224,6 @@ class MathServer:
         """After a request without an answer: is there anything to wait for? Says so now and then,
         but not for the first second, which is ordinary."""
         if self.process is not None:
-            if not self._last_answer and (failure := self.process.failure()):
-                raise RewardServerError(f"the LaTeX server does not start: {failure}")
             self.process.start_if_dead()
         if waited >= max_wait_s:
             patience = "; reward_model.math_server.max_wait_s waits longer" if waited >= 1 else ""

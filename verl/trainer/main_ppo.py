@@ -10,7 +10,10 @@ from typing import NoReturn
 from verl.trainer.config import entry_point
 from verl.trainer.config.schema import Config
 
-RESUME = "the same command goes on from the latest checkpoint, if there is one"
+RESUME = (
+    "the same command goes on from the latest checkpoint, if there is one and trainer.resume_mode "
+    "is auto"
+)
 
 
 def run(config: Config) -> None:

@@ -244,8 +244,8 @@ class MathServerConfig(Section):
     """Seconds to wait for a server that went away; then the run stops, with a checkpoint."""
     max_answer_length: int = number(30, 0)
     """Characters; a longer answer is wrong unless it is identical to the reference."""
-    batch_size: int = number(64, 1)
-    """Pairs of one request, at most."""
+    batch_size: int = number(64, 1, 2048)
+    """Pairs of one request, at most; the server takes 2,048 unless it is told otherwise."""
     max_connections: int = number(8, 1)
     """Requests that are under way at the same time."""
 

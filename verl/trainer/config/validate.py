@@ -49,11 +49,6 @@ def validate(config: Config) -> None:
         not rewards.enable,
         "reward_model.enable=True: rewards are functions here; use custom_reward_function.path",
     )
-    url = rewards.math_server.url
-    _require(
-        url is None or url.startswith(("http://", "https://")),
-        f"reward_model.math_server.url={url}: give a URL such as http://127.0.0.1:6284",
-    )
     buffer = rewards.overlong_buffer
     if buffer.enable:
         _require(

@@ -68,7 +68,6 @@ class RayPPOTrainer:
         validates = trainer.val_before_train or trainer.val_only or trainer.test_freq > 0
         self.val_prompts = load_prompts(data.val_files, data, tokenizer) if validates else []
         train_prompts = load_prompts(data.train_files, data, tokenizer)
-        self.data_sources = {p.data_source for p in [*train_prompts, *self.val_prompts]}
         self.batches = TrainBatches(config, train_prompts, self.generate, self.rewards)
         self.steps_per_epoch = self.batches.order.steps_per_epoch
         self.total_steps = (
@@ -76,7 +75,7 @@ class RayPPOTrainer:
         )
         self.num_workers = trainer.nnodes * trainer.n_gpus_per_node
         self.checkpoints = CheckpointFolder(trainer)
-        self.step = 0
+        self.step = self.saved_step = 0
         self.validation_missing = False
         if resumed := self.checkpoints.find():
             self._load_state(self.checkpoints.read_state(resumed))
@@ -88,7 +87,7 @@ class RayPPOTrainer:
         Raises: ValueError or RewardServerError, before that, if the data can't be scored.
         """
         trainer, model = self.config.trainer, self.config.actor_rollout_ref
-        self.rewards.connect(self.data_sources, self.checkpoints.root)
+        self.rewards.connect([*self.batches.prompts, *self.val_prompts], self.checkpoints.root)
         start_ray(self.num_workers, self.config.ray_init.num_cpus)
         slots = place(trainer.nnodes, trainer.n_gpus_per_node, trainer.device)
         device = trainer.device
@@ -114,7 +113,7 @@ class RayPPOTrainer:
             if not self.resumed:
                 self.checkpoints.forget()
             new = trainer.val_before_train and not self.resumed
-            if trainer.val_only or new or self.validation_missing:
+            if trainer.val_only or new or (self.validation_missing and self.val_prompts):
                 tracking.log_validation(self.validate(), self.step)
             if trainer.val_only:
                 return
@@ -269,8 +268,9 @@ class RayPPOTrainer:
         try:
             yield
         except (RewardError, ValueError):
-            logger.error("writing a checkpoint of step %d, then stopping", self.step)
-            self._save(state)
+            if self.step not in (0, self.saved_step):  # a run without a step starts anew
+                logger.error("writing a checkpoint of step %d, then stopping", self.step)
+                self._save(state)
             raise
 
     def save_hf_model(self) -> None:
@@ -285,9 +285,10 @@ class RayPPOTrainer:
 
     def _save(self, state: dict[str, Any]) -> None:
         self.checkpoints.save(self.step, state, lambda folder: self.actor.call("save", folder))
+        self.saved_step = self.step
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+        self.step = self.saved_step = state["step"]
         self.validation_missing = state.get("validation_missing", False)
         self.batches.order.load_state_dict(state["order"])
         self.kl_controller.value = state["kl_coef"]
