@@ -7,6 +7,8 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,23 @@ def free_address() -> str:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return f"tcp://127.0.0.1:{s.getsockname()[1]}"
+
+
+@contextmanager
+def ray_cluster(*nodes: dict[str, float]) -> Iterator[str]:
+    """The address of a Ray cluster with these nodes, all on this machine; `nodes`: the resources of
+    each, `num_cpus` and `num_gpus`, which Ray only counts. Ends this process's connection, too."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    for resources in nodes:
+        cluster.add_node(include_dashboard=False, **resources)
+    try:
+        yield cluster.address
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def close(actual: Any, expected: Any, rtol: float = 1e-6, atol: float = 1e-7) -> None:

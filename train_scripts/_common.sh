@@ -1,10 +1,14 @@
-# Sourced by the scripts beside it: what the CountDown and the math experiments have in common.
+# Sourced by the scripts here and in recipe/dapo: what the CountDown and the math experiments have in
+# common, and how a run starts.
 #
 # Environment (the defaults in brackets):
-#   N_GPUS      GPUs of each node [4]
-#   NNODES      nodes; more than 1 need a running Ray cluster, named by RAY_ADDRESS [1]
+#   N_GPUS      GPUs of each node [4; the scripts of recipe/dapo: 8]
+#   NNODES      nodes; more than 1 need a running Ray cluster [1]
 #   MODEL_PATH  model folder or hub name; BASE_MODEL is another name for it [Qwen/Qwen2.5-3B]
 #   DATA_DIR    folder of the parquet files [~/data/countdown_nochat, ~/data/open_reasoner_zero_nochat]
+#   RAY_ADDRESS a running Ray cluster to join, as host:port [none: a Ray that ends with the run]
+#   SUBMIT      1: send the run to the job server of a cluster, an http address in RAY_ADDRESS
+#               [http://127.0.0.1:8265], and follow it; docs/dapo.md tells what travels along
 #   VERL_PYTHON or PYTHON
 #               interpreter [.venv/bin/python of this repository where there is one, else python3]
 #   DRY_RUN     1: print the resolved configuration as YAML and stop
@@ -24,74 +28,127 @@ fi
 # The working directory stays the caller's, so that relative paths mean what they say.
 export PYTHONPATH=$REPO${PYTHONPATH:+:$PYTHONPATH}
 
-# run_countdown OVERRIDE…
+# --- Settings ---------------------------------------------------------------------------------------
+
+# Of all experiments. A run is named after its script.
+COMMON=(
+  algorithm.adv_estimator=grpo
+  algorithm.kl_ctrl.kl_coef=0.0
+  data.train_batch_size=128
+  data.filter_overlong_prompts=True
+  data.apply_chat_template=False
+  "actor_rollout_ref.model.path='${MODEL_PATH:-${BASE_MODEL:-Qwen/Qwen2.5-3B}}'"
+  actor_rollout_ref.model.use_remove_padding=True
+  actor_rollout_ref.actor.optim.lr=1e-6
+  actor_rollout_ref.actor.ppo_mini_batch_size=32
+  actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4
+  actor_rollout_ref.actor.clip_ratio_low=0.2
+  actor_rollout_ref.actor.clip_ratio_high=0.3
+  actor_rollout_ref.actor.entropy_coeff=0.0
+  actor_rollout_ref.actor.use_kl_loss=False
+  actor_rollout_ref.actor.kl_loss_coef=0.0
+  actor_rollout_ref.actor.kl_loss_type=low_var_kl
+  actor_rollout_ref.actor.fsdp_config.param_offload=True
+  actor_rollout_ref.actor.fsdp_config.optimizer_offload=True
+  actor_rollout_ref.ref.fsdp_config.param_offload=True
+  actor_rollout_ref.rollout.name=vllm
+  actor_rollout_ref.rollout.tensor_model_parallel_size=1
+  actor_rollout_ref.rollout.gpu_memory_utilization=0.8
+  actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4
+  actor_rollout_ref.rollout.val_kwargs.n=8
+  actor_rollout_ref.rollout.val_kwargs.do_sample=True
+  actor_rollout_ref.rollout.val_kwargs.temperature=1
+  "trainer.logger=['console','wandb']"
+  trainer.project_name=LatestVerlExperiment
+  "trainer.experiment_name=$(basename -- "$0" .sh)"
+  "trainer.nnodes=${NNODES:-1}"
+  trainer.total_epochs=15
+  trainer.test_freq=50
+)
+
+# Of the ten in train_scripts.
+PPO=(
+  data.max_response_length=8192
+  actor_rollout_ref.rollout.n=10
+  actor_rollout_ref.rollout.enable_chunked_prefill=False
+  critic.optim.lr=1e-6
+  "trainer.n_gpus_per_node=${N_GPUS:-4}"
+  trainer.val_before_train=True
+  trainer.default_hdfs_dir=null
+)
+
+# Of the eight in recipe/dapo: dynamic sampling, and an overlong punishment that is off until enabled.
+DAPO=(
+  algorithm.filter_groups.enable=True
+  algorithm.filter_groups.max_num_gen_batches=10
+  data.gen_batch_size=384
+  data.max_response_length=3072
+  actor_rollout_ref.actor.clip_ratio_c=10.0
+  actor_rollout_ref.rollout.n=8
+  reward_model.overlong_buffer.len=2048
+  reward_model.overlong_buffer.penalty_factor=1.0
+  "trainer.n_gpus_per_node=${N_GPUS:-8}"
+  trainer.val_before_train=False
+  trainer.save_freq=1000
+)
+
+# --- What the scripts call: run_… OVERRIDE… ---------------------------------------------------------
+
 run_countdown() {
+  countdown verl.trainer.main_ppo "${COMMON[@]}" "${PPO[@]}" \
+    actor_rollout_ref.rollout.max_num_batched_tokens=8448 trainer.save_freq=1000 "$@"
+}
+
+run_math() {
+  math verl.trainer.main_ppo "${COMMON[@]}" "${PPO[@]}" \
+    actor_rollout_ref.rollout.max_num_batched_tokens=9216 trainer.save_freq=2000 "$@"
+}
+
+run_dapo_countdown() {
+  countdown recipe.dapo.main_dapo "${COMMON[@]}" "${DAPO[@]}" \
+    algorithm.filter_groups.metric=acc trainer.total_epochs=1500 trainer.test_freq=25 "$@"
+}
+
+run_dapo_math() {
+  math recipe.dapo.main_dapo "${COMMON[@]}" "${DAPO[@]}" \
+    algorithm.filter_groups.metric=seq_final_reward "$@"
+}
+
+# --- The data ---------------------------------------------------------------------------------------
+
+# countdown MODULE OVERRIDE…
+countdown() {
   local dir=${DATA_DIR:-$HOME/data/countdown_nochat}
-  _run \
+  launch "$1" \
     "data.train_files='$dir/train.parquet'" \
     "data.val_files='$dir/test.parquet'" \
     data.max_prompt_length=256 \
-    actor_rollout_ref.rollout.max_num_batched_tokens=8448 \
-    trainer.save_freq=1000 \
-    "$@"
+    "${@:2}"
 }
 
-# run_math OVERRIDE…
-run_math() {
+# math MODULE OVERRIDE…
+math() {
   local dir=${DATA_DIR:-$HOME/data/open_reasoner_zero_nochat}
   local tests="'$dir/test1.parquet','$dir/test2.parquet'"
   tests+=",'$dir/test_amc.parquet','$dir/test_minerva.parquet'"
-  _run \
+  launch "$1" \
     "data.train_files='$dir/train.parquet'" \
     "data.val_files=[$tests]" \
     data.max_prompt_length=1024 \
-    actor_rollout_ref.rollout.max_num_batched_tokens=9216 \
-    trainer.save_freq=2000 \
-    "$@"
+    "${@:2}"
 }
 
-# _run OVERRIDE…: the settings of both tasks, then the given ones. The run is named after the script.
-_run() {
-  local settings=(
-    algorithm.adv_estimator=grpo
-    algorithm.kl_ctrl.kl_coef=0.0
-    data.train_batch_size=128
-    data.max_response_length=8192
-    data.filter_overlong_prompts=True
-    data.apply_chat_template=False
-    "actor_rollout_ref.model.path='${MODEL_PATH:-${BASE_MODEL:-Qwen/Qwen2.5-3B}}'"
-    actor_rollout_ref.model.use_remove_padding=True
-    actor_rollout_ref.actor.optim.lr=1e-6
-    actor_rollout_ref.actor.ppo_mini_batch_size=32
-    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4
-    actor_rollout_ref.actor.clip_ratio_low=0.2
-    actor_rollout_ref.actor.clip_ratio_high=0.3
-    actor_rollout_ref.actor.entropy_coeff=0.0
-    actor_rollout_ref.actor.use_kl_loss=False
-    actor_rollout_ref.actor.kl_loss_coef=0.0
-    actor_rollout_ref.actor.kl_loss_type=low_var_kl
-    actor_rollout_ref.actor.fsdp_config.param_offload=True
-    actor_rollout_ref.actor.fsdp_config.optimizer_offload=True
-    actor_rollout_ref.ref.fsdp_config.param_offload=True
-    actor_rollout_ref.rollout.name=vllm
-    actor_rollout_ref.rollout.n=10
-    actor_rollout_ref.rollout.tensor_model_parallel_size=1
-    actor_rollout_ref.rollout.gpu_memory_utilization=0.8
-    actor_rollout_ref.rollout.enable_chunked_prefill=False
-    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4
-    actor_rollout_ref.rollout.val_kwargs.n=8
-    actor_rollout_ref.rollout.val_kwargs.do_sample=True
-    actor_rollout_ref.rollout.val_kwargs.temperature=1
-    critic.optim.lr=1e-6
-    "trainer.logger=['console','wandb']"
-    trainer.project_name=LatestVerlExperiment
-    "trainer.experiment_name=$(basename -- "$0" .sh)"
-    "trainer.n_gpus_per_node=${N_GPUS:-4}"
-    "trainer.nnodes=${NNODES:-1}"
-    trainer.total_epochs=15
-    trainer.val_before_train=True
-    trainer.test_freq=50
-    trainer.default_hdfs_dir=null
-  )
-  exec "$PYTHON" -m verl.trainer.main_ppo "${settings[@]}" "$@"
+# --- The start --------------------------------------------------------------------------------------
+
+# launch MODULE OVERRIDE…: prints the configuration, sends the run to a cluster, or runs it.
+launch() {
+  if [[ ${DRY_RUN:-0} == 0 ]]; then
+    [[ ${SUBMIT:-0} == 0 ]] || exec "$PYTHON" "$REPO/train_scripts/_submit.py" "$@"
+    if [[ ${RAY_ADDRESS:-} == http* ]]; then
+      printf 'error: RAY_ADDRESS=%s is a job server: SUBMIT=1 sends the run there; %s\n' \
+        "$RAY_ADDRESS" "to join the cluster from here, give the host:port that 'ray start' printed" >&2
+      exit 2
+    fi
+  fi
+  exec "$PYTHON" -m "$@"
 }

@@ -12,6 +12,7 @@ HERE=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 NAME=$(basename -- "$0" .sh) # of the folder in outputs/, and of the project
 TRAINER=verl.trainer.main_ppo
 MAKERS=()    # the Python files that make_data needs: the warm-up is made anew when they change
+PREFIX=''    # of the run's name
 LESSON=''    # what the warm-up teaches, in words
 AUTOSTART='' # yes: start a LaTeX server for the time of the RL part
 method=delta-l-norm alpha='' seed=0 out='' fresh='' extra=() # what arguments change
@@ -122,7 +123,7 @@ read_arguments() {
 }
 
 add_method() {
-  run=$method
+  run=$PREFIX$method
   case $method in
     delta-l-norm)
       RL+=(algorithm.use_grpopp=True "algorithm.grpopp_config.alpha=${alpha:=0.75}")
@@ -213,7 +214,7 @@ train() {
   fi
   "$PYTHON" -m "$TRAINER" "${RL[@]}"
   echo
-  "$PYTHON" -m verl.utils.plot "$run_dir/metrics.jsonl" "$run_dir/plot.png" --title "$run" \
+  "$PYTHON" "$REPO/examples/plot_run.py" "$run_dir/metrics.jsonl" "$run_dir/plot.png" --title "$run" \
     --max-response-length "$(resolved data max_response_length)" >"$run_dir/summary.txt.tmp"
   mv "$run_dir/summary.txt.tmp" "$run_dir/summary.txt"
 }

@@ -55,6 +55,8 @@ class Sample:
     """`length`: the response hit the limit without an end-of-sequence token (truncated)."""
     draw: int = 0
     """Which of the responses to its prompt this is, from 0."""
+    policy_version: int = 0
+    """Training steps that the policy had made when it drew the response."""
     rollout_log_probs: NDArray[np.float32] | None = None
     """Log-probability of each sampled token under the distribution it was drawn from, [L]."""
     score: float = 0.0

@@ -23,6 +23,7 @@ STEERING = (
     "DATA_DIR",
     "RAY_ADDRESS",
     "MATH_SERVER_URL",
+    "SUBMIT",
 )
 
 # (loss_agg_mode, use_grpopp, use_dr_grpo, alpha)
@@ -168,7 +169,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 
 def test_no_script_is_left_out() -> None:
     found = {path.stem for path in SCRIPTS.glob("*.sh")}
-    assert found == {*EXPERIMENTS, "quickstart", MATH_TINY, "_common", "_tiny"}
+    assert found == {*EXPERIMENTS, "quickstart", MATH_TINY, "_common", "_tiny", "_tiny_countdown"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
@@ -25,6 +26,7 @@ from verl.trainer.ppo.batching import (
     train_sampling,
     validation_sampling,
 )
+from verl.utils.samples import read_samples, write_samples
 from verl.utils.timer import Timer
 from verl.workers.rollout.base import SamplingParams
 
@@ -148,11 +150,18 @@ def test_a_batch_larger_than_the_data_names_its_key():
 
 def test_several_rounds_until_the_batch_is_full():
     engine = Engine(mixed_every(2))
-    batches = make_batches(make_config(enable=True, metric="acc"), engine)
+    batches = make_batches(make_config(enable=True, metric="acc", carry_over=False), engine)
     samples, metrics = batches.next(1, Timer())
     assert indices(samples) == [0, 2, 4, 6]
     assert [called for called, *_ in engine.calls] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert metrics == {"train/num_gen_batches": 2, "train/kept_prompts_ratio": 0.5}
+    assert metrics == {
+        "train/num_gen_batches": 2,
+        "train/num_prompts": 4,
+        "train/carried_prompts": 0,
+        "train/kept_prompts_ratio": 4 / 7,  # the last prompt is not looked at any more
+        "train/all_right_ratio": 0,
+        "train/all_wrong_ratio": 3 / 7,
+    }
     # No two prompts of a step share a group, so no two responses share a seed.
     groups = [group for _, numbers, _ in engine.calls for group in numbers]
     assert len(set(groups)) == len(groups) == 8
@@ -168,13 +177,129 @@ def test_groups_that_are_all_right_or_all_wrong_are_dropped():
     assert indices(batches.next(1, Timer())[0]) == [2, 3, 6, 7]
 
 
-def test_more_groups_than_needed_are_cut_to_the_train_batch_size():
-    config = make_config(enable=True, metric="acc")
-    config.data.gen_batch_size = 6
-    batches = make_batches(config, Engine(lambda index, k: RIGHT if k == 0 else WRONG))
+# ------------------------------------------------------------------------- more than is needed
+
+
+def all_mixed(index: int, k: int) -> str:
+    return RIGHT if k == 0 else WRONG
+
+
+def surplus(engine: Engine, gen_batch_size: int, **rule) -> TrainBatches:
+    """Batches of 4 prompts from rounds of more than that."""
+    config = make_config(enable=True, metric="acc", **rule)
+    config.data.gen_batch_size = gen_batch_size
+    return make_batches(config, engine, 60)
+
+
+def test_without_carry_over_the_rest_is_dropped():
+    batches = surplus(Engine(all_mixed), 6, carry_over=False)
+    assert indices(batches.next(1, Timer())[0]) == [0, 1, 2, 3]
+    samples, metrics = batches.next(2, Timer())
+    assert indices(samples) == [6, 7, 8, 9]
+    assert (metrics["train/num_gen_batches"], metrics["train/carried_prompts"]) == (1, 0)
+
+
+def test_surplus_groups_start_the_next_step():
+    batches = surplus(Engine(all_mixed), 6)
     samples, metrics = batches.next(1, Timer())
     assert indices(samples) == [0, 1, 2, 3]
-    assert metrics == {"train/num_gen_batches": 1, "train/kept_prompts_ratio": 1}
+    assert {s.policy_version for s in samples} == {0}
+    assert metrics["train/carried_prompts"] == 0
+    samples, metrics = batches.next(2, Timer())
+    assert indices(samples) == [4, 5, 6, 7]
+    assert [s.policy_version for s in samples] == [0] * 6 + [1] * 6
+    # Groups are numbered anew: those of two steps must not become one.
+    assert [s.group for s in samples] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert (metrics["train/num_gen_batches"], metrics["train/carried_prompts"]) == (1, 2)
+
+
+def test_nothing_is_carried_twice():
+    # Of 20 prompts, step 1 uses 4 and step 2 can use 4; the other 12 would be too old.
+    engine = Engine(all_mixed)
+    batches = surplus(engine, 20)
+    assert indices(batches.next(1, Timer())[0]) == [0, 1, 2, 3]
+    samples, metrics = batches.next(2, Timer())
+    assert indices(samples) == [4, 5, 6, 7]
+    assert len(engine.calls) == 1
+    assert (metrics["train/num_gen_batches"], metrics["train/carried_prompts"]) == (0, 4)
+    assert "train/kept_prompts_ratio" not in metrics
+    samples, metrics = batches.next(3, Timer())
+    assert indices(samples) == [20, 21, 22, 23]
+    assert {s.policy_version for s in samples} == {2}
+    assert metrics["train/carried_prompts"] == 0
+
+
+def test_a_step_cut_to_mini_batches_carries_what_is_left_while_it_is_young():
+    # Rounds of 4 keep 3 prompts; one round a step; mini-batches of 2.
+    config = make_config(enable=True, metric="acc", max_num_gen_batches=1)
+    engine = Engine(lambda index, k: RIGHT if index % 4 and k == 0 else WRONG)
+    batches = make_batches(config, engine, 60)
+    assert indices(batches.next(1, Timer())[0]) == [1, 2]
+    assert indices(batches.next(2, Timer())[0]) == [3, 5, 6, 7]
+    assert indices(batches.next(3, Timer())[0]) == [9, 10]
+    config.algorithm.filter_groups.max_num_gen_batches = 0
+    config.actor_rollout_ref.actor.ppo_mini_batch_size = 4
+    assert indices(batches.next(4, Timer())[0]) == [11, 13, 14, 15]
+
+
+def test_carried_groups_survive_a_checkpoint(tmp_path):
+    first, second = (surplus(Engine(all_mixed), 6) for _ in range(2))
+    first.next(1, Timer())
+    carried = [sample for group in first.carried for sample in group]
+    carried[0].rollout_log_probs = np.array([-0.1] * carried[0].length, np.float32)
+    carried[0].extras["note"] = np.float32(0.5)
+    write_samples(tmp_path / "carried.parquet", carried)
+    second.order.load_state_dict(first.order.state_dict())
+    second.carried = split_groups(read_samples(tmp_path / "carried.parquet", second.prompts))
+    ours, theirs = (batches.next(2, Timer())[0] for batches in (first, second))
+    assert indices(theirs) == indices(ours) == [4, 5, 6, 7]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.response_ids == b.response_ids).all()
+        for name in ("group", "draw", "score", "reward", "extras", "policy_version"):
+            assert getattr(a, name) == getattr(b, name)
+    assert theirs[0].rollout_log_probs.dtype == np.float32
+    assert (theirs[0].rollout_log_probs == carried[0].rollout_log_probs).all()
+    assert theirs[1].rollout_log_probs is None
+
+
+def test_a_checkpoint_of_other_data_is_an_error(tmp_path):
+    batches = surplus(Engine(all_mixed), 6)
+    samples, _ = batches.next(1, Timer())
+    write_samples(tmp_path / "carried.parquet", samples)
+    with pytest.raises(ValueError, match=r"carried\.parquet: prompt 3 is not in data\.train_files"):
+        read_samples(tmp_path / "carried.parquet", prompts(3))
+    assert read_samples(tmp_path / "none.parquet", []) == []
+
+
+class InOrder(Engine):
+    """Finishes one prompt after the other, the first one first, until it is closed."""
+
+    def __init__(self, text: Callable[[int, int], str]) -> None:
+        super().__init__(text)
+        self.finished = 0
+
+    def __call__(self, prompts, groups, params):
+        for samples in reversed(list(super().__call__(prompts, groups, params))):
+            self.finished += 1
+            yield samples
+            time.sleep(0.05)  # so that scores are known before the next prompt is finished
+
+
+def test_generation_stops_when_this_step_and_the_next_have_enough():
+    for carry_over, most in ((True, 8), (False, 4)):
+        engine = InOrder(all_mixed)
+        surplus(engine, 40, carry_over=carry_over).next(1, Timer())
+        assert most <= engine.finished < 20
+
+
+def test_what_is_kept_does_not_depend_on_who_finishes_first():
+    batches = [surplus(engine(mixed_every(2)), 30) for engine in (Engine, InOrder)]
+    for step in (1, 2, 3):
+        one, other = (indices(b.next(step, Timer())[0]) for b in batches)
+        assert one == other
+        assert [g[0].prompt.index for g in batches[0].carried] == [
+            g[0].prompt.index for g in batches[1].carried
+        ]
 
 
 def kept_by(metric: str, config: Config, text: Callable[[int, int], str]) -> list[int]:
@@ -247,7 +372,12 @@ def test_the_limit_of_rounds_leaves_whole_mini_batches(caplog):
     assert indices(samples) == [0, 4]
     assert len(engine.calls) == metrics["train/num_gen_batches"] == 3
     assert metrics["train/kept_prompts_ratio"] == 0.25
-    assert [record.getMessage() for record in caplog.records] == ["training on 2 of 4 prompts"]
+    assert metrics["train/num_prompts"] == 2
+    (record,) = caplog.records
+    assert (
+        "training on 2 of 4 prompts: algorithm.filter_groups.max_num_gen_batches=3"
+        in record.getMessage()
+    )
 
 
 @pytest.mark.parametrize("limit", [0, -1])
@@ -267,7 +397,8 @@ def test_less_than_a_mini_batch_is_an_error_with_its_remedies(period, kept):
     config = make_config(enable=True, metric="acc", max_num_gen_batches=2)
     with pytest.raises(ValueError, match=f"kept {kept} of 8 prompts in 2 rounds") as error:
         make_batches(config, engine).next(1, Timer())
-    for remedy in ("rollout.n", "max_num_gen_batches", "easier or harder prompts", "same acc"):
+    shares = f"0% of the prompts all right, {(8 - kept) / 8:.0%} all wrong"
+    for remedy in ("rollout.n", "max_num_gen_batches", "easier or harder prompts", shares):
         assert remedy in str(error.value)
 
 
@@ -283,6 +414,7 @@ def test_the_order_resumes_where_it_was():
     first, second = (make_batches(config, Engine(mixed_every(2))) for _ in range(2))
     first.next(1, Timer())
     second.order.load_state_dict(first.order.state_dict())
+    second.carried = first.carried
     assert indices(second.next(2, Timer())[0]) == indices(first.next(2, Timer())[0])
 
 

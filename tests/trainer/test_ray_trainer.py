@@ -19,6 +19,7 @@ from verl.trainer.ppo.ray_trainer import (
     loss_config,
     reduce_update_metrics,
 )
+from verl.utils.timer import Timer
 
 LENGTHS = [2, 4, 5, 10, 1, 1, 3, 4]  # four prompts, two responses each
 
@@ -165,3 +166,16 @@ def test_log_prob_difference() -> None:
     found = log_prob_difference(samples)
     assert found["rollout/logprob_diff_max"] == pytest.approx(1.0)
     assert found["rollout/logprob_diff_mean"] == pytest.approx(0.5)
+
+
+def test_responses_of_an_older_policy_keep_the_log_probs_they_were_drawn_with(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_model, tmp_path, "data.train_batch_size=2")
+    trainer.step = 2
+    carried, fresh = (make_samples([3, 2], old_log_probs=None, policy_version=v) for v in (0, 1))
+    assert trainer.add_log_probs(carried, Timer()) == {}  # without asking the actor
+    for sample in carried:
+        assert sample.old_log_probs is sample.rollout_log_probs
+    trainer.add_log_probs(fresh, Timer())
+    assert all(sample.old_log_probs is None for sample in fresh)  # one update: its own forward pass

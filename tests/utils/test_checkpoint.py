@@ -19,9 +19,9 @@ def folder(root: Path, **settings) -> CheckpointFolder:
 
 
 def save_actor(content: str = "weights"):
-    def save(path: str) -> None:
-        Path(path).mkdir(parents=True)
-        (Path(path) / "shard").write_text(content)
+    def save(path: Path) -> None:
+        (path / "actor").mkdir()
+        (path / "actor" / "shard").write_text(content)
 
     return save
 

@@ -1,4 +1,4 @@
-"""Workers over a real Ray: order, streams, errors, placement."""
+"""Workers over a real Ray: order, streams, errors."""
 
 from __future__ import annotations
 
@@ -25,10 +25,27 @@ class Echo:
         for i in range(3):
             yield start + i
 
+    def count_until_stopped(self) -> Iterator[int]:
+        self.stopped = False
+        for i in range(10_000):
+            if self.stopped:
+                return
+            yield i
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self.stopped = True
+
     def fail_or_hang(self) -> None:
         if self.number == 1:
             raise ValueError("worker 1 says no")
         time.sleep(600)
+
+    def connect(self, rank: int, world_size: int, address: str) -> None:
+        self.joined = rank, world_size, address, os.environ["GLOO_SOCKET_IFNAME"]
+
+    def where_it_joined(self) -> tuple[int, int, str, str]:
+        return self.joined
 
     def spinning(self) -> str | None:
         return os.environ.get("OMP_WAIT_POLICY")
@@ -51,16 +68,25 @@ def test_streams_deliver_everything(group: WorkerGroup) -> None:
     assert sorted(group.stream("count", [(0,), (10,)])) == [0, 1, 2, 10, 11, 12]
 
 
-def test_too_many_devices_are_refused_at_once(group: WorkerGroup) -> None:
-    with pytest.raises(ValueError, match=r"trainer\.n_gpus_per_node=999 .* lower the keys"):
-        place(1, 999, "cpu")
-    with pytest.raises(ValueError, match=r"'GPU': 0.* in all"):
-        place(1, 1, "cuda")
+def test_an_interruption_reaches_workers_that_are_busy(group: WorkerGroup) -> None:
+    started = time.monotonic()
+    stream = group.stream("count_until_stopped", [(), ()])
+    next(stream)
+    group.interrupt("stop")
+    rest = list(stream)
+    assert group.call("add", 0) == [0, 1]
+    assert len(rest) < 5_000 and time.monotonic() - started < 50  # alone they take 100 s
 
 
-def test_devices_that_others_hold_are_refused_after_a_while(group: WorkerGroup) -> None:
-    with pytest.raises(ValueError, match="not free"):
-        place(1, 1, "cpu", timeout_s=1)
+def test_ranks_meet_at_the_address_that_nodes_know_each_other_by(group: WorkerGroup) -> None:
+    import psutil  # comes with ray
+
+    group.connect()
+    (*first, address, interface), second = group.call("where_it_joined")
+    assert [first, list(second)] == [[0, 2], [1, 2, address, interface]]
+    ip = ray.util.get_node_ip_address()
+    assert address.rpartition(":")[0] == f"tcp://{ip}"
+    assert ip in [a.address for a in psutil.net_if_addrs()[interface]]
 
 
 def test_the_first_error_is_raised_while_others_hang(group: WorkerGroup) -> None:

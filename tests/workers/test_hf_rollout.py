@@ -167,3 +167,13 @@ def test_impossible_tokens_are_never_drawn() -> None:
 def test_unknown_engine_is_named() -> None:
     with pytest.raises(ValueError, match=r"rollout\.name=vllm.*rollout\.name=hf"):
         engine_class("vllm")
+
+
+def test_a_stop_ends_what_runs_and_not_what_comes_after(engine: HFEngine) -> None:
+    prompts, params = make_prompts([3, 9, 5]), SamplingParams(4, 40)
+    whole = generate(engine, prompts, params)
+    stream = engine.generate(prompts, [0, 1, 2], params)
+    first = next(stream)
+    engine.stop()
+    assert len(first) + sum(map(len, stream)) < len(whole) == 12
+    assert len(generate(engine, prompts, params)) == 12

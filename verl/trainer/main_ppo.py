@@ -10,10 +10,7 @@ from typing import NoReturn
 from verl.trainer.config import entry_point
 from verl.trainer.config.schema import Config
 
-RESUME = (
-    "the same command goes on from the latest checkpoint, if there is one and trainer.resume_mode "
-    "is auto"
-)
+RESUME = "the same command goes on from the latest checkpoint (trainer.resume_mode=auto), if any"
 
 
 def run(config: Config) -> None:

@@ -3,6 +3,7 @@
 default_local_dir/
   global_step_20/actor/          parameters, optimizer, schedule (torch.distributed.checkpoint)
   global_step_20/trainer.json    the driver's state
+  global_step_20/carried.parquet responses that DAPO's filter kept for the next step
   latest_checkpointed_iteration.txt
 """
 
@@ -28,16 +29,16 @@ class CheckpointFolder:
         self.trainer = trainer
         self.root = Path(trainer.default_local_dir).expanduser().absolute()
 
-    def save(self, step: int, state: dict[str, Any], save_actor: Callable[[str], Any]) -> Path:
+    def save(self, step: int, state: dict[str, Any], write: Callable[[Path], Any]) -> Path:
         """Writes a checkpoint of `step`. Until the last rename, the one before it is the latest.
 
-        `state`: the driver's, JSON-able. `save_actor` is given the folder for the policy.
+        `state`: the driver's, JSON-able. `write` adds everything else to the folder it is given.
         """
         final = self.root / f"global_step_{step}"
         aside = self.root / f"{final.name}.tmp"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_actor(str(aside / "actor"))
+        write(aside)
         (aside / "trainer.json").write_text(json.dumps(state | {"step": step}))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray._private.state import available_resources_per_node
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.utils.device import worker_resources
@@ -23,6 +29,9 @@ WORKER_ENV = {
 WORKERS_PER_DEVICE = 2
 """An actor rank and a generation engine share each device, in turns."""
 
+CONTROL = "control"
+"""Ray's concurrency group of calls that don't wait for those that run."""
+
 
 def start_ray(num_workers: int, num_cpus: int | None = None) -> None:
     """Joins the cluster at RAY_ADDRESS, or starts one on this machine that ends with this process.
@@ -30,40 +39,78 @@ def start_ray(num_workers: int, num_cpus: int | None = None) -> None:
     A cluster of our own offers as many CPUs as there are workers: they are slots, not cores.
     """
     if os.environ.get("RAY_ADDRESS"):
-        ray.init()
+        # Workers there have the environment of `ray start`, but must find the same code.
+        path = {k: v for k, v in os.environ.items() if k == "PYTHONPATH"}
+        ray.init(runtime_env={"env_vars": path})
         return
     cpus = num_cpus or max(WORKERS_PER_DEVICE * num_workers, os.cpu_count() or 1)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="warning")
 
 
 def place(nodes: int, devices_per_node: int, device: str | None, timeout_s: float = 300) -> Slots:
-    """Reserves `devices_per_node` devices on each of `nodes` machines.
+    """Reserves `devices_per_node` devices on each of `nodes` different machines.
 
-    Raises: ValueError if the cluster doesn't have them, or they are not free within `timeout_s`
+    Raises: ValueError if the cluster doesn't have them, or they are not free after `timeout_s`
     seconds.
     """
     need = worker_resources(device, 1)
     bundle = {"CPU": float(WORKERS_PER_DEVICE), "GPU": need.get("num_gpus", 0.0)}
     bundle = {name: amount for name, amount in bundle.items() if amount}
+    share = {name: amount * devices_per_node for name, amount in bundle.items()}
     wanted = (
-        f"trainer.nnodes={nodes} × trainer.n_gpus_per_node={devices_per_node} needs {bundle} each"
+        f"trainer.nnodes={nodes} × trainer.n_gpus_per_node={devices_per_node} needs {nodes} "
+        f"machine(s) with {', '.join(f'{amount:g} {name}' for name, amount in share.items())} each"
     )
-    total = ray.cluster_resources()
-    if any(total.get(name, 0) < nodes * devices_per_node * x for name, x in bundle.items()):
-        has = {name: total.get(name, 0) for name in bundle}
-        raise ValueError(f"{wanted}; the cluster has {has} in all: lower the keys")
-    groups = [placement_group([bundle] * devices_per_node, "STRICT_PACK") for _ in range(nodes)]
-    ready, _ = ray.wait([g.ready() for g in groups], num_returns=nodes, timeout=timeout_s)
-    if len(ready) < nodes:
+    machines = [node for node in ray.nodes() if node["Alive"]]
+    totals = [machine["Resources"] for machine in machines]
+    enough = sum(all(total.get(k, 0) >= share[k] for k in share) for total in totals)
+    if enough < nodes:
         raise ValueError(
-            f"{wanted}; after {timeout_s:.0f} s that many are not free on {nodes} machine(s): "
-            "lower the keys, or stop the jobs that hold the rest"
+            f"{wanted}; the cluster has {enough}: lower the keys, or start Ray on more machines "
+            f"(docs/multi_node.md){_free_resources(machines, bundle)}"
         )
-    return [(group, index) for group in groups for index in range(devices_per_node)]
+    # Asked for whole shares, Ray itself picks machines that have them free, all at once. The shares
+    # then make way for a bundle per device: only there are two workers sure to get the same GPU.
+    shares = _reserve([share] * nodes, "STRICT_SPREAD", timeout_s)
+    if shares:
+        chosen = placement_group_table(shares)["bundles_to_node_id"]
+        remove_placement_group(shares)
+        order = [chosen[node] for node in range(nodes) for _ in range(devices_per_node)]
+        labels = [{"ray.io/node-id": node_id} for node_id in order]
+        if group := _reserve([bundle] * len(order), "PACK", timeout_s, labels):
+            return [(group, index) for index in range(len(order))]
+    raise ValueError(
+        f"{wanted}; after {timeout_s:.0f} s they are not free: lower the keys, or stop other jobs"
+        + _free_resources(machines, bundle)
+    )
+
+
+def _reserve(
+    bundles: list[dict[str, float]],
+    strategy: str,
+    timeout_s: float,
+    labels: list[dict[str, str]] | None = None,
+) -> PlacementGroup | None:
+    group = placement_group(bundles, strategy, bundle_label_selector=labels)
+    if ray.wait([group.ready()], timeout=timeout_s)[0]:
+        return group
+    remove_placement_group(group)
+    return None
+
+
+def _free_resources(machines: list[dict[str, Any]], names: Iterable[str]) -> str:
+    """A line per machine."""
+    free = available_resources_per_node()
+    text = ""
+    for node in machines:
+        left, total = free.get(node["NodeID"], {}), node["Resources"]
+        parts = [f"{left.get(n, 0):g} of {total.get(n, 0):g} {n} free" for n in names]
+        text += f"\n  {node['NodeManagerAddress']}: {', '.join(parts)}"
+    return text
 
 
 Slots = list[tuple[PlacementGroup, int]]
-"""(placement group, bundle) of each device, in the order of ranks."""
+"""(placement group, bundle) of each device, node by node: the order of ranks."""
 
 
 class WorkerGroup:
@@ -75,7 +122,7 @@ class WorkerGroup:
         """Starts `cls(*arguments[i])` in slot i."""
         resources = worker_resources(device, 1 / WORKERS_PER_DEVICE)
         self.workers = [
-            ray.remote(cls)
+            ray.remote(concurrency_groups={CONTROL: 1})(cls)
             .options(
                 **resources,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -133,13 +180,32 @@ class WorkerGroup:
         for reference in self.references(method, arguments):
             yield ray.get(reference)
 
+    def interrupt(self, method: str) -> None:
+        """`method()` on every worker, while another of its methods runs."""
+        calls = [
+            getattr(worker, method).options(concurrency_group=CONTROL) for worker in self.workers
+        ]
+        ray.get([call.remote() for call in calls])
+
     def connect(self) -> None:
         """Makes the workers ranks of one process group; rank 0's machine is the meeting point."""
-        address = ray.get(self.workers[0].__ray_call__.remote(_free_address))
+        ask = [worker.__ray_call__.remote(_network_address) for worker in self.workers]
+        address = ray.get(ask)[0]
         self.scatter("connect", [(rank, len(self), address) for rank in range(len(self))])
 
 
-def _free_address(_: Any) -> str:
+def _network_address(_: Any) -> str:
+    """`tcp://` with a free port of the address that the other nodes know this one by.
+
+    gloo gets to use that address's interface, too: by itself it takes what the host's name stands
+    for, which is often 127.0.1.1.
+    """
+    import psutil  # comes with ray
+
+    ip = ray.util.get_node_ip_address()
+    for interface, addresses in psutil.net_if_addrs().items():
+        if ip in [a.address for a in addresses]:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     with socket.socket() as s:
         s.bind(("", 0))
-        return f"tcp://{ray.util.get_node_ip_address()}:{s.getsockname()[1]}"
+        return f"tcp://{ip}:{s.getsockname()[1]}"

@@ -298,7 +298,11 @@ class FilterGroupsConfig(Section):
     metric: str | None = one_of(None, "acc", "score", "seq_reward", "seq_final_reward")
     """What must differ within a group."""
     max_num_gen_batches: int = number(0, None)
-    """Rounds of generation for one training step; 0 or less: no limit."""
+    """Rounds of generation for one training step, which then trains on the whole mini-batches that
+    it has; 0 or less: no limit."""
+    carry_over: bool = True
+    """Prompts that were kept but not needed start the next step, with the log-probabilities of
+    the policy that drew them as the old ones; never later than that. False: they are dropped."""
 
 
 @dataclass
@@ -332,26 +336,35 @@ class AlgorithmConfig(Section):
 
 
 @dataclass
-class TrainerConfig(Section):
-    """`trainer`."""
+class RunConfig(Section):
+    """What the `trainer` sections of RL and of the supervised warm-up share."""
 
-    total_epochs: int = number(30, 1)
-    """Passes over the training prompts. With filter_groups this counts one generation round per
-    step, so that the prompts are passed more often."""
     total_training_steps: int | None = number(None, 1)
     """Training steps; null: total_epochs decides."""
-    project_name: str = "verl_examples"
-    """Project in wandb, and first part of default_local_dir."""
-    experiment_name: str = "gsm8k"
-    """Run in wandb, and second part of default_local_dir."""
-    logger: Any = field(default_factory=lambda: ["console", "wandb"])
-    """Any of console, wandb, file. metrics.jsonl is always written."""
     nnodes: int = number(1, 1)
     """Machines."""
     n_gpus_per_node: int = number(8, 1)
     """GPUs of each machine; where there is no GPU, ranks and engines of each machine."""
     device: str | None = one_of(None, "cuda", "cpu")
     """null: cuda where there is a GPU, else cpu."""
+    default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
+    """The run's folder: metrics.jsonl, checkpoints, the resolved configuration. With several nodes
+    on a file system that all of them see."""
+
+
+@dataclass
+class TrainerConfig(RunConfig):
+    """`trainer`."""
+
+    total_epochs: int = number(30, 1)
+    """Passes over the training prompts. With filter_groups this counts one generation round per
+    step, so that the prompts are passed more often."""
+    project_name: str = "verl_examples"
+    """Project in wandb, and first part of default_local_dir."""
+    experiment_name: str = "gsm8k"
+    """Run in wandb, and second part of default_local_dir."""
+    logger: Any = field(default_factory=lambda: ["console", "wandb"])
+    """Any of console, wandb, file. metrics.jsonl is always written."""
     balance_batch: bool = True
     """Give every rank about the same number of tokens; False: the same number of responses."""
     val_before_train: bool = True
@@ -370,9 +383,6 @@ class TrainerConfig(Section):
     """Older checkpoints are deleted; null: all are kept."""
     save_hf_model: bool = True
     """Write the final model in Hugging Face format to default_local_dir/huggingface."""
-    default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
-    """The run's folder: metrics.jsonl, checkpoints, the resolved configuration. With several nodes
-    on a file system that all of them see."""
     default_hdfs_dir: str | None = None
     """Only null is supported: checkpoints go to default_local_dir."""
     critic_warmup: int = number(0, 0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
-from verl.trainer.config.schema import RayInitConfig
+from verl.trainer.config.schema import RayInitConfig, RunConfig
 from verl.trainer.config.section import Section, number, one_of
 
 
@@ -39,27 +39,17 @@ class SFTDataConfig(Section):
 
 
 @dataclass
-class SFTTrainerConfig(Section):
+class SFTTrainerConfig(RunConfig):
     """`trainer` of the supervised warm-up."""
 
     total_epochs: int = number(1, 1)
     """Passes over the rows."""
-    total_training_steps: int | None = number(None, 1)
-    """Optimizer steps; null: total_epochs decides."""
     project_name: str = "sft"
     """Project in wandb, and first part of default_local_dir."""
     experiment_name: str = "warm-up"
     """Run in wandb, and second part of default_local_dir."""
     logger: Any = field(default_factory=lambda: ["console"])
     """Any of console, wandb, file. metrics.jsonl is always written."""
-    nnodes: int = number(1, 1)
-    """Machines."""
-    n_gpus_per_node: int = number(8, 1)
-    """GPUs of each machine; where there is no GPU, ranks of each machine."""
-    device: str | None = one_of(None, "cuda", "cpu")
-    """null: cuda where there is a GPU, else cpu."""
-    default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
-    """The run's folder: metrics.jsonl, and the model in `huggingface`."""
 
 
 @dataclass

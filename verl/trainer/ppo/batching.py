@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from itertools import groupby
 
 import numpy as np
+from tqdm import tqdm
 
 from verl.data.dataset import PromptOrder
-from verl.protocol import Prompt, Sample
+from verl.protocol import Prompt, Sample, fill
 from verl.rewards.manager import RewardManager
 from verl.trainer.config.schema import Config
 from verl.utils.timer import Timer
@@ -18,7 +21,7 @@ from verl.workers.rollout.base import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-Generate = Callable[[list[Prompt], list[int], SamplingParams], Iterable[list[Sample]]]
+Generate = Callable[[list[Prompt], list[int], SamplingParams], Generator[list[Sample], None, None]]
 
 METRICS: dict[str, Callable[[Sample], float]] = {
     "acc": lambda sample: sample.extras["acc"],
@@ -36,7 +39,8 @@ class TrainBatches:
     def __init__(
         self, config: Config, prompts: list[Prompt], generate: Generate, rewards: RewardManager
     ) -> None:
-        """`generate` yields samples as engines finish them; `rewards` scores them meanwhile."""
+        """`generate` yields samples as engines finish them, and stops them when it is closed;
+        `rewards` scores them meanwhile."""
         self.config, self.prompts = config, prompts
         self.generate, self.rewards = generate, rewards
         filtering = config.algorithm.filter_groups.enable
@@ -45,67 +49,126 @@ class TrainBatches:
         self.order = PromptOrder(
             len(prompts), size, config.data.seed, config.data.shuffle, batch_key=key
         )
+        self.carried: list[list[Sample]] = []
+        """Groups that the last step kept but did not need."""
 
     def next(self, step: int, timer: Timer) -> tuple[list[Sample], dict[str, float]]:
         """The samples of training step `step`, group by group, and what the filter did.
 
         Raises: ValueError if the filter leaves less than one mini-batch.
         """
-        rule, data = self.config.algorithm.filter_groups, self.config.data
-        if not rule.enable:
-            return self._generate(step, 0, timer), {}
-        kept: list[list[Sample]] = []
-        rounds, seen = 0, 0
-        while len(kept) < data.train_batch_size:
-            if rounds and rounds == rule.max_num_gen_batches:
-                break
-            groups = split_groups(self._generate(step, rounds, timer))
-            rounds, seen = rounds + 1, seen + len(groups)
-            kept += [g for g in groups if has_spread(g, str(rule.metric))]
-            logger.info("prompts kept: %d of %d", len(kept), data.train_batch_size)
+        if self.config.algorithm.filter_groups.enable:
+            return self._filtered(step, timer)
+        return [sample for group in self._round(step, 0, timer) for sample in group], {}
+
+    def _filtered(self, step: int, timer: Timer) -> tuple[list[Sample], dict[str, float]]:
+        """Rounds of generation until enough groups have spread, those carried over first."""
+        rule, needed = self.config.algorithm.filter_groups, self.config.data.train_batch_size
+        kept, carried = list(self.carried), len(self.carried)
+        most = needed * (2 if rule.carry_over else 1)  # what this step and the next can use
+        dropped: list[list[Sample]] = []
+        rounds = 0
+        while len(kept) < needed and not (rounds and rounds == rule.max_num_gen_batches):
+            groups = self._round(step, rounds, timer)
+            rounds += 1
+            with tqdm(
+                total=needed,
+                initial=len(kept),
+                desc="prompts kept",
+                unit="",
+                leave=False,
+                disable=None,
+            ) as bar:
+                for group in groups:
+                    if has_spread(group, str(rule.metric)):
+                        kept.append(group)
+                        bar.update()
+                        if len(kept) == most:
+                            break
+                    else:
+                        dropped.append(group)
+                groups.close()
+            logger.info("prompts kept: %d of %d", len(kept), needed)
+        seen = len(kept) - carried + len(dropped)
         mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
-        usable = min(len(kept) // mini * mini, data.train_batch_size)
+        usable = min(len(kept) // mini * mini, needed)
         if not usable:
-            raise ValueError(
-                f"algorithm.filter_groups kept {len(kept)} of {seen} prompts in {rounds} rounds, "
-                f"less than one mini-batch of {mini}: all responses to the others had the same "
-                f"{rule.metric}. Take easier or harder prompts, more responses per prompt "
-                "(actor_rollout_ref.rollout.n), or more rounds (max_num_gen_batches)"
-            )
-        if usable < data.train_batch_size:
-            logger.warning("training on %d of %d prompts", usable, data.train_batch_size)
+            raise ValueError(self._nothing_left(len(kept) - carried, dropped, rounds))
+        if usable < needed:
+            text = "training on %d of %d prompts: algorithm.filter_groups.max_num_gen_batches=%d"
+            logger.warning(text, usable, needed, rounds)
+        fresh = [group for group in kept[usable:] if group[0].policy_version == step - 1]
+        self.carried = fresh[: needed if rule.carry_over else 0]
+        for number, group in enumerate(kept[:usable]):
+            fill(group, "group", [number] * len(group))
         metrics = {
             "train/num_gen_batches": float(rounds),
-            "train/kept_prompts_ratio": len(kept) / seen,
+            "train/num_prompts": float(usable),
+            "train/carried_prompts": float(min(carried, usable)),
         }
+        if seen:
+            metrics["train/kept_prompts_ratio"] = (len(kept) - carried) / seen
+            metrics["train/all_right_ratio"] = _share(dropped, 1.0, seen)
+            metrics["train/all_wrong_ratio"] = _share(dropped, 0.0, seen)
         return [sample for group in kept[:usable] for sample in group], metrics
 
-    def _generate(self, step: int, round_: int, timer: Timer) -> list[Sample]:
-        """One round: every response to the next prompts of the order, scored, sorted by group."""
+    def _round(self, step: int, round_: int, timer: Timer) -> Generator[list[Sample], None, None]:
+        """Every response to the next prompts of the order, scored: the groups in the order of the
+        prompts, as soon as they are complete. Closing it stops the engines."""
         prompts = [self.prompts[i] for i in self.order.next_batch()]
-        groups = [round_ * len(prompts) + i for i in range(len(prompts))]
-        generated = self.generate(prompts, groups, train_sampling(self.config, step))
-        return score_while_generating(generated, self.rewards, timer)
+        numbers = [round_ * len(prompts) + i for i in range(len(prompts))]
+        generated = self.generate(prompts, numbers, train_sampling(self.config, step))
+        waiting: dict[int, list[Sample]] = {number: [] for number in numbers}
+        n = self.config.actor_rollout_ref.rollout.n
+        with closing(score_while_generating(generated, self.rewards, timer)) as scored:
+            for samples in scored:
+                fill(samples, "policy_version", [step - 1] * len(samples))
+                for sample in samples:
+                    waiting[sample.group].append(sample)
+                while waiting and len(waiting[first := next(iter(waiting))]) == n:
+                    yield sorted(waiting.pop(first), key=lambda sample: sample.draw)
+        assert not waiting, "an engine left responses out"
+
+    def _nothing_left(self, kept: int, dropped: list[list[Sample]], rounds: int) -> str:
+        rule, seen = self.config.algorithm.filter_groups, kept + len(dropped)
+        mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
+        return (
+            f"algorithm.filter_groups kept {kept} of {seen} prompts in {rounds} rounds, less than "
+            f"one mini-batch of {mini}: all responses to the others had the same {rule.metric} "
+            f"({_share(dropped, 1.0, seen):.0%} of the prompts all right, "
+            f"{_share(dropped, 0.0, seen):.0%} all wrong). Take easier or harder prompts, more "
+            "responses per prompt (actor_rollout_ref.rollout.n), or more rounds "
+            "(max_num_gen_batches)"
+        )
+
+
+def _share(groups: list[list[Sample]], acc: float, of: int) -> float:
+    """How many of the groups have this accuracy in every response, as a share of `of`."""
+    return sum(all(s.extras["acc"] == acc for s in group) for group in groups) / of
 
 
 def score_while_generating(
-    generated: Iterable[list[Sample]], rewards: RewardManager, timer: Timer
-) -> list[Sample]:
-    """All of the generated samples with their scores, sorted by group.
+    generated: Generator[list[Sample], None, None], rewards: RewardManager, timer: Timer
+) -> Generator[list[Sample], None, None]:
+    """The generated samples with their scores, in the order in which they come.
 
-    `timing_s/reward` is the time that scores take after the last sample has come.
+    `timing_s/reward` is the time that scores take after the last sample has come. Closing it closes
+    `generated`.
     """
-    scoring: list[Future[list[Sample]]] = []
-    first_open = 0
-    with timer("gen"):
-        for finished in generated:
+    scoring: deque[Future[list[Sample]]] = deque()
+    with closing(generated):
+        while True:
+            with timer("gen"):
+                finished = next(generated, None)
+            if finished is None:
+                break
             scoring.append(rewards.submit(finished))
-            while first_open < len(scoring) and scoring[first_open].done():
-                scoring[first_open].result()  # an error need not wait for the last sample
-                first_open += 1
-    with timer("reward"):
-        samples = [sample for future in scoring for sample in future.result()]
-    return sorted(samples, key=lambda sample: (sample.group, sample.draw))
+            while scoring and scoring[0].done():
+                yield scoring.popleft().result()
+    while scoring:
+        with timer("reward"):
+            samples = scoring.popleft().result()
+        yield samples
 
 
 def split_groups(samples: list[Sample]) -> list[list[Sample]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from verl.trainer.ppo.batching import (
     TrainBatches,
     mini_batches,
     score_while_generating,
+    split_groups,
     validation_sampling,
 )
 from verl.trainer.ppo.core_algos import (
@@ -38,6 +40,7 @@ from verl.trainer.ppo.metrics import (
     validation_metrics,
 )
 from verl.utils.checkpoint import CheckpointFolder
+from verl.utils.samples import read_samples, write_samples
 from verl.utils.seqlen_balancing import balanced_partitions, equal_partitions
 from verl.utils.timer import Timer
 from verl.utils.tracking import Tracking
@@ -78,7 +81,7 @@ class RayPPOTrainer:
         self.step = self.saved_step = 0
         self.validation_missing = False
         if resumed := self.checkpoints.find():
-            self._load_state(self.checkpoints.read_state(resumed))
+            self._load_state(resumed)
         self.resumed = resumed
 
     def start_workers(self) -> None:
@@ -149,31 +152,43 @@ class RayPPOTrainer:
 
     def generate(
         self, prompts: list[Prompt], groups: list[int], params: SamplingParams
-    ) -> Iterator[list[Sample]]:
-        """Samples from all engines, as they are finished."""
+    ) -> Generator[list[Sample], None, None]:
+        """Samples from all engines, as they are finished. Closing it stops the engines."""
         shares = equal_partitions(len(prompts), len(self.rollout))
+        if self.config.algorithm.filter_groups.enable:
+            # In turns: the first prompts are finished first, so that the engines can stop early.
+            shares = [list(range(i, len(prompts), len(shares))) for i in range(len(shares))]
         arguments = [
             ([prompts[i] for i in share], [groups[i] for i in share], params) for share in shares
         ]
-        return self.rollout.stream("generate", arguments)
+        try:
+            yield from self.rollout.stream("generate", arguments)
+        except GeneratorExit:
+            self.rollout.interrupt("stop")
+            raise
 
     def add_log_probs(self, samples: list[Sample], timer: Timer) -> dict[str, float]:
         """Log-probabilities under the policy before its update and under the reference.
 
-        The policy's are left out where one optimizer step follows: they are those of its own
-        forward pass.
+        The policy's are left out where one optimizer step on its own responses follows: they are
+        those of its forward pass.
         """
         model, algorithm = self.config.actor_rollout_ref, self.config.algorithm
         rollout, actor = model.rollout, model.actor
         prompts = actor.ppo_mini_batch_size * rollout.n
         metrics: dict[str, float] = {}
+        # A response of an older policy keeps the log-probabilities it was drawn with.
+        stale = [s for s in samples if s.policy_version < self.step - 1]
+        fresh = [s for s in samples if s.policy_version == self.step - 1]
         several_updates = len(samples) > prompts or actor.ppo_epochs > 1
         size = rollout.log_prob_micro_batch_size_per_gpu or actor.ppo_micro_batch_size_per_gpu
         ref_size = model.ref.log_prob_micro_batch_size_per_gpu or size
-        if several_updates or algorithm.use_kl_in_reward:
-            with timer("old_log_prob"):
-                fill(samples, "old_log_probs", self._log_probs(samples, "actor", size))
-            metrics |= log_prob_difference(samples)
+        if several_updates or algorithm.use_kl_in_reward or stale:
+            fill(stale, "old_log_probs", [s.rollout_log_probs for s in stale])
+            if fresh:
+                with timer("old_log_prob"):
+                    fill(fresh, "old_log_probs", self._log_probs(fresh, "actor", size))
+            metrics |= log_prob_difference(fresh)
         if self.needs_reference:
             with timer("ref"):
                 fill(samples, "ref_log_probs", self._log_probs(samples, "ref", ref_size))
@@ -231,8 +246,9 @@ class RayPPOTrainer:
         for start in range(0, len(self.val_prompts), size):
             prompts = self.val_prompts[start : start + size]
             generated = self.generate(prompts, list(range(start, start + len(prompts))), params)
-            samples += score_while_generating(generated, self.rewards, Timer())
-        return validation_metrics(samples)
+            for scored in score_while_generating(generated, self.rewards, Timer()):
+                samples += scored
+        return validation_metrics(sorted(samples, key=lambda s: (s.group, s.draw)))
 
     def close(self) -> None:
         """Ends what scores; Ray belongs to the caller."""
@@ -281,14 +297,26 @@ class RayPPOTrainer:
         logger.info("the model is in %s", folder)
 
     def _state(self) -> dict[str, Any]:
-        return {"order": self.batches.order.state_dict(), "kl_coef": self.kl_controller.value}
+        return {
+            "order": self.batches.order.state_dict(),
+            "kl_coef": self.kl_controller.value,
+            "carried": self.batches.carried,
+        }
 
     def _save(self, state: dict[str, Any]) -> None:
-        self.checkpoints.save(self.step, state, lambda folder: self.actor.call("save", folder))
+        carried = [sample for group in state.pop("carried") for sample in group]
+
+        def write(folder: Path) -> None:
+            self.actor.call("save", str(folder / "actor"))
+            write_samples(folder / CARRIED, carried)
+
+        self.checkpoints.save(self.step, state, write)
         self.saved_step = self.step
 
-    def _load_state(self, state: dict[str, Any]) -> None:
+    def _load_state(self, folder: Path) -> None:
+        state = self.checkpoints.read_state(folder)
         self.step = self.saved_step = state["step"]
+        self.batches.carried = split_groups(read_samples(folder / CARRIED, self.batches.prompts))
         self.validation_missing = state.get("validation_missing", False)
         self.batches.order.load_state_dict(state["order"])
         self.kl_controller.value = state["kl_coef"]
@@ -346,6 +374,9 @@ class RayPPOTrainer:
         self.kl_controller.update(per_token, len(samples))
         return {"actor/reward_kl_penalty": per_token, "actor/reward_kl_penalty_coeff": beta}
 
+
+CARRIED = "carried.parquet"
+"""Name in a checkpoint: the responses that the filter kept for the next step."""
 
 WEIGHTS_TO_COMPARE = tuple(
     mode for mode in WEIGHTS if mode not in ("token-mean-legacy", "seq-mean-token-sum-norm")

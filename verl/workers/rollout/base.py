@@ -50,6 +50,10 @@ class RolloutEngine(ABC):
         distribution it was drawn from: after temperature, top-k and top-p.
         """
 
+    def stop(self) -> None:  # noqa: B027  engines that can't need not
+        """Ends the `generate` that runs, as soon as it can; what is unfinished is lost. Called from
+        another thread."""
+
     @abstractmethod
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Takes some of the weights: whole tensors on the host, by Hugging Face name."""

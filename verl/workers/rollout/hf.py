@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,7 @@ class HFEngine(RolloutEngine):
     def __init__(self, model: ModelConfig, rollout: RolloutConfig, device: str | None) -> None:
         self.device = get_device(device)
         self.max_num_seqs = rollout.max_num_seqs
+        self.stopped = Event()
         dtype = getattr(torch, rollout.dtype or default_dtype(self.device))
         self.model = load_hf_model(model, dtype).to(self.device).eval()
         self.stop_ids = torch.tensor(stop_token_ids(model), device=self.device)
@@ -101,10 +103,16 @@ class HFEngine(RolloutEngine):
         self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
     ) -> Iterator[list[Sample]]:
         """See `RolloutEngine.generate`. At most `max_num_seqs` responses are drawn at a time."""
+        self.stopped.clear()
         rows = [(i, k) for i in range(len(prompts)) for k in range(params.n)]
         for start in range(0, len(rows), self.max_num_seqs):
             chunk = rows[start : start + self.max_num_seqs]
-            yield from self._generate_batch(prompts, groups, chunk, params)
+            if not self.stopped.is_set():
+                yield from self._generate_batch(prompts, groups, chunk, params)
+
+    def stop(self) -> None:
+        """See `RolloutEngine.stop`: after the token that is being drawn."""
+        self.stopped.set()
 
     def _generate_batch(
         self,
@@ -130,6 +138,8 @@ class HFEngine(RolloutEngine):
         logits, prompt_state = self._prefill([prompts[i] for i, _ in rows], cache, M)
         state |= prompt_state
         for t in range(M):
+            if self.stopped.is_set():
+                return
             tokens, log_probs = sample(logits, state["uniforms"][:, t], params)
             state["tokens"][:, t], state["log_probs"][:, t] = tokens, log_probs
             unfinished = state["length"] == 0

@@ -1,6 +1,6 @@
 """A run's metrics.jsonl as a picture and as a small table.
 
-``python -m verl.utils.plot METRICS.jsonl OUT.png`` draws the one and prints the other.
+``python examples/plot_run.py METRICS.jsonl OUT.png`` draws the one and prints the other.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def summary_table(metrics_file: PathLike) -> str:
 def main() -> None:
     """Command line: see `--help`."""
     parser = argparse.ArgumentParser(
-        prog="python -m verl.utils.plot", description="Draw a run's metrics and print a summary."
+        prog="python examples/plot_run.py", description="Draw a run's metrics and print a summary."
     )
     parser.add_argument("metrics", help="metrics.jsonl in the run's folder")
     parser.add_argument("png", help="picture to write")

@@ -1,12 +1,17 @@
 """The picture and the summary of a run."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 from matplotlib.image import imread
 
-from verl.utils.plot import plot_run, summary_table
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from plot_run import plot_run, summary_table  # noqa: E402
 
 
 def write(path, records):
@@ -65,7 +70,14 @@ def test_summary_table(tmp_path):
 
 def test_command_line(tmp_path):
     metrics, png = run(tmp_path / "metrics.jsonl", steps=2), tmp_path / "out.png"
-    command = [sys.executable, "-m", "verl.utils.plot", str(metrics), str(png), "--title", "two"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    script = ROOT / "examples" / "plot_run.py"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script, metrics, png, "--title", "two"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "2 training steps in 3 min 20 s" in done.stdout
     assert png.exists()

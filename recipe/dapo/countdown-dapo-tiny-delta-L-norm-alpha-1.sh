@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# DAPO with ∆L Normalization, α = 1, at work on a laptop: the quick start's task with dynamic sampling.
+#
+#   bash recipe/dapo/countdown-dapo-tiny-delta-L-norm-alpha-1.sh [--method METHOD] [--alpha A]
+#                                    [--seed N] [--out DIR] [--fresh] [key=value …]
+#
+# It uses the quick start's problems and warmed-up model, makes them where they are missing, trains
+# with RL, and ends with a table and a picture.
+source "$(dirname -- "${BASH_SOURCE[0]}")/../../train_scripts/_tiny_countdown.sh"
+run_tiny_dapo --alpha 1 "$@"

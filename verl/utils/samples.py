@@ -1,0 +1,73 @@
+"""Samples as parquet: what of them must outlive the process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from verl.protocol import Prompt, Sample
+
+SCHEMA = pa.schema(
+    {
+        "prompt_index": pa.int64(),
+        "group": pa.int64(),
+        "draw": pa.int64(),
+        "policy_version": pa.int64(),
+        "finish_reason": pa.string(),
+        "response_ids": pa.list_(pa.int64()),
+        "rollout_log_probs": pa.list_(pa.float32()),
+        "score": pa.float64(),
+        "reward": pa.float64(),
+        "extras": pa.string(),  # JSON
+    }
+)
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Writes scored samples, exactly; what later stages of a step compute is left out."""
+    names = [name for name in SCHEMA.names if name not in ("prompt_index", "extras")]
+    rows = [
+        {name: getattr(sample, name) for name in names}
+        | {
+            "prompt_index": sample.prompt.index,
+            "extras": json.dumps(sample.extras, default=_plain),
+        }
+        for sample in samples
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
+
+
+def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
+    """The samples written to `path`, with their prompts from `prompts`; none without a file.
+
+    Raises: ValueError if a prompt is not among them.
+    """
+    if not path.exists():
+        return []
+    by_index = {prompt.index: prompt for prompt in prompts}
+    samples = []
+    for row in pq.read_table(path).to_pylist():
+        index = row.pop("prompt_index")
+        if index not in by_index:
+            raise ValueError(f"{path}: prompt {index} is not in data.train_files")
+        log_probs = row.pop("rollout_log_probs")
+        fields = {
+            "prompt": by_index[index],
+            "response_ids": np.array(row.pop("response_ids"), np.int64),
+            "extras": json.loads(row.pop("extras")),
+        }
+        if log_probs is not None:
+            fields["rollout_log_probs"] = np.array(log_probs, np.float32)
+        samples.append(Sample(**fields, **row))
+    return samples
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's numbers as Python's; of anything else the text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
