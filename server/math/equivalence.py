@@ -29,6 +29,7 @@ MAX_LENGTH = 5_000  # characters of an answer that are read at all
 # A choice alone, and before its option.
 _LETTER = re.compile(r"([A-Ja-j])|\(([A-J])\)")
 _CHOICE = re.compile(r"\(?([A-J])\)(?:[^(,)].*)?|([A-J])\..+|\(?([a-j])\)")
+_CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time, not a ratio, if both sides are
 _DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))")
 
 
@@ -114,6 +115,8 @@ def _numeric(gold: str, pred: str) -> Verdict | None:
     gold, pred, units_differ = split_units(gold, pred)
     if units_differ:
         return Verdict(False, "normalised")
+    if _CLOCK.fullmatch(gold) and _CLOCK.fullmatch(pred):
+        return Verdict(gold.lstrip("0") == pred.lstrip("0"), "normalised")
     try:
         trees = parse(gold), parse(pred)
         if all(exact(_bare(tree)) is not None for tree in trees):

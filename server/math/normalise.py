@@ -12,7 +12,7 @@ from phrases import number_in_words, phrase, without_article
 from units import UNITS
 from vocabulary import FUNCTIONS
 
-_WORDS = {"and": ",", "or": r"\lor "} | {
+_WORDS = {"and": r"\land ", "or": r"\lor "} | {
     word: sign
     for sign, words in {"%": "percent percents percentage pct", "°": "degree degrees deg",
                         r"\infty ": "infinity infty inf oo"}.items()
@@ -58,7 +58,7 @@ _SYNONYMS = {
         "strut mathstrut nonumber notag": "",
         "quad qquad thinspace": " ", "dfrac tfrac cfrac nicefrac sfrac": r"\frac",
         "dbinom tbinom": r"\binom", "leq leqslant leqq": r"\le", "geq geqslant geqq": r"\ge",
-        "neq": r"\ne", "vee": r"\lor", "land wedge": ",", "degree": "°", "lbrace": r"\{",
+        "neq": r"\ne", "vee": r"\lor", "wedge": r"\land", "degree": "°", "lbrace": r"\{",
         "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "dots cdots dotsc dotsb": r"\ldots",
         "overrightarrow": r"\vec", "colon": ":",
     }.items()
@@ -133,6 +133,7 @@ _MODULO = re.compile(
 _CONDITION = re.compile(r",? ?&? ?\\text\{ ?(?:if|for|when) ?\}|, ?(?:&|(?=\\\\))")
 _ALIGNED = re.compile(r"& ?(?=[=<>]|\\[lg]e(?![A-Za-z]))")
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
+_CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
 _SUPERSCRIPTS = re.compile(r"(\^\{-?\d*)\}\^\{(?=\d)")  # x¹² is x^{12}
 _SPACED = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _RECURRING = re.compile(r"(\d{0,20})\.(\d{0,6}?)(\d{1,3}?)\3{2,9} ?\\ldots")
@@ -188,10 +189,16 @@ def _rare(text: str) -> str:
         text = re.sub(r"(\.\d+) ?\\ldots *\Z", r"\1", _RECURRING.sub(_repeating, text))
     if " " in text and _SPACED.fullmatch(text):
         text = text.replace(" ", "")
-    if r"\lor" in text:  # between inequalities it isn't the comma it is in a list
-        text = re.sub(r"(?: ?,)? ?\\lor(?![a-z]) ?,?", r"\\lor ", text)
-        text = text if _INEQUALITY.search(text) else text.replace(r"\lor", ",")
-    return text
+    return _connectives(text) if r"\lor" in text or r"\land" in text else text
+
+
+def _connectives(text: str) -> str:
+    """Between inequalities "and" and "or" keep their meaning; in a list both are a comma."""
+    text = _CONNECTIVE.sub(r"\\\1 ", text)
+    parts = _CONNECTIVE.split(text)[::2]
+    if not all(map(_INEQUALITY.search, parts)):
+        text = re.sub(r"\\land ", ", ", text)
+    return text if any(map(_INEQUALITY.search, parts)) else re.sub(r"\\lor ", ", ", text)
 
 
 def unbox(text: str) -> str:

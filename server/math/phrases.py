@@ -9,16 +9,16 @@ _ONES = (
     "fifteen sixteen seventeen eighteen nineteen"
 )
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6,
+PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6,
           "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10}  # fmt: skip
-_VALUES = {word: n for n, word in enumerate(_ONES.split())} | {
+VALUES = {word: n for n, word in enumerate(_ONES.split())} | {
     word: 20 + 10 * n for n, word in enumerate(_TENS.split())
 }
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _NUMBER = re.compile(
     rf"(?P<tens>{_TENS.replace(' ', '|')})?(?:(?<=y)[ -](?=[a-z]))?"
     rf"(?P<ones>{_ONES.replace(' ', '|')})?"
-    rf"(?: (?P<power>{'|'.join(POWERS)})|[ -](?P<part>{'|'.join(_PARTS)})s?)?"
+    rf"(?: (?P<power>{'|'.join(POWERS)})|[ -](?P<part>{'|'.join(PARTS)})s?)?"
 )
 _ARTICLE = re.compile(r"(?:an?|the) (?=[a-z]{3})")
 _STOCK = {
@@ -38,11 +38,11 @@ def number_in_words(text: str) -> str | None:
     match = _NUMBER.fullmatch(text)
     if not match or not (match["tens"] or match["ones"]):
         return None
-    tens, ones = _VALUES.get(match["tens"], 0), _VALUES.get(match["ones"], 0)
+    tens, ones = VALUES.get(match["tens"], 0), VALUES.get(match["ones"], 0)
     if tens and match["ones"] and not 0 < ones < 10:
         return None
     if match["part"]:
-        return f"{tens + ones}/{_PARTS[match['part']]}"
+        return f"{tens + ones}/{PARTS[match['part']]}"
     return str((tens + ones) * 10 ** POWERS.get(match["power"], 0))
 
 

@@ -179,7 +179,7 @@ def _same_relations(a: Node, b: Node) -> bool:
             return same(relation.args[2], other)
         if set(relation.args[0]) == {"="}:
             return relation is b and _is_identity(b) and same(a, b.args[-1])
-        return _same_regions(a, b)
+        return not _is_numbers(other) and _same_regions(a, b)
     if name_a is not None and name_b is not None:
         if _compatible(name_a, name_b):
             return same(value_of(a), value_of(b))
@@ -195,6 +195,12 @@ def _same_relations(a: Node, b: Node) -> bool:
         return _same_regions(a, b)
     except Undecided:
         return False
+
+
+def _is_numbers(node: Node) -> bool:
+    """A list of expressions, which is no region: 1, 2 or \\pm 3."""
+    regional = (*COLLECTIONS, *regions.OPERATIONS, "rel")
+    return node.op == "list" and not any(item.op in regional for item in node.args)
 
 
 def _by_name(names: Node, values: Node) -> Node:
@@ -309,10 +315,12 @@ def _same_regions(a: Node, b: Node) -> bool:
     try:
         return any(regions.same(x, y) for x in _readings(a) for y in _readings(b))
     except Undecided:
-        if a.op == b.op and a.op in regions.OPERATIONS:
-            if a.op == "minus":
-                return _pairwise(a.args, b.args)
+        if a.op == b.op == "minus":
+            return _pairwise(a.args, b.args)
+        if (a.op == b.op and a.op in regions.OPERATIONS) or {a.op, b.op} == {"cap", "list"}:
             return _matched(regions.parts(a), regions.parts(b), as_set=True)
+        if {a.op, b.op} == {"cap", "cup"} and (has(a, "rel") or has(b, "rel")):
+            return False  # "and" isn't "or"
         if not {a.op, b.op} <= {*COLLECTIONS, *regions.OPERATIONS, "rel", "sym"}:
             return False  # an expression is no set
         raise

@@ -83,21 +83,28 @@ class _Parser:
     def answer(self) -> Node:
         """Relations separated by commas, groups of them by semicolons.
 
-        Inequalities with an "or" between them are a union.
+        Inequalities with an "or" between them are a union, with an "and" an intersection, for
+        which commas stand as well: x > 0, y > 0 and z > 0.
         """
         groups: list[Node] = []
         while True:
-            items = [self.relation()]
-            while self.accept(r"\lor"):
-                items.append(self.relation())
-            if len(items) > 1:
-                items = [Node("cup", tuple(items))]
+            start, items = self.at, [self.joined(r"\lor", "cup")]
             while self.accept(","):
-                items.append(self.relation())
-            groups.append(items[0] if len(items) == 1 else Node("list", tuple(items)))
+                items.append(self.joined(r"\lor", "cup"))
+            together = r"\land" in self.tokens[start : self.at]
+            kind = "cap" if together and all(i.op in ("rel", "cap") for i in items) else "list"
+            groups.append(items[0] if len(items) == 1 else Node(kind, tuple(items)))
             if not self.accept(";"):
                 break
         return groups[0] if len(groups) == 1 else Node("list", tuple(groups))
+
+    def joined(self, connective: str, operation: str) -> Node:
+        """Relations with "or" between them, or, which binds closer, with "and"."""
+        parts = []
+        while not parts or self.accept(connective):
+            both = connective == r"\lor"
+            parts.append(self.joined(r"\land", "cap") if both else self.relation())
+        return parts[0] if len(parts) == 1 else Node(operation, tuple(parts))
 
     def relation(self) -> Node:
         """A chain of sides: ``1 < x <= 2`` is one node with three sides and two operators."""
@@ -150,8 +157,9 @@ class _Parser:
                 (bottom if token in ("/", r"\div") else top).append(self.factor(signed=True))
             elif self._starts_factor(token) and not (implicit and token[1:] in FUNCTIONS):
                 previous = self.tokens[self.at - 1] if top[-1].op == "num" else ""
-                if token[0] in "0123456789" and previous[:1].isdigit():
-                    raise TooComplex("two numbers side by side")
+                digits = token[0] in "0123456789"
+                if digits and (previous[:1].isdigit() or self._after_word()):
+                    raise TooComplex("two numbers side by side, or with a word between them")
                 factor = self.factor()
                 if previous.isdigit() and token == r"\frac":
                     factor = _mixed(top, factor)
@@ -162,6 +170,12 @@ class _Parser:
         if bottom:
             node = Node("div", (node, bottom[0] if len(bottom) == 1 else Node("mul", (*bottom,))))
         return node
+
+    def _after_word(self) -> bool:
+        """Whether the last token ends a word: the numbers around "out of" don't commute."""
+        before, last = self.peek(-2) if self.at > 1 else "", self.peek(-1)
+        word = last.isalpha() and (len(last) > 1 or before.isalpha())
+        return word or last.startswith(r"\text{")
 
     def _starts_factor(self, token: str) -> bool:
         if token == "|":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from phrases import POWERS
+from phrases import PARTS, POWERS, VALUES
 from vocabulary import word_set
 
 UNITS = word_set(
@@ -19,6 +19,15 @@ _UNIT = re.compile(
     + r")"
     r"|(?<=[\d})]) (?P<words>[A-Za-z]{3,}(?: [A-Za-z]+){0,4})"
     r")(?P<power>\^\{?-?\d\}?)?\Z"
+)
+# Words after a number that change its value, so that they are no unit.
+_CHANGES = re.compile(
+    r"\b(?:plus|minus|squared|cubed|dozens?|pi|base|below|under|over|above"
+    r"|less|more|fewer|not|wrong|incorrect|false|negative|factorial|times (?:[b-z]|"
+    + "|".join(VALUES)
+    + r")|divided|multiplied|(?:"
+    + "|".join(PARTS)
+    + r"|(?:hundred|thousand|million|billion)th)s?)\b"
 )
 _ANGLES = ("", "rad", "°c", "°f")
 _QUOTIENT = re.compile(r"(?:\\frac\{)?\\text\{([^{}]+)\}(?:\}\{|/)\\text\{([^{}]+)\}\}?\Z")
@@ -47,6 +56,8 @@ def split_unit(text: str) -> tuple[str, str]:
     if not body or body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body):
         return text, ""
     name = (match["text"] or match["known"] or match["words"] or "").lower().strip()
+    if _CHANGES.search(name):
+        return text, ""
     power = (match["power"] or "").strip("^{}")
     if square := re.match(r"(sq(?:uare|\.)?|cubic|cu\.?) ", name):
         power, name = ("2" if square[1][0] == "s" else "3"), name[square.end() :]

@@ -33,6 +33,7 @@ CLOSERS = {"(": ")]", "[": "])[", "]": "[])", r"\{": (r"\}",), "{": "}", r"\lang
             r"\|": (r"\|",), "|": "|"}  # fmt: skip
 NOT_A_FACTOR = word_set(
     r"\cup \cap \setminus \backslash \pm \mp \} \\ \rangle \rfloor \rceil \rvert \mid \end \| "
-    r"\to \lor \rightarrow \Rightarrow \implies \iff \subset \subseteq \ldots \dots \cdots \sum "
-    r"\prod \int \iint \oint \lim \partial \sim \pmod \bmod \mod \perp \parallel \forall \exists"
+    r"\to \lor \land \rightarrow \Rightarrow \implies \iff \subset \subseteq \ldots \dots \cdots "
+    r"\sum \prod \int \iint \oint \lim \partial \sim \pmod \bmod \mod \perp \parallel \forall "
+    r"\exists"
 ) | frozenset(RELATIONS) | (TIMES)  # fmt: skip
