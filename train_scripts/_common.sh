@@ -18,9 +18,8 @@ set -euo pipefail
 
 REPO=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)
 PYTHON=${VERL_PYTHON:-${PYTHON:-}}
-if [[ -z $PYTHON && -x $REPO/.venv/bin/python ]]; then
-  PYTHON=$REPO/.venv/bin/python
-elif ! "${PYTHON:=python3}" -c 'import hydra, omegaconf' 2>/dev/null; then
+[[ -n $PYTHON || ! -x $REPO/.venv/bin/python ]] || PYTHON=$REPO/.venv/bin/python
+if ! "${PYTHON:=python3}" -c 'import hydra, omegaconf' 2>/dev/null; then
   printf 'error: %s lacks the packages that verl needs: run bash setup.sh gpu (or cpu) first\n' \
     "$PYTHON" >&2
   exit 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 
@@ -87,6 +88,12 @@ def test_ranks_meet_at_the_address_that_nodes_know_each_other_by(group: WorkerGr
     ip = ray.util.get_node_ip_address()
     assert address.rpartition(":")[0] == f"tcp://{ip}"
     assert ip in [a.address for a in psutil.net_if_addrs()[interface]]
+
+
+def test_an_interpreter_that_ray_cannot_start_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/my files/.venv/bin/python")
+    with pytest.raises(ValueError, match=r"'/my files/\.venv/bin/python': move it"):
+        start_ray(1)
 
 
 def test_the_first_error_is_raised_while_others_hang(group: WorkerGroup) -> None:

@@ -1,7 +1,5 @@
 """What can go wrong with rewards in mid-run. None of it is ever a score."""
 
-from __future__ import annotations
-
 
 class RewardError(RuntimeError):
     """A response could not be scored."""

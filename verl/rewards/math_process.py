@@ -62,10 +62,8 @@ class ServerProcess:
         """The last lines of a server that has ended; None while it lives."""
         if self._process is None or self._process.poll() is None:
             return None
-        lines = self.log_file.read_text(errors="replace").splitlines()[-5:]
-        return f"exit status {self._process.returncode}; {self.log_file} ends with\n" + "\n".join(
-            f"  {line}" for line in lines
-        )
+        end = "\n  ".join(self.log_file.read_text(errors="replace").splitlines()[-5:])
+        return f"exit status {self._process.returncode}; {self.log_file} ends with\n  {end}"
 
     def start_if_dead(self) -> None:
         """Starts a server that has not been started or has ended, at most every few seconds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -37,7 +38,11 @@ def start_ray(num_workers: int, num_cpus: int | None = None) -> None:
     """Joins the cluster at RAY_ADDRESS, or starts one on this machine that ends with this process.
 
     A cluster of our own offers as many CPUs as there are workers: they are slots, not cores.
+
+    Raises: ValueError if the interpreter's path holds a space.
     """
+    if " " in sys.executable:  # Ray's workers would wait for ever
+        raise ValueError(f"Ray can't start {sys.executable!r}: move it to a path without spaces")
     if os.environ.get("RAY_ADDRESS"):
         # Workers there have the environment of `ray start`, but must find the same code.
         path = {k: v for k, v in os.environ.items() if k == "PYTHONPATH"}

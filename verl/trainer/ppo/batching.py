@@ -136,9 +136,8 @@ class TrainBatches:
             f"algorithm.filter_groups kept {kept} of {seen} prompts in {rounds} rounds, less than "
             f"one mini-batch of {mini}: all responses to the others had the same {rule.metric} "
             f"({_share(dropped, 1.0, seen):.0%} of the prompts all right, "
-            f"{_share(dropped, 0.0, seen):.0%} all wrong). Take easier or harder prompts, more "
-            "responses per prompt (actor_rollout_ref.rollout.n), or more rounds "
-            "(max_num_gen_batches)"
+            f"{_share(dropped, 0.0, seen):.0%} all wrong). Take easier or harder prompts, a larger "
+            "actor_rollout_ref.rollout.n or max_num_gen_batches"
         )
 
 

@@ -375,8 +375,7 @@ class RayPPOTrainer:
         return {"actor/reward_kl_penalty": per_token, "actor/reward_kl_penalty_coeff": beta}
 
 
-CARRIED = "carried.parquet"
-"""Name in a checkpoint: the responses that the filter kept for the next step."""
+CARRIED = "carried.parquet"  # in a checkpoint: what the filter kept for the next step
 
 WEIGHTS_TO_COMPARE = tuple(
     mode for mode in WEIGHTS if mode not in ("token-mean-legacy", "seq-mean-token-sum-norm")
