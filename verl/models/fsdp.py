@@ -139,12 +139,14 @@ def move_optimizer(optimizer: torch.optim.Optimizer, device: torch.device) -> No
                 state[name] = value.to(device, non_blocking=device.type == "cuda")
 
 
-def full_weights(policy: PolicyModel) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor) of each weight, one at a time; tied weights once. All ranks
-    must iterate: gathering a tensor is collective."""
-    for name, param in policy.lm.named_parameters():
-        value = param.detach()
-        yield name, value.full_tensor() if isinstance(value, DTensor) else value
+def full_weights(
+    policy: PolicyModel, names: Sequence[str], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor) of each named weight, one at a time. All ranks must iterate:
+    gathering a tensor is collective."""
+    for name in names:
+        value = policy.lm.get_parameter(name).detach()
+        yield name, (value.full_tensor() if isinstance(value, DTensor) else value).to(dtype)
 
 
 def save_hf_model(policy: PolicyModel, model: ModelConfig, folder: Path, tokenizer: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 
 
 def get_device(name: str | None = None) -> torch.device:
@@ -15,6 +18,30 @@ def process_group_backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
+def broadcast_group(device: torch.device, address: str, rank: int, world_size: int) -> Any:
+    """A process group for `broadcast(tensor, 0)` of tensors on `device`, apart from the default one
+    and from its ranks. It meets at `address` (`tcp://host:port`), where rank 0 is."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    store = dist.TCPStore(host, int(port), world_size, is_master=rank == 0)
+    if device.type == "cuda":
+        return dist.ProcessGroupNCCL(store, rank, world_size)
+    return dist.ProcessGroupGloo(store, rank, world_size)
+
+
+def kv_cache_bytes(device: torch.device, config: Any, dtype: str, tokens: int) -> int | None:
+    """vLLM's `kv_cache_memory_bytes` for `tokens` tokens of a Hugging Face model; on a CPU 5 % of
+    the memory at most. None on a GPU, where `gpu_memory_utilization` decides."""
+    if device.type == "cuda":
+        return None
+    import psutil
+
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * size * getattr(torch, dtype).itemsize
+    return min(token * tokens, psutil.virtual_memory().total // 20)
+
+
 def default_dtype(device: torch.device) -> str:
     """Type to compute in where the configuration names none."""
     return "bfloat16" if device.type == "cuda" else "float32"
@@ -25,15 +52,24 @@ def default_packed_attention(device: torch.device, dtype: torch.dtype) -> str:
     return "packed_varlen" if device.type == "cuda" and dtype.itemsize == 2 else "packed_sdpa"
 
 
+def _uses_gpus(device: str | None) -> bool:
+    """Whether workers with `trainer.device` get GPUs of the cluster."""
+    import ray
+
+    return (device or ("cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")) == "cuda"
+
+
 def worker_resources(device: str | None, share: float) -> dict[str, float]:
     """Ray resources of a worker that uses `share` of a device; one CPU each where there is no
     GPU in the cluster."""
-    import ray
+    return {"num_cpus": 1} | ({"num_gpus": share} if _uses_gpus(device) else {})
 
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    if (device or ("cuda" if has_gpu else "cpu")) == "cuda":
-        return {"num_gpus": share, "num_cpus": 1}
-    return {"num_cpus": 1}
+
+def default_weight_transfer(device: str | None, engine: str, split: bool) -> str:
+    """A way of `verl.workers.weight_sync`; `split`: actor and engines have devices of their own."""
+    if engine == "hf" or not _uses_gpus(device):
+        return "host"
+    return "nccl" if split else "ipc"
 
 
 def max_memory_gb(device: torch.device) -> float:

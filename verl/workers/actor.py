@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from verl.models import fsdp
 from verl.models.packing import Batch, pack, per_token, split_per_sample
 from verl.protocol import Sample
 from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
-from verl.trainer.ppo.core_algos import kl_divergence, policy_loss
+from verl.trainer.ppo.core_algos import kl_divergence, policy_loss, rollout_is_weights
 from verl.utils.device import empty_cache, get_device, max_memory_gb, process_group_backend
 from verl.utils.seqlen_balancing import micro_batches
+from verl.workers.weight_sync import WeightExporter
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,9 @@ class LossConfig:
     kl_coef: float = 0.0
     """Weight of the divergence from the reference; 0: no reference needed."""
     kl_type: str = "low_var_kl"
+    rollout_is: str | None = None
+    """A key of `verl.trainer.ppo.core_algos.rollout_is_weights`; None: no correction."""
+    rollout_is_threshold: float = 2.0
 
 
 Sums = dict[str, Tensor]
@@ -74,8 +78,23 @@ def ppo_loss(
         config.clip_ratio_c,
     )
     loss = pg.loss
-    sums = {
-        "w/pg_loss": (weights * pg.loss).sum(),
+    rollout = {}
+    if len(log_probs) and samples[0].rollout_log_probs is not None:
+        difference = old - per_token(samples, "rollout_log_probs", device)
+        if config.rollout_is is not None:
+            lengths = torch.tensor([s.length for s in samples], device=device)
+            factors = rollout_is_weights(
+                difference, lengths, config.rollout_is, config.rollout_is_threshold
+            )
+            loss = loss * factors
+            rollout["rollout/is_weight_mean"] = factors.sum()
+        rollout |= {
+            "rollout/logprob_diff_mean": difference.abs().sum(),
+            "rollout/logprob_diff_max": difference.abs().max(),
+            "rollout/kl": -difference.sum(),
+        }
+    sums = rollout | {
+        "w/pg_loss": (weights * loss).sum(),
         "ppo_kl": -pg.log_ratio.sum(),
         "pg_clipfrac": pg.clipped.sum(),
         "pg_clipfrac_lower": pg.clipped_lower.sum(),
@@ -245,7 +264,9 @@ class Policy:
             value, sums = LOSSES[loss.kind](log_probs, entropy, part, loss)
             (value * dist.get_world_size()).backward()
             for name, number in sums.items():
-                totals[name] = totals.get(name, 0) + number.detach()
+                merge = torch.maximum if name.endswith("_max") else torch.add
+                number = number.detach()
+                totals[name] = merge(totals[name], number) if name in totals else number
         tokens = sum(s.length for s in samples)
         return {name: value.item() for name, value in totals.items()} | {"tokens": tokens}
 
@@ -274,7 +295,7 @@ class Policy:
         return {"model": model, "optimizer": optimizer, "training_steps": steps}
 
 
-class ActorWorker:
+class ActorWorker(WeightExporter):
     """Everything that one actor rank does; a plain class, made a Ray actor in `group.py`."""
 
     def __init__(self, device: str | None = None) -> None:
@@ -315,25 +336,6 @@ class ActorWorker:
         results = self.actor.update(mini_batches, *args)
         results[-1]["max_memory_gb"] = max_memory_gb(self.device)
         return results
-
-    def export_weights(self, dtype: str, bucket_bytes: int) -> Iterator[dict[str, Tensor]]:
-        """The policy's whole weights in buckets of about `bucket_bytes`, on the host. All ranks
-        gather, rank 0 yields."""
-        self.actor.onload()
-        bucket: dict[str, Tensor] = {}
-        size = 0
-        for name, whole in fsdp.full_weights(self.actor.model):
-            if dist.get_rank() != 0:
-                continue
-            value = whole.to("cpu", getattr(torch, dtype))
-            if bucket and size + value.nbytes > bucket_bytes:
-                yield bucket
-                bucket, size = {}, 0
-            bucket[name] = value
-            size += value.nbytes
-        if bucket:
-            yield bucket
-        self.actor.offload()
 
     def save(self, folder: str) -> None:
         """Writes parameters, optimizer and schedule below `folder`, each rank its part."""

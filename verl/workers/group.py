@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Sequence
+from threading import Lock
 from typing import Any
 
 import ray
@@ -28,16 +30,16 @@ WORKER_ENV = {
     "PYTHONWARNINGS": "ignore",
 }
 WORKERS_PER_DEVICE = 2
-"""An actor rank and a generation engine share each device, in turns."""
+"""Colocated, an actor rank and a generation engine share each device, in turns."""
 
 CONTROL = "control"
 """Ray's concurrency group of calls that don't wait for those that run."""
 
 
-def start_ray(num_workers: int, num_cpus: int | None = None) -> None:
+def start_ray(devices: int, num_cpus: int | None = None) -> None:
     """Joins the cluster at RAY_ADDRESS, or starts one on this machine that ends with this process.
 
-    A cluster of our own offers as many CPUs as there are workers: they are slots, not cores.
+    A cluster of our own offers as many CPUs as `devices` hold workers: they are slots, not cores.
 
     Raises: ValueError if the interpreter's path holds a space.
     """
@@ -48,7 +50,7 @@ def start_ray(num_workers: int, num_cpus: int | None = None) -> None:
         path = {k: v for k, v in os.environ.items() if k == "PYTHONPATH"}
         ray.init(runtime_env={"env_vars": path})
         return
-    cpus = num_cpus or max(WORKERS_PER_DEVICE * num_workers, os.cpu_count() or 1)
+    cpus = num_cpus or max(WORKERS_PER_DEVICE * devices, os.cpu_count() or 1)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="warning")
 
 
@@ -62,8 +64,10 @@ def place(nodes: int, devices_per_node: int, device: str | None, timeout_s: floa
     bundle = {"CPU": float(WORKERS_PER_DEVICE), "GPU": need.get("num_gpus", 0.0)}
     bundle = {name: amount for name, amount in bundle.items() if amount}
     share = {name: amount * devices_per_node for name, amount in bundle.items()}
+    deadline = time.monotonic() + timeout_s
     wanted = (
-        f"trainer.nnodes={nodes} × trainer.n_gpus_per_node={devices_per_node} needs {nodes} "
+        f"trainer.nnodes={nodes} × {devices_per_node} devices (trainer.n_gpus_per_node and "
+        f"trainer.rollout_gpus_per_node) needs {nodes} "
         f"machine(s) with {', '.join(f'{amount:g} {name}' for name, amount in share.items())} each"
     )
     machines = [node for node in ray.nodes() if node["Alive"]]
@@ -76,13 +80,13 @@ def place(nodes: int, devices_per_node: int, device: str | None, timeout_s: floa
         )
     # Asked for whole shares, Ray itself picks machines that have them free, all at once. The shares
     # then make way for a bundle per device: only there are two workers sure to get the same GPU.
-    shares = _reserve([share] * nodes, "STRICT_SPREAD", timeout_s)
+    shares = _reserve([share] * nodes, "STRICT_SPREAD", deadline)
     if shares:
         chosen = placement_group_table(shares)["bundles_to_node_id"]
         remove_placement_group(shares)
         order = [chosen[node] for node in range(nodes) for _ in range(devices_per_node)]
         labels = [{"ray.io/node-id": node_id} for node_id in order]
-        if group := _reserve([bundle] * len(order), "PACK", timeout_s, labels):
+        if group := _reserve([bundle] * len(order), "PACK", deadline, labels):
             return [(group, index) for index in range(len(order))]
     raise ValueError(
         f"{wanted}; after {timeout_s:.0f} s they are not free: lower the keys, or stop other jobs"
@@ -93,11 +97,11 @@ def place(nodes: int, devices_per_node: int, device: str | None, timeout_s: floa
 def _reserve(
     bundles: list[dict[str, float]],
     strategy: str,
-    timeout_s: float,
+    deadline: float,
     labels: list[dict[str, str]] | None = None,
 ) -> PlacementGroup | None:
     group = placement_group(bundles, strategy, bundle_label_selector=labels)
-    if ray.wait([group.ready()], timeout=timeout_s)[0]:
+    if ray.wait([group.ready()], timeout=max(0, deadline - time.monotonic()))[0]:
         return group
     remove_placement_group(group)
     return None
@@ -122,81 +126,80 @@ class WorkerGroup:
     """One Ray actor per slot, made from an ordinary class, and calls to all of them."""
 
     def __init__(
-        self, cls: type, slots: Slots, device: str | None, arguments: Sequence[tuple[Any, ...]]
+        self,
+        cls: type,
+        slots: Slots,
+        device: str | None,
+        arguments: Sequence[tuple[Any, ...]],
+        share: float = 1 / WORKERS_PER_DEVICE,
+        environments: Sequence[dict[str, str]] | None = None,
+        max_restarts: int = 0,
     ) -> None:
-        """Starts `cls(*arguments[i])` in slot i."""
-        resources = worker_resources(device, 1 / WORKERS_PER_DEVICE)
+        """Starts `cls(*arguments[i])` in slot i, with `share` of the slot's device and the variables
+        `environments[i]`. One that dies is started again `max_restarts` times (-1: always)."""
+        environments = environments or [{}] * len(slots)
         self.workers = [
             ray.remote(concurrency_groups={CONTROL: 1})(cls)
             .options(
-                **resources,
+                **worker_resources(device, share),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=index
+                    group,
+                    placement_group_bundle_index=index,
+                    placement_group_capture_child_tasks=True,
                 ),
-                runtime_env={"env_vars": WORKER_ENV},
+                runtime_env={"env_vars": WORKER_ENV | variables},
+                max_restarts=max_restarts,
             )
             .remote(*args)
-            for (group, index), args in zip(slots, arguments, strict=True)
+            for (group, index), args, variables in zip(slots, arguments, environments, strict=True)
         ]
+        self._submission = Lock()
 
     def __len__(self) -> int:
         return len(self.workers)
 
-    def call(self, method: str, *args: Any) -> list[Any]:
-        """`method(*args)` on every worker; results in order. The first error is raised at once."""
-        return self.scatter(method, [args] * len(self))
+    def call(self, method: str, *args: Any, only: int | None = None) -> list[Any]:
+        """`method(*args)` on every worker, or `only` on the one with this number; results in order.
+        The first error is raised at once."""
+        return self.wait(self.submit(method, [args] * len(self), only))
 
     def scatter(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """`method(*arguments[i])` on worker i; results in order. The first error is raised at once:
-        ranks that wait for the failed one would never answer."""
-        refs = [
-            getattr(worker, method).remote(*args)
-            for worker, args in zip(self.workers, arguments, strict=True)
-        ]
-        pending = list(refs)
+        """`method(*arguments[i])` on worker i; results in order. The first error is raised at
+        once."""
+        return self.wait(self.submit(method, arguments))
+
+    def submit(
+        self, method: str, arguments: Sequence[tuple[Any, ...]], only: int | None = None
+    ) -> list[Any]:
+        """Starts `method(*arguments[i])` on worker i; references to the results. All workers get
+        their calls in the same order, from whatever threads these come."""
+        with self._submission:
+            return [
+                getattr(worker, method).remote(*args)
+                for i, (worker, args) in enumerate(zip(self.workers, arguments, strict=True))
+                if only in (None, i)
+            ]
+
+    @staticmethod
+    def wait(references: Sequence[Any]) -> list[Any]:
+        """The results, in order. The first error is raised at once: ranks that wait for the failed
+        one would never answer."""
+        pending = list(references)
         while pending:
             ready, pending = ray.wait(pending)
             ray.get(ready)
-        return ray.get(refs)
-
-    def references(
-        self, method: str, arguments: Sequence[tuple[Any, ...]], ahead: int = -1
-    ) -> Iterator[Any]:
-        """References to what the generators `method(*arguments[i])` on worker i yield, as it comes.
-
-        A generator waits while `ahead` of its results are unread; -1: it never waits. The error of
-        a worker comes as the last reference of its stream.
-        """
-        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": ahead}
-        open_streams = [
-            getattr(worker, method).options(**options).remote(*args)
-            for worker, args in zip(self.workers, arguments, strict=True)
-        ]
-        while open_streams:
-            ready, _ = ray.wait(open_streams)
-            for stream in ready:
-                try:
-                    yield next(stream)
-                except StopIteration:
-                    open_streams.remove(stream)
-
-    def stream(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """What those generators yield, in the order in which it arrives; raises the first error."""
-        for reference in self.references(method, arguments):
-            yield ray.get(reference)
-
-    def interrupt(self, method: str) -> None:
-        """`method()` on every worker, while another of its methods runs."""
-        calls = [
-            getattr(worker, method).options(concurrency_group=CONTROL) for worker in self.workers
-        ]
-        ray.get([call.remote() for call in calls])
+        return ray.get(list(references))
 
     def connect(self) -> None:
         """Makes the workers ranks of one process group; rank 0's machine is the meeting point."""
-        ask = [worker.__ray_call__.remote(_network_address) for worker in self.workers]
-        address = ray.get(ask)[0]
+        address = self.free_address()
         self.scatter("connect", [(rank, len(self), address) for rank in range(len(self))])
+
+    def free_address(self) -> str:
+        """`tcp://host:port` of the first worker's machine; makes all workers use the addresses that
+        nodes know each other by."""
+        ask = [worker.__ray_call__.remote(_network_address) for worker in self.workers]
+        return ray.get(ask)[0]
 
 
 def _network_address(_: Any) -> str:

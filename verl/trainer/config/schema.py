@@ -148,11 +148,19 @@ class ValKwargs(Section):
 
 
 @dataclass
+class EngineKwargs(Section):
+    """`rollout.engine_kwargs`."""
+
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """Any of vLLM's engine arguments; these win over what the keys above say."""
+
+
+@dataclass
 class RolloutConfig(Section):
     """`actor_rollout_ref.rollout`: the generation engines."""
 
     name: str = one_of("hf", "hf", "vllm")
-    """Engine: `hf` runs any Hugging Face causal model with this project's sampler."""
+    """Engine: vLLM, or `hf`: any Hugging Face causal model with this project's sampler."""
     n: int = number(1, 1)
     """Responses per prompt."""
     do_sample: bool = True
@@ -178,9 +186,10 @@ class RolloutConfig(Section):
     log_prob_max_token_len_per_gpu: int = number(16384, 1)
     """Follows actor.ppo_max_token_len_per_gpu."""
     tensor_model_parallel_size: int = number(1, 1)
-    """vLLM: GPUs of one engine."""
+    """vLLM: devices of one engine."""
     gpu_memory_utilization: float = number(0.5, 0, 1)
-    """vLLM: share of a GPU's memory for weights and KV cache."""
+    """vLLM: share of a GPU's memory for weights and KV cache. On a CPU the KV cache takes 5 % of the
+    memory at most, or what engine_kwargs.vllm.kv_cache_memory_bytes says."""
     max_num_batched_tokens: int = number(8192, 1)
     """vLLM: tokens of one engine step."""
     enable_chunked_prefill: bool = True
@@ -188,7 +197,16 @@ class RolloutConfig(Section):
     enforce_eager: bool = True
     """vLLM: no CUDA graphs."""
     free_cache_engine: bool = True
-    """vLLM: free the KV cache while the actor trains."""
+    """vLLM: free the memory of weights and KV cache while the actor trains."""
+    weight_transfer: str | None = one_of(None, "host", "ipc", "nccl")
+    """How new weights reach the engines (`verl.workers.weight_sync`); null: host memory for hf and on
+    a CPU, else ipc for colocated engines and nccl for those on GPUs of their own."""
+    verify_weights: bool = False
+    """After each transfer every engine draws a few tokens, whose log-probabilities are compared with
+    the actor's: rollout/verify_logprob_diff."""
+    verify_weights_tolerance: float = number(0.05, above=0)
+    """Largest mean difference, in nats a token; more is an error at start and a warning later."""
+    engine_kwargs: EngineKwargs = field(default_factory=EngineKwargs)
     val_kwargs: ValKwargs = field(default_factory=ValKwargs)
 
 
@@ -314,6 +332,17 @@ class FilterOverlongConfig(Section):
 
 
 @dataclass
+class RolloutCorrectionConfig(Section):
+    """`algorithm.rollout_correction`: the engines' log-probabilities are not quite the actor's."""
+
+    rollout_is: str | None = one_of(None, "token", "sequence")
+    """Truncated importance sampling: the loss of a token is multiplied by π_old/π_rollout of the
+    token or of its whole response."""
+    rollout_is_threshold: float = number(2.0, above=0)
+    """The factor is at most this."""
+
+
+@dataclass
 class AlgorithmConfig(Section):
     """`algorithm`."""
 
@@ -333,6 +362,9 @@ class AlgorithmConfig(Section):
     kl_ctrl: KLControlConfig = field(default_factory=KLControlConfig)
     filter_groups: FilterGroupsConfig = field(default_factory=FilterGroupsConfig)
     filter_overlong_response: FilterOverlongConfig = field(default_factory=FilterOverlongConfig)
+    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
+    bypass_old_log_prob: bool = False
+    """The engines' log-probabilities are the old ones: the actor doesn't compute them."""
 
 
 @dataclass
@@ -365,6 +397,11 @@ class TrainerConfig(RunConfig):
     """Run in wandb, and second part of default_local_dir."""
     logger: Any = field(default_factory=lambda: ["console", "wandb"])
     """Any of console, wandb, file. metrics.jsonl is always written."""
+    rollout_gpus_per_node: int | None = number(None, 1)
+    """GPUs of each machine for engines alone, beside n_gpus_per_node for the actor; null: engines
+    share the actor's."""
+    async_rollout: bool = False
+    """Draw the next step's batch while this one trains; needs rollout_gpus_per_node."""
     balance_batch: bool = True
     """Give every rank about the same number of tokens; False: the same number of responses."""
     val_before_train: bool = True

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import closing
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -55,11 +56,29 @@ class TrainBatches:
     def next(self, step: int, timer: Timer) -> tuple[list[Sample], dict[str, float]]:
         """The samples of training step `step`, group by group, and what the filter did.
 
-        Raises: ValueError if the filter leaves less than one mini-batch.
+        Raises: ValueError if the filter leaves less than one mini-batch. An error leaves everything
+        as it was.
         """
-        if self.config.algorithm.filter_groups.enable:
-            return self._filtered(step, timer)
-        return [sample for group in self._round(step, 0, timer) for sample in group], {}
+        before = self.state()
+        try:
+            if self.config.algorithm.filter_groups.enable:
+                return self._filtered(step, timer)
+            return [sample for group in self._round(step, 0, timer) for sample in group], {}
+        except BaseException:
+            self.load(before)
+            raise
+
+    def wait(self) -> None:
+        """Until the engines are idle: they are, between two calls."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"order": self.order.state_dict(), "carried": self.carried}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.order.load_state_dict(state["order"])
+        self.carried = state["carried"]
 
     def _filtered(self, step: int, timer: Timer) -> tuple[list[Sample], dict[str, float]]:
         """Rounds of generation until enough groups have spread, those carried over first."""
@@ -97,7 +116,7 @@ class TrainBatches:
         if usable < needed:
             text = "training on %d of %d prompts: algorithm.filter_groups.max_num_gen_batches=%d"
             logger.warning(text, usable, needed, rounds)
-        fresh = [group for group in kept[usable:] if group[0].policy_version == step - 1]
+        fresh = [group for group in kept[usable:] if group[0].policy_version >= step - 1]
         self.carried = fresh[: needed if rule.carry_over else 0]
         for number, group in enumerate(kept[:usable]):
             fill(group, "group", [number] * len(group))
@@ -122,7 +141,6 @@ class TrainBatches:
         n = self.config.actor_rollout_ref.rollout.n
         with closing(score_while_generating(generated, self.rewards, timer)) as scored:
             for samples in scored:
-                fill(samples, "policy_version", [step - 1] * len(samples))
                 for sample in samples:
                     waiting[sample.group].append(sample)
                 while waiting and len(waiting[first := next(iter(waiting))]) == n:

@@ -10,6 +10,7 @@ ranks only sum, so they can't change the gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -330,3 +331,29 @@ class KLController:
         if self.adaptive:
             error = min(max(current_kl / self.target_kl - 1, -0.2), 0.2)
             self.value *= 1 + error * num_responses / self.horizon
+
+
+def rollout_is_weights(
+    log_ratio: Tensor, lengths: Tensor, level: str, threshold: float
+) -> Tensor:
+    """Truncated importance-sampling weights between the engine that drew the tokens and the actor,
+    min(π_old/π_rollout, threshold); constants, by which the loss of each token is multiplied.
+
+    Args:
+        log_ratio: log π_old − log π_rollout of each token, [R]. lengths: tokens of each response,
+            [N], which add up to R. level: `token`, or `sequence`: the ratio of the whole response,
+            which is the product over its tokens.
+        threshold: largest weight.
+
+    Returns: [R].
+
+    Source: truncation, Ionides 2008 (doi:10.1198/106186008X320456, eq. 4); between a rollout engine
+    and a trainer, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training".
+    """
+    log_ratio = log_ratio.detach()
+    if level == "sequence":
+        of_token = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        sums = torch.zeros(len(lengths), device=log_ratio.device, dtype=log_ratio.dtype)
+        log_ratio = sums.index_add(0, of_token, log_ratio)[of_token]
+    return log_ratio.clamp(max=math.log(threshold)).exp()

@@ -18,6 +18,7 @@ from verl.protocol import Prompt, Sample, column, fill, response_lengths
 from verl.rewards.errors import RewardError
 from verl.rewards.manager import RewardManager
 from verl.trainer.config.schema import Config, resolve_aggregation
+from verl.trainer.ppo.ahead import BatchesAhead
 from verl.trainer.ppo.batching import (
     TrainBatches,
     mini_batches,
@@ -40,14 +41,16 @@ from verl.trainer.ppo.metrics import (
     validation_metrics,
 )
 from verl.utils.checkpoint import CheckpointFolder
+from verl.utils.device import default_weight_transfer
 from verl.utils.samples import read_samples, write_samples
 from verl.utils.seqlen_balancing import balanced_partitions, equal_partitions
 from verl.utils.timer import Timer
 from verl.utils.tracking import Tracking
 from verl.workers.actor import ActorWorker, LossConfig, MicroBatchLimit
-from verl.workers.group import WorkerGroup, place, start_ray
+from verl.workers.engines import EngineGroup
+from verl.workers.group import WORKERS_PER_DEVICE, WorkerGroup, place, start_ray
 from verl.workers.rollout.base import SamplingParams, engine_class
-from verl.workers.weight_sync import sync_weights
+from verl.workers.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +74,20 @@ class RayPPOTrainer:
         validates = trainer.val_before_train or trainer.val_only or trainer.test_freq > 0
         self.val_prompts = load_prompts(data.val_files, data, tokenizer) if validates else []
         train_prompts = load_prompts(data.train_files, data, tokenizer)
-        self.batches = TrainBatches(config, train_prompts, self.generate, self.rewards)
-        self.steps_per_epoch = self.batches.order.steps_per_epoch
+        self.prompts = train_prompts
+        batches = TrainBatches(config, train_prompts, self.generate, self.rewards)
+        self.order = batches.order
         self.total_steps = (
-            trainer.total_training_steps or trainer.total_epochs * self.steps_per_epoch
+            trainer.total_training_steps or trainer.total_epochs * self.order.steps_per_epoch
         )
+        self.batches: TrainBatches | BatchesAhead = batches
+        if trainer.async_rollout:
+            self.batches = BatchesAhead(batches, self.total_steps, self.update_engines)
         self.num_workers = trainer.nnodes * trainer.n_gpus_per_node
         self.checkpoints = CheckpointFolder(trainer)
         self.step = self.saved_step = 0
         self.validation_missing = False
+        self.engine_metrics: dict[str, float] = {}
         if resumed := self.checkpoints.find():
             self._load_state(resumed)
         self.resumed = resumed
@@ -89,14 +97,27 @@ class RayPPOTrainer:
 
         Raises: ValueError or RewardServerError, before that, if the data can't be scored.
         """
-        trainer, model = self.config.trainer, self.config.actor_rollout_ref
-        self.rewards.connect([*self.batches.prompts, *self.val_prompts], self.checkpoints.root)
-        start_ray(self.num_workers, self.config.ray_init.num_cpus)
-        slots = place(trainer.nnodes, trainer.n_gpus_per_node, trainer.device)
-        device = trainer.device
-        self.actor = WorkerGroup(ActorWorker, slots, device, [(device,)] * len(slots))
-        engine_args = (model.model, model.rollout, device)
-        self.rollout = WorkerGroup(self.engine, slots, device, [engine_args] * len(slots))
+        trainer, model, data = self.config.trainer, self.config.actor_rollout_ref, self.config.data
+        self.rewards.connect([*self.prompts, *self.val_prompts], self.checkpoints.root)
+        device, own = trainer.device, trainer.n_gpus_per_node
+        per_node = own + (trainer.rollout_gpus_per_node or 0)
+        start_ray(trainer.nnodes * per_node, self.config.ray_init.num_cpus)
+        slots = place(trainer.nnodes, per_node, device)
+        share, engine_slots = 1 / WORKERS_PER_DEVICE, slots
+        if trainer.rollout_gpus_per_node:
+            share = 1.0
+            engine_slots = [slot for i, slot in enumerate(slots) if i % per_node >= own]
+            slots = [slot for i, slot in enumerate(slots) if i % per_node < own]
+        self.actor = WorkerGroup(ActorWorker, slots, device, [(device,)] * len(slots), share)
+        longest = data.max_prompt_length + data.max_response_length
+        self.rollout = EngineGroup(
+            self.engine, engine_slots, device, share, model.model, model.rollout, longest
+        )
+        way = model.rollout.weight_transfer or default_weight_transfer(
+            device, model.rollout.name, bool(trainer.rollout_gpus_per_node)
+        )
+        self.weight_sync = WeightSync(self.actor, self.rollout, way, model.rollout)
+        self.rollout.on_restart = self.weight_sync
         self.actor.connect()
         ref = model.ref.fsdp_config if self.needs_reference else None
         self.actor.call(
@@ -105,7 +126,9 @@ class RayPPOTrainer:
         if self.resumed:
             logger.info("resuming from %s", self.resumed)
             self.actor.call("load", str(self.resumed / "actor"))
-            sync_weights(self.actor, self.rollout)
+            self.weight_sync()
+        if model.rollout.verify_weights:
+            self.verify_engines(strict=True)
 
     def fit(self) -> None:
         """Trains from the current step to the last one."""
@@ -125,16 +148,17 @@ class RayPPOTrainer:
                 with self.saved_on_error():
                     samples, metrics = self.batches.next(self.step + 1, timer)
                 self.step += 1
-                self.rollout.call("sleep")
+                if not trainer.async_rollout:
+                    self.rollout.call("sleep")
                 metrics |= self.add_log_probs(samples, timer)
                 with timer("adv"):
                     metrics |= self.add_advantages(samples)
                     steps = list(self.add_weights(samples))
                 with timer("update_actor"):
                     metrics |= self.update_actor(steps)
-                with timer("update_weights"):
-                    self.rollout.call("wake_up")
-                    sync_weights(self.actor, self.rollout)
+                if not trainer.async_rollout:
+                    with timer("update_weights"):
+                        self.update_engines()
                 metrics |= self.step_metrics(samples, timer)
                 try:
                     if self._due(trainer.test_freq):
@@ -154,18 +178,13 @@ class RayPPOTrainer:
         self, prompts: list[Prompt], groups: list[int], params: SamplingParams
     ) -> Generator[list[Sample], None, None]:
         """Samples from all engines, as they are finished. Closing it stops the engines."""
-        shares = equal_partitions(len(prompts), len(self.rollout))
-        if self.config.algorithm.filter_groups.enable:
-            # In turns: the first prompts are finished first, so that the engines can stop early.
-            shares = [list(range(i, len(prompts), len(shares))) for i in range(len(shares))]
-        arguments = [
-            ([prompts[i] for i in share], [groups[i] for i in share], params) for share in shares
-        ]
-        try:
-            yield from self.rollout.stream("generate", arguments)
-        except GeneratorExit:
-            self.rollout.interrupt("stop")
-            raise
+        yield from self.rollout.generate(prompts, groups, params)
+
+    def update_engines(self) -> None:
+        """Gives the engines the policy's weights and, on request, checks that they have them."""
+        self.weight_sync()
+        if self.config.actor_rollout_ref.rollout.verify_weights:
+            self.verify_engines(strict=False)
 
     def add_log_probs(self, samples: list[Sample], timer: Timer) -> dict[str, float]:
         """Log-probabilities under the policy before its update and under the reference.
@@ -178,17 +197,17 @@ class RayPPOTrainer:
         prompts = actor.ppo_mini_batch_size * rollout.n
         metrics: dict[str, float] = {}
         # A response of an older policy keeps the log-probabilities it was drawn with.
-        stale = [s for s in samples if s.policy_version < self.step - 1]
-        fresh = [s for s in samples if s.policy_version == self.step - 1]
+        bypass = algorithm.bypass_old_log_prob
+        known = [s for s in samples if bypass or s.policy_version < self.step - 1]
+        fresh = [s for s in samples if not bypass and s.policy_version >= self.step - 1]
         several_updates = len(samples) > prompts or actor.ppo_epochs > 1
         size = rollout.log_prob_micro_batch_size_per_gpu or actor.ppo_micro_batch_size_per_gpu
         ref_size = model.ref.log_prob_micro_batch_size_per_gpu or size
-        if several_updates or algorithm.use_kl_in_reward or stale:
-            fill(stale, "old_log_probs", [s.rollout_log_probs for s in stale])
+        if several_updates or algorithm.use_kl_in_reward or known:
+            fill(known, "old_log_probs", [s.rollout_log_probs for s in known])
             if fresh:
                 with timer("old_log_prob"):
                     fill(fresh, "old_log_probs", self._log_probs(fresh, "actor", size))
-            metrics |= log_prob_difference(fresh)
         if self.needs_reference:
             with timer("ref"):
                 fill(samples, "ref_log_probs", self._log_probs(samples, "ref", ref_size))
@@ -240,6 +259,9 @@ class RayPPOTrainer:
 
     def validate(self) -> dict[str, float]:
         """Accuracy on the validation prompts."""
+        self.batches.wait()
+        if self.config.trainer.async_rollout:
+            self.update_engines()
         size = self.config.data.val_batch_size or len(self.val_prompts)
         params = validation_sampling(self.config, self.step)
         samples: list[Sample] = []
@@ -266,7 +288,8 @@ class RayPPOTrainer:
         """What the samples and the clock say about a step, validation and checkpoint apart."""
         seconds = sum(timer.seconds.values())
         return (
-            {"training/global_step": self.step, "training/epoch": self.batches.order.epoch}
+            {"training/global_step": self.step, "training/epoch": self.order.epoch}
+            | self.engine_metrics
             | data_metrics(samples, self.config.data.max_prompt_length)
             | timing_metrics(samples, timer.seconds | {"step": seconds})
             | throughput_metrics(samples, seconds, self.num_workers)
@@ -274,20 +297,56 @@ class RayPPOTrainer:
 
     def save_checkpoint(self) -> None:
         """Writes what a resumed run needs to go on as if nothing had happened."""
-        self._save(self._state())
+        state = self.batches.state()
+        carried = [sample for group in state.pop("carried") for sample in group]
+        drawn = state.pop("drawn", [])
+        state |= {"kl_coef": self.kl_controller.value, "validation_missing": self.validation_missing}
+
+        def write(folder: Path) -> None:
+            self.actor.call("save", str(folder / "actor"))
+            write_samples(folder / CARRIED, carried)
+            write_samples(folder / DRAWN, drawn)
+
+        self.checkpoints.save(self.step, state, write)
+        self.saved_step = self.step
 
     @contextmanager
     def saved_on_error(self, validation_missing: bool = False) -> Iterator[None]:
         """For what fails while the policy is that of `step`, such as a reward: writes a checkpoint
         of what was before, so that the error costs no step that was complete."""
-        state = self._state() | {"validation_missing": validation_missing}
         try:
             yield
         except (RewardError, ValueError):
             if self.step not in (0, self.saved_step):  # a run without a step starts anew
                 logger.error("writing a checkpoint of step %d, then stopping", self.step)
-                self._save(state)
+                self.validation_missing = validation_missing
+                self.save_checkpoint()
             raise
+
+    def verify_engines(self, strict: bool) -> None:
+        """Has each engine draw a few tokens, and compares their log-probabilities with the actor's.
+
+        Raises: ValueError, if `strict`, for a mean difference above `verify_weights_tolerance`.
+        """
+        rollout = self.config.actor_rollout_ref.rollout
+        params = SamplingParams(1, 8, rollout.temperature, seed=(rollout.seed, 2, self.step))
+        drawn = self.rollout.call("draw", self.prompts[0], params)
+        samples = [sample for samples in drawn for sample in samples]
+        actual = self._log_probs(samples, "actor", len(samples))
+        means = [
+            float(np.abs(s.rollout_log_probs - a).mean())
+            for s, a in zip(samples, actual, strict=True)
+        ]
+        worst, limit = max(means), rollout.verify_weights_tolerance
+        self.engine_metrics["rollout/verify_logprob_diff"] = worst
+        if worst > limit:
+            text = (
+                f"engine {means.index(worst)} is not the actor's model: their log-probabilities "
+                f"differ by {worst:.3g} nats a token (verify_weights_tolerance={limit:g})"
+            )
+            if strict:
+                raise ValueError(text)
+            logger.warning(text)
 
     def save_hf_model(self) -> None:
         """Writes the policy in Hugging Face format."""
@@ -296,29 +355,13 @@ class RayPPOTrainer:
         self.actor.call("save_hf", str(folder), self.tokenizer)
         logger.info("the model is in %s", folder)
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "order": self.batches.order.state_dict(),
-            "kl_coef": self.kl_controller.value,
-            "carried": self.batches.carried,
-        }
-
-    def _save(self, state: dict[str, Any]) -> None:
-        carried = [sample for group in state.pop("carried") for sample in group]
-
-        def write(folder: Path) -> None:
-            self.actor.call("save", str(folder / "actor"))
-            write_samples(folder / CARRIED, carried)
-
-        self.checkpoints.save(self.step, state, write)
-        self.saved_step = self.step
-
     def _load_state(self, folder: Path) -> None:
         state = self.checkpoints.read_state(folder)
         self.step = self.saved_step = state["step"]
-        self.batches.carried = split_groups(read_samples(folder / CARRIED, self.batches.prompts))
-        self.validation_missing = state.get("validation_missing", False)
-        self.batches.order.load_state_dict(state["order"])
+        state["carried"] = split_groups(read_samples(folder / CARRIED, self.prompts))
+        state["drawn"] = read_samples(folder / DRAWN, self.prompts)
+        self.batches.load(state)
+        self.validation_missing = state["validation_missing"]
         self.kl_controller.value = state["kl_coef"]
 
     def _due(self, every: int) -> bool:
@@ -376,6 +419,7 @@ class RayPPOTrainer:
 
 
 CARRIED = "carried.parquet"  # in a checkpoint: what the filter kept for the next step
+DRAWN = "drawn.parquet"  # with async_rollout: the next step's batch
 
 WEIGHTS_TO_COMPARE = tuple(
     mode for mode in WEIGHTS if mode not in ("token-mean-legacy", "seq-mean-token-sum-norm")
@@ -396,20 +440,9 @@ def loss_config(config: Config) -> LossConfig:
         entropy_coeff=actor.entropy_coeff,
         kl_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
         kl_type=actor.kl_loss_type,
+        rollout_is=config.algorithm.rollout_correction.rollout_is,
+        rollout_is_threshold=config.algorithm.rollout_correction.rollout_is_threshold,
     )
-
-
-def log_prob_difference(samples: list[Sample]) -> dict[str, float]:
-    """How far the engines' log-probabilities are from the actor's, per token in nats. Rounding
-    alone where nothing but the temperature shaped the sampling; top-k and top-p add to it."""
-    pairs = [(s.rollout_log_probs, s.old_log_probs) for s in samples if s.length]
-    if not pairs or any(rollout is None for rollout, _ in pairs):
-        return {}
-    difference = np.concatenate([np.abs(rollout - old) for rollout, old in pairs])
-    return {
-        "rollout/logprob_diff_mean": float(difference.mean()),
-        "rollout/logprob_diff_max": float(difference.max()),
-    }
 
 
 def reduce_update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, float]:
@@ -424,11 +457,14 @@ def reduce_update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, fl
             values = [part[name] for part in parts if name in part]
             if name in ("grad_norm", "lr"):
                 value = values[0]
-            elif name == "max_memory_gb":
+            elif name in ("max_memory_gb", "rollout/logprob_diff_max"):
                 value = max(values)
             else:
                 value = sum(values) / (1 if name.startswith("w/") else tokens)
             totals.setdefault(name.removeprefix("w/"), []).append(value)
     memory = totals.pop("max_memory_gb", None)
-    metrics = {f"actor/{name}": float(np.mean(values)) for name, values in totals.items()}
+    metrics = {
+        name if name.startswith("rollout/") else f"actor/{name}": float(np.mean(values))
+        for name, values in totals.items()
+    }
     return metrics | ({"perf/max_memory_gb": max(memory)} if memory else {})

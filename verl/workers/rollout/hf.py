@@ -6,9 +6,8 @@ finished sequences are dropped from the batch, and the KV cache is written in pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from verl.protocol import Prompt, Sample
 from verl.trainer.config.model_schema import ModelConfig
 from verl.trainer.config.schema import RolloutConfig
 from verl.utils.device import default_dtype, empty_cache, get_device
-from verl.workers.rollout.base import RolloutEngine, SamplingParams
+from verl.workers.rollout.base import RolloutEngine, SamplingParams, Work
 
 KEEP_SHARE = 0.85
 """The batch is compacted when a smaller share of its rows is unfinished."""
@@ -70,60 +69,49 @@ class InPlaceLayer(DynamicLayer):
 class HFEngine(RolloutEngine):
     """`actor_rollout_ref.rollout.name=hf`."""
 
-    def __init__(self, model: ModelConfig, rollout: RolloutConfig, device: str | None) -> None:
+    continuous = False
+
+    def __init__(
+        self, model: ModelConfig, rollout: RolloutConfig, device: str | None, max_model_len: int
+    ) -> None:
+        super().__init__(rollout)
         self.device = get_device(device)
-        self.max_num_seqs = rollout.max_num_seqs
-        self.stopped = Event()
         dtype = getattr(torch, rollout.dtype or default_dtype(self.device))
         self.model = load_hf_model(model, dtype).to(self.device).eval()
         self.stop_ids = torch.tensor(stop_token_ids(model), device=self.device)
 
+    def start_update(self) -> None:
+        """Moves the weights to the device."""
+        self.model.to(self.device)
+
     @torch.no_grad()
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
+    def load_weights(self, bucket: dict[str, Any]) -> None:
         """Copies into the model's parameters. Raises: KeyError for a name it doesn't have."""
         params = dict(self.model.named_parameters())
-        for name, value in weights.items():
+        for name, value in bucket["weights"].items():
             params[name].copy_(value)
-
-    def weight_dtype(self) -> str:
-        """See `RolloutEngine.weight_dtype`."""
-        return str(self.model.dtype).removeprefix("torch.")
 
     def sleep(self) -> None:
         """Moves the weights to host memory."""
         self.model.to("cpu")
         empty_cache(self.device)
 
-    def wake_up(self) -> None:
-        """Moves the weights to the device."""
-        self.model.to(self.device)
-
     @torch.inference_mode()
-    def generate(
-        self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
-    ) -> Iterator[list[Sample]]:
-        """See `RolloutEngine.generate`. At most `max_num_seqs` responses are drawn at a time."""
-        self.stopped.clear()
-        rows = [(i, k) for i in range(len(prompts)) for k in range(params.n)]
-        for start in range(0, len(rows), self.max_num_seqs):
-            chunk = rows[start : start + self.max_num_seqs]
-            if not self.stopped.is_set():
-                yield from self._generate_batch(prompts, groups, chunk, params)
-
-    def stop(self) -> None:
-        """See `RolloutEngine.stop`: after the token that is being drawn."""
-        self.stopped.set()
+    def _generate(self, params: SamplingParams) -> Iterator[list[Sample]]:
+        """See `RolloutEngine._generate`. At most `max_num_seqs` responses are drawn at a time."""
+        while work := self._take(max(1, self.max_num_seqs // params.n), wait=True):
+            rows = [(i, k) for i in range(len(work)) for k in range(params.n)]
+            for start in range(0, len(rows), self.max_num_seqs):
+                if not self.stopped:
+                    chunk = rows[start : start + self.max_num_seqs]
+                    yield from self._generate_batch(work, chunk, params)
 
     def _generate_batch(
-        self,
-        prompts: Sequence[Prompt],
-        groups: Sequence[int],
-        rows: list[tuple[int, int]],
-        params: SamplingParams,
+        self, work: Work, rows: list[tuple[int, int]], params: SamplingParams
     ) -> Iterator[list[Sample]]:
         """Draws response k of prompt i for each (i, k) in `rows`."""
         M = params.max_tokens
-        draws = [np.random.default_rng([*params.seed, groups[i], k]).random(M) for i, k in rows]
+        draws = [np.random.default_rng([*params.seed, work[i][1], k]).random(M) for i, k in rows]
         state = {
             "row": torch.arange(len(rows), device=self.device),
             "uniforms": torch.as_tensor(np.stack(draws), device=self.device),
@@ -133,12 +121,12 @@ class HFEngine(RolloutEngine):
                 len(rows), dtype=torch.int64, device=self.device
             ),  # 0: unfinished
         }
-        limit = max(len(prompts[i].token_ids) for i, _ in rows) + M
+        limit = max(len(work[i][0].token_ids) for i, _ in rows) + M
         cache = Cache(layer_class_to_replicate=partial(InPlaceLayer, limit))
-        logits, prompt_state = self._prefill([prompts[i] for i, _ in rows], cache, M)
+        logits, prompt_state = self._prefill([work[i][0] for i, _ in rows], cache, M)
         state |= prompt_state
         for t in range(M):
-            if self.stopped.is_set():
+            if self.stopped:
                 return
             tokens, log_probs = sample(logits, state["uniforms"][:, t], params)
             state["tokens"][:, t], state["log_probs"][:, t] = tokens, log_probs
@@ -147,7 +135,7 @@ class HFEngine(RolloutEngine):
             state["length"][unfinished & (ended | (t + 1 == M))] = t + 1
             unfinished = state["length"] == 0
             if unfinished.sum() <= KEEP_SHARE * len(tokens):
-                yield self._samples(prompts, groups, rows, state, ~unfinished)
+                yield self._samples(work, rows, state, ~unfinished)
                 keep = unfinished.nonzero()[:, 0]
                 if not len(keep):
                     return
@@ -205,8 +193,7 @@ class HFEngine(RolloutEngine):
 
     def _samples(
         self,
-        prompts: Sequence[Prompt],
-        groups: Sequence[int],
+        work: Work,
         rows: list[tuple[int, int]],
         state: dict[str, Tensor],
         finished: Tensor,
@@ -220,8 +207,8 @@ class HFEngine(RolloutEngine):
             i, draw = rows[row]
             samples.append(
                 Sample(
-                    prompt=prompts[i],
-                    group=groups[i],
+                    prompt=work[i][0],
+                    group=work[i][1],
                     draw=draw,
                     response_ids=tokens[:length].copy(),
                     finish_reason="stop" if tokens[length - 1] in stop_ids else "length",
