@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from numbers import Real
 from pathlib import Path
@@ -48,16 +48,9 @@ class RewardManager:
         tokenizer: PreTrainedTokenizerBase,
         max_response_length: int,
     ) -> None:
-        """Loads the custom reward function, if there is one.
+        """Loads the custom reward function, if there is one. `max_response_length`: in tokens.
 
-        Args:
-            config: `reward_model` of the configuration.
-            custom: `custom_reward_function` of the configuration.
-            tokenizer: decodes the responses, without special tokens.
-            max_response_length: M, in tokens.
-
-        Raises:
-            ValueError: the custom function's file or name does not exist.
+        Raises: ValueError if the custom function's file or name does not exist.
         """
         self.config = config
         self.tokenizer = tokenizer
@@ -76,23 +69,21 @@ class RewardManager:
         """Makes sure that responses to these prompts can be scored; a server that it starts keeps
         its log in `folder`.
 
-        Raises:
-            ValueError: there is no function for one of them, its ground truth is not of the form
-                that math needs, or the LaTeX server is none.
-            RewardServerError: they need the LaTeX server, and there is none.
+        Raises: ValueError if there is no function for one of them, its ground truth is not of the
+        form that math needs, or the LaTeX server is none; RewardServerError if there is no server.
         """
         if self.custom is not None:
             return
-        math = False
+        needs_server = False
         for prompt in prompts:
             check_data_source(prompt.data_source)
             if prompt.data_source in MATH_SOURCES:
-                math = True
+                needs_server = True
                 try:
                     reference(prompt.data_source, prompt.ground_truth)
                 except ValueError as error:
                     raise ValueError(f"row {prompt.index}: {error}") from None
-        if math:
+        if needs_server:
             self._run(self.math.connect(folder / "math_server.log")).result()
 
     def submit(self, samples: list[Sample]) -> Future[list[Sample]]:
@@ -132,20 +123,23 @@ class RewardManager:
         ids = [sample.response_ids.tolist() for sample in samples]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         results = await asyncio.gather(*map(self._call, samples, texts))
-        set_reward = MANAGERS[self.config.reward_manager]
+        buffer = self.config.overlong_buffer
+        punish = buffer.enable and self.config.reward_manager == "dapo"
         for sample, (score, extras) in zip(samples, results, strict=True):
-            sample.score = score
+            sample.score = sample.reward = score
             sample.extras.update(extras)
-            set_reward(sample, self.config, self.max_response_length)
+            if punish:
+                penalty = overlong_penalty(sample.length, self.max_response_length, buffer)
+                sample.reward += penalty
+                if buffer.log:
+                    sample.extras["overlong_reward"] = penalty
         return samples
 
     async def _call(self, sample: Sample, text: str) -> tuple[float, dict[str, Any]]:
         """Score and extras of one sample; every error names where it comes from."""
         prompt = sample.prompt
-        where = (
-            f"reward function {self.function_name}, data_source={prompt.data_source!r}, "
-            f"prompt {prompt.index}"
-        )
+        source = f"data_source={prompt.data_source!r}"
+        where = f"reward function {self.function_name}, {source}, prompt {prompt.index}"
         try:
             result = await self._evaluate(prompt, text)
         except RewardServerError:
@@ -159,9 +153,8 @@ class RewardManager:
         for key in ("score", "acc"):
             number = _finite(extras[key])
             if number is None:
-                raise ValueError(
-                    f"{where}: {key} must be a finite number, but is {extras[key]!r:.200}"
-                )
+                problem = f"must be a finite number, but is {extras[key]!r:.200}"
+                raise ValueError(f"{where}: {key} {problem}")
             extras[key] = number
         return extras.pop("score"), extras
 
@@ -190,28 +183,6 @@ def _finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def naive(sample: Sample, config: RewardModelConfig, max_response_length: int) -> None:
-    """The reward is the score."""
-    sample.reward = sample.score
-
-
-def dapo(sample: Sample, config: RewardModelConfig, max_response_length: int) -> None:
-    """The reward is the score plus, if it is enabled, the overlong punishment."""
-    sample.reward = sample.score
-    if config.overlong_buffer.enable:
-        penalty = overlong_penalty(sample.length, max_response_length, config.overlong_buffer)
-        sample.reward += penalty
-        if config.overlong_buffer.log:
-            sample.extras["overlong_reward"] = penalty
-
-
-MANAGERS: dict[str, Callable[[Sample, RewardModelConfig, int], None]] = {
-    "naive": naive,
-    "dapo": dapo,
-}
-"""`reward_model.reward_manager` → function that sets `reward` of a sample with a score."""
-
-
 def overlong_penalty(length: int, max_response_length: int, buffer: OverlongBufferConfig) -> float:
     """Soft overlong punishment (arXiv 2503.14476, eq. 13), times `penalty_factor`.
 
@@ -228,8 +199,7 @@ def overlong_penalty(length: int, max_response_length: int, buffer: OverlongBuff
 def load_function(path: str, name: str) -> RewardFunction:
     """The function `name` of the Python file `path`.
 
-    Raises:
-        ValueError: there is no such file or function, or the file can't be imported.
+    Raises: ValueError if there is no such file or function, or the file can't be imported.
     """
     file = Path(path).expanduser()
     if not file.is_file():

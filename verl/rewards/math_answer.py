@@ -52,14 +52,10 @@ def compare(
     Comparison(pred='\\frac{3}{5}', gold='0.6', equal=None)
 
     Args:
-        data_source: one of `MATH_SOURCES`.
-        solution_str: the decoded response.
-        ground_truth: LaTeX, in a box or not, or a number.
-        extra_info: may hold `find_maj`.
-        max_answer_length: in characters.
+        data_source: one of `MATH_SOURCES`. solution_str: the decoded response.
+        ground_truth: LaTeX, in a box or not, or a number. extra_info: may hold `find_maj`.
 
-    Raises:
-        ValueError: the ground truth is something else, or empty, or no letter for `gpqa`.
+    Raises: ValueError if the ground truth is something else, or empty, or no letter for `gpqa`.
     """
     gold = reference(data_source, ground_truth)
     boxes = boxed_answers(solution_str)
