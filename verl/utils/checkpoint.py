@@ -55,23 +55,19 @@ class CheckpointFolder:
         """
         if self.trainer.resume_mode == "disable":
             return None
+        latest = self.root / LATEST
         if self.trainer.resume_mode == "resume_path":
             folder = Path(self.trainer.resume_from_path or "").expanduser().absolute()
-            if not (folder / "trainer.json").is_file():
-                raise ValueError(
-                    f"trainer.resume_from_path={folder}: there is no checkpoint; name a folder "
-                    "called global_step_N"
-                )
-            return folder
-        latest = self.root / LATEST
-        if not latest.is_file():
+            problem = f"trainer.resume_from_path={folder}: there is no checkpoint; name a folder "
+            problem += "called global_step_N"
+        elif latest.is_file():
+            folder = self.root / f"global_step_{latest.read_text().strip()}"
+            problem = f"{latest} names {folder.name}, which is not there: correct the number in "
+            problem += "it, or start anew with trainer.resume_mode=disable"
+        else:
             return None
-        folder = self.root / f"global_step_{latest.read_text().strip()}"
         if not (folder / "trainer.json").is_file():
-            raise ValueError(
-                f"{latest} names {folder.name}, which is not there: correct the number in it, or "
-                "start anew with trainer.resume_mode=disable"
-            )
+            raise ValueError(problem)
         return folder
 
     def forget(self) -> None:
