@@ -56,19 +56,25 @@ def load_prompts(
     }
     rows = _read_rows(files, required, optional=["extra_info"])
     tokens = _tokenize(tokenizer, rows, config.prompt_key, partial(_render, config, tokenizer))
-    prompts, overlong = [], 0
+    prompts, overlong, limit = [], 0, config.max_prompt_length
     for index, ((where, row), ids) in enumerate(zip(rows, tokens, strict=True)):
-        if len(ids) > config.max_prompt_length:
+        if len(ids) > limit:
             overlong += 1
             if config.filter_overlong_prompts:
                 continue
-            ids = _truncate(where, ids, config)
+            if config.truncation == "error":
+                raise _error(
+                    where,
+                    config.prompt_key,
+                    f"the prompt has {len(ids)} tokens, more than data.max_prompt_length={limit}: "
+                    "raise it, drop such prompts with data.filter_overlong_prompts=True, or cut "
+                    "them with data.truncation=left or right",
+                )
+            ids = ids[-limit:] if config.truncation == "left" else ids[:limit]
         prompts.append(_prompt(index, ids, where, row, config))
     if overlong:
-        count = (
-            f"{overlong} of {len(rows)} prompts are longer than "
-            f"data.max_prompt_length={config.max_prompt_length} tokens"
-        )
+        few = f"{overlong} of {len(rows)} prompts"
+        count = f"{few} are longer than data.max_prompt_length={limit} tokens"
         if not prompts:
             names = ", ".join(map(str, _paths(files)))
             raise ValueError(
@@ -87,9 +93,8 @@ def load_sft_rows(config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase) -> 
     that doesn't fit into max_length loses its last tokens, the end-of-sequence token included, and
     its finish_reason is `length`. Weights are left at 0.
 
-    Raises: FileNotFoundError, and ValueError for a tokenizer without end-of-sequence token and for
-    anything in a file that can't be used (empty texts, or a prompt that leaves no room for a
-    response). The message names the file, the row, the key and the remedy.
+    Raises: as `load_prompts`, also for a tokenizer without end-of-sequence token and for a prompt
+    that leaves no room for a response.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -291,20 +296,6 @@ def _tokenize(
             if not len(ids):
                 raise _error(where, key, EMPTY)
             yield np.asarray(ids, dtype=np.int64)
-
-
-def _truncate(where: str, ids: NDArray[np.int64], config: DataConfig) -> NDArray[np.int64]:
-    """The first or last max_prompt_length tokens; ValueError with truncation=error."""
-    limit = config.max_prompt_length
-    if config.truncation == "error":
-        raise _error(
-            where,
-            config.prompt_key,
-            f"the prompt has {len(ids)} tokens, more than data.max_prompt_length={limit}: raise "
-            "it, drop such prompts with data.filter_overlong_prompts=True, or cut them with "
-            "data.truncation=left or right",
-        )
-    return ids[-limit:] if config.truncation == "left" else ids[:limit]
 
 
 def _prompt(

@@ -35,8 +35,7 @@ class RewardManager:
 
         manager = RewardManager(config.reward_model, config.custom_reward_function, tokenizer, 8192)
         manager.connect(prompts, run_folder)
-        scoring = manager.submit(samples)
-        scoring.result()                          # waits
+        manager.submit(samples).result()  # waits
         samples[0].score, samples[0].reward, samples[0].extras  # 1.0, 1.0, {"acc": 1.0}
         manager.close()
     """
@@ -87,13 +86,12 @@ class RewardManager:
             self._run(self.math.connect(folder / "math_server.log")).result()
 
     def submit(self, samples: list[Sample]) -> Future[list[Sample]]:
-        """Starts to set `score`, `reward` and `extras` (with `acc`, always) of each sample.
+        """Starts to set `score`, `reward` and `extras` (with `acc`, always) of each sample. The
+        future holds the samples: all of them filled or, after an error, none.
 
-        The future holds the samples. Either all of them are filled or, after an error, none:
-
-        * RewardError: the reward function failed; its error is chained.
-        * RewardServerError: the LaTeX server is gone for good.
-        * ValueError: the function returned neither a finite number nor a dict with one.
+        Raises, in the future: RewardError if the reward function failed, whose error is chained;
+        RewardServerError if the LaTeX server is gone for good; ValueError if the function returned
+        neither a finite number nor a dict with one.
         """
         return self._run(self._score(samples))
 
@@ -151,11 +149,14 @@ class RewardManager:
             raise ValueError(f"{where}: the returned dict has no 'score', only {list(extras)}")
         extras.setdefault("acc", extras["score"])
         for key in ("score", "acc"):
-            number = _finite(extras[key])
-            if number is None:
+            try:
+                finite = isinstance(extras[key], (Real, np.bool_)) and math.isfinite(extras[key])
+            except OverflowError:  # an integer beyond the range of floats
+                finite = False
+            if not finite:
                 problem = f"must be a finite number, but is {extras[key]!r:.200}"
                 raise ValueError(f"{where}: {key} {problem}")
-            extras[key] = number
+            extras[key] = float(extras[key])
         return extras.pop("score"), extras
 
     async def _evaluate(self, prompt: Prompt, text: str) -> Any:
@@ -170,17 +171,6 @@ class RewardManager:
                 return await self.custom(*arguments)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self.custom, *arguments)
-
-
-def _finite(value: Any) -> float | None:
-    """A number (bool and numpy scalars included) as a finite float; None for anything else."""
-    if not isinstance(value, (Real, np.bool_)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # an integer beyond the range of floats
-        return None
-    return number if math.isfinite(number) else None
 
 
 def overlong_penalty(length: int, max_response_length: int, buffer: OverlongBufferConfig) -> float:

@@ -101,9 +101,8 @@ def most_frequent(answers: list[str]) -> str:
     >>> most_frequent(["1", "2", "3", "2", "1"])
     '1'
     """
-    counts = Counter(answers)
-    last = {answer: i for i, answer in enumerate(answers)}
-    return max(counts, key=lambda answer: (counts[answer], last[answer]))
+    # Of equal counts `most_common` takes the first that it has seen, so it starts at the end.
+    return Counter(reversed(answers)).most_common(1)[0][0]
 
 
 def choice(text: str) -> str:

@@ -62,9 +62,8 @@ def compute_score(
     ground_truth: Any,
     extra_info: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Scores one math response with the server at MATH_SERVER_URL; for use outside of a training
-    run, which keeps its connections (`MathServer`). Errors as there, after 60 s without answer.
-    """
+    """`MathServer.compute_score` for use outside of a training run, which keeps its connections:
+    asks the server at MATH_SERVER_URL, and waits for it for 60 s."""
 
     async def ask() -> dict[str, Any]:
         server = MathServer(MathServerConfig(max_wait_s=60))

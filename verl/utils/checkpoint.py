@@ -45,7 +45,11 @@ class CheckpointFolder:
         latest = self.root / f"{LATEST}.tmp"
         latest.write_text(str(step))
         os.replace(latest, self.root / LATEST)
-        self._delete_old(keep=final)
+        if limit := self.trainer.max_actor_ckpt_to_keep:
+            found = [p for p in self.root.iterdir() if re.fullmatch(r"global_step_\d+", p.name)]
+            found.sort(key=lambda p: (p == final, p.stat().st_mtime))
+            for old in found[:-limit]:
+                shutil.rmtree(old, ignore_errors=True)
         return final
 
     def find(self) -> Path | None:
@@ -79,12 +83,3 @@ class CheckpointFolder:
     def read_state(folder: Path) -> dict[str, Any]:
         """The driver's state of a checkpoint, with `step`."""
         return json.loads((folder / "trainer.json").read_text())
-
-    def _delete_old(self, keep: Path) -> None:
-        limit = self.trainer.max_actor_ckpt_to_keep
-        if limit is None:
-            return
-        found = [p for p in self.root.iterdir() if re.fullmatch(r"global_step_\d+", p.name)]
-        found.sort(key=lambda p: (p == keep, p.stat().st_mtime))
-        for folder in found[:-limit]:
-            shutil.rmtree(folder, ignore_errors=True)

@@ -38,9 +38,8 @@ class Tracking:
             t.log_validation(validation, step)  # now and then
             t.log(metrics, step)                # once a step
 
-    * `run_dir/metrics.jsonl`, always: one JSON object a step, with the key `step`. All that is
-      logged for one step in a row ends up in one line. NaN and infinity are written as null.
-      Lines after the step that a run resumes from are dropped, so that each step stands once.
+    * `run_dir/metrics.jsonl`, always: one JSON object a step, with the key `step`. NaN and infinity
+      are written as null. A resumed run drops the lines after its step: each step stands once.
     * `console`: one line a step on standard output, and, in a terminal, a progress bar with the
       time left on standard error.
     * `wandb`: Weights & Biases; offline without credentials. `run_dir/wandb_run_id` keeps the id
@@ -58,7 +57,6 @@ class Tracking:
         """Opens the loggers; makes `run_dir` if it doesn't exist.
 
         Args:
-            trainer: names the loggers, the project and the experiment.
             config: the resolved configuration as plain dicts, shown in wandb.
             step: the last step of the checkpoint that the run resumes from; 0: a new run, which
                 starts its metrics anew.
@@ -70,12 +68,8 @@ class Tracking:
         self._open_file(step)
         self.bar = self.wandb = None
         if "console" in loggers:
-            self.bar = tqdm(
-                total=total_steps,
-                initial=step,
-                unit="step",
-                dynamic_ncols=True,
-                disable=not sys.stderr.isatty(),
+            self.bar = tqdm(  # disable=None: no bar without a terminal
+                total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=None
             )
         if "wandb" in loggers:
             self.wandb = self._start_wandb(trainer, config, step)
