@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from verl.protocol import Prompt, Sample
+from verl.protocol import FinishReason, Prompt, Sample
 from verl.trainer.config.schema import DataConfig
 from verl.trainer.config.sft_schema import SFTDataConfig
 
@@ -29,7 +30,11 @@ logger = logging.getLogger(__name__)
 
 Files = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
+Row = tuple[str, dict[str, Any]]  # (file and row number, values)
+
 TOKENIZE_BATCH = 1000  # texts of one tokenizer call: enough to keep its threads busy
+KINDS = {str: "a string", list: "chat messages", dict: "a struct"}
+EMPTY = "the text is empty: write one, or drop the row"
 
 
 def load_prompts(
@@ -50,38 +55,33 @@ def load_prompts(
         "reward_model": "write a struct with ground_truth, as examples/data_preprocess does",
     }
     rows = _read_rows(files, required, optional=["extra_info"])
-    texts = (_render(where, row[config.prompt_key], config, tokenizer) for where, row in rows)
-    tokens = _tokenize(tokenizer, texts, len(rows), "prompts")
-    prompts, overlong = [], 0
+    tokens = _tokenize(tokenizer, rows, config.prompt_key, partial(_render, config, tokenizer))
+    prompts, overlong, limit = [], 0, config.max_prompt_length
     for index, ((where, row), ids) in enumerate(zip(rows, tokens, strict=True)):
-        if len(ids) == 0:
-            raise _error(
-                where, config.prompt_key, "the prompt is empty: write one, or drop the row"
-            )
-        if len(ids) > config.max_prompt_length:
+        if len(ids) > limit:
             overlong += 1
             if config.filter_overlong_prompts:
                 continue
-            ids = _truncate(where, ids, config)
-        prompts.append(
-            Prompt(
-                index=index,
-                token_ids=ids,
-                data_source=_data_source(where, row, config.reward_fn_key),
-                ground_truth=_ground_truth(where, row["reward_model"]),
-                extra_info=_extra_info(where, row.get("extra_info")),
-            )
-        )
+            if config.truncation == "error":
+                raise _error(
+                    where,
+                    config.prompt_key,
+                    f"the prompt has {len(ids)} tokens, more than data.max_prompt_length={limit}: "
+                    "raise it, drop such prompts with data.filter_overlong_prompts=True, or cut "
+                    "them with data.truncation=left or right",
+                )
+            ids = ids[-limit:] if config.truncation == "left" else ids[:limit]
+        prompts.append(_prompt(index, ids, where, row, config))
     if overlong:
-        fate = "dropped" if config.filter_overlong_prompts else f"cut on the {config.truncation}"
-        count = f"{overlong} of {len(rows)} prompts are longer than data.max_prompt_length="
-        count += f"{config.max_prompt_length} tokens"
+        few = f"{overlong} of {len(rows)} prompts"
+        count = f"{few} are longer than data.max_prompt_length={limit} tokens"
         if not prompts:
             names = ", ".join(map(str, _paths(files)))
             raise ValueError(
                 f"{names}: {count}, so data.filter_overlong_prompts=True leaves none: raise "
                 "data.max_prompt_length"
             )
+        fate = "dropped" if config.filter_overlong_prompts else f"cut on the {config.truncation}"
         logger.info("%s: %s", count, fate)
     return prompts
 
@@ -93,9 +93,8 @@ def load_sft_rows(config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase) -> 
     that doesn't fit into max_length loses its last tokens, the end-of-sequence token included, and
     its finish_reason is `length`. Weights are left at 0.
 
-    Raises: FileNotFoundError, and ValueError for a tokenizer without end-of-sequence token and for
-    anything in a file that can't be used (empty texts, or a prompt that leaves no room for a
-    response). The message names the file, the row, the key and the remedy.
+    Raises: as `load_prompts`, also for a tokenizer without end-of-sequence token and for a prompt
+    that leaves no room for a response.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -103,28 +102,16 @@ def load_sft_rows(config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase) -> 
             "the tokenizer has no end-of-sequence token, so no response could learn to end: set "
             "eos_token in its tokenizer_config.json, or choose another one with data.tokenizer"
         )
-    keys = (config.prompt_key, config.response_key)
     required = {
         config.prompt_key: "data.prompt_key names the column of prompts",
         config.response_key: "data.response_key names the column of responses",
     }
     rows = _read_rows(config.train_files, required)
-    for where, row in rows:
-        for key in keys:
-            if not isinstance(row[key], str):
-                raise _error(where, key, f"must be a string, not {_describe(row[key])}")
-    prompts, responses = (
-        list(_tokenize(tokenizer, (row[key] for _, row in rows), len(rows), f"{key}s"))
-        for key in keys
-    )
+    prompts = _tokenize(tokenizer, rows, config.prompt_key, _typed)
+    responses = _tokenize(tokenizer, rows, config.response_key, _typed)
     samples = []
-    for index, ((where, _), prompt_ids, response_ids) in enumerate(
-        zip(rows, prompts, responses, strict=True)
-    ):
-        for key, ids in zip(keys, (prompt_ids, response_ids), strict=True):
-            if len(ids) == 0:
-                raise _error(where, key, "the text is empty: write one, or drop the row")
-        response_ids = np.append(response_ids, eos)
+    for (where, _), prompt_ids, ids in zip(rows, prompts, responses, strict=True):
+        response_ids = np.append(ids, eos)
         room = config.max_length - len(prompt_ids)
         cut = len(response_ids) > room
         if cut and (config.truncation == "error" or room < 1):
@@ -135,14 +122,9 @@ def load_sft_rows(config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase) -> 
                 f"than data.max_length={config.max_length}: raise it"
                 + (", or set data.truncation=right to cut responses" if room >= 1 else ""),
             )
-        samples.append(
-            Sample(
-                prompt=Prompt(index, prompt_ids, data_source="sft", ground_truth=None),
-                group=index,
-                response_ids=response_ids[:room],
-                finish_reason="length" if cut else "stop",
-            )
-        )
+        prompt = Prompt(len(samples), prompt_ids, data_source="sft", ground_truth=None)
+        reason: FinishReason = "length" if cut else "stop"
+        samples.append(Sample(prompt, prompt.index, response_ids[:room], reason))
     if num_cut := sum(sample.truncated for sample in samples):
         limit = f"data.max_length={config.max_length} tokens"
         logger.info("%d of %d responses were cut to fit into %s", num_cut, len(samples), limit)
@@ -177,9 +159,13 @@ class PromptOrder:
             )
         self.num_prompts, self.batch_size = num_prompts, batch_size
         self.seed, self.shuffle = seed, shuffle
-        self._batch_key = batch_key
         self._batches_taken = 0
-        self._permutation: tuple[int, NDArray[np.int64]] | None = None  # (its epoch, [num_prompts])
+        self._identity = {  # attribute → what messages call it
+            "num_prompts": "the number of training prompts",
+            "batch_size": batch_key,
+            "seed": "data.seed",
+            "shuffle": "data.shuffle",
+        }
 
     @property
     def steps_per_epoch(self) -> int:
@@ -193,30 +179,26 @@ class PromptOrder:
 
     def next_batch(self) -> list[int]:
         """Positions of the next `batch_size` prompts, each in [0, num_prompts)."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(self.num_prompts) if self.shuffle else np.arange(self.num_prompts)
         start = self._batches_taken % self.steps_per_epoch * self.batch_size
-        batch = self._epoch_order()[start : start + self.batch_size].tolist()
         self._batches_taken += 1
-        return batch
+        return order[start : start + self.batch_size].tolist()
 
     def state_dict(self) -> dict[str, int | bool]:
         """Where the order is, and what it is made of: JSON-able, for `load_state_dict`."""
-        return {"batches_taken": self._batches_taken, **self._identity()}
+        identity = {name: getattr(self, name) for name in self._identity}
+        return {"batches_taken": self._batches_taken, **identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state` was taken.
 
         Raises: ValueError, which names what changed, if `state` belongs to another order.
         """
-        names = {
-            "num_prompts": "the number of training prompts",
-            "batch_size": self._batch_key,
-            "seed": "data.seed",
-            "shuffle": "data.shuffle",
-        }
         changed = [
-            f"{names[key]} was {state.get(key)} and is {value}"
-            for key, value in self._identity().items()
-            if state.get(key) != value
+            f"{words} was {state.get(name)} and is {getattr(self, name)}"
+            for name, words in self._identity.items()
+            if state.get(name) != getattr(self, name)
         ]
         if changed:
             raise ValueError(
@@ -224,23 +206,6 @@ class PromptOrder:
                 "the same data and settings, or start anew with trainer.resume_mode=disable"
             )
         self._batches_taken = int(state["batches_taken"])
-
-    def _identity(self) -> dict[str, int | bool]:
-        return {
-            "num_prompts": self.num_prompts,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-        }
-
-    def _epoch_order(self) -> NDArray[np.int64]:
-        """All positions in this epoch's order, [num_prompts]."""
-        if not self.shuffle:
-            return np.arange(self.num_prompts)
-        if self._permutation is None or self._permutation[0] != self.epoch:
-            rng = np.random.default_rng([self.seed, self.epoch])
-            self._permutation = self.epoch, rng.permutation(self.num_prompts)
-        return self._permutation[1]
 
 
 def _paths(files: Files) -> list[Path]:
@@ -251,16 +216,11 @@ def _paths(files: Files) -> list[Path]:
 
 def _read_rows(
     files: Files, required: Mapping[str, str], optional: Sequence[str] = ()
-) -> list[tuple[str, dict[str, Any]]]:
-    """(file and row number, values) of every row of every file.
-
-    `required`: column → what to do when it is missing. Nested values are plain Python objects.
-    """
+) -> list[Row]:
+    """All rows, with plain Python values. `required`: column → what to do when it is missing."""
     paths = _paths(files)
     if not paths:
-        raise ValueError(
-            "no data files: set data.train_files (and data.val_files) to parquet files"
-        )
+        raise ValueError("no data files: set data.train_files (or data.val_files) to parquet files")
     rows = []
     for path in paths:
         if not path.exists():
@@ -289,19 +249,16 @@ def _read_rows(
     return rows
 
 
-def _render(where: str, prompt: Any, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def _render(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str, key: str, prompt: Any
+) -> str:
     """The text that the model continues."""
-    key = config.prompt_key
     if not config.apply_chat_template:
-        if isinstance(prompt, str):
-            return prompt
         remedy = "render chat messages with data.apply_chat_template=True"
-        raise _error(where, key, f"must be a string, not {_describe(prompt)}: {remedy}")
-    if not isinstance(prompt, list):
-        remedy = "for prompts that are plain strings set data.apply_chat_template=False"
-        raise _error(where, key, f"must be chat messages, not {_describe(prompt)}: {remedy}")
+        return _typed(where, key, prompt, str, remedy)
+    _typed(where, key, prompt, list, "for plain strings set data.apply_chat_template=False")
     if not prompt:
-        raise _error(where, key, "the prompt is empty: write one, or drop the row")
+        raise _error(where, key, EMPTY)
     for message in prompt:
         if not isinstance(message, dict) or None in map(message.get, ("role", "content")):
             shape = '{"role": …, "content": …}'
@@ -322,55 +279,43 @@ def _render(where: str, prompt: Any, config: DataConfig, tokenizer: PreTrainedTo
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterator[str], total: int, name: str
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Row],
+    key: str,
+    text_of: Callable[[str, str, Any], str],
 ) -> Iterator[NDArray[np.int64]]:
-    """Token ids of each text, int64 [T], without special tokens. Long runs show their progress."""
-    with tqdm(total=total, desc=f"tokenizing {name}", delay=2, disable=None) as progress:
-        while batch := list(islice(texts, TOKENIZE_BATCH)):
-            # Lengths are checked by the callers; verbose would warn about the model's own limit.
-            encoded = tokenizer(
-                batch, add_special_tokens=False, return_attention_mask=False, verbose=False
-            )
-            yield from (np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"])
-            progress.update(len(batch))
+    """Token ids of each row's text, int64 [T], T ≥ 1, without special tokens."""
+    remaining = iter(tqdm(rows, desc=f"tokenizing {key}", delay=2, disable=None))
+    while batch := list(islice(remaining, TOKENIZE_BATCH)):
+        texts = [text_of(where, key, row[key]) for where, row in batch]
+        # Lengths are checked by the callers; verbose would warn about the model's own limit.
+        encoded = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        for (where, _), ids in zip(batch, encoded["input_ids"], strict=True):
+            if not len(ids):
+                raise _error(where, key, EMPTY)
+            yield np.asarray(ids, dtype=np.int64)
 
 
-def _truncate(where: str, ids: NDArray[np.int64], config: DataConfig) -> NDArray[np.int64]:
-    """The first or last max_prompt_length tokens; ValueError with truncation=error."""
-    limit = config.max_prompt_length
-    if config.truncation == "left":
-        return ids[-limit:]
-    if config.truncation == "right":
-        return ids[:limit]
-    raise _error(
-        where,
-        config.prompt_key,
-        f"the prompt has {len(ids)} tokens, more than data.max_prompt_length={limit}: raise it, "
-        "drop such prompts with data.filter_overlong_prompts=True, or cut them with "
-        "data.truncation=left or right",
-    )
-
-
-def _data_source(where: str, row: Mapping[str, Any], key: str) -> str:
-    if not isinstance(row[key], str):
-        remedy = "write the name that chooses the reward function"
-        raise _error(where, key, f"must be a string, not {_describe(row[key])}: {remedy}")
-    return row[key]
-
-
-def _ground_truth(where: str, reward_model: Any) -> Any:
-    if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:
+def _prompt(
+    index: int, ids: NDArray[np.int64], where: str, row: Mapping[str, Any], config: DataConfig
+) -> Prompt:
+    key, model, info = config.reward_fn_key, row["reward_model"], row.get("extra_info")
+    source = _typed(where, key, row[key], str, "write the name that chooses the reward function")
+    if not isinstance(model, dict) or model.get("ground_truth") is None:
         remedy = 'write {"style": "rule", "ground_truth": …}'
         raise _error(where, "reward_model", f"has no ground_truth: {remedy}")
-    return reward_model["ground_truth"]
+    info = {} if info is None else _typed(where, "extra_info", info, dict)
+    return Prompt(index, ids, source, model["ground_truth"], info)
 
 
-def _extra_info(where: str, extra_info: Any) -> dict[str, Any]:
-    if extra_info is None:
-        return {}
-    if not isinstance(extra_info, dict):
-        raise _error(where, "extra_info", f"must be a struct, not {_describe(extra_info)}")
-    return extra_info
+def _typed(where: str, key: str, value: Any, kind: type = str, remedy: str = "") -> Any:
+    """`value`, which must be of this type."""
+    if isinstance(value, kind):
+        return value
+    problem = f"must be {KINDS[kind]}, not {_describe(value)}"
+    raise _error(where, key, f"{problem}: {remedy}" if remedy else problem)
 
 
 def _describe(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,16 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
-from verl.models.hf import (
-    ATTENTION_LAYERS,
-    is_stateful,
-    load_generation_config,
-    load_hf_config,
-    load_hf_model,
-)
+from verl.models.hf import load_generation_config, load_hf_config, load_hf_model
 from verl.models.logprobs import chunked_log_probs
 from verl.models.packing import Batch, register_packed_attention
 from verl.trainer.config.model_schema import FSDPConfig, ModelConfig
 from verl.utils.device import default_dtype, default_packed_attention
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+"""Layer types that see nothing but what attention lets them see."""
 
 
 class PolicyModel(nn.Module):
@@ -56,36 +55,23 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Poli
 
     Every rank makes an empty skeleton, shards it, and receives its part of rank 0's weights.
     """
-    from transformers import AutoModelForCausalLM
-
     device = torch.device(mesh.device_type)
     precision = fsdp.mixed_precision
     compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device))
-    config = load_hf_config(model)
     attention = "sdpa"
     if model.use_remove_padding:
-        _check_packable(config, model.path)
+        _check_packable(load_hf_config(model), model.path)
         register_packed_attention()
         attention = default_packed_attention(device, compute_dtype)
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(
-            config,
-            attn_implementation=attention,
-            dtype=torch.float32,
-            trust_remote_code=model.trust_remote_code,
-        )
+    lm = _skeleton(model, attn_implementation=attention, dtype=torch.float32)
     if model.enable_gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = PolicyModel(lm)
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=compute_dtype, reduce_dtype=getattr(torch, precision.reduce_dtype)
-        ),
-    }
+    dtypes = MixedPrecisionPolicy(compute_dtype, getattr(torch, precision.reduce_dtype))
+    shard = partial(fully_shard, mesh=mesh, mp_policy=dtypes)
     for layer in _decoder_layers(lm):
-        fully_shard(layer, reshard_after_forward=fsdp.reshard_after_forward, **options)
-    fully_shard(policy, reshard_after_forward=False, **options)
+        shard(layer, reshard_after_forward=fsdp.reshard_after_forward)
+    shard(policy, reshard_after_forward=False)
 
     loaded = PolicyModel(load_hf_model(model, torch.float32)) if dist.get_rank() == 0 else None
     set_model_state_dict(
@@ -98,10 +84,19 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Poli
     return policy.train()
 
 
+def _skeleton(model: ModelConfig, **options: Any) -> nn.Module:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            load_hf_config(model), trust_remote_code=model.trust_remote_code, **options
+        )
+
+
 def _check_packable(config: Any, path: str) -> None:
     """Raises ValueError for layers that carry state from one packed sequence into the next."""
     others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
-    if others or is_stateful(config):
+    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if others or getattr(architecture, "_is_stateful", False):  # Mamba, RWKV, …
         raise ValueError(
             f"{path}: a {config.model_type} model has layers that are not attention "
             f"({', '.join(sorted(others)) or 'recurrent'}), and those mix packed sequences: set "
@@ -151,16 +146,11 @@ def full_weights(
 
 def save_hf_model(policy: PolicyModel, model: ModelConfig, folder: Path, tokenizer: Any) -> None:
     """Writes the gathered model in Hugging Face format (rank 0), with its tokenizer."""
-    from transformers import AutoModelForCausalLM
-
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(policy, options=options)
     if dist.get_rank() != 0:
         return
-    with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(
-            load_hf_config(model), trust_remote_code=model.trust_remote_code
-        )
+    shell = _skeleton(model)
     shell.generation_config = load_generation_config(model)
     state = {name.removeprefix("lm."): value for name, value in weights.items()}
     shell.save_pretrained(folder, state_dict=state)

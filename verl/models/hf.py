@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from verl.trainer.config.model_schema import ModelConfig
 
@@ -16,9 +17,6 @@ logger = logging.getLogger(__name__)
 # Heads that scale or cap their logits need more than a matrix product.
 UNSUPPORTED_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-"""Layer types that see nothing but what attention lets them see."""
-
 
 def load_hf_config(model: ModelConfig) -> Any:
     """The model's configuration with `override_config`; dropout is off, since log-probabilities
@@ -26,11 +24,10 @@ def load_hf_config(model: ModelConfig) -> Any:
 
     Raises: ValueError if there is no such model, or its head isn't a plain matrix product.
     """
-    from transformers import AutoConfig
-
-    path = str(Path(model.path).expanduser())
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            _path(model.path), trust_remote_code=model.trust_remote_code
+        )
     except OSError as error:
         raise ValueError(
             f"actor_rollout_ref.model.path={model.path}: no Hugging Face model there ({error})"
@@ -46,10 +43,8 @@ def load_hf_config(model: ModelConfig) -> Any:
 
 def load_hf_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """The whole model with its weights, on the host."""
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(
-        str(Path(model.path).expanduser()),
+        _path(model.path),
         config=load_hf_config(model),
         dtype=dtype,
         trust_remote_code=model.trust_remote_code,
@@ -58,12 +53,17 @@ def load_hf_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
 def load_generation_config(model: ModelConfig) -> Any:
     """The model's generation_config.json, or what its config.json says where there is none."""
-    from transformers import GenerationConfig
-
     try:
-        return GenerationConfig.from_pretrained(str(Path(model.path).expanduser()))
+        return GenerationConfig.from_pretrained(_path(model.path))
     except OSError:
         return GenerationConfig.from_model_config(load_hf_config(model))
+
+
+def load_tokenizer(model: ModelConfig, path: str | None = None) -> Any:
+    """The tokenizer at `path`; None: the model's own."""
+    return AutoTokenizer.from_pretrained(
+        _path(path or model.path), trust_remote_code=model.trust_remote_code
+    )
 
 
 def stop_token_ids(model: ModelConfig) -> list[int]:
@@ -71,14 +71,9 @@ def stop_token_ids(model: ModelConfig) -> list[int]:
 
     Raises: ValueError if neither names one.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(Path(model.path).expanduser()), trust_remote_code=model.trust_remote_code
-    )
     named = load_generation_config(model).eos_token_id
     named = named if isinstance(named, list) else [named]
-    stop = {i for i in [*named, tokenizer.eos_token_id] if i is not None}
+    stop = {*named, load_tokenizer(model).eos_token_id} - {None}
     if not stop:
         raise ValueError(
             f"{model.path}: neither generation_config.json nor the tokenizer names an "
@@ -87,24 +82,10 @@ def stop_token_ids(model: ModelConfig) -> list[int]:
     return sorted(stop)
 
 
-def is_stateful(config: Any) -> bool:
-    """Whether the model has recurrent state (Mamba, RWKV, …)."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return bool(AutoModelForCausalLM._model_mapping[type(config)]._is_stateful)
-    except (KeyError, AttributeError):
-        return False
-
-
 def check_model(model: ModelConfig, longest: int) -> None:
-    """Finds what would stop the workers later: no model, no weights, no end-of-sequence token.
-
-    Args: longest: prompt and response together, in tokens; more than the model has positions for
-        is worth a warning.
-
-    Raises: ValueError, which names the folder and the remedy.
-    """
+    """Raises ValueError for what would stop the workers later: no model, no weights, no
+    end-of-sequence token. Warns if `longest`, the tokens of prompt and response together, is more
+    than the model has positions for."""
     config = load_hf_config(model)
     folder = Path(model.path).expanduser()
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
@@ -113,8 +94,10 @@ def check_model(model: ModelConfig, longest: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions and longest > positions:
         logger.warning(
-            "prompts and responses of %d tokens are longer than the %d positions %s was made for",
-            longest,
-            positions,
-            model.path,
+            f"prompts and responses of {longest} tokens are longer than the {positions} positions "
+            f"{model.path} was made for"
         )
+
+
+def _path(path: str) -> str:
+    return str(Path(path).expanduser())

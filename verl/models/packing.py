@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from verl.protocol import Sample
 
@@ -47,38 +51,32 @@ def pack(samples: Sequence[Sample], device: torch.device, remove_padding: bool =
     still takes part in the collective operations of the others.
     """
     rows = [np.concatenate([s.prompt.token_ids, s.response_ids])[:-1] for s in samples]
-    rows = [row if len(row) else np.zeros(1, np.int64) for row in rows] or [np.zeros(1, np.int64)]
+    rows = [row if len(row) else np.zeros(1, np.int64) for row in rows or [()]]
     lengths = np.array([len(row) for row in rows])
-    width = lengths.max()
-    starts = np.cumsum(lengths) - lengths if remove_padding else np.arange(len(rows)) * width
-    predictors = [
-        start + len(s.prompt.token_ids) - 1 + np.arange(s.length)
-        for s, start in zip(samples, starts, strict=False)
-    ]
+    tensor = partial(torch.as_tensor, device=device)
     if remove_padding:
+        starts = np.cumsum(lengths) - lengths
         input_ids = np.concatenate(rows)[None]
         position_ids = np.concatenate([np.arange(n) for n in lengths])[None]
-        bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
         model_kwargs = {
             "sequence_lengths": lengths.tolist(),
-            "sequence_bounds": bounds,
+            "sequence_bounds": tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
             "attention_mask": None,
         }
     else:
-        input_ids = np.zeros((len(rows), width), np.int64)
-        for i, row in enumerate(rows):
-            input_ids[i, : len(row)] = row
-        position_ids = np.tile(np.arange(width), (len(rows), 1))
-        mask = torch.as_tensor(position_ids < lengths[:, None], device=device)
-        model_kwargs = {"attention_mask": mask}
-    empty = [np.zeros(0, np.int64)]
+        starts = np.arange(len(rows)) * lengths.max()
+        input_ids = pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True)
+        position_ids = np.tile(np.arange(lengths.max()), (len(rows), 1))
+        model_kwargs = {"attention_mask": tensor(position_ids < lengths[:, None])}
+    predictors, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for s, start in zip(samples, starts, strict=False):
+        predictors.append(start + len(s.prompt.token_ids) - 1 + np.arange(s.length))
+        targets.append(s.response_ids)
     return Batch(
-        input_ids=torch.as_tensor(input_ids, device=device),
-        position_ids=torch.as_tensor(position_ids, device=device),
-        predictors=torch.as_tensor(np.concatenate(predictors or empty), device=device),
-        targets=torch.as_tensor(
-            np.concatenate([s.response_ids for s in samples] or empty), device=device
-        ),
+        input_ids=tensor(input_ids),
+        position_ids=tensor(position_ids),
+        predictors=tensor(np.concatenate(predictors)),
+        targets=tensor(np.concatenate(targets)),
         model_kwargs=model_kwargs,
     )
 
@@ -184,9 +182,6 @@ PACKED_ATTENTION = {"packed_sdpa": packed_sdpa, "packed_varlen": packed_varlen}
 
 def register_packed_attention() -> None:
     """Makes `PACKED_ATTENTION` known to transformers under its names; they build no mask."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
     for name, function in PACKED_ATTENTION.items():
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, lambda *args, **kwargs: None)

@@ -14,9 +14,7 @@ RewardFunction = Callable[[str, str, Any, dict[str, Any] | None], Any]
 
 def _rule(score: Callable[[str, Any], dict[str, Any]]) -> RewardFunction:
     """A rule that needs only the response and the ground truth."""
-    return lambda data_source, solution_str, ground_truth, extra_info: score(
-        solution_str, ground_truth
-    )
+    return lambda source, solution_str, ground_truth, extra: score(solution_str, ground_truth)
 
 
 REWARDS: dict[str, RewardFunction] = {
@@ -46,17 +44,14 @@ def compute_score(
     """Scores one response (verl's signature, also that of `custom_reward_function`).
 
     Args:
-        data_source: a key of `REWARDS`.
-        solution_str: the decoded response.
+        data_source: a key of `REWARDS`. solution_str: the decoded response.
         ground_truth: what the function of this data source expects.
         extra_info: `find_maj` is read by the math reward (`math_answer.compare`).
 
-    Returns:
-        `score` and `acc`, both 0 or 1; math adds `pred` and `undecided`.
+    Returns: `score` and `acc`, both 0 or 1; math adds `pred` and `undecided`.
 
-    Raises:
-        ValueError: unknown data source, or a ground truth of the wrong form.
-        RewardServerError: math, and no LaTeX server answers at MATH_SERVER_URL.
+    Raises: ValueError for an unknown data source or a ground truth of the wrong form;
+    RewardServerError for math where no LaTeX server answers at MATH_SERVER_URL.
     """
     check_data_source(data_source)
     return REWARDS[data_source](data_source, solution_str, ground_truth, extra_info)

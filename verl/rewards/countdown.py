@@ -14,12 +14,7 @@ from typing import Any
 
 import numpy as np
 
-OPERATIONS = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 ALLOWED = frozenset("0123456789+-*/() \t\r\f\v")
 TOKEN = re.compile(r"[0-9]+|[-+*/()]")
@@ -35,15 +30,11 @@ def compute_score(solution_str: str, ground_truth: Any) -> dict[str, float]:
     (or ``<|im_start|>assistant``) if there is one. It holds nothing but ASCII digits, + - * / ( )
     and whitespace; signs, leading zeros and ``= target`` are wrong.
 
+    `solution_str`: the decoded response, with or without the prompt. Raises ValueError unless
+    `ground_truth` is ``{"target": int, "numbers": sequence or array of int >= 0}``.
+
     >>> compute_score("<answer> 8 * 3 </answer>", {"target": 24, "numbers": [3, 8]})
     {'score': 1.0, 'acc': 1.0}
-
-    Args:
-        solution_str: the decoded response, with or without the prompt.
-        ground_truth: ``{"target": int, "numbers": sequence or array of int >= 0}``.
-
-    Raises:
-        ValueError: the ground truth has another form.
     """
     target, numbers = _read_ground_truth(ground_truth)
     answer = extract_answer(solution_str)

@@ -13,10 +13,7 @@ WINDOW = 300
 # An exponent belongs to the number (and makes it unreadable); the lookbehind keeps a search from
 # starting inside a number, also inside one that begins before the window.
 _NUMBER = r"(?<![0-9])(?<![0-9][.,])(\$?-?\$?\.?[0-9][0-9.,]*(?:[eE][-+]?[0-9]+)?)"
-METHODS = {
-    "strict": re.compile("#### +" + _NUMBER),
-    "flexible": re.compile(_NUMBER),
-}
+METHODS = {"strict": re.compile("#### +" + _NUMBER), "flexible": re.compile(_NUMBER)}
 _PLAIN = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 
@@ -31,8 +28,7 @@ def compute_score(solution_str: str, ground_truth: Any, method: str = "strict") 
         ground_truth: plain decimal notation as text (``"18"``, ``"1,000"``), or a number.
         method: ``strict`` takes the last ``#### <number>``, ``flexible`` the last number.
 
-    Raises:
-        ValueError: unknown method, or a ground truth that is not such a number.
+    Raises: ValueError for an unknown method, or a ground truth that is not such a number.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: choose one of {', '.join(METHODS)}")
@@ -44,15 +40,9 @@ def compute_score(solution_str: str, ground_truth: Any, method: str = "strict") 
             "the ground truth of gsm8k must be a number in plain decimal notation such as '18' or "
             f"'1,000.5', but is {ground_truth!r:.200}"
         )
-    answer = extract_answer(solution_str, method)
-    correct = float(answer is not None and parse_number(answer) == expected)
-    return {"score": correct, "acc": correct}
-
-
-def extract_answer(solution_str: str, method: str = "strict") -> str | None:
-    """The last number of the response as it is written; None without one."""
     found = METHODS[method].findall(solution_str, max(len(solution_str) - WINDOW, 0))
-    return found[-1] if found else None
+    correct = float(bool(found) and parse_number(found[-1]) == expected)
+    return {"score": correct, "acc": correct}
 
 
 def parse_number(text: str) -> Fraction | None:

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from numbers import Real
 from pathlib import Path
@@ -35,8 +35,7 @@ class RewardManager:
 
         manager = RewardManager(config.reward_model, config.custom_reward_function, tokenizer, 8192)
         manager.connect(prompts, run_folder)
-        scoring = manager.submit(samples)
-        scoring.result()                          # waits
+        manager.submit(samples).result()  # waits
         samples[0].score, samples[0].reward, samples[0].extras  # 1.0, 1.0, {"acc": 1.0}
         manager.close()
     """
@@ -48,16 +47,9 @@ class RewardManager:
         tokenizer: PreTrainedTokenizerBase,
         max_response_length: int,
     ) -> None:
-        """Loads the custom reward function, if there is one.
+        """Loads the custom reward function, if there is one. `max_response_length`: in tokens.
 
-        Args:
-            config: `reward_model` of the configuration.
-            custom: `custom_reward_function` of the configuration.
-            tokenizer: decodes the responses, without special tokens.
-            max_response_length: M, in tokens.
-
-        Raises:
-            ValueError: the custom function's file or name does not exist.
+        Raises: ValueError if the custom function's file or name does not exist.
         """
         self.config = config
         self.tokenizer = tokenizer
@@ -76,33 +68,30 @@ class RewardManager:
         """Makes sure that responses to these prompts can be scored; a server that it starts keeps
         its log in `folder`.
 
-        Raises:
-            ValueError: there is no function for one of them, its ground truth is not of the form
-                that math needs, or the LaTeX server is none.
-            RewardServerError: they need the LaTeX server, and there is none.
+        Raises: ValueError if there is no function for one of them, its ground truth is not of the
+        form that math needs, or the LaTeX server is none; RewardServerError if there is no server.
         """
         if self.custom is not None:
             return
-        math = False
+        needs_server = False
         for prompt in prompts:
             check_data_source(prompt.data_source)
             if prompt.data_source in MATH_SOURCES:
-                math = True
+                needs_server = True
                 try:
                     reference(prompt.data_source, prompt.ground_truth)
                 except ValueError as error:
                     raise ValueError(f"row {prompt.index}: {error}") from None
-        if math:
+        if needs_server:
             self._run(self.math.connect(folder / "math_server.log")).result()
 
     def submit(self, samples: list[Sample]) -> Future[list[Sample]]:
-        """Starts to set `score`, `reward` and `extras` (with `acc`, always) of each sample.
+        """Starts to set `score`, `reward` and `extras` (with `acc`, always) of each sample. The
+        future holds the samples: all of them filled or, after an error, none.
 
-        The future holds the samples. Either all of them are filled or, after an error, none:
-
-        * RewardError: the reward function failed; its error is chained.
-        * RewardServerError: the LaTeX server is gone for good.
-        * ValueError: the function returned neither a finite number nor a dict with one.
+        Raises, in the future: RewardError if the reward function failed, whose error is chained;
+        RewardServerError if the LaTeX server is gone for good; ValueError if the function returned
+        neither a finite number nor a dict with one.
         """
         return self._run(self._score(samples))
 
@@ -132,20 +121,23 @@ class RewardManager:
         ids = [sample.response_ids.tolist() for sample in samples]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         results = await asyncio.gather(*map(self._call, samples, texts))
-        set_reward = MANAGERS[self.config.reward_manager]
+        buffer = self.config.overlong_buffer
+        punish = buffer.enable and self.config.reward_manager == "dapo"
         for sample, (score, extras) in zip(samples, results, strict=True):
-            sample.score = score
+            sample.score = sample.reward = score
             sample.extras.update(extras)
-            set_reward(sample, self.config, self.max_response_length)
+            if punish:
+                penalty = overlong_penalty(sample.length, self.max_response_length, buffer)
+                sample.reward += penalty
+                if buffer.log:
+                    sample.extras["overlong_reward"] = penalty
         return samples
 
     async def _call(self, sample: Sample, text: str) -> tuple[float, dict[str, Any]]:
         """Score and extras of one sample; every error names where it comes from."""
         prompt = sample.prompt
-        where = (
-            f"reward function {self.function_name}, data_source={prompt.data_source!r}, "
-            f"prompt {prompt.index}"
-        )
+        source = f"data_source={prompt.data_source!r}"
+        where = f"reward function {self.function_name}, {source}, prompt {prompt.index}"
         try:
             result = await self._evaluate(prompt, text)
         except RewardServerError:
@@ -157,12 +149,14 @@ class RewardManager:
             raise ValueError(f"{where}: the returned dict has no 'score', only {list(extras)}")
         extras.setdefault("acc", extras["score"])
         for key in ("score", "acc"):
-            number = _finite(extras[key])
-            if number is None:
-                raise ValueError(
-                    f"{where}: {key} must be a finite number, but is {extras[key]!r:.200}"
-                )
-            extras[key] = number
+            try:
+                finite = isinstance(extras[key], (Real, np.bool_)) and math.isfinite(extras[key])
+            except OverflowError:  # an integer beyond the range of floats
+                finite = False
+            if not finite:
+                problem = f"must be a finite number, but is {extras[key]!r:.200}"
+                raise ValueError(f"{where}: {key} {problem}")
+            extras[key] = float(extras[key])
         return extras.pop("score"), extras
 
     async def _evaluate(self, prompt: Prompt, text: str) -> Any:
@@ -177,39 +171,6 @@ class RewardManager:
                 return await self.custom(*arguments)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self.custom, *arguments)
-
-
-def _finite(value: Any) -> float | None:
-    """A number (bool and numpy scalars included) as a finite float; None for anything else."""
-    if not isinstance(value, (Real, np.bool_)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # an integer beyond the range of floats
-        return None
-    return number if math.isfinite(number) else None
-
-
-def naive(sample: Sample, config: RewardModelConfig, max_response_length: int) -> None:
-    """The reward is the score."""
-    sample.reward = sample.score
-
-
-def dapo(sample: Sample, config: RewardModelConfig, max_response_length: int) -> None:
-    """The reward is the score plus, if it is enabled, the overlong punishment."""
-    sample.reward = sample.score
-    if config.overlong_buffer.enable:
-        penalty = overlong_penalty(sample.length, max_response_length, config.overlong_buffer)
-        sample.reward += penalty
-        if config.overlong_buffer.log:
-            sample.extras["overlong_reward"] = penalty
-
-
-MANAGERS: dict[str, Callable[[Sample, RewardModelConfig, int], None]] = {
-    "naive": naive,
-    "dapo": dapo,
-}
-"""`reward_model.reward_manager` → function that sets `reward` of a sample with a score."""
 
 
 def overlong_penalty(length: int, max_response_length: int, buffer: OverlongBufferConfig) -> float:
@@ -228,8 +189,7 @@ def overlong_penalty(length: int, max_response_length: int, buffer: OverlongBuff
 def load_function(path: str, name: str) -> RewardFunction:
     """The function `name` of the Python file `path`.
 
-    Raises:
-        ValueError: there is no such file or function, or the file can't be imported.
+    Raises: ValueError if there is no such file or function, or the file can't be imported.
     """
     file = Path(path).expanduser()
     if not file.is_file():

@@ -52,14 +52,10 @@ def compare(
     Comparison(pred='\\frac{3}{5}', gold='0.6', equal=None)
 
     Args:
-        data_source: one of `MATH_SOURCES`.
-        solution_str: the decoded response.
-        ground_truth: LaTeX, in a box or not, or a number.
-        extra_info: may hold `find_maj`.
-        max_answer_length: in characters.
+        data_source: one of `MATH_SOURCES`. solution_str: the decoded response.
+        ground_truth: LaTeX, in a box or not, or a number. extra_info: may hold `find_maj`.
 
-    Raises:
-        ValueError: the ground truth is something else, or empty, or no letter for `gpqa`.
+    Raises: ValueError if the ground truth is something else, or empty, or no letter for `gpqa`.
     """
     gold = reference(data_source, ground_truth)
     boxes = boxed_answers(solution_str)
@@ -105,9 +101,8 @@ def most_frequent(answers: list[str]) -> str:
     >>> most_frequent(["1", "2", "3", "2", "1"])
     '1'
     """
-    counts = Counter(answers)
-    last = {answer: i for i, answer in enumerate(answers)}
-    return max(counts, key=lambda answer: (counts[answer], last[answer]))
+    # Of equal counts `most_common` takes the first that it has seen, so it starts at the end.
+    return Counter(reversed(answers)).most_common(1)[0][0]
 
 
 def choice(text: str) -> str:

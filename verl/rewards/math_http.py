@@ -62,13 +62,8 @@ def compute_score(
     ground_truth: Any,
     extra_info: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Scores one math response with the server at MATH_SERVER_URL; for use outside of a training
-    run, which keeps its connections (`MathServer`).
-
-    Raises:
-        ValueError: a ground truth of the wrong form, or the server refuses the pair.
-        RewardServerError: no server answers for 60 s.
-    """
+    """`MathServer.compute_score` for use outside of a training run, which keeps its connections:
+    asks the server at MATH_SERVER_URL, and waits for it for 60 s."""
 
     async def ask() -> dict[str, Any]:
         server = MathServer(MathServerConfig(max_wait_s=60))
@@ -109,10 +104,8 @@ class MathServer:
         """Asks one pair that is equal and one that is not. With `config.autostart` a server that
         isn't there is started, now and later, and prints to `log_file`.
 
-        Raises:
-            ValueError: what answers is no LaTeX server, or judges wrongly; or it can't be started
-                at this URL.
-            RewardServerError: there is none.
+        Raises: ValueError if what answers is no LaTeX server, or judges wrongly, or it can't be
+        started at this URL; RewardServerError if there is none.
         """
         if self.config.autostart:
             self.process = ServerProcess(self.url, log_file)
@@ -135,9 +128,8 @@ class MathServer:
         """`score` and `acc` (0 or 1), `pred` (the answer), and `undecided`: 1 where the server ran
         into its limits or failed, which counts as wrong.
 
-        Raises:
-            ValueError: a ground truth of the wrong form, or the server refuses the pair.
-            RewardServerError: no answer within `config.max_wait_s`.
+        Raises: ValueError for a ground truth of the wrong form or a pair that the server refuses;
+        RewardServerError without an answer within `config.max_wait_s`.
         """
         limit = self.config.max_answer_length
         found = compare(data_source, solution_str, ground_truth, extra_info, limit)
@@ -173,10 +165,9 @@ class MathServer:
             batch = [await self._pairs.get()]
             while len(batch) < self.config.batch_size and not self._pairs.empty():
                 batch.append(self._pairs.get_nowait())
+            pairs = [(gold, pred) for gold, pred, _ in batch]
             try:
-                verdicts = await self._post(
-                    [(gold, pred) for gold, pred, _ in batch], self.config.max_wait_s
-                )
+                verdicts = await self._post(pairs, self.config.max_wait_s)
             except Exception as error:
                 for _, _, future in batch:
                     if not future.done():
@@ -209,9 +200,7 @@ class MathServer:
                 reason = f"{type(error).__name__}: {error}".removesuffix(": ")
             else:
                 if response.status_code < 500 and response.status_code not in TEMPORARY:
-                    verdicts = self._verdicts(response, len(pairs))
-                    self._answered()
-                    return verdicts
+                    return self._verdicts(response, len(pairs))
                 reason = f"status {response.status_code}: {response.text[:200]}"
             waited = time.monotonic() - max(started, self._last_answer)
             if failure and not self._last_answer:  # and nobody else answers in its place
@@ -232,18 +221,13 @@ class MathServer:
                 + (f" for {waited:.0f} s" if waited >= 1 else "")
                 + f" ({reason}): {HOW_TO_START}{patience}"
             )
-        now = time.monotonic()
-        if waited > 1 and now - self._last_report >= REPORT_EVERY_S:
-            self._last_report = now
-            logger.warning(
-                "waiting for the LaTeX server at %s for %.0f of at most %.0f s (%s)",
-                self.url,
-                waited,
-                max_wait_s,
-                reason,
-            )
+        if waited > 1 and time.monotonic() - self._last_report >= REPORT_EVERY_S:
+            self._last_report = time.monotonic()
+            patience = f"for {waited:.0f} of at most {max_wait_s:.0f} s ({reason})"
+            logger.warning("waiting for the LaTeX server at %s %s", self.url, patience)
 
     def _verdicts(self, response: httpx.Response, count: int) -> list[dict[str, Any]]:
+        """What the server answers, if it is a LaTeX server and the answer is whole."""
         if response.status_code != 200:
             raise ValueError(
                 f"{self.url}/verify answers {response.status_code} {response.text[:200]!r}"
@@ -251,19 +235,15 @@ class MathServer:
             )
         try:
             verdicts = response.json()["results"]
-            for verdict in verdicts:
-                if not (isinstance(verdict["equal"], bool) and isinstance(verdict["status"], str)):
-                    raise TypeError
-            if len(verdicts) != count:
+            types = [(type(verdict["equal"]), type(verdict["status"])) for verdict in verdicts]
+            if types != [(bool, str)] * count:
                 raise TypeError
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self.url}/verify answers {response.text[:200]!r}, which is not {count} verdicts"
             ) from error
-        return verdicts
-
-    def _answered(self) -> None:
         self._last_answer = time.monotonic()
         if self._last_report:
             logger.warning("the LaTeX server at %s answers again", self.url)
             self._last_report = 0.0
+        return verdicts

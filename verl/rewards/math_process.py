@@ -17,17 +17,13 @@ RESTART_PAUSE_S = 5.0
 
 
 class ServerProcess:
-    """Starts `server/math/start.sh` at `url` and, at the end, stops it.
-
-    The child ends by itself when this process is gone, however that came about: its standard input
-    closes then.
-    """
+    """Starts `server/math/start.sh` at `url` and, at the end, stops it. The child also ends when
+    this process is gone, however that came about: its standard input closes then."""
 
     def __init__(self, url: str, log_file: Path) -> None:
-        """Starts nothing yet; what the server prints goes to `log_file`.
+        """Starts nothing yet; what the server prints will go to `log_file`.
 
-        Raises:
-            ValueError: the URL isn't one of this machine, or the server's code isn't there.
+        Raises: ValueError if the URL isn't one of this machine, or the server's code isn't there.
         """
         address = urlsplit(url)
         if address.scheme != "http" or address.hostname not in LOCAL_HOSTS:

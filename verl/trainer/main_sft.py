@@ -80,16 +80,12 @@ def train(config: SFTConfig, tokenizer: Any) -> Path:
 def run(config: SFTConfig) -> None:
     """Trains as `config` says. Input that can't be used ends the process with status 2."""
     import ray
-    from transformers import AutoTokenizer
 
-    from verl.models.hf import check_model
+    from verl.models.hf import check_model, load_tokenizer
 
     try:
         check_model(config.model, config.data.max_length)
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(Path(config.data.tokenizer or config.model.path).expanduser()),
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        tokenizer = load_tokenizer(config.model, config.data.tokenizer)
         folder = train(config, tokenizer)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -45,7 +45,11 @@ class CheckpointFolder:
         latest = self.root / f"{LATEST}.tmp"
         latest.write_text(str(step))
         os.replace(latest, self.root / LATEST)
-        self._delete_old(keep=final)
+        if limit := self.trainer.max_actor_ckpt_to_keep:
+            found = [p for p in self.root.iterdir() if re.fullmatch(r"global_step_\d+", p.name)]
+            found.sort(key=lambda p: (p == final, p.stat().st_mtime))
+            for old in found[:-limit]:
+                shutil.rmtree(old, ignore_errors=True)
         return final
 
     def find(self) -> Path | None:
@@ -55,23 +59,19 @@ class CheckpointFolder:
         """
         if self.trainer.resume_mode == "disable":
             return None
+        latest = self.root / LATEST
         if self.trainer.resume_mode == "resume_path":
             folder = Path(self.trainer.resume_from_path or "").expanduser().absolute()
-            if not (folder / "trainer.json").is_file():
-                raise ValueError(
-                    f"trainer.resume_from_path={folder}: there is no checkpoint; name a folder "
-                    "called global_step_N"
-                )
-            return folder
-        latest = self.root / LATEST
-        if not latest.is_file():
+            problem = f"trainer.resume_from_path={folder}: there is no checkpoint; name a folder "
+            problem += "called global_step_N"
+        elif latest.is_file():
+            folder = self.root / f"global_step_{latest.read_text().strip()}"
+            problem = f"{latest} names {folder.name}, which is not there: correct the number in "
+            problem += "it, or start anew with trainer.resume_mode=disable"
+        else:
             return None
-        folder = self.root / f"global_step_{latest.read_text().strip()}"
         if not (folder / "trainer.json").is_file():
-            raise ValueError(
-                f"{latest} names {folder.name}, which is not there: correct the number in it, or "
-                "start anew with trainer.resume_mode=disable"
-            )
+            raise ValueError(problem)
         return folder
 
     def forget(self) -> None:
@@ -83,12 +83,3 @@ class CheckpointFolder:
     def read_state(folder: Path) -> dict[str, Any]:
         """The driver's state of a checkpoint, with `step`."""
         return json.loads((folder / "trainer.json").read_text())
-
-    def _delete_old(self, keep: Path) -> None:
-        limit = self.trainer.max_actor_ckpt_to_keep
-        if limit is None:
-            return
-        found = [p for p in self.root.iterdir() if re.fullmatch(r"global_step_\d+", p.name)]
-        found.sort(key=lambda p: (p == keep, p.stat().st_mtime))
-        for folder in found[:-limit]:
-            shutil.rmtree(folder, ignore_errors=True)

@@ -32,14 +32,11 @@ SCHEMA = pa.schema(
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Writes scored samples, exactly; what later stages of a step compute is left out."""
     names = [name for name in SCHEMA.names if name not in ("prompt_index", "extras")]
-    rows = [
-        {name: getattr(sample, name) for name in names}
-        | {
-            "prompt_index": sample.prompt.index,
-            "extras": json.dumps(sample.extras, default=_plain),
-        }
-        for sample in samples
-    ]
+    rows = []
+    for sample in samples:
+        extras = json.dumps(sample.extras, default=_plain)
+        row = {name: getattr(sample, name) for name in names}
+        rows.append(row | {"prompt_index": sample.prompt.index, "extras": extras})
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
 
 
@@ -56,15 +53,11 @@ def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
         index = row.pop("prompt_index")
         if index not in by_index:
             raise ValueError(f"{path}: prompt {index} is not in data.train_files")
-        log_probs = row.pop("rollout_log_probs")
-        fields = {
-            "prompt": by_index[index],
-            "response_ids": np.array(row.pop("response_ids"), np.int64),
-            "extras": json.loads(row.pop("extras")),
-        }
-        if log_probs is not None:
-            fields["rollout_log_probs"] = np.array(log_probs, np.float32)
-        samples.append(Sample(**fields, **row))
+        row["response_ids"] = np.array(row["response_ids"], np.int64)
+        row["extras"] = json.loads(row["extras"])
+        if row["rollout_log_probs"] is not None:
+            row["rollout_log_probs"] = np.array(row["rollout_log_probs"], np.float32)
+        samples.append(Sample(by_index[index], **row))
     return samples
 
 

@@ -34,18 +34,14 @@ def micro_batches(
 ) -> list[list[int]]:
     """Splits indices into micro-batches, by count or by token budget.
 
-    Args:
-        lengths: tokens of each sequence. size: sequences of a micro-batch, in the given order.
-        max_tokens: largest number of tokens of a micro-batch; used where `size` is None. A sequence
-            that is longer stands alone.
+    `size`: sequences of a micro-batch, in the given order. `max_tokens`, where `size` is None: the
+    largest number of tokens of a micro-batch; a sequence that is longer stands alone.
 
     Returns: as few non-empty lists of indices as the longest-first rule finds.
     """
     if size is not None:
         return [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
     assert max_tokens is not None
-    if not lengths:
-        return []
     parts = -(-sum(lengths) // max_tokens)
     while True:
         result = balanced_partitions(lengths, parts)

@@ -10,7 +10,6 @@ import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -18,15 +17,14 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from verl.trainer.config.schema import TrainerConfig
 
-# Label, the keys that may hold the value (the first one present counts), format.
-CONSOLE_COLUMNS = (
-    ("reward", ("critic/rewards/mean",), "{:6.3f}"),
-    ("length", ("response_length/mean",), "{:7.1f}"),
-    ("loss", ("train/loss",), "{:7.4f}"),
-    ("entropy", ("actor/entropy", "actor/entropy_loss"), "{:6.3f}"),
-    ("grad norm", ("actor/grad_norm",), "{:7.3f}"),
-    ("tokens/s", ("perf/throughput",), "{:6.0f}"),
-    ("seconds", ("perf/time_per_step", "timing_s/step"), "{:6.1f}"),
+CONSOLE_COLUMNS = (  # label, key, format
+    ("reward", "critic/rewards/mean", "6.3f"),
+    ("length", "response_length/mean", "7.1f"),
+    ("loss", "train/loss", "7.4f"),
+    ("entropy", "actor/entropy", "6.3f"),
+    ("grad norm", "actor/grad_norm", "7.3f"),
+    ("tokens/s", "perf/throughput", "6.0f"),
+    ("seconds", "perf/time_per_step", "6.1f"),
 )
 _CORE = re.compile(r"val-core/(.+)/(?:acc|reward)/((?:mean|best|maj)@\d+)(?:/mean)?")
 
@@ -40,9 +38,8 @@ class Tracking:
             t.log_validation(validation, step)  # now and then
             t.log(metrics, step)                # once a step
 
-    * `run_dir/metrics.jsonl`, always: one JSON object a step, with the key `step`. All that is
-      logged for one step in a row ends up in one line. NaN and infinity are written as null.
-      Lines after the step that a run resumes from are dropped, so that each step stands once.
+    * `run_dir/metrics.jsonl`, always: one JSON object a step, with the key `step`. NaN and infinity
+      are written as null. A resumed run drops the lines after its step: each step stands once.
     * `console`: one line a step on standard output, and, in a terminal, a progress bar with the
       time left on standard error.
     * `wandb`: Weights & Biases; offline without credentials. `run_dir/wandb_run_id` keeps the id
@@ -57,71 +54,54 @@ class Tracking:
         config: Mapping[str, Any],
         step: int = 0,
     ) -> None:
-        """Opens the loggers.
+        """Opens the loggers; makes `run_dir` if it doesn't exist.
 
         Args:
-            trainer: names the loggers, the project and the experiment.
-            run_dir: the run's folder; made if it doesn't exist.
-            total_steps: number of the last training step.
             config: the resolved configuration as plain dicts, shown in wandb.
             step: the last step of the checkpoint that the run resumes from; 0: a new run, which
                 starts its metrics anew.
         """
-        loggers = [trainer.logger] if isinstance(trainer.logger, str) else list(trainer.logger)
+        loggers = [trainer.logger] if isinstance(trainer.logger, str) else trainer.logger
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.total_steps = total_steps
         self._open_file(step)
         self.bar = self.wandb = None
         if "console" in loggers:
-            self.bar = tqdm(
-                total=total_steps,
-                initial=step,
-                unit="step",
-                dynamic_ncols=True,
-                disable=not sys.stderr.isatty(),
+            self.bar = tqdm(  # disable=None: no bar without a terminal
+                total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=None
             )
         if "wandb" in loggers:
             self.wandb = self._start_wandb(trainer, config, step)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Records the numbers of `step`, which is then complete, and prints its line."""
-        record = self._record(metrics, step)
-        if self.wandb is not None:
-            self.wandb.log(_floats(metrics), step=step, commit=True)
+        record = self._record(metrics, step, complete=True)
         if self.bar is not None:
-            tqdm.write(step_line(record, step, self.total_steps), file=sys.stdout)
-            sys.stdout.flush()
+            self._print(step_line(record, step, self.total_steps))
             self.bar.update(step - self.bar.n)
 
     def log_validation(self, metrics: Mapping[str, Any], step: int) -> None:
         """Records what a validation after `step` found, before `log` completes the step, and prints
         it as a table."""
-        self._record(metrics, step)
-        if self.wandb is not None:
-            self.wandb.log(_floats(metrics), step=step)
+        self._record(metrics, step, complete=False)
         if self.bar is not None:
-            tqdm.write(f"validation at step {step}\n{validation_table(metrics)}", file=sys.stdout)
-            sys.stdout.flush()
-
-    def close(self, exit_code: int = 0) -> None:
-        """Closes the loggers; wandb shows a run with an `exit_code` other than 0 as failed."""
-        if self.bar is not None:
-            self.bar.close()
-        if self.wandb is not None:
-            self.wandb.finish(exit_code=exit_code)
-        self.file.close()
+            self._print(f"validation at step {step}\n{validation_table(metrics)}")
 
     def __enter__(self) -> Tracking:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close(exit_code=0 if kind is None else 1)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes the loggers; wandb shows a run that ends with an error as failed."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish(exit_code=0 if kind is None else 1)
+        self.file.close()
+
+    def _print(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
     def _open_file(self, step: int) -> None:
         """Opens metrics.jsonl with the lines up to `step`; a new run (step 0) starts it anew."""
@@ -136,9 +116,14 @@ class Tracking:
                 self._write(record)
         aside.replace(path)
 
-    def _record(self, metrics: Mapping[str, Any], step: int) -> dict[str, Any]:
+    def _record(self, metrics: Mapping[str, Any], step: int, complete: bool) -> dict[str, Any]:
         """Adds `metrics` to the line of `step`, and returns all that this line holds."""
-        return self._write({"step": step} | _finite(metrics))
+        floats = {name: float(value) for name, value in metrics.items()}
+        finite = {name: x if math.isfinite(x) else None for name, x in floats.items()}
+        record = self._write({"step": step} | finite)
+        if self.wandb is not None:
+            self.wandb.log(floats, step=step, commit=complete)
+        return record
 
     def _write(self, record: dict[str, Any]) -> dict[str, Any]:
         """Appends a line, or extends the last one if it is of the same step."""
@@ -180,12 +165,9 @@ class Tracking:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, one dict per step.
+    """The records of a metrics.jsonl, one dict per step; without a half-written last line.
 
-    A last line that was only half written is left out.
-
-    Raises:
-        ValueError: another line isn't JSON.
+    Raises: ValueError if another line isn't JSON.
     """
     lines = Path(path).read_text().splitlines()
     records = []
@@ -208,11 +190,10 @@ def step_line(metrics: Mapping[str, Any], step: int, total_steps: int) -> str:
     """One line for the console: the `CONSOLE_COLUMNS` that there are, and the validation accuracy
     (mean over the data sources)."""
     parts = [f"step {step:{len(str(total_steps))}d}/{total_steps}"]
-    for label, keys, form in CONSOLE_COLUMNS:
-        key = next((key for key in keys if key in metrics), None)
-        if key:
-            value = metrics[key]
-            parts.append(f"{label} {form.format(math.nan if value is None else value)}")
+    for label, key, form in CONSOLE_COLUMNS:
+        if key in metrics:
+            value = math.nan if metrics[key] is None else metrics[key]
+            parts.append(f"{label} {value:{form}}")
     scores = [score for score in validation_scores(metrics).values() if score is not None]
     if scores:
         parts.append(f"val acc {sum(scores) / len(scores):.3f}")
@@ -227,13 +208,10 @@ def validation_table(metrics: Mapping[str, Any]) -> str:
         if match := _CORE.fullmatch(key):
             rows.setdefault(match[1], {})[match[2]] = f"{value:.3f}"
     for source, row in rows.items():
-        lengths = f"val-aux/{source}/response_length"
-        for key, label, form in (
-            (f"{lengths}/mean", "length", "{:.1f}"),
-            (f"{lengths}/clip_ratio", "truncated", "{:.1%}"),
-        ):
+        for name, label, form in (("mean", "length", ".1f"), ("clip_ratio", "truncated", ".1%")):
+            key = f"val-aux/{source}/response_length/{name}"
             if key in metrics:
-                row[label] = form.format(metrics[key])
+                row[label] = f"{metrics[key]:{form}}"
     header = ["data source", *dict.fromkeys(label for row in rows.values() for label in row)]
     cells = [
         [source, *(row.get(label, "") for label in header[1:])] for source, row in rows.items()
@@ -249,12 +227,3 @@ def align(rows: list[list[str]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join(["", first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
-
-
-def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Floats, with None where JSON has no number."""
-    return {k: v if math.isfinite(v) else None for k, v in _floats(metrics).items()}

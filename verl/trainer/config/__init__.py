@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl.trainer.config.schema import Config
-from verl.trainer.config.section import Section
 from verl.trainer.config.sft_schema import SFTConfig
 from verl.trainer.config.validate import ignored_keys, validate, validate_sft
 
@@ -27,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 ConfigStore.instance().store(name="schema", node=Config)
 ConfigStore.instance().store(name="sft_schema", node=SFTConfig)
-
-AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
 class ConfigError(ValueError):
@@ -62,8 +59,7 @@ def compose_config(
 
 
 def to_config(config: DictConfig, overrides: Sequence[str] = ()) -> Any:
-    """The dataclasses of `schema`, validated and locked. Keys that can't matter are named once in
-    a warning.
+    """The dataclasses of `schema`, validated and locked; a warning names keys that can't matter.
 
     Raises: ConfigError for impossible values and contradictory flags.
     """
@@ -72,9 +68,8 @@ def to_config(config: DictConfig, overrides: Sequence[str] = ()) -> Any:
         if isinstance(typed, SFTConfig):
             validate_sft(typed)
         else:
-            assert isinstance(typed, Config)
             validate(typed)
-            given = [key for key in map(_override_key, overrides) if key]
+            given = filter(None, map(_override_key, overrides))
             if ignored := ignored_keys(typed, given):
                 logger.warning("these keys have no effect in this run: %s", "; ".join(ignored))
     except ValueError as error:

@@ -2,266 +2,228 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from verl.trainer.config.model_schema import OptimConfig
-from verl.trainer.config.schema import Config, TrainerConfig
+from verl.trainer.config.schema import Config
 from verl.trainer.config.section import Section
 from verl.trainer.config.sft_schema import SFTConfig
 
 LOGGERS = ("console", "wandb", "file")
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+LIMITS = {
+    "low": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "high": (operator.le, "at most"),
+}
+IDLE = {
+    "use_kl_loss=False": (f"{ACTOR}.kl_loss_",),
+    "adv_estimator=rloo": ("algorithm.norm_adv_by_std_in_grpo",),
+    "adv_estimator=reinforce_plus_plus_baseline": ("algorithm.norm_adv_by_std_in_grpo",),
+    "kl_ctrl.type=fixed": ("algorithm.kl_ctrl.horizon", "algorithm.kl_ctrl.target_kl"),
+    "use_dynamic_bsz=True": (f"{ACTOR}.ppo_micro_batch_size_per_gpu",),
+    "use_dynamic_bsz=False": (f"{ACTOR}.ppo_max_token_len_per_gpu",),
+    "log_prob_use_dynamic_bsz=True": (f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu",),
+    "log_prob_use_dynamic_bsz=False": (f"{ROLLOUT}.log_prob_max_token_len_per_gpu",),
+    "save_freq=-1": ("trainer.max_actor_ckpt_to_keep",),
+    "use_kl_in_reward=False": ("algorithm.kl_ctrl.", "algorithm.kl_penalty"),
+    "use_grpopp=False": ("algorithm.grpopp_config.", f"{ACTOR}.grpopp_config."),
+    "custom_reward_function.path=None": ("reward_model.num_workers",),
+    "overlong_buffer.enable=False": ("reward_model.overlong_buffer.",),
+    "filter_groups.enable=False": ("algorithm.filter_groups.", "data.gen_batch_size"),
+    "rollout.name=hf": (
+        f"{ROLLOUT}.tensor_model_parallel_size",
+        f"{ROLLOUT}.gpu_memory_utilization",
+        f"{ROLLOUT}.max_num_batched_tokens",
+        f"{ROLLOUT}.enable_chunked_prefill",
+        f"{ROLLOUT}.enforce_eager",
+        f"{ROLLOUT}.free_cache_engine",
+    ),
+}
+"""Setting (the end of its key, and its value) → beginnings of the keys that then can't matter."""
 
 
 def validate(config: Config) -> None:
     """Raises ValueError, which names the key and the remedy, for a configuration that can't run."""
-    _check_values(config)
-    _check_aggregation(config)
-    _check_sizes(config)
-    _check_trainer(config.trainer)
-    _check_betas("actor_rollout_ref.actor.optim", config.actor_rollout_ref.actor.optim)
-    _check_files("data.train_files", config.data.train_files)
-    trainer = config.trainer
-    if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
-        _check_files("data.val_files", config.data.val_files)
-    algorithm, rollout, rewards = (
-        config.algorithm,
-        config.actor_rollout_ref.rollout,
-        config.reward_model,
-    )
-    _require(
-        rollout.n >= 2,
-        f"actor_rollout_ref.rollout.n={rollout.n}: advantages compare the responses of a prompt, "
-        "so n must be at least 2",
-    )
-    _require(
-        rollout.do_sample and rollout.temperature > 0,
-        "actor_rollout_ref.rollout: training needs do_sample=True and temperature > 0 (greedy "
-        "responses to a prompt are all the same)",
-    )
-    control = algorithm.kl_ctrl
-    _require(
-        control.type != "adaptive" or control.target_kl > 0,
-        f"algorithm.kl_ctrl.target_kl={control.target_kl}: kl_ctrl.type=adaptive steers towards a "
-        "divergence above 0",
-    )
-    _require(
-        not rewards.enable,
-        "reward_model.enable=True: rewards are functions here; use custom_reward_function.path",
-    )
-    buffer = rewards.overlong_buffer
-    if buffer.enable:
-        _require(
-            rewards.reward_manager == "dapo",
-            "reward_model.overlong_buffer.enable=True needs reward_model.reward_manager=dapo",
-        )
-        _require(
-            1 <= buffer.len <= config.data.max_response_length,
-            f"reward_model.overlong_buffer.len={buffer.len} must be between 1 and "
-            f"data.max_response_length={config.data.max_response_length}",
-        )
-    _require(
-        not algorithm.filter_groups.enable or algorithm.filter_groups.metric is not None,
-        "algorithm.filter_groups.enable=True needs algorithm.filter_groups.metric, such as acc",
-    )
-    _require(
-        not (algorithm.use_kl_in_reward and algorithm.filter_groups.metric == "seq_final_reward"),
-        "algorithm.filter_groups.metric=seq_final_reward with algorithm.use_kl_in_reward=True: the "
-        "KL term makes all rewards differ, so nothing would be dropped; take seq_reward",
+    _raise_first(
+        _values(config),
+        _aggregation(config),
+        _sizes(config),
+        _common(config, config.actor_rollout_ref.actor.optim, f"{ACTOR}.optim"),
+        _trainer(config),
+        _algorithm(config),
+        _rewards(config),
     )
 
 
 def validate_sft(config: SFTConfig) -> None:
     """The same for the supervised warm-up."""
-    _check_values(config)
-    _check_logger(config.trainer.logger)
-    _check_betas("optim", config.optim)
-    _check_files("data.train_files", config.data.train_files)
+    _raise_first(_values(config), _common(config, config.optim, "optim"))
 
 
 def ignored_keys(config: Config, given: Iterable[str]) -> list[str]:
     """Those of the overridden keys that can't matter in this run, each with its reason."""
-    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
-    reference = actor.use_kl_loss or algorithm.use_kl_in_reward
-    hf = config.actor_rollout_ref.rollout.name == "hf"
-    dynamic = config.actor_rollout_ref.rollout.log_prob_use_dynamic_bsz
-    rollout = "actor_rollout_ref.rollout."
+    actor, custom = config.actor_rollout_ref.actor, config.custom_reward_function.path
+    settings = [f".{key}={value}" for key, value, _ in config.walk()]
     rules = {
-        "critic.": "there is no critic",
-        "trainer.critic_warmup": "there is no critic",
+        reason: beginnings
+        for reason, beginnings in IDLE.items()
+        if any(setting.endswith(f".{reason}") for setting in settings)
     }
-    if not actor.use_kl_loss:
-        rules["actor_rollout_ref.actor.kl_loss_"] = "use_kl_loss=False"
-    if algorithm.adv_estimator != "grpo":
-        rules["algorithm.norm_adv_by_std_in_grpo"] = "adv_estimator is not grpo"
-    if algorithm.kl_ctrl.type == "fixed":
-        rules |= dict.fromkeys(
-            ("algorithm.kl_ctrl.horizon", "algorithm.kl_ctrl.target_kl"), "kl_ctrl.type=fixed"
-        )
+    rules["there is no critic"] = ("critic.", "trainer.critic_warmup")
     if None not in (actor.clip_ratio_low, actor.clip_ratio_high):
-        rules["actor_rollout_ref.actor.clip_ratio="] = "clip_ratio_low and clip_ratio_high are set"
-    size = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
-    budget = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
-    rules[size if actor.use_dynamic_bsz else budget] = f"use_dynamic_bsz={actor.use_dynamic_bsz}"
-    size, budget = "log_prob_micro_batch_size_per_gpu", "log_prob_max_token_len_per_gpu"
-    rules[rollout + (size if dynamic else budget)] = f"log_prob_use_dynamic_bsz={dynamic}"
-    if config.trainer.save_freq < 0:
-        rules["trainer.max_actor_ckpt_to_keep"] = "save_freq=-1"
-    if not algorithm.use_kl_in_reward:
-        rules |= dict.fromkeys(
-            ("algorithm.kl_ctrl.", "algorithm.kl_penalty"), "use_kl_in_reward=False"
-        )
-    if not reference:
-        rules["actor_rollout_ref.ref."] = "no KL term needs a reference policy"
-    if not algorithm.use_grpopp:
-        for prefix in ("algorithm.", "actor_rollout_ref.actor."):
-            rules[f"{prefix}grpopp_config."] = "use_grpopp=False"
-    if config.custom_reward_function.path is None:
-        rules["reward_model.num_workers"] = "there is no custom_reward_function"
-    else:
-        rules["reward_model.math_server."] = "custom_reward_function scores everything"
-    if not config.reward_model.overlong_buffer.enable:
-        rules["reward_model.overlong_buffer."] = "overlong_buffer.enable=False"
-    if not algorithm.filter_groups.enable:
-        rules |= dict.fromkeys(
-            ("algorithm.filter_groups.", "data.gen_batch_size"), "filter_groups.enable=False"
-        )
-    if hf:
-        for name in (
-            "tensor_model_parallel_size",
-            "gpu_memory_utilization",
-            "max_num_batched_tokens",
-            "enable_chunked_prefill",
-            "enforce_eager",
-            "free_cache_engine",
-        ):
-            rules[rollout + name] = "rollout.name=hf"
+        rules["clip_ratio_low and clip_ratio_high are set"] = (f"{ACTOR}.clip_ratio=",)
+    if not (actor.use_kl_loss or config.algorithm.use_kl_in_reward):
+        rules["no KL term needs a reference policy"] = ("actor_rollout_ref.ref.",)
+    if custom is not None:
+        rules["custom_reward_function scores everything"] = ("reward_model.math_server.",)
     found = []
     for key in dict.fromkeys(given):
-        reasons = [why for start, why in rules.items() if f"{key}=".startswith(start)]
+        reasons = [why for why, beginnings in rules.items() if f"{key}=".startswith(beginnings)]
         if reasons and not key.endswith(".enable"):
             found.append(f"{key} ({reasons[0]})")
     return found
 
 
-def _check_values(config: Section) -> None:
+def _raise_first(*checks: Iterator[str]) -> None:
+    """Each check yields what is wrong, and may rely on those before it."""
+    for problem in chain(*checks):
+        raise ValueError(problem)
+
+
+def _values(config: Section) -> Iterator[str]:
     for key, value, rule in config.walk():
-        if key.startswith("actor_rollout_ref.actor.grpopp_config."):
-            continue  # the copies of algorithm.grpopp_config, which is checked itself
-        if "choices" in rule and value is not None:
-            _require(
-                value in rule["choices"],
-                f"{key}={value}: choose one of {', '.join(map(str, rule['choices']))}",
-            )
-        if value is not None and rule.get("low") is not None:
-            _require(value >= rule["low"], f"{key}={value}: must be at least {rule['low']}")
-        if value is not None and rule.get("above") is not None:
-            _require(value > rule["above"], f"{key}={value}: must be more than {rule['above']}")
-        if value is not None and rule.get("high") is not None:
-            _require(value <= rule["high"], f"{key}={value}: must be at most {rule['high']}")
+        # The actor's copies of algorithm.grpopp_config have the values of this one.
+        if value is None or key.startswith(f"{ACTOR}.grpopp_config."):
+            continue
+        if "choices" in rule and value not in rule["choices"]:
+            yield f"{key}={value}: choose one of {', '.join(map(str, rule['choices']))}"
+        for name, (holds, words) in LIMITS.items():
+            limit = rule.get(name)
+            if limit is not None and not holds(value, limit):
+                yield f"{key}={value}: must be {words} {limit}"
 
 
-def _check_aggregation(config: Config) -> None:
+def _aggregation(config: Config) -> Iterator[str]:
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
-    for name in ("use_grpopp", "use_dr_grpo"):
-        ours, copy = getattr(algorithm, name), getattr(actor, name)
-        _require(
-            ours == copy,
-            f"algorithm.{name}={ours} contradicts actor_rollout_ref.actor.{name}={copy}: set "
-            f"algorithm.{name} alone, the actor follows it",
+    for name in ("use_grpopp", "use_dr_grpo", "grpopp_config.alpha", "grpopp_config.scope"):
+        ours, copy = map(operator.attrgetter(name), (algorithm, actor))
+        if ours != copy:
+            yield (
+                f"algorithm.{name}={ours} contradicts {ACTOR}.{name}={copy}: set "
+                f"algorithm.{name} alone, the actor follows it"
+            )
+    if algorithm.use_grpopp and algorithm.use_dr_grpo:
+        yield "algorithm.use_grpopp and algorithm.use_dr_grpo are two methods: turn one of them off"
+    if actor.loss_agg_mode != "token-mean" and (algorithm.use_grpopp or algorithm.use_dr_grpo):
+        flag = "use_grpopp" if algorithm.use_grpopp else "use_dr_grpo"
+        yield (
+            f"algorithm.{flag}=True chooses the loss aggregation, and so does "
+            f"{ACTOR}.loss_agg_mode={actor.loss_agg_mode}: drop one of them"
         )
-    for name in ("alpha", "scope"):
-        ours, copy = getattr(algorithm.grpopp_config, name), getattr(actor.grpopp_config, name)
-        _require(
-            ours == copy,
-            f"algorithm.grpopp_config.{name}={ours} contradicts "
-            f"actor_rollout_ref.actor.grpopp_config.{name}={copy}: set "
-            f"algorithm.grpopp_config.{name} alone, the actor follows it",
+    if actor.loss_agg_mode == "token-mean-legacy" and not actor.ppo_micro_batch_size_per_gpu:
+        yield (
+            "loss_agg_mode=token-mean-legacy averages over micro-batches of "
+            f"{ACTOR}.ppo_micro_batch_size_per_gpu responses: set that key"
         )
-    _require(
-        not (algorithm.use_grpopp and algorithm.use_dr_grpo),
-        "algorithm.use_grpopp and algorithm.use_dr_grpo are two methods: turn one of them off",
-    )
-    flag = "use_grpopp" if algorithm.use_grpopp else "use_dr_grpo"
-    _require(
-        not (algorithm.use_grpopp or algorithm.use_dr_grpo) or actor.loss_agg_mode == "token-mean",
-        f"algorithm.{flag}=True chooses the loss aggregation, and so does "
-        f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode}: drop one of them",
-    )
-    _require(
-        actor.loss_agg_mode != "token-mean-legacy" or actor.ppo_micro_batch_size_per_gpu,
-        "loss_agg_mode=token-mean-legacy averages over micro-batches of "
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu responses: set that key",
-    )
 
 
-def _check_sizes(config: Config) -> None:
+def _sizes(config: Config) -> Iterator[str]:
     data, actor = config.data, config.actor_rollout_ref.actor
-    _require(
-        data.train_batch_size % actor.ppo_mini_batch_size == 0,
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} must divide "
-        f"data.train_batch_size={data.train_batch_size} (both count prompts)",
-    )
-    _require(
-        actor.use_dynamic_bsz or actor.ppo_micro_batch_size_per_gpu is not None,
-        "set actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu (responses per pass), or "
-        "actor_rollout_ref.actor.use_dynamic_bsz=True with ppo_max_token_len_per_gpu",
-    )
+    rollout = config.actor_rollout_ref.rollout
+    if data.train_batch_size % actor.ppo_mini_batch_size:
+        yield (
+            f"{ACTOR}.ppo_mini_batch_size={actor.ppo_mini_batch_size} must divide "
+            f"data.train_batch_size={data.train_batch_size} (both count prompts)"
+        )
+    if actor.ppo_micro_batch_size_per_gpu is None and not actor.use_dynamic_bsz:
+        yield (
+            f"set {ACTOR}.ppo_micro_batch_size_per_gpu (responses per pass), or "
+            f"{ACTOR}.use_dynamic_bsz=True with ppo_max_token_len_per_gpu"
+        )
     longest = data.max_prompt_length + data.max_response_length
-    budgets = {
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": (
-            actor.use_dynamic_bsz,
-            actor.ppo_max_token_len_per_gpu,
-        ),
-        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": (
-            config.actor_rollout_ref.rollout.log_prob_use_dynamic_bsz,
-            config.actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu,
-        ),
-    }
-    for key, (used, budget) in budgets.items():
-        _require(
-            not used or budget >= longest,
-            f"{key}={budget} can't hold one sequence of data.max_prompt_length + "
-            f"data.max_response_length = {longest} tokens",
+    budgets = {}
+    if actor.use_dynamic_bsz:
+        budgets[f"{ACTOR}.ppo_max_token_len_per_gpu"] = actor.ppo_max_token_len_per_gpu
+    if rollout.log_prob_use_dynamic_bsz:
+        key = f"{ROLLOUT}.log_prob_max_token_len_per_gpu"
+        budgets[key] = rollout.log_prob_max_token_len_per_gpu
+    for key, budget in budgets.items():
+        if budget < longest:
+            yield (
+                f"{key}={budget} can't hold one sequence of data.max_prompt_length + "
+                f"data.max_response_length = {longest} tokens"
+            )
+
+
+def _common(config: Config | SFTConfig, optim: OptimConfig, section: str) -> Iterator[str]:
+    yield from _files("data.train_files", config.data.train_files)
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        yield f"{section}.betas={optim.betas}: give two numbers from 0 to below 1"
+    given = config.trainer.logger
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or any(name not in LOGGERS for name in names):
+        yield f"trainer.logger={given}: choose from {', '.join(LOGGERS)}"
+
+
+def _files(key: str, given: Any) -> Iterator[str]:
+    paths = [given] if isinstance(given, str) else given
+    if not (isinstance(paths, list) and paths and all(p and isinstance(p, str) for p in paths)):
+        yield f"{key}={given}: give a path or a list of paths"
+
+
+def _trainer(config: Config) -> Iterator[str]:
+    trainer = config.trainer
+    if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
+        yield from _files("data.val_files", config.data.val_files)
+    if trainer.default_hdfs_dir is not None:
+        yield (
+            "trainer.default_hdfs_dir: only null is supported; checkpoints go to "
+            "trainer.default_local_dir, which may be a mounted folder"
+        )
+    if trainer.resume_mode == "resume_path" and not trainer.resume_from_path:
+        yield "trainer.resume_mode=resume_path needs trainer.resume_from_path"
+
+
+def _algorithm(config: Config) -> Iterator[str]:
+    algorithm, rollout = config.algorithm, config.actor_rollout_ref.rollout
+    control, groups = algorithm.kl_ctrl, algorithm.filter_groups
+    if rollout.n < 2:
+        yield (
+            f"{ROLLOUT}.n={rollout.n}: advantages compare the responses of a prompt, so n must be "
+            "at least 2"
+        )
+    if not rollout.do_sample or rollout.temperature <= 0:
+        yield (
+            f"{ROLLOUT}: training needs do_sample=True and temperature > 0 (greedy responses to a "
+            "prompt are all the same)"
+        )
+    if control.type == "adaptive" and control.target_kl <= 0:
+        yield (
+            f"algorithm.kl_ctrl.target_kl={control.target_kl}: kl_ctrl.type=adaptive steers "
+            "towards a divergence above 0"
+        )
+    if groups.enable and groups.metric is None:
+        yield "algorithm.filter_groups.enable=True needs algorithm.filter_groups.metric, like acc"
+    if algorithm.use_kl_in_reward and groups.metric == "seq_final_reward":
+        yield (
+            "algorithm.filter_groups.metric=seq_final_reward with algorithm.use_kl_in_reward=True: "
+            "the KL term makes all rewards differ, so nothing would be dropped; take seq_reward"
         )
 
 
-def _check_files(key: str, value: Any) -> None:
-    paths = [value] if isinstance(value, str) else value
-    _require(
-        isinstance(paths, list) and paths and all(isinstance(p, str) and p for p in paths),
-        f"{key}={value}: give a path or a list of paths",
-    )
-
-
-def _check_betas(section: str, optim: OptimConfig) -> None:
-    _require(
-        len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
-        f"{section}.betas={optim.betas}: give two numbers from 0 to below 1",
-    )
-
-
-def _check_logger(value: Any) -> None:
-    names = [value] if isinstance(value, str) else value
-    _require(
-        isinstance(names, list) and all(name in LOGGERS for name in names),
-        f"trainer.logger={value}: choose from {', '.join(LOGGERS)}",
-    )
-
-
-def _check_trainer(trainer: TrainerConfig) -> None:
-    _check_logger(trainer.logger)
-    _require(
-        trainer.default_hdfs_dir is None,
-        "trainer.default_hdfs_dir: only null is supported; checkpoints go to "
-        "trainer.default_local_dir, which may be a mounted folder",
-    )
-    _require(
-        trainer.resume_mode != "resume_path" or bool(trainer.resume_from_path),
-        "trainer.resume_mode=resume_path needs trainer.resume_from_path",
-    )
-
-
-def _require(condition: object, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+def _rewards(config: Config) -> Iterator[str]:
+    rewards, longest = config.reward_model, config.data.max_response_length
+    buffer = rewards.overlong_buffer
+    if rewards.enable:
+        yield "reward_model.enable=True: rewards are functions; use custom_reward_function.path"
+    if buffer.enable and rewards.reward_manager != "dapo":
+        yield "reward_model.overlong_buffer.enable=True needs reward_model.reward_manager=dapo"
+    if buffer.enable and not 1 <= buffer.len <= longest:
+        yield (
+            f"reward_model.overlong_buffer.len={buffer.len} must be between 1 and "
+            f"data.max_response_length={longest}"
+        )

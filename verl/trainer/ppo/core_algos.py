@@ -40,9 +40,8 @@ def response_weights(
             L_j^(−α); default: `lengths`.
         group_size: responses per group of `token-mean-legacy`.
 
-    Returns: float32 tensor [N]; 0 where L_i = 0.
-
-    Raises: ValueError for an unknown mode, a negative length, or a missing group_size.
+    Returns: float32 tensor [N]; 0 where L_i = 0. Raises: ValueError for an unknown mode, a
+    negative length, or a missing group_size.
 
     Example: ``response_weights([2, 8], "token-mean", 10)`` is ``[0.1, 0.1]``.
     """
@@ -156,7 +155,7 @@ def grpo_advantages(rewards: Tensor, groups: Tensor, *, norm_by_std: bool, **_: 
 
     Dr. GRPO (arXiv 2503.20783) leaves the division out: `norm_by_std=False`. [N] → [N].
     """
-    mean, std = group_statistics(rewards, groups)[:2]
+    mean, std, _count = group_statistics(rewards, groups)
     return (rewards - mean) / (std + 1e-6) if norm_by_std else rewards - mean
 
 
@@ -165,8 +164,7 @@ def rloo_advantages(rewards: Tensor, groups: Tensor, **_: Any) -> Tensor:
 
     A group of one has nothing to compare with: its advantage is 0.
     """
-    statistics = group_statistics(rewards, groups)
-    mean, count = statistics[0], statistics[2]
+    mean, _std, count = group_statistics(rewards, groups)
     return (rewards - mean) * count / (count - 1).clamp(min=1)
 
 
@@ -178,8 +176,7 @@ def reinforce_plus_plus_baseline_advantages(
     Tokens share their response's value, so the batch mean and the unbiased variance are weighted
     by response length. [N] → [N].
     """
-    mean = group_statistics(rewards, groups)[0]
-    centred = rewards - mean
+    centred = rewards - group_statistics(rewards, groups)[0]
     L = lengths.to(rewards.dtype)
     tokens = L.sum().clamp(min=1)
     batch_mean = (L * centred).sum() / tokens
@@ -201,14 +198,11 @@ def advantages(
     estimator: str = "grpo",
     norm_by_std: bool = True,
 ) -> Tensor:
-    """One advantage per response, from outcome rewards.
+    """One advantage per response, from outcome rewards: float64 [N].
 
     Args:
         rewards: [N]. groups: equal integers mark responses to the same prompt, [N].
-        lengths: response lengths in tokens, [N].
-        estimator: a key of `ADVANTAGES`. norm_by_std: for `grpo`.
-
-    Returns: float64 tensor [N].
+        lengths: in tokens, [N]. estimator: a key of `ADVANTAGES`. norm_by_std: for `grpo`.
 
     Example: ``advantages([1, 0], [7, 7], [3, 5], norm_by_std=False)`` is ``[0.5, -0.5]``.
     """
@@ -249,9 +243,7 @@ def policy_loss(
     arXiv 2503.14476, eq. 10) and dual clip (arXiv 1912.09729, eq. 5).
 
     With r = π/π_old: ``max(−A·r, −A·clip(r, 1−low, 1+high))``, and where A < 0 at most ``−A·c``.
-
-    Args:
-        log_probs, old_log_probs, advantages: [T]; the gradient flows through `log_probs` only.
+    All tensors are [T]; the gradient flows through `log_probs` only.
     """
     # Beyond ±20 the ratio is clipped anyway; the bound keeps exp finite.
     log_ratio = (log_probs - old_log_probs).clamp(-20, 20)
@@ -271,31 +263,16 @@ def policy_loss(
 # ------------------------------------------------------------------------------------------- KL
 
 
-def _k1(log_ratio: Tensor) -> Tensor:
-    return log_ratio
-
-
-def _abs(log_ratio: Tensor) -> Tensor:
-    return log_ratio.abs()
-
-
-def _k2(log_ratio: Tensor) -> Tensor:
-    return 0.5 * log_ratio**2
-
-
 def _k3(log_ratio: Tensor) -> Tensor:
     inverse = (-log_ratio).clamp(-20, 20)
     return (inverse.exp() - inverse - 1).clamp(-10, 10)
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "kl": _k1,
-    "k1": _k1,
-    "abs": _abs,
-    "mse": _k2,
-    "k2": _k2,
-    "low_var_kl": _k3,
-    "k3": _k3,
+    **dict.fromkeys(("kl", "k1"), lambda d: d),
+    "abs": torch.abs,
+    **dict.fromkeys(("mse", "k2"), lambda d: 0.5 * d**2),
+    **dict.fromkeys(("low_var_kl", "k3"), _k3),
 }
 
 
@@ -321,10 +298,8 @@ class KLController:
     def __init__(
         self, type: str, kl_coef: float, horizon: int = 10000, target_kl: float = 0.1
     ) -> None:
-        self.adaptive = type == "adaptive"
-        self.value = kl_coef
-        self.horizon = horizon
-        self.target_kl = target_kl
+        self.adaptive, self.value = type == "adaptive", kl_coef
+        self.horizon, self.target_kl = horizon, target_kl
 
     def update(self, current_kl: float, num_responses: int) -> None:
         """Moves β after a batch; nothing if it is fixed."""

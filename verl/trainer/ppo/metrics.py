@@ -8,7 +8,7 @@ response tokens; here each response counts once).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import comb, sqrt
 from numbers import Real
 from typing import Any
@@ -46,7 +46,7 @@ def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, flo
         "response_length/cv": float(lengths.std() / max(lengths.mean(), 1e-12)),
         **_spread("prompt_length", prompt_lengths),
         "prompt_length/clip_ratio": float(np.mean(prompt_lengths >= max_prompt_length)),
-        **{f"reward/{name}": value for name, value in _extras_means(samples).items()},
+        **_extras_means(samples),
     }
 
 
@@ -99,12 +99,7 @@ def validation_metrics(samples: list[Sample]) -> dict[str, float]:
         by_source[sample.prompt.data_source].append(sample)
     metrics: dict[str, float] = {}
     for source, mine in by_source.items():
-        has_acc = all("acc" in s.extras for s in mine)
-        groups: dict[tuple[int, int], list[Sample]] = defaultdict(list)
-        for sample in mine:
-            # Group numbers count anew in each rollout batch, rows of the dataset don't.
-            groups[sample.prompt.index, sample.group].append(sample)
-        metrics |= _accuracy_metrics(source, list(groups.values()), has_acc)
+        metrics |= _accuracy_metrics(source, mine)
         aux = f"val-aux/{source}/response_length"
         metrics[f"{aux}/mean"] = float(response_lengths(mine).mean())
         metrics[f"{aux}/clip_ratio"] = float(np.mean([s.truncated for s in mine]))
@@ -133,15 +128,11 @@ def loss_agg_metrics(
     method whose weights are all 0 is left out itself.
 
     Args:
-        lengths: response lengths in tokens, [N].
-        weights_by_method: the weights w of each method on these responses, [N] each.
-        method: the one in use.
+        lengths: in tokens, [N]. weights_by_method: the weights w on these responses, [N] each.
 
-    Returns:
-        ``loss_agg/cv`` of `method`, ``loss_agg/cv/{name}`` of each other one, and
-        ``loss_agg/effective_batch`` = (Σ w_i)² / Σ w_i² of `method`, in responses.
+    Returns: ``loss_agg/cv`` of `method`, the one in use, ``loss_agg/cv/{name}`` of each other one,
+    and ``loss_agg/effective_batch`` = (Σ w_i)² / Σ w_i² of `method`, in responses.
     """
-    lengths_N = np.asarray(lengths, dtype=np.float64)
     metrics = {}
     for name, weights in weights_by_method.items():
         w_N = np.asarray(weights, dtype=np.float64)
@@ -149,20 +140,24 @@ def loss_agg_metrics(
         if total == 0:
             continue
         key = "loss_agg/cv" if name == method else f"loss_agg/cv/{name}"
-        metrics[key] = sqrt(w_N**2 @ lengths_N) / float(total)
+        metrics[key] = sqrt(w_N**2 @ np.asarray(lengths)) / float(total)
         if name == method:
             metrics["loss_agg/effective_batch"] = float(total**2 / (w_N @ w_N))
     return metrics
 
 
-def _accuracy_metrics(source: str, groups: list[list[Sample]], has_acc: bool) -> dict[str, float]:
+def _accuracy_metrics(source: str, samples: list[Sample]) -> dict[str, float]:
     """mean@N, std@N, best@k and maj@N of one data source, averaged over its prompts."""
+    has_acc, has_pred = (all(key in s.extras for s in samples) for key in ("acc", "pred"))
     variable = "acc" if has_acc else "reward"
     core, aux = f"val-core/{source}/{variable}", f"val-aux/{source}/{variable}"
-    n_max = max(len(group) for group in groups)
-    has_pred = all("pred" in s.extras for group in groups for s in group)
+    groups: dict[tuple[int, int], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        # Group numbers count anew in each rollout batch, rows of the dataset don't.
+        groups[sample.prompt.index, sample.group].append(sample)
+    n_max = max(map(len, groups.values()))
     per_prompt: dict[str, list[float]] = defaultdict(list)
-    for group in groups:
+    for group in groups.values():
         n = len(group)
         section = core if n == n_max else aux
         scores = column(group, "score")
@@ -177,16 +172,11 @@ def _accuracy_metrics(source: str, groups: list[list[Sample]], has_acc: bool) ->
             per_prompt[f"{aux}/best@{k}/mean"].append(best_of(values, k))
         per_prompt[f"{section}/best@{n}/mean"].append(values.max())
         if has_pred:
-            majority = _majority(s.extras["pred"] for s in group)
+            # Compared as text, so that an answer may be a list. Ties go to the earlier answer.
+            votes = [str(s.extras["pred"]) for s in group]
+            majority = votes.index(max(votes, key=votes.count))
             per_prompt[f"{section}/maj@{n}/mean"].append(values[majority])
     return {name: float(np.mean(values)) for name, values in per_prompt.items()}
-
-
-def _majority(answers: Iterable[Any]) -> int:
-    """Position at which the most frequent answer first occurs; ties go to the earlier one."""
-    # Compared as text, so that an answer may be a list.
-    votes = [str(answer) for answer in answers]
-    return votes.index(max(votes, key=votes.count))
 
 
 def _spread(name: str, values: NDArray[Any]) -> dict[str, float]:
@@ -194,10 +184,10 @@ def _spread(name: str, values: NDArray[Any]) -> dict[str, float]:
 
 
 def _extras_means(samples: list[Sample]) -> dict[str, float]:
-    """Mean of each numeric extra over the responses that have it. `pred` is an answer, no score."""
+    """Means over the responses that have the extra. `pred` is an answer, no score."""
     values: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
         for name, value in sample.extras.items():
             if name != "pred" and isinstance(value, Real | np.bool_):
-                values[name].append(float(value))
+                values[f"reward/{name}"].append(float(value))
     return {name: float(np.mean(v)) for name, v in values.items()}
