@@ -70,7 +70,8 @@ class Engine:
             for k in range(params.n):
                 words = [*self.text(prompt.index, k).split(), "<eos>"]
                 ids = np.array([WORDS.index(word) for word in words], np.int64)
-                samples.append(Sample(prompt, group, ids, "stop"))
+                version = params.seed[-1] - 1  # that of the step before
+                samples.append(Sample(prompt, group, ids, "stop", policy_version=version))
             yield samples
 
 

@@ -15,7 +15,6 @@ from verl.protocol import Sample, column, fill
 from verl.trainer.config import load_config
 from verl.trainer.ppo.ray_trainer import (
     RayPPOTrainer,
-    log_prob_difference,
     loss_config,
     reduce_update_metrics,
 )
@@ -158,14 +157,12 @@ def test_clip_ratio_stands_in_for_the_bounds(tiny_model: Path, tmp_path: Path) -
     assert (loss.clip_ratio_low, loss.clip_ratio_high, loss.kl_coef) == (0.1, 0.3, 0.0)
 
 
-def test_log_prob_difference() -> None:
-    samples = make_samples([2, 0, 1])
-    for s in samples:
-        s.rollout_log_probs = s.old_log_probs + np.float32(0.25)
-    samples[2].rollout_log_probs = samples[2].old_log_probs - np.float32(1.0)
-    found = log_prob_difference(samples)
-    assert found["rollout/logprob_diff_max"] == pytest.approx(1.0)
-    assert found["rollout/logprob_diff_mean"] == pytest.approx(0.5)
+def test_bypass_takes_the_engines_log_probs(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_model, tmp_path, "algorithm.bypass_old_log_prob=True")
+    trainer.step = 1
+    samples = make_samples(LENGTHS, old_log_probs=None)  # two optimizer steps
+    assert trainer.add_log_probs(samples, Timer()) == {}  # without asking the actor
+    assert all(sample.old_log_probs is sample.rollout_log_probs for sample in samples)
 
 
 def test_responses_of_an_older_policy_keep_the_log_probs_they_were_drawn_with(

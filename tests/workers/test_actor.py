@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,10 +76,12 @@ def weighted_samples(mode: str) -> list[Sample]:
     return samples
 
 
-def gradient(policy: Policy, samples: list[Sample], limit: MicroBatchLimit) -> torch.Tensor:
+def gradient(
+    policy: Policy, samples: list[Sample], limit: MicroBatchLimit, loss: LossConfig = LOSS
+) -> torch.Tensor:
     """Flat gradient of the loss over all ranks' samples."""
     policy.model.zero_grad()
-    policy.accumulate_gradient(samples, LOSS, limit)
+    policy.accumulate_gradient(samples, loss, limit)
     return torch.cat([p.grad.full_tensor().flatten() for p in policy.model.parameters()])
 
 
@@ -219,6 +222,28 @@ def test_first_update_needs_no_old_log_probs(tiny_model: Path) -> None:
         torch.testing.assert_close(a.full_tensor(), b.full_tensor(), atol=2e-5, rtol=0)
 
 
+def test_truncated_importance_sampling_by_hand(worker: ActorWorker) -> None:
+    """Engines that drew with other probabilities than the actor's: factors 1/2 and 4, cut at 3."""
+    samples = make_samples([2, 0, 1], weight=0.1)
+    for s in samples:
+        s.old_log_probs = s.rollout_log_probs + np.float32(np.log(0.5))
+    samples[2].old_log_probs = samples[2].rollout_log_probs + np.float32(np.log(4.0))
+    plain = [gradient(worker.actor, [s], LIMITS["all"], LossConfig()) for s in samples]
+    config = LossConfig(rollout_is_threshold=3.0)
+    for level, factors in (("token", (0.5, 1, 3)), ("sequence", (0.25, 1, 3))):
+        worker.actor.model.zero_grad()
+        sums = worker.actor.accumulate_gradient(
+            samples, replace(config, rollout_is=level), LIMITS["one"]
+        )
+        found = torch.cat([p.grad.full_tensor().flatten() for p in worker.actor.model.parameters()])
+        assert sums["rollout/is_weight_mean"] == pytest.approx(2 * factors[0] + factors[2])
+        assert sums["rollout/logprob_diff_max"] == pytest.approx(np.log(4), rel=1e-5)
+        assert sums["rollout/logprob_diff_mean"] == pytest.approx(np.log(16), rel=1e-5)
+        assert sums["rollout/kl"] == pytest.approx(0, abs=1e-5)
+        expected = sum(f * g for f, g in zip(factors, plain, strict=True))
+        assert distance(found, expected) < 1e-6
+
+
 def test_updates_move_the_policy_towards_what_was_rewarded(tiny_model: Path) -> None:
     worker = build(tiny_model)
     samples = make_samples([4, 4])
@@ -258,12 +283,18 @@ def test_offloading_and_mixed_precision_run(tiny_model: Path) -> None:
 
 def test_exported_weights_rebuild_the_model(worker: ActorWorker, tiny_model: Path) -> None:
     expected = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters())
-    buckets = list(worker.export_weights("float32", 40_000))
-    found = {name: value for bucket in buckets for name, value in bucket.items()}
+    version, buckets = worker.start_export("host", None, 40_000)
+    found = {}
+    for bucket in buckets:
+        weights = worker.export(bucket["names"])["weights"]
+        assert [str(w.dtype) for w in weights.values()] == ["torch.float32"] * len(weights)
+        assert [list(w.shape) for w in weights.values()] == bucket["shapes"]
+        assert len(weights) == 1 or sum(w.nbytes for w in weights.values()) <= 40_000
+        found |= weights
+    worker.finish_export()
+    assert version == 0 and len(buckets) > 2
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
-    for bucket in buckets:
-        assert len(bucket) == 1 or sum(v.nbytes for v in bucket.values()) <= 40_000
 
 
 def test_resumed_settings_are_those_of_the_configuration(tiny_model: Path, tmp_path: Path) -> None:

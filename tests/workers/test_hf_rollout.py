@@ -13,7 +13,7 @@ from tests.helpers import VOCABULARY, make_tiny_model
 from verl.protocol import Prompt, Sample
 from verl.trainer.config.model_schema import ModelConfig
 from verl.trainer.config.schema import RolloutConfig
-from verl.workers.rollout.base import SamplingParams, engine_class
+from verl.workers.rollout.base import SamplingParams
 from verl.workers.rollout.hf import HFEngine, sample
 
 
@@ -23,7 +23,8 @@ def engine(tiny_model: Path) -> HFEngine:
 
 
 def build(folder: Path, max_num_seqs: int = 1024) -> HFEngine:
-    return HFEngine(ModelConfig(path=str(folder)), RolloutConfig(max_num_seqs=max_num_seqs), "cpu")
+    rollout = RolloutConfig(max_num_seqs=max_num_seqs)
+    return HFEngine(ModelConfig(path=str(folder)), rollout, "cpu", 100)
 
 
 def make_prompts(lengths: list[int]) -> list[Prompt]:
@@ -123,13 +124,13 @@ def test_new_weights_are_used(tiny_model: Path, tmp_path: Path) -> None:
     other = make_tiny_model(tmp_path / "other", initializer_range=0.2)
     weights = dict(AutoModelForCausalLM.from_pretrained(other).named_parameters())
     for name, value in weights.items():
-        engine.load_weights({name: value})
+        engine.load_weights({"weights": {name: value}})
     after = generate(engine, prompts, params)
     assert [s.response_ids.tolist() for s in before] != [s.response_ids.tolist() for s in after]
     for s in after:
         np.testing.assert_allclose(s.rollout_log_probs, plain_log_probs(other, s, 1.0), atol=1e-4)
     with pytest.raises(KeyError, match="no such weight"):
-        engine.load_weights({"no such weight": torch.zeros(1)})
+        engine.load_weights({"weights": {"no such weight": torch.zeros(1)}})
 
 
 def test_tokens_are_drawn_with_their_probabilities() -> None:
@@ -164,11 +165,6 @@ def test_impossible_tokens_are_never_drawn() -> None:
     assert tokens.tolist() == [1, len(VOCABULARY) - 2]
 
 
-def test_unknown_engine_is_named() -> None:
-    with pytest.raises(ValueError, match=r"rollout\.name=vllm.*rollout\.name=hf"):
-        engine_class("vllm")
-
-
 def test_a_stop_ends_what_runs_and_not_what_comes_after(engine: HFEngine) -> None:
     prompts, params = make_prompts([3, 9, 5]), SamplingParams(4, 40)
     whole = generate(engine, prompts, params)
@@ -177,3 +173,30 @@ def test_a_stop_ends_what_runs_and_not_what_comes_after(engine: HFEngine) -> Non
     engine.stop()
     assert len(first) + sum(map(len, stream)) < len(whole) == 12
     assert len(generate(engine, prompts, params)) == 12
+
+
+def test_a_stop_may_come_before_the_start(engine: HFEngine) -> None:
+    prompts, params = make_prompts([3, 9]), SamplingParams(2, 40)
+    engine.stop(call=7)
+    assert list(engine.generate(prompts, [0, 1], params, call=6))
+    assert not list(engine.generate(prompts, [0, 1], params, call=7))
+    assert list(engine.generate(prompts, [0, 1], params, call=8))
+
+
+def test_prompts_may_come_later(engine: HFEngine) -> None:
+    prompts, params = make_prompts([3, 9, 5]), SamplingParams(2, 40)
+    engine.add([(prompts[1], 1)], call=3)
+    engine.add([(prompts[0], 0)], call=2)  # of another call: not answered
+    engine.add([(prompts[2], 2)], call=3)
+    engine.add([], call=3)
+    later = engine.generate(prompts[:1], [0], params, call=3, more=True)
+    found = sorted((s.group, s.draw, s.response_ids.tolist()) for batch in later for s in batch)
+    whole = generate(engine, prompts, params)
+    assert found == sorted((s.group, s.draw, s.response_ids.tolist()) for s in whole)
+
+
+def test_samples_know_the_version_of_their_policy(engine: HFEngine) -> None:
+    prompts, params = make_prompts([3]), SamplingParams(2, 5)
+    engine.finish_update(4)
+    assert {s.policy_version for s in engine.draw(prompts[0], params)} == {4}
+    engine.finish_update(0)

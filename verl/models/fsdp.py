@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,8 @@ def move_optimizer(optimizer: torch.optim.Optimizer, device: torch.device) -> No
 def full_weights(
     policy: PolicyModel, names: Sequence[str], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor) of each named weight, one at a time. All ranks must iterate:
-    gathering a tensor is collective."""
+    """(Hugging Face name, whole tensor) of each named weight, one at a time. All ranks must
+    iterate: gathering a tensor is collective."""
     for name in names:
         value = policy.lm.get_parameter(name).detach()
         yield name, (value.full_tensor() if isinstance(value, DTensor) else value).to(dtype)

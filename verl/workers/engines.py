@@ -179,6 +179,6 @@ class _Generation:
         self._start(engine, lost or self._next(self.room))
 
     def _tell(self, engine: int, method: str, *args: Any) -> None:
-        """Calls an engine that is busy with something else. Should it be dead, its stream says so."""
+        """Calls an engine that is busy. Should it be dead, its stream says so."""
         worker = self.engines.workers[engine]
         getattr(worker, method).options(concurrency_group=CONTROL).remote(*args)

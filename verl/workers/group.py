@@ -135,8 +135,8 @@ class WorkerGroup:
         environments: Sequence[dict[str, str]] | None = None,
         max_restarts: int = 0,
     ) -> None:
-        """Starts `cls(*arguments[i])` in slot i, with `share` of the slot's device and the variables
-        `environments[i]`. One that dies is started again `max_restarts` times (-1: always)."""
+        """Starts `cls(*arguments[i])` in slot i, with `share` of the slot's device and with the
+        variables `environments[i]`; again, `max_restarts` times (-1: always), should it die."""
         environments = environments or [{}] * len(slots)
         self.workers = [
             ray.remote(concurrency_groups={CONTROL: 1})(cls)

@@ -7,6 +7,7 @@ nccl   a broadcast from actor rank 0 to engines on devices of their own (on CPUs
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -131,8 +132,8 @@ class WeightSync:
             load = exported[0]
         elif way == "ipc":
             ranks = [part["ipc_handles"] for part in ray.get(exported)]
-            merged = [dict(i for one in same for i in one.items()) for same in zip(*ranks)]
-            load = bucket | {"ipc_handles": merged}
+            handles = [dict(ChainMap(*same)) for same in zip(*ranks, strict=True)]
+            load = bucket | {"ipc_handles": handles}
         arguments = [(load,)] * len(self.engines)
         return exported + self.engines.submit("load_weights", arguments, only)
 

@@ -24,6 +24,9 @@ from verl.trainer.config.validate import ignored_keys, validate, validate_sft
 
 logger = logging.getLogger(__name__)
 
+FREE = (".override_config.", ".engine_kwargs.vllm.")
+"""Sections that take any key."""
+
 ConfigStore.instance().store(name="schema", node=Config)
 ConfigStore.instance().store(name="sft_schema", node=SFTConfig)
 
@@ -46,8 +49,8 @@ def compose_config(
         base = compose(config_name)
         _check_keys(base, overrides)
         try:
-            # override_config holds keys of the model, which no schema knows.
-            given = [f"++{o.lstrip('+')}" if ".override_config." in o else o for o in overrides]
+            # These hold keys of the model or of vLLM, which no schema knows.
+            given = [f"++{o.lstrip('+')}" if any(f in o for f in FREE) else o for o in overrides]
             config = compose(config_name, overrides=given)
             OmegaConf.to_container(config, resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
@@ -135,7 +138,7 @@ def _override_key(override: str) -> str | None:
 def _check_keys(base: DictConfig, overrides: Sequence[str]) -> None:
     """Raises ConfigError for the first override whose key is not in `base`."""
     known = _keys(OmegaConf.to_container(base, resolve=False))
-    free = tuple(f"{k}." for k in known if k.endswith("override_config"))
+    free = tuple(f"{k}." for k in known if f".{k}.".endswith(FREE))
     for override in overrides:
         key = _override_key(override)
         if key is None or key in known or key.startswith(free):

@@ -188,8 +188,8 @@ class RolloutConfig(Section):
     tensor_model_parallel_size: int = number(1, 1)
     """vLLM: devices of one engine."""
     gpu_memory_utilization: float = number(0.5, 0, 1)
-    """vLLM: share of a GPU's memory for weights and KV cache. On a CPU the KV cache takes 5 % of the
-    memory at most, or what engine_kwargs.vllm.kv_cache_memory_bytes says."""
+    """vLLM: share of a GPU's memory for weights and KV cache. On a CPU the KV cache takes up to
+    5 % of the memory, or what engine_kwargs.vllm.kv_cache_memory_bytes says."""
     max_num_batched_tokens: int = number(8192, 1)
     """vLLM: tokens of one engine step."""
     enable_chunked_prefill: bool = True
@@ -199,11 +199,11 @@ class RolloutConfig(Section):
     free_cache_engine: bool = True
     """vLLM: free the memory of weights and KV cache while the actor trains."""
     weight_transfer: str | None = one_of(None, "host", "ipc", "nccl")
-    """How new weights reach the engines (`verl.workers.weight_sync`); null: host memory for hf and on
-    a CPU, else ipc for colocated engines and nccl for those on GPUs of their own."""
+    """How new weights reach the engines (`verl.workers.weight_sync`); null: host for hf and on
+    CPUs, else ipc for colocated engines and nccl for those on GPUs of their own."""
     verify_weights: bool = False
-    """After each transfer every engine draws a few tokens, whose log-probabilities are compared with
-    the actor's: rollout/verify_logprob_diff."""
+    """After each transfer every engine draws a few tokens, and their log-probabilities are compared
+    with the actor's: rollout/verify_logprob_diff."""
     verify_weights_tolerance: float = number(0.05, above=0)
     """Largest mean difference, in nats a token; more is an error at start and a warning later."""
     engine_kwargs: EngineKwargs = field(default_factory=EngineKwargs)

@@ -41,7 +41,11 @@ IDLE = {
         f"{ROLLOUT}.enable_chunked_prefill",
         f"{ROLLOUT}.enforce_eager",
         f"{ROLLOUT}.free_cache_engine",
+        f"{ROLLOUT}.engine_kwargs.",
     ),
+    "verify_weights=False": (f"{ROLLOUT}.verify_weights_tolerance",),
+    "rollout_is=None": ("algorithm.rollout_correction.rollout_is_threshold",),
+    "bypass_old_log_prob=True": ("algorithm.rollout_correction.",),
 }
 """Setting (the end of its key, and its value) → beginnings of the keys that then can't matter."""
 
@@ -55,6 +59,7 @@ def validate(config: Config) -> None:
         _common(config, config.actor_rollout_ref.actor.optim, f"{ACTOR}.optim"),
         _trainer(config),
         _algorithm(config),
+        _engines(config),
         _rewards(config),
     )
 
@@ -212,6 +217,62 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield (
             "algorithm.filter_groups.metric=seq_final_reward with algorithm.use_kl_in_reward=True: "
             "the KL term makes all rewards differ, so nothing would be dropped; take seq_reward"
+        )
+
+
+def _engines(config: Config) -> Iterator[str]:
+    algorithm, trainer = config.algorithm, config.trainer
+    rollout, split = config.actor_rollout_ref.rollout, trainer.rollout_gpus_per_node
+    groups = algorithm.filter_groups
+    if trainer.async_rollout and not split:
+        yield (
+            "trainer.async_rollout=True needs engines on devices of their own: set "
+            "trainer.rollout_gpus_per_node"
+        )
+    if trainer.async_rollout and groups.enable and groups.carry_over:
+        yield (
+            "trainer.async_rollout=True: what algorithm.filter_groups carries over would be two "
+            "policy versions old; set algorithm.filter_groups.carry_over=False"
+        )
+    flags = {
+        "trainer.async_rollout": trainer.async_rollout,
+        "algorithm.bypass_old_log_prob": algorithm.bypass_old_log_prob,
+        "algorithm.filter_groups.carry_over": groups.enable and groups.carry_over,
+        "algorithm.rollout_correction.rollout_is": algorithm.rollout_correction.rollout_is,
+    }
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        for key in [key for key, value in flags.items() if value]:
+            yield (
+                f"{key}={flags[key]} compares the engines' log-probabilities with the actor's, but "
+                f"{ROLLOUT}.top_p={rollout.top_p} and top_k={rollout.top_k} change the engines': "
+                f"turn it off, or set top_p=1 and top_k=-1"
+            )
+    way = rollout.weight_transfer
+    if way in ("ipc", "nccl") and rollout.name == "hf":
+        yield f"{ROLLOUT}.weight_transfer={way} is for rollout.name=vllm: set it to null"
+    if (way == "ipc" and split) or (way == "nccl" and not split):
+        yield (
+            f"{ROLLOUT}.weight_transfer={way} does not fit trainer.rollout_gpus_per_node={split}: "
+            "ipc is for engines that share the actor's GPUs, nccl for those on their own"
+        )
+    if rollout.name == "vllm":
+        yield from _vllm(config)
+
+
+def _vllm(config: Config) -> Iterator[str]:
+    data, trainer, rollout = config.data, config.trainer, config.actor_rollout_ref.rollout
+    devices = trainer.rollout_gpus_per_node or trainer.n_gpus_per_node
+    if devices % rollout.tensor_model_parallel_size:
+        yield (
+            f"{ROLLOUT}.tensor_model_parallel_size={rollout.tensor_model_parallel_size} must "
+            f"divide the {devices} devices of each machine that engines have"
+        )
+    longest = data.max_prompt_length + data.max_response_length
+    budget = rollout.max_num_batched_tokens
+    if budget < longest and not rollout.enable_chunked_prefill:
+        yield (
+            f"{ROLLOUT}.max_num_batched_tokens={budget} can't hold one sequence of {longest} "
+            f"tokens: raise it, or set {ROLLOUT}.enable_chunked_prefill=True"
         )
 
 

@@ -308,9 +308,7 @@ class KLController:
             self.value *= 1 + error * num_responses / self.horizon
 
 
-def rollout_is_weights(
-    log_ratio: Tensor, lengths: Tensor, level: str, threshold: float
-) -> Tensor:
+def rollout_is_weights(log_ratio: Tensor, lengths: Tensor, level: str, threshold: float) -> Tensor:
     """Truncated importance-sampling weights between the engine that drew the tokens and the actor,
     min(π_old/π_rollout, threshold); constants, by which the loss of each token is multiplied.
 
@@ -328,7 +326,9 @@ def rollout_is_weights(
     """
     log_ratio = log_ratio.detach()
     if level == "sequence":
-        of_token = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        of_token = torch.repeat_interleave(
+            torch.arange(len(lengths), device=lengths.device), lengths
+        )
         sums = torch.zeros(len(lengths), device=log_ratio.device, dtype=log_ratio.dtype)
         log_ratio = sums.index_add(0, of_token, log_ratio)[of_token]
     return log_ratio.clamp(max=math.log(threshold)).exp()

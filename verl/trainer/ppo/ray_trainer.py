@@ -300,7 +300,10 @@ class RayPPOTrainer:
         state = self.batches.state()
         carried = [sample for group in state.pop("carried") for sample in group]
         drawn = state.pop("drawn", [])
-        state |= {"kl_coef": self.kl_controller.value, "validation_missing": self.validation_missing}
+        state |= {
+            "kl_coef": self.kl_controller.value,
+            "validation_missing": self.validation_missing,
+        }
 
         def write(folder: Path) -> None:
             self.actor.call("save", str(folder / "actor"))

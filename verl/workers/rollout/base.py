@@ -10,7 +10,6 @@ from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
 
 from verl.protocol import Prompt, Sample, fill
-from verl.trainer.config.model_schema import ModelConfig
 from verl.trainer.config.schema import RolloutConfig
 
 

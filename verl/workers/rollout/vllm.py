@@ -1,5 +1,7 @@
-"""vLLM (https://docs.vllm.ai) as the generation engine. Imported without vLLM, which only an engine's
-process loads: it changes torch's settings and the default process group of where it runs."""
+"""vLLM (https://docs.vllm.ai) as the generation engine.
+
+Only an engine's process imports vLLM: it changes torch's settings, and the default process group.
+"""
 
 from __future__ import annotations
 
@@ -94,8 +96,8 @@ class VLLMEngine(RolloutEngine):
         return variables
 
     def _generate(self, params: SamplingParams) -> Iterator[list[Sample]]:
-        """See `RolloutEngine._generate`. At most `max_num_seqs` responses are drawn at a time; those
-        of a prompt share its prefill through the prefix cache."""
+        """See `RolloutEngine._generate`. At most `max_num_seqs` responses are drawn at a time;
+        those of a prompt share its prefill through the prefix cache."""
         running: dict[str, tuple[Prompt, int, int]] = {}
         ids: dict[str, str] = {}  # our name of a request → vLLM's
         try:

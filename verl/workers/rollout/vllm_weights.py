@@ -36,9 +36,7 @@ class ActorWeights(IPCWeightTransferEngine):
     def init_transfer_engine(self, init_info: GroupInfo) -> None:
         """Joins the group of the broadcast."""
         rank = init_info.rank + self.parallel_config.rank
-        self.group = broadcast_group(
-            self.device, init_info.address, rank, init_info.world_size
-        )
+        self.group = broadcast_group(self.device, init_info.address, rank, init_info.world_size)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Loads one bucket."""
