@@ -25,9 +25,8 @@ def load_hf_config(model: ModelConfig) -> Any:
     Raises: ValueError if there is no such model, or its head isn't a plain matrix product.
     """
     try:
-        config = AutoConfig.from_pretrained(
-            _path(model.path), trust_remote_code=model.trust_remote_code
-        )
+        path = _path(model.path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except OSError as error:
         raise ValueError(
             f"actor_rollout_ref.model.path={model.path}: no Hugging Face model there ({error})"
@@ -61,9 +60,8 @@ def load_generation_config(model: ModelConfig) -> Any:
 
 def load_tokenizer(model: ModelConfig, path: str | None = None) -> Any:
     """The tokenizer at `path`; None: the model's own."""
-    return AutoTokenizer.from_pretrained(
-        _path(path or model.path), trust_remote_code=model.trust_remote_code
-    )
+    path = _path(path or model.path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
 
 
 def stop_token_ids(model: ModelConfig) -> list[int]:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 FREE = (".override_config.", ".engine_kwargs.vllm.")
 """Sections that take any key."""
 
+HERE = Path(__file__).parent
 ConfigStore.instance().store(name="schema", node=Config)
 ConfigStore.instance().store(name="sft_schema", node=SFTConfig)
 
@@ -36,9 +37,7 @@ class ConfigError(ValueError):
 
 
 def compose_config(
-    overrides: Sequence[str],
-    config_name: str = "ppo_trainer",
-    config_dir: str | Path = Path(__file__).parent,
+    overrides: Sequence[str], config_name: str = "ppo_trainer", config_dir: str | Path = HERE
 ) -> DictConfig:
     """YAML file and `key=value` overrides, merged and type-checked against the schema.
 
@@ -82,9 +81,7 @@ def to_config(config: DictConfig, overrides: Sequence[str] = ()) -> Any:
 
 
 def load_config(
-    overrides: Sequence[str] = (),
-    config_name: str = "ppo_trainer",
-    config_dir: str | Path = Path(__file__).parent,
+    overrides: Sequence[str] = (), config_name: str = "ppo_trainer", config_dir: str | Path = HERE
 ) -> Any:
     """`compose_config` and `to_config` in one call: what tests and notebooks use."""
     return to_config(compose_config(overrides, config_name, config_dir), overrides)
@@ -93,7 +90,7 @@ def load_config(
 def entry_point(
     run: Callable[[Any], None],
     config_name: str,
-    config_dir: str | Path = Path(__file__).parent,
+    config_dir: str | Path = HERE,
     argv: Sequence[str] | None = None,
 ) -> None:
     """What every `python -m …` does: parse, check, and run or, with DRY_RUN=1, print the

@@ -150,18 +150,14 @@ def _sizes(config: Config) -> Iterator[str]:
             f"{ACTOR}.use_dynamic_bsz=True with ppo_max_token_len_per_gpu"
         )
     longest = data.max_prompt_length + data.max_response_length
-    budgets = {}
-    if actor.use_dynamic_bsz:
-        budgets[f"{ACTOR}.ppo_max_token_len_per_gpu"] = actor.ppo_max_token_len_per_gpu
-    if rollout.log_prob_use_dynamic_bsz:
-        key = f"{ROLLOUT}.log_prob_max_token_len_per_gpu"
-        budgets[key] = rollout.log_prob_max_token_len_per_gpu
-    for key, budget in budgets.items():
-        if budget < longest:
-            yield (
-                f"{key}={budget} can't hold one sequence of data.max_prompt_length + "
-                f"data.max_response_length = {longest} tokens"
-            )
+    sequence = "data.max_prompt_length + data.max_response_length"
+    small = f"can't hold one sequence of {sequence} = {longest} tokens"
+    budget = actor.ppo_max_token_len_per_gpu
+    if actor.use_dynamic_bsz and budget < longest:
+        yield f"{ACTOR}.ppo_max_token_len_per_gpu={budget} {small}"
+    budget = rollout.log_prob_max_token_len_per_gpu
+    if rollout.log_prob_use_dynamic_bsz and budget < longest:
+        yield f"{ROLLOUT}.log_prob_max_token_len_per_gpu={budget} {small}"
 
 
 def _common(config: Config | SFTConfig, optim: OptimConfig, section: str) -> Iterator[str]:
