@@ -378,7 +378,10 @@ main() {
   fi
   case ${environments[*]:-} in
     --trainer-only) environments=("$trainer") ;;
-    --server-only) environments=(server) ;;
+    --server-only)
+      [[ -z $vllm ]] || die "--vllm is for the trainer, which --server-only leaves out" "$usage"
+      environments=(server)
+      ;;
     *) environments=("$trainer" server) ;;
   esac
   cd "$REPO"
