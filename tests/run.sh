@@ -6,7 +6,7 @@
 set -euo pipefail
 HERE=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 if [[ -z ${VERL_PYTHON:-${PYTHON:-}} ]]; then
-  bash "$HERE/../setup.sh" cpu ${MATH_SERVER_PYTHON:+--trainer-only}
+  bash "$HERE/../setup.sh" cpu --vllm ${MATH_SERVER_PYTHON:+--trainer-only}
 fi
 source "$HERE/../train_scripts/_common.sh"
 cd "$REPO"

