@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import free_address, make_samples, make_tiny_model
@@ -207,6 +208,11 @@ def test_log_probs_are_those_of_the_plain_model(worker: ActorWorker, tiny_model:
         logits = model(ids).logits[0, start : start + s.length] / 0.7
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0]
         np.testing.assert_allclose(log_probs, expected.detach().numpy(), atol=1e-5)
+
+
+def test_log_probs_leave_the_parameters_sharded(worker: ActorWorker) -> None:
+    worker.log_probs(make_samples(LENGTHS), "actor", 1.0, LIMITS["all"])
+    assert all(isinstance(p, DTensor) for p in worker.actor.model.parameters())
 
 
 def test_first_update_needs_no_old_log_probs(tiny_model: Path) -> None:

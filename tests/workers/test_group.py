@@ -22,21 +22,6 @@ class Echo:
     def add(self, value: int) -> int:
         return self.number + value
 
-    def count(self, start: int) -> Iterator[int]:
-        for i in range(3):
-            yield start + i
-
-    def count_until_stopped(self) -> Iterator[int]:
-        self.stopped = False
-        for i in range(10_000):
-            if self.stopped:
-                return
-            yield i
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        self.stopped = True
-
     def fail_or_hang(self) -> None:
         if self.number == 1:
             raise ValueError("worker 1 says no")
@@ -63,20 +48,6 @@ def test_calls_go_to_all_and_come_back_in_order(group: WorkerGroup) -> None:
     assert group.call("add", 10) == [10, 11]
     assert group.scatter("add", [(1,), (2,)]) == [1, 3]
     assert group.call("spinning") == ["PASSIVE", "PASSIVE"]
-
-
-def test_streams_deliver_everything(group: WorkerGroup) -> None:
-    assert sorted(group.stream("count", [(0,), (10,)])) == [0, 1, 2, 10, 11, 12]
-
-
-def test_an_interruption_reaches_workers_that_are_busy(group: WorkerGroup) -> None:
-    started = time.monotonic()
-    stream = group.stream("count_until_stopped", [(), ()])
-    next(stream)
-    group.interrupt("stop")
-    rest = list(stream)
-    assert group.call("add", 0) == [0, 1]
-    assert len(rest) < 5_000 and time.monotonic() - started < 50  # alone they take 100 s
 
 
 def test_ranks_meet_at_the_address_that_nodes_know_each_other_by(group: WorkerGroup) -> None:

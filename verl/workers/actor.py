@@ -218,6 +218,7 @@ class Policy:
             values, _ = self.model(self.pack(part), temperature)
             for i, result in zip(indices, split_per_sample(values, part), strict=True):
                 results[i] = result
+        self.model.reshard()  # without a backward pass the root's parameters stay gathered
         self.offload()
         return results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,9 +53,8 @@ class RolloutEngine(ABC):
         self._inbox: SimpleQueue[tuple[Work, int]] = SimpleQueue()
         self._stopped_call: int | None = None
 
-    @staticmethod
-    def check_installed() -> None:
-        """Raises: ValueError, with the remedy, if a package that the engine needs is missing."""
+    needs: ClassVar[str | None] = None
+    """Package that the engine imports."""
 
     @staticmethod
     def environment(rollout: RolloutConfig) -> dict[str, str]:
@@ -85,7 +85,8 @@ class RolloutEngine(ABC):
             yield samples
         while self._more:  # after a stop
             self._receive(wait=True)
-        self._stopped_call = None
+        if self.stopped:
+            self._stopped_call = None
 
     def draw(self, prompt: Prompt, params: SamplingParams) -> list[Sample]:
         """All responses to one prompt."""
@@ -157,5 +158,9 @@ def engine_class(name: str) -> type[RolloutEngine]:
     """
     module, _, attribute = ENGINES[name].partition(":")
     engine: type[RolloutEngine] = getattr(importlib.import_module(module), attribute)
-    engine.check_installed()
+    if engine.needs and importlib.util.find_spec(engine.needs) is None:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.name={name}, but {engine.needs} is not installed: run "
+            "bash setup.sh gpu (or cpu --vllm), or set actor_rollout_ref.rollout.name=hf"
+        )
     return engine

@@ -5,7 +5,6 @@ Only an engine's process imports vLLM: it changes torch's settings, and the defa
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ class VLLMEngine(RolloutEngine):
     """
 
     continuous = True
+    needs = "vllm"
 
     def __init__(
         self, model: ModelConfig, rollout: RolloutConfig, device: str | None, max_model_len: int
@@ -72,15 +72,6 @@ class VLLMEngine(RolloutEngine):
         )
         arguments |= rollout.engine_kwargs.vllm
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-
-    @staticmethod
-    def check_installed() -> None:
-        """See `RolloutEngine.check_installed`."""
-        if importlib.util.find_spec("vllm") is None:
-            raise ValueError(
-                "actor_rollout_ref.rollout.name=vllm, but vLLM is not installed: run "
-                "bash setup.sh gpu (or cpu --vllm), or set actor_rollout_ref.rollout.name=hf"
-            )
 
     @staticmethod
     def environment(rollout: RolloutConfig) -> dict[str, str]:
