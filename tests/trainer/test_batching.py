@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import make_samples
 from verl.protocol import Prompt, Sample
+from verl.rewards.errors import RewardError
 from verl.rewards.manager import RewardManager
 from verl.trainer.config.schema import Config
 from verl.trainer.ppo.batching import (
@@ -22,6 +23,7 @@ from verl.trainer.ppo.batching import (
     TrainBatches,
     has_spread,
     mini_batches,
+    score_while_generating,
     split_groups,
     train_sampling,
     validation_sampling,
@@ -274,15 +276,15 @@ def test_a_checkpoint_of_other_data_is_an_error(tmp_path):
 class InOrder(Engine):
     """Finishes one prompt after the other, the first one first, until it is closed."""
 
-    def __init__(self, text: Callable[[int, int], str]) -> None:
+    def __init__(self, text: Callable[[int, int], str], seconds: float = 0.05) -> None:
         super().__init__(text)
-        self.finished = 0
+        self.finished, self.seconds = 0, seconds
 
     def __call__(self, prompts, groups, params):
         for samples in reversed(list(super().__call__(prompts, groups, params))):
             self.finished += 1
             yield samples
-            time.sleep(0.05)  # so that scores are known before the next prompt is finished
+            time.sleep(self.seconds)  # so that scores are known before the next prompt is finished
 
 
 def test_generation_stops_when_this_step_and_the_next_have_enough():
@@ -300,6 +302,77 @@ def test_what_is_kept_does_not_depend_on_who_finishes_first():
         assert [g[0].prompt.index for g in batches[0].carried] == [
             g[0].prompt.index for g in batches[1].carried
         ]
+
+
+# ----------------------------------------------------------------------- errors of the rewards
+
+
+def failing(batches: TrainBatches, index: int) -> TrainBatches:
+    """The same batches, but the responses to this prompt can't be scored."""
+    batches.prompts[index].ground_truth = None
+    return batches
+
+
+@pytest.mark.parametrize("engine", [Engine, InOrder])
+def test_an_error_of_a_prompt_that_is_not_needed_does_not_matter(engine):
+    batches = failing(surplus(engine(all_mixed), 10, carry_over=False), 9)
+    assert indices(batches.next(1, Timer())[0]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("engine", [Engine, InOrder])
+@pytest.mark.parametrize("enable", [True, False])
+def test_an_error_of_a_prompt_that_is_needed_is_raised(engine, enable):
+    config = make_config(enable=enable, metric="acc")
+    with pytest.raises(RewardError, match="prompt 3"):
+        failing(make_batches(config, engine(all_mixed)), 3).next(1, Timer())
+
+
+@pytest.mark.parametrize("engine", [Engine, InOrder])
+def test_every_error_of_a_validation_is_raised(engine):
+    config = make_config()
+    batches = failing(make_batches(config, engine(all_mixed)), 15)
+    generated = batches.generate(batches.prompts, range(16), validation_sampling(config, 1))
+    with pytest.raises(RewardError, match="prompt 15"):
+        list(score_while_generating(generated, batches.rewards, Timer()))
+
+
+class Together(Engine):
+    """Hands over the responses to all prompts at once."""
+
+    def __call__(self, prompts, groups, params):
+        yield [s for samples in super().__call__(prompts, groups, params) for s in samples]
+
+
+def test_an_error_stays_with_its_own_prompt():
+    batches = failing(surplus(Together(all_mixed), 10, carry_over=False), 9)
+    assert indices(batches.next(1, Timer())[0]) == [0, 1, 2, 3]
+
+
+def test_what_is_still_being_scored_is_cancelled_after_an_early_stop(tmp_path):
+    calls, code = tmp_path / "calls", tmp_path / "reward.py"
+    code.write_text(
+        textwrap.dedent(f"""
+        import time
+
+        def compute_score(data_source, solution_str, ground_truth, extra_info):
+            with open({str(calls)!r}, "a") as file:
+                file.write("x")
+            time.sleep(0.02)
+            return float("*" in solution_str)
+        """)
+    )
+    config = make_config(enable=True, metric="acc", carry_over=False)
+    config.data.gen_batch_size = 20
+    config.custom_reward_function.path = str(code)
+    config.reward_model.num_workers = 1
+    engine = InOrder(all_mixed, seconds=0)
+    batches = make_batches(config, engine, 20)
+    assert indices(batches.next(1, Timer())[0]) == [0, 1, 2, 3]
+    assert engine.finished == 20
+    time.sleep(0.1)
+    called = calls.stat().st_size
+    time.sleep(0.1)
+    assert calls.stat().st_size == called < 60
 
 
 def kept_by(metric: str, config: Config, text: Callable[[int, int], str]) -> list[int]:

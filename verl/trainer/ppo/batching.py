@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import closing
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -114,19 +115,24 @@ class TrainBatches:
 
     def _round(self, step: int, round_: int, timer: Timer) -> Generator[list[Sample], None, None]:
         """Every response to the next prompts of the order, scored: the groups in the order of the
-        prompts, as soon as they are complete. Closing it stops the engines."""
+        prompts, as soon as they are complete. Closing it stops the engines.
+
+        A reward's error is raised at its group's turn: whether a run fails doesn't depend on when
+        prompts are finished that come after the last one it uses."""
         prompts = [self.prompts[i] for i in self.order.next_batch()]
         numbers = [round_ * len(prompts) + i for i in range(len(prompts))]
         generated = self.generate(prompts, numbers, train_sampling(self.config, step))
-        waiting: dict[int, list[Sample]] = {number: [] for number in numbers}
+        waiting: dict[int, list[tuple[Sample, Future[Any]]]] = {number: [] for number in numbers}
         n = self.config.actor_rollout_ref.rollout.n
-        with closing(score_while_generating(generated, self.rewards, timer)) as scored:
-            for samples in scored:
+        with closing(_score(generated, self.rewards, timer)) as scored:
+            for samples, scores in scored:
                 fill(samples, "policy_version", [step - 1] * len(samples))
-                for sample in samples:
-                    waiting[sample.group].append(sample)
+                waiting[samples[0].group] += [(sample, scores) for sample in samples]
                 while waiting and len(waiting[first := next(iter(waiting))]) == n:
-                    yield sorted(waiting.pop(first), key=lambda sample: sample.draw)
+                    group = sorted(waiting.pop(first), key=lambda pair: pair[0].draw)
+                    for _, scores in group:
+                        scores.result()
+                    yield [sample for sample, _ in group]
         assert not waiting, "an engine left responses out"
 
     def _nothing_left(self, kept: int, dropped: list[list[Sample]], rounds: int) -> str:
@@ -149,25 +155,39 @@ def _share(groups: list[list[Sample]], acc: float, of: int) -> float:
 def score_while_generating(
     generated: Generator[list[Sample], None, None], rewards: RewardManager, timer: Timer
 ) -> Generator[list[Sample], None, None]:
-    """The generated samples with their scores, in the order in which they come.
+    """The generated samples with their scores, in the order in which they come; raises the first
+    error. Closing it closes `generated`.
 
-    `timing_s/reward` is the time that scores take after the last sample has come. Closing it closes
-    `generated`.
+    `timing_s/reward` is the time that scores take after the last sample has come.
     """
-    scoring: deque[Future[list[Sample]]] = deque()
-    with closing(generated):
-        while True:
-            with timer("gen"):
-                finished = next(generated, None)
-            if finished is None:
-                break
-            scoring.append(rewards.submit(finished))
-            while scoring and scoring[0].done():
-                yield scoring.popleft().result()
-    while scoring:
-        with timer("reward"):
-            samples = scoring.popleft().result()
-        yield samples
+    with closing(_score(generated, rewards, timer)) as scored:
+        for _, scores in scored:
+            yield scores.result()
+
+
+def _score(
+    generated: Generator[list[Sample], None, None], rewards: RewardManager, timer: Timer
+) -> Generator[tuple[list[Sample], Future[Any]], None, None]:
+    """The generated samples, each with the others of its prompt that came along, and their scores:
+    done, or failed."""
+    scoring: deque[tuple[list[Sample], Future[Any]]] = deque()
+    try:
+        with closing(generated):
+            while True:
+                with timer("gen"):
+                    finished = next(generated, None)
+                if finished is None:
+                    break
+                scoring += [(group, rewards.submit(group)) for group in split_groups(finished)]
+                while scoring and scoring[0][1].done():
+                    yield scoring.popleft()
+        while scoring:
+            with timer("reward"):
+                wait([scoring[0][1]])
+            yield scoring.popleft()
+    finally:
+        for _, scores in scoring:
+            scores.cancel()
 
 
 def split_groups(samples: list[Sample]) -> list[list[Sample]]:
