@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
 from contextlib import closing
@@ -67,8 +67,8 @@ class TrainBatches:
         rule, needed = self.config.algorithm.filter_groups, self.config.data.train_batch_size
         kept, carried = list(self.carried), len(self.carried)
         most = needed * (2 if rule.carry_over else 1)  # what this step and the next can use
-        dropped: list[list[Sample]] = []
-        rounds = 0
+        seen: Counter[float | None] = Counter()  # new groups by what acc all their responses have
+        rounds = since_kept = more = 0
         while len(kept) < needed and not (rounds and rounds == rule.max_num_gen_batches):
             groups = self._round(step, rounds, timer)
             rounds += 1
@@ -81,25 +81,34 @@ class TrainBatches:
                 disable=None,
             ) as bar:
                 for group in groups:
+                    values = {sample.extras["acc"] for sample in group}
+                    seen[values.pop() if len(values) == 1 else None] += 1
+                    since_kept += 1
                     if has_spread(group, str(rule.metric)):
                         kept.append(group)
-                        bar.update()
+                        since_kept = 0
+                        if more := max(len(kept) - needed, 0):
+                            bar.set_postfix(more=more)
+                        else:
+                            bar.update()
                         if len(kept) == most:
                             break
-                    else:
-                        dropped.append(group)
                 groups.close()
-            logger.info("prompts kept: %d of %d", len(kept), needed)
-        seen = len(kept) - carried + len(dropped)
+            surplus = f", and {more} more" if more else ""
+            logger.info("prompts kept: %d of %d%s", len(kept) - more, needed, surplus)
+            if since_kept >= len(self.prompts):
+                since_kept -= len(self.prompts)
+                text = "algorithm.filter_groups kept none of %d prompts, as many as there are: %s"
+                logger.warning(text, len(self.prompts), _shares(seen))
         mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
         usable = min(len(kept) // mini * mini, needed)
         if not usable:
-            raise ValueError(self._nothing_left(len(kept) - carried, dropped, rounds))
+            raise ValueError(self._nothing_left(len(kept) - carried, seen, rounds))
         if usable < needed:
             text = "training on %d of %d prompts: algorithm.filter_groups.max_num_gen_batches=%d"
             logger.warning(text, usable, needed, rounds)
         fresh = [group for group in kept[usable:] if group[0].policy_version == step - 1]
-        self.carried = fresh[: needed if rule.carry_over else 0]
+        self.carried = fresh if rule.carry_over else []
         for number, group in enumerate(kept[:usable]):
             fill(group, "group", [number] * len(group))
         metrics = {
@@ -107,10 +116,10 @@ class TrainBatches:
             "train/num_prompts": float(usable),
             "train/carried_prompts": float(min(carried, usable)),
         }
-        if seen:
-            metrics["train/kept_prompts_ratio"] = (len(kept) - carried) / seen
-            metrics["train/all_right_ratio"] = _share(dropped, 1.0, seen)
-            metrics["train/all_wrong_ratio"] = _share(dropped, 0.0, seen)
+        if total := seen.total():
+            metrics["train/kept_prompts_ratio"] = (len(kept) - carried) / total
+            metrics["train/all_right_ratio"] = seen[1.0] / total
+            metrics["train/all_wrong_ratio"] = seen[0.0] / total
         return [sample for group in kept[:usable] for sample in group], metrics
 
     def _round(self, step: int, round_: int, timer: Timer) -> Generator[list[Sample], None, None]:
@@ -135,21 +144,20 @@ class TrainBatches:
                     yield [sample for sample, _ in group]
         assert not waiting, "an engine left responses out"
 
-    def _nothing_left(self, kept: int, dropped: list[list[Sample]], rounds: int) -> str:
-        rule, seen = self.config.algorithm.filter_groups, kept + len(dropped)
+    def _nothing_left(self, kept: int, seen: Counter[float | None], rounds: int) -> str:
         mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
+        metric = self.config.algorithm.filter_groups.metric
         return (
-            f"algorithm.filter_groups kept {kept} of {seen} prompts in {rounds} rounds, less than "
-            f"one mini-batch of {mini}: all responses to the others had the same {rule.metric} "
-            f"({_share(dropped, 1.0, seen):.0%} of the prompts all right, "
-            f"{_share(dropped, 0.0, seen):.0%} all wrong). Take easier or harder prompts, a larger "
+            f"algorithm.filter_groups kept {kept} of {seen.total()} prompts in {rounds} rounds, "
+            f"less than one mini-batch of {mini}: all responses to the others had the same "
+            f"{metric} ({_shares(seen)}). Take easier or harder prompts, a larger "
             "actor_rollout_ref.rollout.n or max_num_gen_batches"
         )
 
 
-def _share(groups: list[list[Sample]], acc: float, of: int) -> float:
-    """How many of the groups have this accuracy in every response, as a share of `of`."""
-    return sum(all(s.extras["acc"] == acc for s in group) for group in groups) / of
+def _shares(seen: Counter[float | None]) -> str:
+    right, wrong = seen[1.0] / seen.total(), seen[0.0] / seen.total()
+    return f"{right:.0%} of the prompts all right, {wrong:.0%} all wrong"
 
 
 def score_while_generating(
