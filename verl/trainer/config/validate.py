@@ -65,6 +65,13 @@ def validate(config: Config) -> None:
         "algorithm.filter_groups.enable=True needs algorithm.filter_groups.metric, such as acc",
     )
     _require(
+        not (algorithm.filter_groups.enable and algorithm.filter_groups.carry_over)
+        or (rollout.top_p == 1 and rollout.top_k <= 0),
+        f"actor_rollout_ref.rollout.top_p={rollout.top_p}, top_k={rollout.top_k}: prompts that are "
+        "carried over keep the engine's log-probabilities, which differ from the actor's after "
+        "top-p and top-k; set algorithm.filter_groups.carry_over=False",
+    )
+    _require(
         not (algorithm.use_kl_in_reward and algorithm.filter_groups.metric == "seq_final_reward"),
         "algorithm.filter_groups.metric=seq_final_reward with algorithm.use_kl_in_reward=True: the "
         "KL term makes all rewards differ, so nothing would be dropped; take seq_reward",
