@@ -109,6 +109,8 @@ TINY = {
     "countdown-dapo-tiny-wo-sp-wo-of": ("token-mean", False, False, None),
     "countdown-dapo-tiny-delta-L-norm-alpha-1": ("token-mean", True, False, 1.0),
 }
+GRPO_NORM = ("seq-mean-token-mean", False, False, None)
+DELTA_L_HALF = ("token-mean", True, False, 0.5)
 # Where the published scripts differ from one another, without meaning anything by it.
 PUBLISHED_WITH_4_GPUS = {
     "countdown-dapo-3b-wo-sp-wo-of",
@@ -185,6 +187,44 @@ def test_siblings_of_the_quick_start(tmp_path: Path, name: str) -> None:
         "actor_rollout_ref.actor.clip_ratio_c",
     }
     assert config["trainer.experiment_name"].startswith("dapo-")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("countdown-dapo-tiny-delta-L-norm-alpha-1", ("--method", "grpo-norm"), GRPO_NORM),
+        ("countdown-dapo-tiny-delta-L-norm-alpha-1", ("--alpha=0.5",), DELTA_L_HALF),
+        ("countdown-dapo-tiny-wo-sp-wo-of", ("--method", "grpo-norm"), GRPO_NORM),
+        ("countdown-dapo-tiny-wo-sp-wo-of", ("--method=delta-l-norm", "--alpha=0.5"), DELTA_L_HALF),
+    ],
+)
+def test_siblings_take_other_methods(
+    tmp_path: Path, name: str, arguments: tuple[str, ...], expected: tuple[Any, ...]
+) -> None:
+    config = resolved(dry_run(f"../recipe/dapo/{name}", "--out", str(tmp_path), *arguments))
+    assert method(config) == expected
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_an_exponent_for_a_method_without_one_is_an_error(name: str) -> None:
+    result = dry_run(f"../recipe/dapo/{name}", "--method=grpo-norm", "--alpha=1")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--alpha belongs to --method delta-l-norm" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "alpha"),
+    [
+        ("countdown-dapo-tiny-delta-L-norm-alpha-1", "delta-l-norm", "1"),
+        ("countdown-dapo-tiny-wo-sp-wo-of", "dapo-norm", "0.75"),
+    ],
+)
+def test_help_names_the_defaults_of_the_script(name: str, chosen: str, alpha: str) -> None:
+    result = dry_run(f"../recipe/dapo/{name}", "--method", "dr-grpo", "--help")
+    assert result.returncode == 0
+    assert f"dr-grpo-norm or dr-grpo [{chosen}]\n" in result.stdout
+    assert f"exponent of delta-l-norm [{alpha}]\n" in result.stdout
+    assert "#" not in result.stdout and "source" not in result.stdout
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
