@@ -16,7 +16,7 @@ PREFIX=''    # of the run's name
 LESSON=''    # what the warm-up teaches, in words
 AUTOSTART='' # yes: start a LaTeX server for the time of the RL part
 METHOD=delta-l-norm ALPHA=0.75 # defaults of --method and --alpha
-method='' alpha='''' seed=0 out='' fresh='' extra=() # what arguments change
+method='' alpha='' seed=0 out='' fresh='' extra=() # what arguments change
 WARM_UP=(
   data.train_batch_size=32
   data.max_length=256

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.scripts.published_dapo import PUBLISHED
 from tests.scripts.test_scripts import STEERING, TASKS, Result, dry_run, method, resolved
 
 ROOT = Path(__file__).parents[2]
@@ -99,47 +100,16 @@ OF_TASK: dict[str, dict[str, Any]] = {
         "trainer.test_freq": 50,
     },
 }
-# Keys that the published command lines leave to the defaults of main_dapo.
-NOT_GIVEN = {
-    "actor_rollout_ref.rollout.name",
-    "algorithm.filter_overlong_response.enable",
-    "algorithm.use_grpopp",
-}
 TINY = {
     "countdown-dapo-tiny-wo-sp-wo-of": ("token-mean", False, False, None),
     "countdown-dapo-tiny-delta-L-norm-alpha-1": ("token-mean", True, False, 1.0),
 }
 GRPO_NORM = ("seq-mean-token-mean", False, False, None)
 DELTA_L_HALF = ("token-mean", True, False, 0.5)
-# Where the published scripts differ from one another, without meaning anything by it.
-PUBLISHED_WITH_4_GPUS = {
-    "countdown-dapo-3b-wo-sp-wo-of",
-    "countdown-dapo-3b-w-overlong-filtering",
-    "countdown-dapo-3b-delta-L-norm-alpha-1",
-    "math-dapo-3b-w-overlong-filtering",
-    "math-dapo-3b-delta-L-norm-alpha-0.75",
-}
 
 
 def files(task: str) -> dict[str, Any]:
     return {key: value for key, value in TASKS[task].items() if key.endswith("_files")}
-
-
-def published(name: str) -> list[str]:
-    """The overrides of the published script, as the shell hands them over."""
-    task = name.split("-")[0]
-    given = {key: value for key, value in COMMON.items() if key not in NOT_GIVEN}
-    given |= files(task) | OF_TASK[task] | EXPERIMENTS[name]
-    if name in METHODS:
-        for section in ("algorithm", "actor_rollout_ref.actor"):
-            given[f"{section}.grpopp_config.alpha"] = METHODS[name][-1]
-    given["trainer.n_gpus_per_node"] = 4 if name in PUBLISHED_WITH_4_GPUS else 8
-    slip = ".sh" if name == "countdown-dapo-3b-delta-L-norm-alpha-1" else ""
-    given["trainer.experiment_name"] = name + slip
-    return [
-        f"{key}=[{','.join(value)}]" if isinstance(value, list) else f"{key}={value}"
-        for key, value in given.items()
-    ]
 
 
 def main_dapo(*arguments: str, cwd: Path = ROOT) -> Result:
@@ -160,7 +130,8 @@ def results() -> dict[str, tuple[Result, Result]]:
     """Of every experiment: its script, and the published overrides; side by side."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ours = pool.map(lambda name: dry_run(f"../recipe/dapo/{name}"), EXPERIMENTS)
-        theirs = pool.map(lambda name: main_dapo(*published(name)), EXPERIMENTS)
+        overrides = [[f"{k}={v}" for k, v in PUBLISHED[name].items()] for name in EXPERIMENTS]
+        theirs = pool.map(lambda given: main_dapo(*given), overrides)
         return dict(zip(EXPERIMENTS, zip(ours, theirs, strict=True), strict=True))
 
 
@@ -243,11 +214,11 @@ def test_the_published_overrides_mean_the_same(
 ) -> None:
     ours, theirs = map(resolved, results[name])
     assert ours.keys() == theirs.keys()
-    differ = {key for key in ours if ours[key] != theirs[key]}
-    expected = {"trainer.n_gpus_per_node"} if name in PUBLISHED_WITH_4_GPUS else set()
-    if name == "countdown-dapo-3b-delta-L-norm-alpha-1":  # published as …alpha-1.sh
-        expected |= {"trainer.experiment_name", "trainer.default_local_dir"}
-    assert differ == expected
+    differ = {key: theirs[key] for key in ours if ours[key] != theirs[key]}
+    if name == "countdown-dapo-3b-delta-L-norm-alpha-1":
+        assert differ.pop("trainer.experiment_name") == f"{name}.sh"
+        assert differ.pop("trainer.default_local_dir").endswith(f"/{name}.sh")
+    assert differ in ({}, {"trainer.n_gpus_per_node": 4})
 
 
 def test_main_dapo_differs_from_main_ppo_in_its_defaults_alone(tmp_path: Path) -> None:
