@@ -275,12 +275,12 @@ def test_progress_is_prompts_kept_of_those_needed(monkeypatch, caplog):
         surplus(InOrder(all_mixed), 7).next(1, Timer())
     shown = re.findall(r"(\d+)(/\d+)? \[", terminal.getvalue())
     assert ("4", "/4") in shown and all(total == "/4" and int(n) <= 4 for n, total in shown)
-    assert "more=3" in terminal.getvalue()
-    assert caplog.messages == ["prompts kept: 4 of 4, and 3 more"]
+    assert "surplus=3" in terminal.getvalue()
+    assert caplog.messages == ["prompts kept: 4 of 4, surplus: 3"]
     caplog.clear()
     with caplog.at_level(logging.INFO):
         make_batches(make_config(enable=True, metric="acc"), Engine(all_mixed)).next(1, Timer())
-    assert caplog.messages == ["prompts kept: 4 of 4"]
+    assert caplog.messages == ["prompts kept: 4 of 4, surplus: 0"]
 
 
 def test_carried_groups_survive_a_checkpoint(tmp_path):
@@ -372,7 +372,8 @@ def test_every_error_of_a_validation_is_raised(engine):
     batches = failing(make_batches(config, engine(all_mixed)), 15)
     generated = batches.generate(batches.prompts, range(16), validation_sampling(config, 1))
     with pytest.raises(RewardError, match="prompt 15"):
-        list(score_while_generating(generated, batches.rewards, Timer()))
+        for _, scores in score_while_generating(generated, batches.rewards, Timer()):
+            scores.result()
 
 
 class Together(Engine):

@@ -273,6 +273,20 @@ def test_responses_of_an_older_policy_keep_the_log_probs_they_were_drawn_with(
     assert all(sample.old_log_probs is None for sample in fresh)  # one update: its own forward pass
 
 
+@pytest.mark.parametrize("enable", [True, False])
+def test_generation_has_a_price_per_token_without_the_filter_only(
+    enable: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    rule = f"algorithm.filter_groups={{enable:{enable},metric:acc}}"
+    timer = Timer()
+    for name in ("gen", "update_actor"):
+        with timer(name):
+            pass
+    metrics = make_trainer(tiny_model, tmp_path, rule).step_metrics(make_samples(LENGTHS), timer)
+    assert ("timing_per_token_ms/gen" in metrics) is not enable
+    assert {"timing_s/gen", "timing_per_token_ms/update_actor", "perf/throughput"} <= {*metrics}
+
+
 def test_fresh_responses_beside_them_get_the_actors(
     worker: ActorWorker, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
         {name: getattr(sample, name) for name in names}
         | {
             "prompt_index": sample.prompt.index,
-            "extras": json.dumps(sample.extras, default=_plain),
+            "extras": json.dumps(_plain(sample.extras)),
         }
         for sample in samples
     ]
@@ -69,5 +70,12 @@ def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy's numbers as Python's; of anything else the text."""
-    return value.item() if isinstance(value, np.generic) else str(value)
+    """What JSON can hold: numbers as Python's, keys as text, and of anything else the text."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return float(value) if isinstance(value, Real) else str(value)

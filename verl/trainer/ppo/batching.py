@@ -68,17 +68,12 @@ class TrainBatches:
         kept, carried = list(self.carried), len(self.carried)
         most = needed * (2 if rule.carry_over else 1)  # what this step and the next can use
         seen: Counter[float | None] = Counter()  # new groups by what acc all their responses have
-        rounds = since_kept = more = 0
+        rounds = since_kept = surplus = 0
         while len(kept) < needed and not (rounds and rounds == rule.max_num_gen_batches):
             groups = self._round(step, rounds, timer)
             rounds += 1
             with tqdm(
-                total=needed,
-                initial=len(kept),
-                desc="prompts kept",
-                unit="",
-                leave=False,
-                disable=None,
+                total=needed, initial=len(kept), desc="prompts kept", leave=False, disable=None
             ) as bar:
                 for group in groups:
                     values = {sample.extras["acc"] for sample in group}
@@ -87,15 +82,14 @@ class TrainBatches:
                     if has_spread(group, str(rule.metric)):
                         kept.append(group)
                         since_kept = 0
-                        if more := max(len(kept) - needed, 0):
-                            bar.set_postfix(more=more)
-                        else:
-                            bar.update()
+                        surplus = max(len(kept) - needed, 0)
+                        bar.update(surplus == 0)
+                        bar.set_postfix(surplus=surplus)
                         if len(kept) == most:
                             break
                 groups.close()
-            surplus = f", and {more} more" if more else ""
-            logger.info("prompts kept: %d of %d%s", len(kept) - more, needed, surplus)
+            text = "prompts kept: %d of %d, surplus: %d"
+            logger.info(text, len(kept) - surplus, needed, surplus)
             if since_kept >= len(self.prompts):
                 since_kept -= len(self.prompts)
                 text = "algorithm.filter_groups kept none of %d prompts, as many as there are: %s"
@@ -103,7 +97,12 @@ class TrainBatches:
         mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
         usable = min(len(kept) // mini * mini, needed)
         if not usable:
-            raise ValueError(self._nothing_left(len(kept) - carried, seen, rounds))
+            raise ValueError(
+                f"algorithm.filter_groups kept {len(kept) - carried} of {seen.total()} prompts in "
+                f"{rounds} rounds, less than one mini-batch of {mini}: all responses to the others "
+                f"had the same {rule.metric} ({_shares(seen)}). Take easier or harder prompts, a "
+                "larger actor_rollout_ref.rollout.n or max_num_gen_batches"
+            )
         if usable < needed:
             text = "training on %d of %d prompts: algorithm.filter_groups.max_num_gen_batches=%d"
             logger.warning(text, usable, needed, rounds)
@@ -126,14 +125,14 @@ class TrainBatches:
         """Every response to the next prompts of the order, scored: the groups in the order of the
         prompts, as soon as they are complete. Closing it stops the engines.
 
-        A reward's error is raised at its group's turn: whether a run fails doesn't depend on when
-        prompts are finished that come after the last one it uses."""
+        A reward's error is raised at its group's turn, never for a prompt that isn't needed: when
+        responses are finished doesn't decide whether a run fails."""
         prompts = [self.prompts[i] for i in self.order.next_batch()]
         numbers = [round_ * len(prompts) + i for i in range(len(prompts))]
         generated = self.generate(prompts, numbers, train_sampling(self.config, step))
         waiting: dict[int, list[tuple[Sample, Future[Any]]]] = {number: [] for number in numbers}
         n = self.config.actor_rollout_ref.rollout.n
-        with closing(_score(generated, self.rewards, timer)) as scored:
+        with closing(score_while_generating(generated, self.rewards, timer)) as scored:
             for samples, scores in scored:
                 fill(samples, "policy_version", [step - 1] * len(samples))
                 waiting[samples[0].group] += [(sample, scores) for sample in samples]
@@ -144,16 +143,6 @@ class TrainBatches:
                     yield [sample for sample, _ in group]
         assert not waiting, "an engine left responses out"
 
-    def _nothing_left(self, kept: int, seen: Counter[float | None], rounds: int) -> str:
-        mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
-        metric = self.config.algorithm.filter_groups.metric
-        return (
-            f"algorithm.filter_groups kept {kept} of {seen.total()} prompts in {rounds} rounds, "
-            f"less than one mini-batch of {mini}: all responses to the others had the same "
-            f"{metric} ({_shares(seen)}). Take easier or harder prompts, a larger "
-            "actor_rollout_ref.rollout.n or max_num_gen_batches"
-        )
-
 
 def _shares(seen: Counter[float | None]) -> str:
     right, wrong = seen[1.0] / seen.total(), seen[0.0] / seen.total()
@@ -162,22 +151,13 @@ def _shares(seen: Counter[float | None]) -> str:
 
 def score_while_generating(
     generated: Generator[list[Sample], None, None], rewards: RewardManager, timer: Timer
-) -> Generator[list[Sample], None, None]:
-    """The generated samples with their scores, in the order in which they come; raises the first
-    error. Closing it closes `generated`.
-
-    `timing_s/reward` is the time that scores take after the last sample has come.
-    """
-    with closing(_score(generated, rewards, timer)) as scored:
-        for _, scores in scored:
-            yield scores.result()
-
-
-def _score(
-    generated: Generator[list[Sample], None, None], rewards: RewardManager, timer: Timer
 ) -> Generator[tuple[list[Sample], Future[Any]], None, None]:
-    """The generated samples, each with the others of its prompt that came along, and their scores:
-    done, or failed."""
+    """The generated samples in the order in which they come, a prompt's at a time, each with a
+    future that is done: its `result()` raises the error if they have no scores.
+
+    `timing_s/reward` is the time that scores take after the last sample has come. Closing it closes
+    `generated`, and cancels what is still being scored.
+    """
     scoring: deque[tuple[list[Sample], Future[Any]]] = deque()
     try:
         with closing(generated):
