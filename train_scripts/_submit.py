@@ -60,14 +60,20 @@ def check_server(address: str) -> None:
 
 def main() -> None:
     """Checks what can be checked here and becomes `ray job submit`."""
+    address = os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
+    if not address.startswith(("http://", "https://")):
+        _stop(
+            f"RAY_ADDRESS={address} is no job server: give the http:// address of the cluster's "
+            "dashboard, such as http://127.0.0.1:8265; without SUBMIT=1 a host:port is joined"
+        )
     try:
         import aiohttp  # noqa: F401  (what ray[default] adds for its job client)
     except ImportError:
         _stop(f"Ray's job client is missing: {sys.executable} -m pip install 'ray[default]'")
     command = sys.argv[1:]
     command.append(f"trainer.default_local_dir='{run_folder(command)}'")
-    os.environ["RAY_ADDRESS"] = os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
-    check_server(os.environ["RAY_ADDRESS"])
+    os.environ["RAY_ADDRESS"] = address
+    check_server(address)
     variables = {k: v for k, v in os.environ.items() if k.startswith(VARIABLES)}
     # Through a pipe: arguments, and so the keys of services, are for every user to read.
     out, into = os.pipe()

@@ -15,7 +15,8 @@ MAKERS=()    # the Python files that make_data needs: the warm-up is made anew w
 PREFIX=''    # of the run's name
 LESSON=''    # what the warm-up teaches, in words
 AUTOSTART='' # yes: start a LaTeX server for the time of the RL part
-method=delta-l-norm alpha='' seed=0 out='' fresh='' extra=() # what arguments change
+METHOD=delta-l-norm ALPHA=0.75 # defaults of --method and --alpha
+method='' alpha='' seed=0 out='' fresh='' extra=() # what arguments change
 WARM_UP=(
   data.train_batch_size=32
   data.max_length=256
@@ -84,10 +85,10 @@ die() {
 
 help() {
   sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//; p;};}' "$0"
-  cat <<'HELP'
+  cat <<HELP
 
-  --method  delta-l-norm, dapo-norm, grpo-norm, dr-grpo-norm or dr-grpo [delta-l-norm]
-  --alpha   exponent of delta-l-norm [0.75]
+  --method  delta-l-norm, dapo-norm, grpo-norm, dr-grpo-norm or dr-grpo [$METHOD]
+  --alpha   exponent of delta-l-norm [$ALPHA]
   --seed    of the problems, the weights and the sampling [0]
   --out     folder for everything that is made [one in outputs/ of this repository]
   --fresh   start this run anew; the warmed-up model stays
@@ -100,6 +101,7 @@ HELP
 }
 
 read_arguments() {
+  method=$METHOD
   while (($#)); do
     case $1 in
       --method | --alpha | --seed | --out)
@@ -126,7 +128,7 @@ add_method() {
   run=$PREFIX$method
   case $method in
     delta-l-norm)
-      RL+=(algorithm.use_grpopp=True "algorithm.grpopp_config.alpha=${alpha:=0.75}")
+      RL+=(algorithm.use_grpopp=True "algorithm.grpopp_config.alpha=${alpha:=$ALPHA}")
       run+=-$alpha
       ;;
     dapo-norm) RL+=(actor_rollout_ref.actor.loss_agg_mode=token-mean) ;;

@@ -7,4 +7,4 @@
 # It uses the quick start's problems and warmed-up model, makes them where they are missing, trains
 # with RL, and ends with a table and a picture.
 source "$(dirname -- "${BASH_SOURCE[0]}")/../../train_scripts/_tiny_countdown.sh"
-run_tiny_dapo --method dapo-norm "$@"
+METHOD=dapo-norm run_tiny_dapo "$@"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.scripts.published_dapo import PUBLISHED
 from tests.scripts.test_scripts import STEERING, TASKS, Result, dry_run, method, resolved
 
 ROOT = Path(__file__).parents[2]
@@ -99,45 +100,16 @@ OF_TASK: dict[str, dict[str, Any]] = {
         "trainer.test_freq": 50,
     },
 }
-# Keys that the published command lines leave to the defaults of main_dapo.
-NOT_GIVEN = {
-    "actor_rollout_ref.rollout.name",
-    "algorithm.filter_overlong_response.enable",
-    "algorithm.use_grpopp",
-}
 TINY = {
     "countdown-dapo-tiny-wo-sp-wo-of": ("token-mean", False, False, None),
     "countdown-dapo-tiny-delta-L-norm-alpha-1": ("token-mean", True, False, 1.0),
 }
-# Where the published scripts differ from one another, without meaning anything by it.
-PUBLISHED_WITH_4_GPUS = {
-    "countdown-dapo-3b-wo-sp-wo-of",
-    "countdown-dapo-3b-w-overlong-filtering",
-    "countdown-dapo-3b-delta-L-norm-alpha-1",
-    "math-dapo-3b-w-overlong-filtering",
-    "math-dapo-3b-delta-L-norm-alpha-0.75",
-}
+GRPO_NORM = ("seq-mean-token-mean", False, False, None)
+DELTA_L_HALF = ("token-mean", True, False, 0.5)
 
 
 def files(task: str) -> dict[str, Any]:
     return {key: value for key, value in TASKS[task].items() if key.endswith("_files")}
-
-
-def published(name: str) -> list[str]:
-    """The overrides of the published script, as the shell hands them over."""
-    task = name.split("-")[0]
-    given = {key: value for key, value in COMMON.items() if key not in NOT_GIVEN}
-    given |= files(task) | OF_TASK[task] | EXPERIMENTS[name]
-    if name in METHODS:
-        for section in ("algorithm", "actor_rollout_ref.actor"):
-            given[f"{section}.grpopp_config.alpha"] = METHODS[name][-1]
-    given["trainer.n_gpus_per_node"] = 4 if name in PUBLISHED_WITH_4_GPUS else 8
-    slip = ".sh" if name == "countdown-dapo-3b-delta-L-norm-alpha-1" else ""
-    given["trainer.experiment_name"] = name + slip
-    return [
-        f"{key}=[{','.join(value)}]" if isinstance(value, list) else f"{key}={value}"
-        for key, value in given.items()
-    ]
 
 
 def main_dapo(*arguments: str, cwd: Path = ROOT) -> Result:
@@ -158,7 +130,8 @@ def results() -> dict[str, tuple[Result, Result]]:
     """Of every experiment: its script, and the published overrides; side by side."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ours = pool.map(lambda name: dry_run(f"../recipe/dapo/{name}"), EXPERIMENTS)
-        theirs = pool.map(lambda name: main_dapo(*published(name)), EXPERIMENTS)
+        overrides = [[f"{k}={v}" for k, v in PUBLISHED[name].items()] for name in EXPERIMENTS]
+        theirs = pool.map(lambda given: main_dapo(*given), overrides)
         return dict(zip(EXPERIMENTS, zip(ours, theirs, strict=True), strict=True))
 
 
@@ -187,6 +160,44 @@ def test_siblings_of_the_quick_start(tmp_path: Path, name: str) -> None:
     assert config["trainer.experiment_name"].startswith("dapo-")
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("countdown-dapo-tiny-delta-L-norm-alpha-1", ("--method", "grpo-norm"), GRPO_NORM),
+        ("countdown-dapo-tiny-delta-L-norm-alpha-1", ("--alpha=0.5",), DELTA_L_HALF),
+        ("countdown-dapo-tiny-wo-sp-wo-of", ("--method", "grpo-norm"), GRPO_NORM),
+        ("countdown-dapo-tiny-wo-sp-wo-of", ("--method=delta-l-norm", "--alpha=0.5"), DELTA_L_HALF),
+    ],
+)
+def test_siblings_take_other_methods(
+    tmp_path: Path, name: str, arguments: tuple[str, ...], expected: tuple[Any, ...]
+) -> None:
+    config = resolved(dry_run(f"../recipe/dapo/{name}", "--out", str(tmp_path), *arguments))
+    assert method(config) == expected
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_an_exponent_for_a_method_without_one_is_an_error(name: str) -> None:
+    result = dry_run(f"../recipe/dapo/{name}", "--method=grpo-norm", "--alpha=1")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--alpha belongs to --method delta-l-norm" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "alpha"),
+    [
+        ("countdown-dapo-tiny-delta-L-norm-alpha-1", "delta-l-norm", "1"),
+        ("countdown-dapo-tiny-wo-sp-wo-of", "dapo-norm", "0.75"),
+    ],
+)
+def test_help_names_the_defaults_of_the_script(name: str, chosen: str, alpha: str) -> None:
+    result = dry_run(f"../recipe/dapo/{name}", "--method", "dr-grpo", "--help")
+    assert result.returncode == 0
+    assert f"dr-grpo-norm or dr-grpo [{chosen}]\n" in result.stdout
+    assert f"exponent of delta-l-norm [{alpha}]\n" in result.stdout
+    assert "#" not in result.stdout and "source" not in result.stdout
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_settings(results: dict[str, tuple[Result, Result]], name: str) -> None:
     config = resolved(results[name][0])
@@ -203,11 +214,11 @@ def test_the_published_overrides_mean_the_same(
 ) -> None:
     ours, theirs = map(resolved, results[name])
     assert ours.keys() == theirs.keys()
-    differ = {key for key in ours if ours[key] != theirs[key]}
-    expected = {"trainer.n_gpus_per_node"} if name in PUBLISHED_WITH_4_GPUS else set()
-    if name == "countdown-dapo-3b-delta-L-norm-alpha-1":  # published as …alpha-1.sh
-        expected |= {"trainer.experiment_name", "trainer.default_local_dir"}
-    assert differ == expected
+    differ = {key: theirs[key] for key in ours if ours[key] != theirs[key]}
+    if name == "countdown-dapo-3b-delta-L-norm-alpha-1":
+        assert differ.pop("trainer.experiment_name") == f"{name}.sh"
+        assert differ.pop("trainer.default_local_dir").endswith(f"/{name}.sh")
+    assert differ in ({}, {"trainer.n_gpus_per_node": 4})
 
 
 def test_main_dapo_differs_from_main_ppo_in_its_defaults_alone(tmp_path: Path) -> None:

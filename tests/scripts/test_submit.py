@@ -1,4 +1,4 @@
-"""SUBMIT=1 and RAY_ADDRESS: where a script's run goes. A real job needs the extra ray[default]."""
+"""SUBMIT=1 and RAY_ADDRESS: where a script's run goes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,6 @@ from tests.helpers import ROOT, free_address
 from tests.scripts.test_scripts import Result, dry_run
 
 SCRIPT = "../recipe/dapo/countdown-dapo-3b-wo-sp-wo-of"
-needs_job_server = pytest.mark.skipif(
-    any(find_spec(name) is None for name in ("aiohttp", "aiohttp_cors", "opencensus")),
-    reason="ray[default] is not installed",
-)
 
 
 def start(*arguments: str, **variables: str) -> Result:
@@ -49,6 +44,15 @@ def test_a_job_server_is_no_cluster_to_join() -> None:
     assert "SUBMIT=1 sends the run there" in last_error(result)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:6379", "ray://127.0.0.1:10001", "auto"])
+def test_a_cluster_to_join_is_no_job_server(address: str) -> None:
+    result = start("trainer.totl_epochs=1", SUBMIT="1", RAY_ADDRESS=address)
+    assert result.returncode == 2
+    (error,) = [line for line in result.stderr.splitlines() if line]
+    assert error == last_error(result)
+    assert f"RAY_ADDRESS={address} is no job server: give the http:// address" in error
+
+
 def test_a_missing_client_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "aiohttp.py").write_text("raise ImportError")
     result = start(SUBMIT="1", PYTHONPATH=str(tmp_path))
@@ -56,7 +60,6 @@ def test_a_missing_client_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     assert f"{sys.executable} -m pip install 'ray[default]'" in last_error(result)
 
 
-@needs_job_server
 def test_no_job_server_is_one_line() -> None:
     address = f"http://127.0.0.1:{port()}"
     result = start(SUBMIT="1", RAY_ADDRESS=address)
@@ -121,21 +124,18 @@ def answers(address: str) -> bool:
     return True
 
 
-@needs_job_server
 def test_a_wrong_override_is_never_sent(cluster: dict[str, str]) -> None:
     result = start("trainer.totl_epochs=1", **cluster)
     assert (result.returncode, result.stdout) == (2, "")
     assert "'trainer.total_epochs'" in last_error(result)
 
 
-@needs_job_server
 def test_a_missing_token_is_one_line(cluster: dict[str, str]) -> None:
     result = start(**cluster | {"RAY_AUTH_MODE": "disabled"})
     assert result.returncode == 2
     assert "set RAY_AUTH_MODE=token" in last_error(result)
 
 
-@needs_job_server
 def test_a_job_runs_in_a_copy_of_the_repository(cluster: dict[str, str], tmp_path: Path) -> None:
     model = tmp_path / "no model"
     result = start(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import re
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import make_samples
 from verl.protocol import Prompt, Sample
+from verl.rewards.errors import RewardError
 from verl.rewards.manager import RewardManager
 from verl.trainer.config.schema import Config
 from verl.trainer.ppo.batching import (
@@ -22,6 +26,7 @@ from verl.trainer.ppo.batching import (
     TrainBatches,
     has_spread,
     mini_batches,
+    score_while_generating,
     split_groups,
     train_sampling,
     validation_sampling,
@@ -243,6 +248,42 @@ def test_a_step_cut_to_mini_batches_carries_what_is_left_while_it_is_young():
     assert indices(batches.next(4, Timer())[0]) == [11, 13, 14, 15]
 
 
+def test_nothing_is_carried_past_the_next_step():
+    # Step 2 gets 4, 5 and 6 and finds nothing else: one mini-batch of 2. In step 3 the prompt that
+    # is left would be of a policy two versions back.
+    batches = surplus(
+        Engine(lambda index, k: RIGHT if index < 7 and k == 0 else WRONG), 7, max_num_gen_batches=1
+    )
+    assert indices(batches.next(1, Timer())[0]) == [0, 1, 2, 3]
+    assert [group[0].prompt.index for group in batches.carried] == [4, 5, 6]
+    samples, metrics = batches.next(2, Timer())
+    assert indices(samples) == [4, 5]
+    assert (metrics["train/num_gen_batches"], metrics["train/carried_prompts"]) == (1, 2)
+    assert batches.carried == []
+
+
+class Terminal(io.StringIO):
+    """Shows progress bars."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_prompts_kept_of_those_needed(monkeypatch, caplog):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with caplog.at_level(logging.INFO):
+        surplus(InOrder(all_mixed), 7).next(1, Timer())
+    shown = re.findall(r"(\d+)(/\d+)? \[", terminal.getvalue())
+    assert ("4", "/4") in shown and all(total == "/4" and int(n) <= 4 for n, total in shown)
+    assert "surplus=3" in terminal.getvalue()
+    assert caplog.messages == ["prompts kept: 4 of 4, surplus: 3"]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        make_batches(make_config(enable=True, metric="acc"), Engine(all_mixed)).next(1, Timer())
+    assert caplog.messages == ["prompts kept: 4 of 4, surplus: 0"]
+
+
 def test_carried_groups_survive_a_checkpoint(tmp_path):
     first, second = (surplus(Engine(all_mixed), 6) for _ in range(2))
     first.next(1, Timer())
@@ -275,15 +316,15 @@ def test_a_checkpoint_of_other_data_is_an_error(tmp_path):
 class InOrder(Engine):
     """Finishes one prompt after the other, the first one first, until it is closed."""
 
-    def __init__(self, text: Callable[[int, int], str]) -> None:
+    def __init__(self, text: Callable[[int, int], str], seconds: float = 0.05) -> None:
         super().__init__(text)
-        self.finished = 0
+        self.finished, self.seconds = 0, seconds
 
     def __call__(self, prompts, groups, params):
         for samples in reversed(list(super().__call__(prompts, groups, params))):
             self.finished += 1
             yield samples
-            time.sleep(0.05)  # so that scores are known before the next prompt is finished
+            time.sleep(self.seconds)  # so that scores are known before the next prompt is finished
 
 
 def test_generation_stops_when_this_step_and_the_next_have_enough():
@@ -301,6 +342,78 @@ def test_what_is_kept_does_not_depend_on_who_finishes_first():
         assert [g[0].prompt.index for g in batches[0].carried] == [
             g[0].prompt.index for g in batches[1].carried
         ]
+
+
+# ----------------------------------------------------------------------- errors of the rewards
+
+
+def failing(batches: TrainBatches, index: int) -> TrainBatches:
+    """The same batches, but the responses to this prompt can't be scored."""
+    batches.prompts[index].ground_truth = None
+    return batches
+
+
+@pytest.mark.parametrize("engine", [Engine, InOrder])
+def test_an_error_of_a_prompt_that_is_not_needed_does_not_matter(engine):
+    batches = failing(surplus(engine(all_mixed), 10, carry_over=False), 9)
+    assert indices(batches.next(1, Timer())[0]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("engine", [Engine, InOrder])
+@pytest.mark.parametrize("enable", [True, False])
+def test_an_error_of_a_prompt_that_is_needed_is_raised(engine, enable):
+    config = make_config(enable=enable, metric="acc")
+    with pytest.raises(RewardError, match="prompt 3"):
+        failing(make_batches(config, engine(all_mixed)), 3).next(1, Timer())
+
+
+@pytest.mark.parametrize("engine", [Engine, InOrder])
+def test_every_error_of_a_validation_is_raised(engine):
+    config = make_config()
+    batches = failing(make_batches(config, engine(all_mixed)), 15)
+    generated = batches.generate(batches.prompts, range(16), validation_sampling(config, 1))
+    with pytest.raises(RewardError, match="prompt 15"):
+        for _, scores in score_while_generating(generated, batches.rewards, Timer()):
+            scores.result()
+
+
+class Together(Engine):
+    """Hands over the responses to all prompts at once."""
+
+    def __call__(self, prompts, groups, params):
+        yield [s for samples in super().__call__(prompts, groups, params) for s in samples]
+
+
+def test_an_error_stays_with_its_own_prompt():
+    batches = failing(surplus(Together(all_mixed), 10, carry_over=False), 9)
+    assert indices(batches.next(1, Timer())[0]) == [0, 1, 2, 3]
+
+
+def test_what_is_still_being_scored_is_cancelled_after_an_early_stop(tmp_path):
+    calls, code = tmp_path / "calls", tmp_path / "reward.py"
+    code.write_text(
+        textwrap.dedent(f"""
+        import time
+
+        def compute_score(data_source, solution_str, ground_truth, extra_info):
+            with open({str(calls)!r}, "a") as file:
+                file.write("x")
+            time.sleep(0.02)
+            return float("*" in solution_str)
+        """)
+    )
+    config = make_config(enable=True, metric="acc", carry_over=False)
+    config.data.gen_batch_size = 20
+    config.custom_reward_function.path = str(code)
+    config.reward_model.num_workers = 1
+    engine = InOrder(all_mixed, seconds=0)
+    batches = make_batches(config, engine, 20)
+    assert indices(batches.next(1, Timer())[0]) == [0, 1, 2, 3]
+    assert engine.finished == 20
+    time.sleep(0.1)
+    called = calls.stat().st_size
+    time.sleep(0.1)
+    assert calls.stat().st_size == called < 60
 
 
 def kept_by(metric: str, config: Config, text: Callable[[int, int], str]) -> list[int]:
@@ -328,6 +441,27 @@ def test_rewards_have_the_overlong_punishment_and_scores_do_not(metric, kept):
         return "x " * (13 if index == 1 and k == 0 else 3) + WRONG
 
     assert kept_by(metric, config, text) == kept
+
+
+def test_shares_count_groups_that_are_kept_for_their_punishment():
+    config = make_config(enable=True, metric="seq_final_reward", max_num_gen_batches=1)
+    config.reward_model.reward_manager = "dapo"
+    buffer = config.reward_model.overlong_buffer
+    buffer.enable, buffer.len, buffer.penalty_factor = True, 8, 1.0
+
+    def text(index: int, k: int) -> str:
+        # Of prompt 0 all responses are right, of 1 all wrong, of 2 some are; 3 has no spread.
+        words = WRONG if index % 2 or (index == 2 and k) else RIGHT
+        return "x " * (13 if index < 2 and k == 0 else 3) + words
+
+    samples, metrics = make_batches(config, Engine(text)).next(1, Timer())
+    assert indices(samples) == [0, 1]
+    assert metrics["train/kept_prompts_ratio"] == 3 / 4
+    assert metrics["train/all_right_ratio"] == 1 / 4
+    assert metrics["train/all_wrong_ratio"] == 2 / 4
+    config.actor_rollout_ref.actor.ppo_mini_batch_size = 4
+    with pytest.raises(ValueError, match="25% of the prompts all right, 50% all wrong"):
+        make_batches(config, Engine(text)).next(1, Timer())
 
 
 @pytest.mark.parametrize(
@@ -390,6 +524,28 @@ def test_no_limit_of_rounds(limit, caplog):
     assert indices(samples) == [0, 4, 8, 12]
     assert len(engine.calls) == 4
     assert not caplog.records
+
+
+def test_data_without_spread_is_named_while_it_is_looked_for(caplog):
+    class Patience(Exception):
+        pass
+
+    def text(index: int, k: int) -> str:
+        if len(engine.calls) == 9:
+            raise Patience
+        return RIGHT if index < 4 or (len(engine.calls) == 1 and index == 5 and k) else WRONG
+
+    # Rounds of 6 of the 12 prompts: one is kept in the first, and none in the seven after it.
+    engine = Engine(text)
+    config = make_config(enable=True, metric="acc")
+    config.data.gen_batch_size = 6
+    with caplog.at_level(logging.WARNING), pytest.raises(Patience):
+        make_batches(config, engine, 12).next(1, Timer())
+    assert caplog.messages == [
+        "algorithm.filter_groups kept none of 12 prompts, as many as there are: "
+        f"{right} of the prompts all right, {wrong} all wrong"
+        for right, wrong in (("44%", "50%"), ("40%", "57%"), ("38%", "60%"))
+    ]
 
 
 @pytest.mark.parametrize(("period", "kept"), [(99, 1), (8, 1)])

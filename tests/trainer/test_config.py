@@ -155,6 +155,14 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
         ["algorithm.filter_groups.enable=True"],
         "needs algorithm.filter_groups.metric",
     ),
+    "carry-over after top-k": (
+        ["algorithm.filter_groups={enable:True,metric:acc}", f"{ROLLOUT}top_k=50"],
+        "top_k=50 change the engines': set algorithm.filter_groups.carry_over=False",
+    ),
+    "carry-over after top-p": (
+        ["algorithm.filter_groups={enable:True,metric:acc}", f"{ROLLOUT}top_p=0.9"],
+        "set algorithm.filter_groups.carry_over=False",
+    ),
     "betas": ([f"{ACTOR}optim.betas=[0.9,1.0]"], "betas=[0.9, 1.0]: give two numbers"),
     "files": (["data.train_files=null"], "data.train_files=None: give a path"),
     "validation files": (["data.val_files=[]"], "data.val_files=[]: give a path"),
@@ -176,6 +184,12 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
 def test_contradictory_keys(name: str) -> None:
     overrides, message = CONTRADICTIONS[name]
     assert message in error_of(*overrides)
+
+
+@pytest.mark.parametrize("rule", ["{enable:True,metric:acc,carry_over:False}", "{enable:False}"])
+def test_top_k_and_top_p_are_for_runs_that_carry_nothing_over(rule: str) -> None:
+    load(f"algorithm.filter_groups={rule}", f"{ROLLOUT}top_k=50", f"{ROLLOUT}top_p=0.9")
+    load("algorithm.filter_groups={enable:True,metric:acc}", f"{ROLLOUT}top_k=0")
 
 
 def test_something_that_is_no_override() -> None:

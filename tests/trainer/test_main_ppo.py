@@ -201,6 +201,7 @@ def test_filters_and_kl_in_reward(settings: list[str], tmp_path: Path) -> None:
         "algorithm.kl_ctrl.type=adaptive",
         "algorithm.filter_groups.enable=True",
         "algorithm.filter_groups.metric=score",
+        "algorithm.filter_groups.carry_over=False",
         "algorithm.filter_overlong_response.enable=True",
         "reward_model.reward_manager=dapo",
         "reward_model.overlong_buffer.enable=True",

@@ -83,6 +83,15 @@ def test_timing_per_token():
     }
 
 
+def test_generation_has_no_price_per_token_where_other_responses_are_generated():
+    m = timing_metrics(BATCH, {"gen": 4.0, "update_actor": 5.0}, filtering=True)
+    assert m == {
+        "timing_s/gen": 4.0,
+        "timing_s/update_actor": 5.0,
+        "timing_per_token_ms/update_actor": 250.0,
+    }
+
+
 def test_throughput_is_per_worker():
     assert throughput_metrics(BATCH, step_seconds=5.0, num_workers=2) == {
         "perf/total_num_tokens": 20.0,

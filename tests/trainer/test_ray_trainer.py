@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from tests.helpers import make_samples
+from tests.helpers import free_address, make_samples
+from tests.workers.test_actor import distance, gradient
 from verl.protocol import Sample, column, fill
 from verl.trainer.config import load_config
+from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
+from verl.trainer.config.schema import LOSS_AGG_MODES
+from verl.trainer.ppo.core_algos import response_weights
 from verl.trainer.ppo.ray_trainer import (
     RayPPOTrainer,
     loss_config,
     reduce_update_metrics,
 )
 from verl.utils.timer import Timer
+from verl.workers.actor import ActorWorker, MicroBatchLimit
 
 LENGTHS = [2, 4, 5, 10, 1, 1, 3, 4]  # four prompts, two responses each
+TRUNCATED = (3, 4)
+USED = ([0, 1, 2], [5, 6, 7])  # what they leave of each mini-batch
+
+METHODS = {mode: [f"actor_rollout_ref.actor.loss_agg_mode={mode}"] for mode in LOSS_AGG_MODES} | {
+    "dr-grpo": ["algorithm.use_dr_grpo=True"],
+    **{
+        f"delta-l over {scope}": [
+            "algorithm.use_grpopp=True",
+            "algorithm.grpopp_config.alpha=1",
+            f"algorithm.grpopp_config.scope={scope}",
+        ]
+        for scope in ("batch", "mini_batch")
+    },
+}
 
 
 def make_trainer(model: Path, folder: Path, *overrides: str) -> RayPPOTrainer:
@@ -54,6 +78,34 @@ def weights(trainer: RayPPOTrainer, samples: list[Sample]) -> list[list[float]]:
     return [[s.weight for s in samples[:4]], [s.weight for s in samples[4:]]]
 
 
+def weights_of_used(trainer: RayPPOTrainer, used: list[int]) -> list[float]:
+    """The weights of these responses of a mini-batch, where no others count."""
+    a, everywhere = trainer.aggregation, [LENGTHS[i] for part in USED for i in part]
+    rollout_lengths = everywhere if a.scope == "batch" else None
+    lengths = [LENGTHS[i] for i in used]
+    w = response_weights(lengths, a.mode, 10, a.alpha, rollout_lengths, a.group_size)
+    return w.tolist()
+
+
+class InProcess:
+    """A worker group whose ranks are one worker of this process."""
+
+    def __init__(self, worker: ActorWorker) -> None:
+        self.worker = worker
+
+    def scatter(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        return [getattr(self.worker, method)(*args) for args in arguments]
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_model: Path) -> Iterator[ActorWorker]:
+    worker = ActorWorker("cpu")
+    worker.connect(0, 1, free_address())
+    worker.build(ModelConfig(path=str(tiny_model)), FSDPConfig(), OptimConfig(), 10)
+    yield worker
+    dist.destroy_process_group()
+
+
 def test_weights_are_those_of_each_optimizer_step(tiny_model: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model, tmp_path)
     first, second = weights(trainer, make_samples(LENGTHS))
@@ -76,17 +128,57 @@ def test_scope_of_delta_l(scope: str, tiny_model: Path, tmp_path: Path) -> None:
         assert found == pytest.approx(part / mean / (4 * 10))
 
 
-def test_truncated_responses_leave_every_denominator(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", METHODS)
+def test_truncated_responses_leave_every_denominator(
+    name: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    filtering = "algorithm.filter_overlong_response.enable=True"
+    trainer = make_trainer(tiny_model, tmp_path, filtering, *METHODS[name])
+    samples = make_samples(LENGTHS)
+    for i in TRUNCATED:
+        samples[i].finish_reason = "length"
+    for found, used in zip(weights(trainer, samples), USED, strict=True):
+        expected = dict(zip(used, weights_of_used(trainer, used), strict=True))
+        first = 0 if 0 in used else 4
+        assert found == pytest.approx([expected.get(i, 0) for i in range(first, first + 4)])
+        assert min(expected.values()) > 0
+    # The figures about the loss are those of a batch without them.
+    reported = trainer.add_advantages(samples)
+    used_only = [s for s in samples if not s.truncated]
+    alone = make_trainer(tiny_model, tmp_path, *METHODS[name]).add_advantages(used_only)
+    assert reported == pytest.approx(alone) and len(reported) >= 5
+    # Nothing is left: nothing to report, nothing to divide by.
+    fill(samples, "finish_reason", ["length"] * 8)
+    assert weights(trainer, samples) == [[0.0] * 4, [0.0] * 4]
+    assert list(trainer.add_weights(samples)) == [[], []]
+    assert trainer.add_advantages(samples) == {}
+
+
+def test_truncated_responses_leave_the_mean_over_tokens(tiny_model: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model, tmp_path, "algorithm.filter_overlong_response.enable=True")
     samples = make_samples(LENGTHS)
     samples[3].finish_reason = "length"
     first, second = weights(trainer, samples)
     assert first == pytest.approx([1 / 11, 1 / 11, 1 / 11, 0])
     assert second == pytest.approx([1 / 9] * 4)
-    fill(samples, "finish_reason", ["length"] * 8)
-    assert weights(trainer, samples) == [[0.0] * 4, [0.0] * 4]
-    assert list(trainer.add_weights(samples)) == [[], []]
-    trainer.add_advantages(samples)  # nothing to report, nothing to divide by
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_truncated_responses_change_no_other_gradient_beyond_the_denominators(
+    name: str, worker: ActorWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    filtering = "algorithm.filter_overlong_response.enable=True"
+    trainer = make_trainer(tiny_model, tmp_path, filtering, *METHODS[name])
+    samples = make_samples(LENGTHS)
+    for i in TRUNCATED:
+        samples[i].finish_reason = "length"
+    for step, used in zip(trainer.add_weights(samples), USED, strict=True):
+        found = gradient(worker.actor, step, MicroBatchLimit(3))
+        expected = torch.zeros_like(found)
+        for i, weight in zip(used, weights_of_used(trainer, used), strict=True):
+            alone = replace(make_samples(LENGTHS)[i], weight=1.0)
+            expected += weight * gradient(worker.actor, [alone], MicroBatchLimit(1))
+        assert distance(found, expected) < 1e-5
 
 
 def test_every_method_is_compared_with_its_own_exponent(tiny_model: Path, tmp_path: Path) -> None:
@@ -176,3 +268,36 @@ def test_responses_of_an_older_policy_keep_the_log_probs_they_were_drawn_with(
         assert sample.old_log_probs is sample.rollout_log_probs
     trainer.add_log_probs(fresh, Timer())
     assert all(sample.old_log_probs is None for sample in fresh)  # one update: its own forward pass
+
+
+@pytest.mark.parametrize("enable", [True, False])
+def test_generation_has_a_price_per_token_without_the_filter_only(
+    enable: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    rule = f"algorithm.filter_groups={{enable:{enable},metric:acc}}"
+    timer = Timer()
+    for name in ("gen", "update_actor"):
+        with timer(name):
+            pass
+    metrics = make_trainer(tiny_model, tmp_path, rule).step_metrics(make_samples(LENGTHS), timer)
+    assert ("timing_per_token_ms/gen" in metrics) is not enable
+    assert {"timing_s/gen", "timing_per_token_ms/update_actor", "perf/throughput"} <= {*metrics}
+
+
+def test_fresh_responses_beside_them_get_the_actors(
+    worker: ActorWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    two_ranks = "trainer.n_gpus_per_node=2"
+    trainer = make_trainer(tiny_model, tmp_path, "data.train_batch_size=2", two_ranks)
+    trainer.step, trainer.actor = 2, InProcess(worker)
+    carried = make_samples([3, 2], seed=1, old_log_probs=None, policy_version=0)
+    fresh = make_samples([4, 1, 6, 3], seed=2, old_log_probs=None, policy_version=1)
+    timer = Timer()
+    trainer.add_log_probs([*carried, *fresh], timer)
+    assert set(timer.seconds) == {"old_log_prob"}
+    for sample in carried:
+        assert sample.old_log_probs is sample.rollout_log_probs
+    actors = worker.log_probs(fresh, "actor", 1.0, MicroBatchLimit(1))
+    for sample, expected in zip(fresh, actors, strict=True):
+        np.testing.assert_allclose(sample.old_log_probs, expected, atol=1e-5)
+        assert np.abs(sample.old_log_probs - sample.rollout_log_probs).max() > 0.01

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     names = [name for name in SCHEMA.names if name not in ("prompt_index", "extras")]
     rows = []
     for sample in samples:
-        extras = json.dumps(sample.extras, default=_plain)
+        extras = json.dumps(_plain(sample.extras))
         row = {name: getattr(sample, name) for name in names}
         rows.append(row | {"prompt_index": sample.prompt.index, "extras": extras})
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
@@ -62,5 +63,12 @@ def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy's numbers as Python's; of anything else the text."""
-    return value.item() if isinstance(value, np.generic) else str(value)
+    """What JSON can hold: numbers as Python's, keys as text, and of anything else the text."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return float(value) if isinstance(value, Real) else str(value)

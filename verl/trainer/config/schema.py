@@ -390,7 +390,7 @@ class TrainerConfig(RunConfig):
 
     total_epochs: int = number(30, 1)
     """Passes over the training prompts. With filter_groups this counts one generation round per
-    step, so that the prompts are passed more often."""
+    step; the prompts are passed more often (more rounds) or less (what is carried over)."""
     project_name: str = "verl_examples"
     """Project in wandb, and first part of default_local_dir."""
     experiment_name: str = "gsm8k"

@@ -241,7 +241,7 @@ def _engines(config: Config) -> Iterator[str]:
             yield (
                 f"{key}={flags[key]} compares the engines' log-probabilities with the actor's, but "
                 f"{ROLLOUT}.top_p={rollout.top_p} and top_k={rollout.top_k} change the engines': "
-                f"turn it off, or set top_p=1 and top_k=-1"
+                f"set {key}={'null' if key.endswith('_is') else False}, or top_p=1 and top_k=-1"
             )
     way = rollout.weight_transfer
     if way in ("ipc", "nccl") and rollout.name == "hf":

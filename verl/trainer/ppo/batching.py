@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import closing
 from itertools import groupby
 from typing import Any
@@ -85,39 +85,47 @@ class TrainBatches:
         rule, needed = self.config.algorithm.filter_groups, self.config.data.train_batch_size
         kept, carried = list(self.carried), len(self.carried)
         most = needed * (2 if rule.carry_over else 1)  # what this step and the next can use
-        dropped: list[list[Sample]] = []
-        rounds = 0
+        seen: Counter[float | None] = Counter()  # new groups by what acc all their responses have
+        rounds = since_kept = surplus = 0
         while len(kept) < needed and not (rounds and rounds == rule.max_num_gen_batches):
             groups = self._round(step, rounds, timer)
             rounds += 1
             with tqdm(
-                total=needed,
-                initial=len(kept),
-                desc="prompts kept",
-                unit="",
-                leave=False,
-                disable=None,
+                total=needed, initial=len(kept), desc="prompts kept", leave=False, disable=None
             ) as bar:
                 for group in groups:
+                    values = {sample.extras["acc"] for sample in group}
+                    seen[values.pop() if len(values) == 1 else None] += 1
+                    since_kept += 1
                     if has_spread(group, str(rule.metric)):
                         kept.append(group)
-                        bar.update()
+                        since_kept = 0
+                        surplus = max(len(kept) - needed, 0)
+                        bar.update(surplus == 0)
+                        bar.set_postfix(surplus=surplus)
                         if len(kept) == most:
                             break
-                    else:
-                        dropped.append(group)
                 groups.close()
-            logger.info("prompts kept: %d of %d", len(kept), needed)
-        seen = len(kept) - carried + len(dropped)
+            text = "prompts kept: %d of %d, surplus: %d"
+            logger.info(text, len(kept) - surplus, needed, surplus)
+            if since_kept >= len(self.prompts):
+                since_kept -= len(self.prompts)
+                text = "algorithm.filter_groups kept none of %d prompts, as many as there are: %s"
+                logger.warning(text, len(self.prompts), _shares(seen))
         mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
         usable = min(len(kept) // mini * mini, needed)
         if not usable:
-            raise ValueError(self._nothing_left(len(kept) - carried, dropped, rounds))
+            raise ValueError(
+                f"algorithm.filter_groups kept {len(kept) - carried} of {seen.total()} prompts in "
+                f"{rounds} rounds, less than one mini-batch of {mini}: all responses to the others "
+                f"had the same {rule.metric} ({_shares(seen)}). Take easier or harder prompts, a "
+                "larger actor_rollout_ref.rollout.n or max_num_gen_batches"
+            )
         if usable < needed:
             text = "training on %d of %d prompts: algorithm.filter_groups.max_num_gen_batches=%d"
             logger.warning(text, usable, needed, rounds)
         fresh = [group for group in kept[usable:] if group[0].policy_version >= step - 1]
-        self.carried = fresh[: needed if rule.carry_over else 0]
+        self.carried = fresh if rule.carry_over else []
         for number, group in enumerate(kept[:usable]):
             fill(group, "group", [number] * len(group))
         metrics = {
@@ -125,67 +133,66 @@ class TrainBatches:
             "train/num_prompts": float(usable),
             "train/carried_prompts": float(min(carried, usable)),
         }
-        if seen:
-            metrics["train/kept_prompts_ratio"] = (len(kept) - carried) / seen
-            metrics["train/all_right_ratio"] = _share(dropped, 1.0, seen)
-            metrics["train/all_wrong_ratio"] = _share(dropped, 0.0, seen)
+        if total := seen.total():
+            metrics["train/kept_prompts_ratio"] = (len(kept) - carried) / total
+            metrics["train/all_right_ratio"] = seen[1.0] / total
+            metrics["train/all_wrong_ratio"] = seen[0.0] / total
         return [sample for group in kept[:usable] for sample in group], metrics
 
     def _round(self, step: int, round_: int, timer: Timer) -> Generator[list[Sample], None, None]:
         """Every response to the next prompts of the order, scored: the groups in the order of the
-        prompts, as soon as they are complete. Closing it stops the engines."""
+        prompts, as soon as they are complete. Closing it stops the engines.
+
+        A reward's error is raised at its group's turn, never for a prompt that isn't needed: when
+        responses are finished doesn't decide whether a run fails."""
         prompts = [self.prompts[i] for i in self.order.next_batch()]
         numbers = [round_ * len(prompts) + i for i in range(len(prompts))]
         generated = self.generate(prompts, numbers, train_sampling(self.config, step))
-        waiting: dict[int, list[Sample]] = {number: [] for number in numbers}
+        waiting: dict[int, list[tuple[Sample, Future[Any]]]] = {number: [] for number in numbers}
         n = self.config.actor_rollout_ref.rollout.n
         with closing(score_while_generating(generated, self.rewards, timer)) as scored:
-            for samples in scored:
-                for sample in samples:
-                    waiting[sample.group].append(sample)
+            for samples, scores in scored:
+                waiting[samples[0].group] += [(sample, scores) for sample in samples]
                 while waiting and len(waiting[first := next(iter(waiting))]) == n:
-                    yield sorted(waiting.pop(first), key=lambda sample: sample.draw)
+                    group = sorted(waiting.pop(first), key=lambda pair: pair[0].draw)
+                    for _, scores in group:
+                        scores.result()
+                    yield [sample for sample, _ in group]
         assert not waiting, "an engine left responses out"
 
-    def _nothing_left(self, kept: int, dropped: list[list[Sample]], rounds: int) -> str:
-        rule, seen = self.config.algorithm.filter_groups, kept + len(dropped)
-        mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
-        return (
-            f"algorithm.filter_groups kept {kept} of {seen} prompts in {rounds} rounds, less than "
-            f"one mini-batch of {mini}: all responses to the others had the same {rule.metric} "
-            f"({_share(dropped, 1.0, seen):.0%} of the prompts all right, "
-            f"{_share(dropped, 0.0, seen):.0%} all wrong). Take easier or harder prompts, a larger "
-            "actor_rollout_ref.rollout.n or max_num_gen_batches"
-        )
 
-
-def _share(groups: list[list[Sample]], acc: float, of: int) -> float:
-    """How many of the groups have this accuracy in every response, as a share of `of`."""
-    return sum(all(s.extras["acc"] == acc for s in group) for group in groups) / of
+def _shares(seen: Counter[float | None]) -> str:
+    right, wrong = seen[1.0] / seen.total(), seen[0.0] / seen.total()
+    return f"{right:.0%} of the prompts all right, {wrong:.0%} all wrong"
 
 
 def score_while_generating(
     generated: Generator[list[Sample], None, None], rewards: RewardManager, timer: Timer
-) -> Generator[list[Sample], None, None]:
-    """The generated samples with their scores, in the order in which they come.
+) -> Generator[tuple[list[Sample], Future[Any]], None, None]:
+    """The generated samples in the order in which they come, a prompt's at a time, each with a
+    future that is done: its `result()` raises the error if they have no scores.
 
     `timing_s/reward` is the time that scores take after the last sample has come. Closing it closes
-    `generated`.
+    `generated`, and cancels what is still being scored.
     """
-    scoring: deque[Future[list[Sample]]] = deque()
-    with closing(generated):
-        while True:
-            with timer("gen"):
-                finished = next(generated, None)
-            if finished is None:
-                break
-            scoring.append(rewards.submit(finished))
-            while scoring and scoring[0].done():
-                yield scoring.popleft().result()
-    while scoring:
-        with timer("reward"):
-            samples = scoring.popleft().result()
-        yield samples
+    scoring: deque[tuple[list[Sample], Future[Any]]] = deque()
+    try:
+        with closing(generated):
+            while True:
+                with timer("gen"):
+                    finished = next(generated, None)
+                if finished is None:
+                    break
+                scoring += [(group, rewards.submit(group)) for group in split_groups(finished)]
+                while scoring and scoring[0][1].done():
+                    yield scoring.popleft()
+        while scoring:
+            with timer("reward"):
+                wait([scoring[0][1]])
+            yield scoring.popleft()
+    finally:
+        for _, scores in scoring:
+            scores.cancel()
 
 
 def split_groups(samples: list[Sample]) -> list[list[Sample]]:

@@ -50,14 +50,17 @@ def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, flo
     }
 
 
-def timing_metrics(samples: list[Sample], timings: Mapping[str, float]) -> dict[str, float]:
+def timing_metrics(
+    samples: list[Sample], timings: Mapping[str, float], filtering: bool = False
+) -> dict[str, float]:
     """``timing_s/{phase}`` as measured (seconds), and ``timing_per_token_ms/{phase}``.
 
     The latter only for phases that process tokens: `gen` per response token, the others
-    (`TOKEN_PHASES`) per token of prompt and response.
+    (`TOKEN_PHASES`) per token of prompt and response. With `algorithm.filter_groups` (`filtering`)
+    not for `gen`: other responses are generated than those that are trained on.
     """
     tokens = dict.fromkeys(TOKEN_PHASES, sum(s.num_tokens for s in samples))
-    tokens["gen"] = sum(s.length for s in samples)
+    tokens["gen"] = 0 if filtering else sum(s.length for s in samples)
     per_token = {
         f"timing_per_token_ms/{name}": 1000 * seconds / tokens[name]
         for name, seconds in timings.items()
@@ -70,7 +73,8 @@ def throughput_metrics(
     samples: list[Sample], step_seconds: float, num_workers: int
 ) -> dict[str, float]:
     """``perf/total_num_tokens`` (prompts and responses), ``perf/time_per_step`` in seconds, and
-    ``perf/throughput`` in tokens per second per worker (GPU)."""
+    ``perf/throughput`` in tokens per second per worker (GPU): those that are trained on, over the
+    whole step. What `algorithm.filter_groups` drops takes time and doesn't count."""
     tokens = sum(s.num_tokens for s in samples)
     return {
         "perf/total_num_tokens": float(tokens),

@@ -268,8 +268,8 @@ class RayPPOTrainer:
         for start in range(0, len(self.val_prompts), size):
             prompts = self.val_prompts[start : start + size]
             generated = self.generate(prompts, list(range(start, start + len(prompts))), params)
-            for scored in score_while_generating(generated, self.rewards, Timer()):
-                samples += scored
+            for _, scores in score_while_generating(generated, self.rewards, Timer()):
+                samples += scores.result()
         return validation_metrics(sorted(samples, key=lambda s: (s.group, s.draw)))
 
     def close(self) -> None:
@@ -287,11 +287,12 @@ class RayPPOTrainer:
     def step_metrics(self, samples: list[Sample], timer: Timer) -> dict[str, float]:
         """What the samples and the clock say about a step, validation and checkpoint apart."""
         seconds = sum(timer.seconds.values())
+        filtering = self.config.algorithm.filter_groups.enable
         return (
             {"training/global_step": self.step, "training/epoch": self.order.epoch}
             | self.engine_metrics
             | data_metrics(samples, self.config.data.max_prompt_length)
-            | timing_metrics(samples, timer.seconds | {"step": seconds})
+            | timing_metrics(samples, timer.seconds | {"step": seconds}, filtering)
             | throughput_metrics(samples, seconds, self.num_workers)
         )
 

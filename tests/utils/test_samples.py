@@ -1,0 +1,55 @@
+"""Samples in a checkpoint: what a reward function returned means the same after a resume."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from tests.helpers import make_samples
+from verl.protocol import Sample
+from verl.trainer.ppo.metrics import data_metrics
+from verl.utils.samples import read_samples, write_samples
+
+
+def resumed(samples: list[Sample], folder: Path) -> list[Sample]:
+    write_samples(folder / "samples.parquet", samples)
+    return read_samples(folder / "samples.parquet", [s.prompt for s in samples])
+
+
+def test_extras_of_every_kind_can_be_saved(tmp_path: Path) -> None:
+    samples = make_samples([2])
+    samples[0].extras = {
+        "acc": 1.0,
+        "correct": np.bool_(True),
+        "count": np.int64(3),
+        "f": Fraction(1, 4),
+        "long": np.longdouble(0.5),
+        "pred": [Fraction(1, 2), (3, "x"), None],
+        "parts": {1: np.float32(0.5), (2, 3): {None: Decimal("0.1")}},
+        "array": np.array([1, 2]),
+        7: True,
+    }
+    assert resumed(samples, tmp_path)[0].extras == {
+        "acc": 1.0,
+        "correct": True,
+        "count": 3,
+        "f": 0.25,
+        "long": 0.5,
+        "pred": [0.5, [3, "x"], None],
+        "parts": {"1": 0.5, "(2, 3)": {"None": "0.1"}},
+        "array": "[1 2]",
+        "7": True,
+    }
+
+
+def test_metrics_are_the_same_after_a_resume(tmp_path: Path) -> None:
+    samples = make_samples([2, 3])
+    for sample, numerator in zip(samples, (1, 3), strict=True):
+        sample.extras = {"acc": np.float32(1), "f": Fraction(numerator, 4), "ok": np.bool_(True)}
+        sample.advantage, sample.prompt = 0.0, samples[0].prompt
+    before = data_metrics(samples, 16)
+    assert before["reward/f"] == 0.5
+    assert data_metrics(resumed(samples, tmp_path), 16) == before
