@@ -33,10 +33,11 @@ def make_tokenizer() -> Any:
     )
 
 
-def make_tiny_model(folder: Path, **overrides: Any) -> Path:
-    """Saves a random decoder (2 layers, hidden 64, grouped-query attention) and its tokenizer."""
+def make_tiny_model(folder: Path, kind: str = "Qwen3", **overrides: Any) -> Path:
+    """Saves a random decoder of this kind (2 layers, hidden 64, grouped-query attention) and its
+    tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    import transformers
 
     settings = dict(
         vocab_size=len(VOCABULARY),
@@ -54,7 +55,8 @@ def make_tiny_model(folder: Path, **overrides: Any) -> Path:
         pad_token_id=1,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(Qwen3Config(**(settings | overrides))).save_pretrained(folder)
+    config = getattr(transformers, f"{kind}Config")(**(settings | overrides))
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

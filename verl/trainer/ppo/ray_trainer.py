@@ -288,8 +288,14 @@ class RayPPOTrainer:
         """What the samples and the clock say about a step, validation and checkpoint apart."""
         seconds = sum(timer.seconds.values())
         filtering = self.config.algorithm.filter_groups.enable
+        ages = self.step - 1 - column(samples, "policy_version")
         return (
-            {"training/global_step": self.step, "training/epoch": self.order.epoch}
+            {
+                "training/global_step": self.step,
+                "training/epoch": self.order.epoch,
+                "rollout/policy_age_mean": float(ages.mean()),
+                "rollout/policy_age_max": float(ages.max()),
+            }
             | self.engine_metrics
             | data_metrics(samples, self.config.data.max_prompt_length)
             | timing_metrics(samples, timer.seconds | {"step": seconds}, filtering)

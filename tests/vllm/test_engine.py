@@ -1,0 +1,223 @@
+"""The engine `vllm` against the actor's model: tokens, log-probabilities, new weights."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import make_samples, make_tiny_model
+from verl.protocol import Prompt, Sample
+from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
+from verl.trainer.config.schema import EngineKwargs, RolloutConfig
+from verl.workers.actor import ActorWorker, LossConfig, MicroBatchLimit
+from verl.workers.rollout.base import RolloutEngine, SamplingParams
+from verl.workers.rollout.hf import HFEngine
+from verl.workers.rollout.vllm import VLLMEngine
+
+MODELS = {
+    "qwen2-tied": ("Qwen2", True),
+    "qwen2": ("Qwen2", False),
+    "llama": ("Llama", False),
+    "qwen3-tied": ("Qwen3", True),
+}
+LIMIT = MicroBatchLimit(64)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    kind, tied = MODELS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    make_tiny_model(folder, kind, tie_word_embeddings=tied, initializer_range=0.1)
+    return ModelConfig(path=str(folder))
+
+
+@pytest.fixture(scope="module")
+def engine(model: ModelConfig) -> Iterator[VLLMEngine]:
+    kwargs = EngineKwargs(vllm={"block_size": 32})  # prompts of more than a block are cached
+    rollout = RolloutConfig(name="vllm", max_num_seqs=24, engine_kwargs=kwargs)
+    engine = VLLMEngine(model, rollout, "cpu", 160)
+    yield engine
+    del engine.engine
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def actor(model: ModelConfig, engine: VLLMEngine) -> ActorWorker:
+    """One rank, in the process group that vLLM has made."""
+    worker = ActorWorker("cpu")
+    worker.build(model, FSDPConfig(), OptimConfig(lr=3e-3), 10)
+    return worker
+
+
+def make_prompts(lengths: list[int]) -> list[Prompt]:
+    rng = np.random.default_rng(1)
+    return [Prompt(i, rng.integers(3, 100, n), "countdown", {}) for i, n in enumerate(lengths)]
+
+
+PROMPTS = make_prompts([3, 70, 5, 40])
+
+
+def generate(engine: RolloutEngine, prompts: list[Prompt], params: SamplingParams) -> list[Sample]:
+    batches = engine.generate(prompts, list(range(len(prompts))), params)
+    return sorted((s for b in batches for s in b), key=lambda s: (s.group, s.draw))
+
+
+def transfer(actor: ActorWorker, engine: RolloutEngine) -> dict[str, torch.Tensor]:
+    """Gives the engine the actor's weights in small buckets, and returns them."""
+    version, buckets = actor.start_export("host", None, 20_000)
+    engine.start_update()
+    weights = {}
+    for bucket in buckets:
+        exported = actor.export(bucket["names"])
+        engine.load_weights(exported)
+        weights |= exported["weights"]
+    actor.finish_export()
+    engine.finish_update(version)
+    assert len(buckets) > 3
+    return weights
+
+
+def difference(actor: ActorWorker, samples: list[Sample], temperature: float) -> float:
+    """Largest difference of log-probabilities."""
+    actual = actor.log_probs(samples, "actor", temperature, LIMIT)
+    return max(np.abs(s.rollout_log_probs - a).max() for s, a in zip(samples, actual, strict=True))
+
+
+def check(actor: ActorWorker, engine: RolloutEngine, plain: torch.nn.Module) -> None:
+    """Tokens and log-probabilities are those of the actor and of `plain`, with its weights."""
+    for temperature in (1.0, 0.7):
+        samples = generate(engine, PROMPTS, SamplingParams(4, 30, temperature))
+        assert len(samples) == 16
+        assert difference(actor, samples, temperature) < 1e-4
+    for s in generate(engine, PROMPTS, SamplingParams(1, 30, temperature=0)):
+        ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
+        with torch.no_grad():
+            logits = plain(ids).logits[0, len(s.prompt.token_ids) - 1 : -1]
+        best, expected = logits.log_softmax(-1).max(-1)
+        assert s.response_ids.tolist() == expected.tolist()
+        np.testing.assert_allclose(s.rollout_log_probs, best, atol=1e-4)
+
+
+def test_it_is_the_actors_model_before_and_after_updates(
+    model: ModelConfig, engine: VLLMEngine, actor: ActorWorker
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(model.path)
+    engines = [engine, HFEngine(model, RolloutConfig(), "cpu", 160)]
+    for one in engines:
+        check(actor, one, plain)
+    for update in range(1, 4):
+        samples = make_samples([20, 30, 25, 10], seed=update, old_log_probs=None, weight=0.1)
+        actor.update([samples], LossConfig(), LIMIT, 1.0)
+        stale = generate(engine, PROMPTS, SamplingParams(4, 30))
+        assert difference(actor, stale, 1.0) > 1e-2  # an engine without the update would show
+        for one in engines:
+            plain.load_state_dict(transfer(actor, one), strict=False)
+            assert one.version == update
+            check(actor, one, plain)
+
+
+def test_what_is_stale_would_show(
+    engine: VLLMEngine, actor: ActorWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.layers import vocab_parallel_embedding as layers
+
+    params = SamplingParams(4, 30)
+
+    def mismatch(update: int) -> float:
+        samples = make_samples([20, 30, 25, 10], seed=update, old_log_probs=None, weight=0.1)
+        actor.update([samples], LossConfig(), LIMIT, 1.0)
+        generate(engine, PROMPTS, params)  # fills the prefix cache
+        transfer(actor, engine)
+        return difference(actor, generate(engine, PROMPTS, params), 1.0)
+
+    assert mismatch(4) < 1e-4
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.engine, "reset_prefix_cache", lambda: True)
+        assert mismatch(5) > 1e-3
+    if engine.engine.model_config.hf_config.tie_word_embeddings:
+        with monkeypatch.context() as patch:
+            method = layers.UnquantizedEmbeddingMethod
+            patch.setattr(method, "process_weights_after_loading", lambda self, layer: None)
+            assert mismatch(6) > 1e-3
+    assert mismatch(7) < 1e-4
+
+
+ONE = pytest.mark.parametrize("model", ["qwen3-tied"], indirect=True)
+
+
+@ONE
+def test_top_k_and_top_p_are_in_the_log_probs(
+    model: ModelConfig, engine: VLLMEngine, actor: ActorWorker
+) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(model.path)
+    plain.load_state_dict(transfer(actor, engine), strict=False)
+    for params in (SamplingParams(4, 10, top_k=3), SamplingParams(4, 10, 0.7, top_p=0.5)):
+        for s in generate(engine, PROMPTS, params):
+            ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
+            with torch.no_grad():
+                logits = plain(ids).logits[0, len(s.prompt.token_ids) - 1 : -1]
+            probs, order = (logits / params.temperature).softmax(-1).sort(descending=True)
+            if params.top_k > 0:
+                kept = torch.arange(probs.shape[-1]).expand_as(probs) < params.top_k
+            else:
+                kept = probs.cumsum(-1) - probs < params.top_p
+            probs = torch.where(kept, probs, 0)
+            probs = (probs / probs.sum(-1, keepdim=True)).gather(-1, order.argsort(-1))
+            expected = probs.gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0].log()
+            np.testing.assert_allclose(s.rollout_log_probs, expected, atol=1e-4)
+
+
+@ONE
+def test_draws_depend_on_their_seed_alone(engine: VLLMEngine) -> None:
+    params = SamplingParams(3, 30, seed=(7, 1))
+    together = generate(engine, PROMPTS, params)
+    alone = [s for b in engine.generate(PROMPTS[2:3], [2], params) for s in b]
+    assert {s.draw for s in alone} == {0, 1, 2}
+    for s in alone:
+        (twin,) = [t for t in together if (t.group, t.draw) == (2, s.draw)]
+        assert s.response_ids.tolist() == twin.response_ids.tolist()
+    assert len({tuple(s.response_ids) for s in together if s.group == 2}) == 3
+    other = generate(engine, PROMPTS, SamplingParams(3, 30, seed=(7, 2)))
+    assert [s.response_ids.tolist() for s in together] != [s.response_ids.tolist() for s in other]
+
+
+@ONE
+def test_ends_and_limits(engine: VLLMEngine) -> None:
+    samples = generate(engine, make_prompts([3] * 8), SamplingParams(8, 60))  # 64 > max_num_seqs
+    assert len(samples) == 64
+    assert {s.finish_reason for s in samples} == {"stop", "length"}
+    for s in samples:
+        ends = np.flatnonzero(s.response_ids == 0)
+        assert len(s.rollout_log_probs) == s.length
+        if s.finish_reason == "stop":
+            assert ends.tolist() == [s.length - 1]
+        else:
+            assert s.length == 60 and not len(ends)
+    on = generate(engine, make_prompts([3] * 4), SamplingParams(8, 30, ignore_eos=True))
+    assert {s.length for s in on} == {30}
+    many = generate(engine, make_prompts([3]), SamplingParams(30, 5))
+    assert [s.draw for s in many] == list(range(30))  # more than max_num_seqs
+
+
+@ONE
+def test_later_prompts_and_a_stop(engine: VLLMEngine) -> None:
+    params = SamplingParams(2, 40)
+    engine.add([(PROMPTS[1], 1)], call=3)
+    engine.add([(PROMPTS[0], 0)], call=2)  # of another call: not answered
+    engine.add([(PROMPTS[2], 2)], call=3)
+    engine.add([], call=3)
+    later = engine.generate(PROMPTS[:1], [0], params, call=3, more=True)
+    found = sorted((s.group, s.draw, s.response_ids.tolist()) for batch in later for s in batch)
+    whole = generate(engine, PROMPTS[:3], params)
+    assert found == [(s.group, s.draw, s.response_ids.tolist()) for s in whole]
+    stream = engine.generate(PROMPTS, [0, 1, 2, 3], SamplingParams(8, 60))
+    first = next(stream)
+    engine.stop()
+    assert len(first) + sum(map(len, stream)) < 32
+    assert not engine.engine.has_unfinished_requests()
+    assert len(generate(engine, PROMPTS, params)) == 8
