@@ -37,7 +37,7 @@ class ProcessEngine(HFEngine):
 @pytest.fixture(scope="module")
 def groups(tiny_model: Path) -> Iterator[tuple[WorkerGroup, EngineGroup]]:
     """An actor, and two engines that hold four of the nine prompts each."""
-    start_ray(2)
+    start_ray(3)
     slots = place(1, 2, "cpu")
     actor = WorkerGroup(ActorWorker, slots[:1], "cpu", [("cpu",)])
     actor.connect()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from itertools import count
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from verl.protocol import Prompt, Sample
 from verl.trainer.config.model_schema import ModelConfig
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 3
 """An engine that dies as often without having finished a response ends the run."""
+
+RESTART_S = 600
+"""Longest time that an engine may take to start again, in seconds."""
 
 _calls = count(1)  # names each call of an engine's `generate`
 
@@ -56,6 +60,18 @@ class EngineGroup(WorkerGroup):
         self.continuous, self.max_num_seqs = cls.continuous, rollout.max_num_seqs
         self.on_restart: Callable[[int], Any] = lambda engine: None
         """Called with the number of an engine that was started anew and needs weights."""
+
+    def await_restart(self, engine: int) -> None:
+        """Returns when Ray has started the engine again. Raises: RayActorError if it can't."""
+        deadline = time.monotonic() + RESTART_S
+        while True:
+            try:
+                ray.get(self.workers[engine].__ray_ready__.remote())
+                return
+            except ActorUnavailableError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
     def generate(
         self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
@@ -174,6 +190,7 @@ class _Generation:
         if self.deaths[engine] == MAX_DEATHS:
             raise error
         logger.warning("engine %d died and is started again: %s", engine, error)
+        self.engines.await_restart(engine)
         self.engines.on_restart(engine)
         lost = [(prompt, group) for group, prompt in self.held[engine].items()]
         self._start(engine, lost or self._next(self.room))

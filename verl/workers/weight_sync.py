@@ -78,7 +78,7 @@ class WeightExporter:
         if self.way == "host":
             return {"weights": {name: value.cpu() for name, value in weights.items()}}
         for value in weights.values():
-            self.group.broadcast([value.contiguous()], 0).wait()
+            self.group.broadcast(value.contiguous(), 0).wait()
         return {}
 
     def finish_export(self) -> None:

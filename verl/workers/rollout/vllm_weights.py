@@ -50,7 +50,7 @@ class ActorWeights(IPCWeightTransferEngine):
     def _broadcast(self, names: list[str], dtype_names: list[str], shapes: list[list[int]]) -> Any:
         for name, dtype, shape in zip(names, dtype_names, shapes, strict=True):
             value = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-            self.group.broadcast([value], 0).wait()
+            self.group.broadcast(value, 0).wait()
             yield name, value
 
     def finish_weight_update(self) -> None:

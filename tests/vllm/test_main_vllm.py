@@ -1,0 +1,53 @@
+"""The main job with vLLM: colocated and split, weights over a process group, one step ahead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.test_main_ppo import read, run, settings  # noqa: F401  a fixture
+
+VLLM = (
+    "actor_rollout_ref.rollout.name=vllm",
+    "actor_rollout_ref.rollout.max_num_seqs=64",
+    "actor_rollout_ref.rollout.verify_weights=True",
+    "actor_rollout_ref.rollout.verify_weights_tolerance=1e-4",
+)
+
+
+def test_two_ranks_and_two_engines(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+    done = run(settings, *VLLM, f"trainer.default_local_dir={tmp_path}")
+    assert "is not the actor's model" not in done.stdout + done.stderr
+    steps = read(tmp_path)
+    assert [line["step"] for line in steps] == [0, 1, 2, 3, 4]
+    assert steps[4]["critic/score/mean"] > 3 * steps[1]["critic/score/mean"]
+    for line in steps[1:]:
+        # Two updates a step: the old log-probabilities are the actor's own.
+        assert line["rollout/logprob_diff_max"] < 1e-4
+        assert line["rollout/verify_logprob_diff"] < 1e-4
+        assert line["rollout/policy_age_max"] == 0
+
+
+SPLIT = (
+    *VLLM,
+    "trainer.n_gpus_per_node=1",
+    "trainer.rollout_gpus_per_node=1",
+    "trainer.async_rollout=True",
+    "actor_rollout_ref.rollout.weight_transfer=nccl",  # by gloo
+)
+
+
+def test_split_and_one_step_ahead(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
+    done = run(settings, *SPLIT, f"trainer.default_local_dir={tmp_path}")
+    assert "is not the actor's model" not in done.stdout + done.stderr
+    steps = read(tmp_path)
+    ages = [(line["rollout/policy_age_mean"], line["rollout/policy_age_max"]) for line in steps[1:]]
+    assert ages == [(0, 0), (1, 1), (1, 1), (1, 1)]
+    assert steps[4]["critic/score/mean"] > 2 * steps[1]["critic/score/mean"]
+    # Resumed from step 2, with the batch that was drawn ahead: the same steps again.
+    latest = tmp_path / "latest_checkpointed_iteration.txt"
+    latest.write_text("2")
+    run(settings, *SPLIT, f"trainer.default_local_dir={tmp_path}")
+    for before, after in zip(steps, read(tmp_path), strict=True):
+        assert after == pytest.approx(before, rel=1e-3, abs=1e-4)
