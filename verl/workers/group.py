@@ -154,6 +154,8 @@ class WorkerGroup:
             for (group, index), args, variables in zip(slots, arguments, environments, strict=True)
         ]
         self._submission = Lock()
+        self.exclusive = Lock()
+        """For whoever needs that nothing else happens to the workers between two calls."""
 
     def __len__(self) -> int:
         return len(self.workers)

@@ -46,10 +46,8 @@ class WeightExporter:
     def start_export(
         self, way: str, dtype: str | None, bucket_bytes: int
     ) -> tuple[int, list[Bucket]]:
-        """Brings the weights to the device. Returns the training steps that the policy has made,
-        and all weights, tied ones once, in buckets of about `bucket_bytes`; as `dtype` (null: the
-        device's usual one)."""
-        self.actor.onload()
+        """Returns the training steps that the policy has made, and all weights, tied ones once, in
+        buckets of about `bucket_bytes`; as `dtype` (null: the device's usual one)."""
         self.way, dtype = way, dtype or default_dtype(self.device)
         self.dtype = getattr(torch, dtype)
         buckets: list[Bucket] = []
@@ -68,6 +66,7 @@ class WeightExporter:
     def export(self, names: Sequence[str]) -> Bucket:
         """Gathers these weights, on all ranks together, and sends them; returns what this rank adds
         to the bucket."""
+        self.actor.onload()
         weights = dict(full_weights(self.actor.model, names, self.dtype))
         if self.way == "ipc":
             # They live until the next bucket, by when the engines have read them.
@@ -107,6 +106,10 @@ class WeightSync:
 
     def __call__(self, only: int | None = None) -> None:
         """Updates all engines, or `only` the one with this number, which was started anew."""
+        with self.actor.exclusive:
+            self._send(only)
+
+    def _send(self, only: int | None) -> None:
         way = self.way
         if only is not None:
             way, self.connected = "host", False  # it belongs to no group

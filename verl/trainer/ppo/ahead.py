@@ -58,11 +58,8 @@ class BatchesAhead:
         return self.batches.state() | {"drawn": samples, "drawn_metrics": metrics}
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`, before the first `next`."""
         self.batches.load(state)
-        if state.get("drawn"):
-            self.drawn = Future()
-            self.drawn.set_result((state["drawn"], state["drawn_metrics"]))
 
     def _begin(self, step: int) -> None:
         self.before = self.batches.state()

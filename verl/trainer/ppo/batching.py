@@ -52,6 +52,8 @@ class TrainBatches:
         )
         self.carried: list[list[Sample]] = []
         """Groups that the last step kept but did not need."""
+        self.drawn: tuple[list[Sample], dict[str, float]] | None = None
+        """What the next call of `next` returns, if a checkpoint held it."""
 
     def next(self, step: int, timer: Timer) -> tuple[list[Sample], dict[str, float]]:
         """The samples of training step `step`, group by group, and what the filter did.
@@ -59,6 +61,9 @@ class TrainBatches:
         Raises: ValueError if the filter leaves less than one mini-batch. An error leaves everything
         as it was.
         """
+        if drawn := self.drawn:
+            self.drawn = None
+            return drawn
         before = self.state()
         try:
             if self.config.algorithm.filter_groups.enable:
@@ -73,12 +78,16 @@ class TrainBatches:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"order": self.order.state_dict(), "carried": self.carried}
+        state: dict[str, Any] = {"order": self.order.state_dict(), "carried": self.carried}
+        if self.drawn:
+            state["drawn"], state["drawn_metrics"] = self.drawn
+        return state
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self.order.load_state_dict(state["order"])
         self.carried = state["carried"]
+        self.drawn = (state["drawn"], state["drawn_metrics"]) if state.get("drawn") else None
 
     def _filtered(self, step: int, timer: Timer) -> tuple[list[Sample], dict[str, float]]:
         """Rounds of generation until enough groups have spread, those carried over first."""

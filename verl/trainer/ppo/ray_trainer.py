@@ -254,7 +254,8 @@ class RayPPOTrainer:
         for rank in range(self.num_workers):
             mine = [[s[i] for i in share[rank]] for s, share in zip(steps, shares, strict=True)]
             arguments.append((mine, loss_config(self.config), limit, actor.grad_clip))
-        by_rank = self.actor.scatter("update", arguments)
+        with self.actor.exclusive:  # else an engine that starts again could get half an update
+            by_rank = self.actor.scatter("update", arguments)
         return reduce_update_metrics(by_rank)
 
     def validate(self) -> dict[str, float]:
