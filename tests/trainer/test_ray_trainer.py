@@ -249,6 +249,17 @@ def test_clip_ratio_stands_in_for_the_bounds(tiny_model: Path, tmp_path: Path) -
     assert (loss.clip_ratio_low, loss.clip_ratio_high, loss.kl_coef) == (0.1, 0.3, 0.0)
 
 
+def test_engines_are_compared_over_the_tokens_that_tell() -> None:
+    told = {"tokens": 4, "rollout/tokens": 2, "rollout/kl": 1.0, "rollout/logprob_diff_max": 0.5}
+    others = {"tokens": 6, "rollout/tokens": 3, "rollout/kl": 1.5, "rollout/logprob_diff_max": 2.0}
+    assert reduce_update_metrics([[told], [others], [{"tokens": 5}]]) == {
+        "rollout/kl": 0.5,
+        "rollout/logprob_diff_max": 2.0,
+    }
+    silent = {"tokens": 4, "rollout/tokens": 0, "rollout/kl": 0.0, "rollout/logprob_diff_max": 0.0}
+    assert reduce_update_metrics([[silent]]) == {}
+
+
 def test_bypass_takes_the_engines_log_probs(tiny_model: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model, tmp_path, "algorithm.bypass_old_log_prob=True")
     trainer.step = 1

@@ -246,8 +246,18 @@ def test_truncated_importance_sampling_by_hand(worker: ActorWorker) -> None:
         assert sums["rollout/logprob_diff_max"] == pytest.approx(np.log(4), rel=1e-5)
         assert sums["rollout/logprob_diff_mean"] == pytest.approx(np.log(16), rel=1e-5)
         assert sums["rollout/kl"] == pytest.approx(0, abs=1e-5)
+        assert sums["rollout/tokens"] == 3
         expected = sum(f * g for f, g in zip(factors, plain, strict=True))
         assert distance(found, expected) < 1e-6
+
+
+def test_stale_responses_tell_nothing_of_the_engine(worker: ActorWorker) -> None:
+    samples = make_samples([2, 3], weight=0.1)
+    samples[0].old_log_probs = samples[0].rollout_log_probs
+    samples[1].old_log_probs = samples[1].rollout_log_probs + np.float32(0.5)
+    sums = worker.actor.accumulate_gradient(samples, LossConfig(), LIMITS["all"])
+    assert sums["rollout/tokens"] == 3
+    assert sums["rollout/logprob_diff_mean"] == pytest.approx(1.5)
 
 
 def test_updates_move_the_policy_towards_what_was_rewarded(tiny_model: Path) -> None:

@@ -90,7 +90,7 @@ def test_an_engine_that_dies_loses_and_doubles_nothing(
     groups: tuple[WorkerGroup, EngineGroup], expected: list
 ) -> None:
     actor, engines = groups
-    sync = WeightSync(actor, engines, "host", RolloutConfig())
+    sync = WeightSync(actor, engines, "host", None)
     restarted = []
     engines.on_restart = lambda engine: (restarted.append(engine), sync(engine))
     for victim in (0, 1):
@@ -103,6 +103,34 @@ def test_an_engine_that_dies_loses_and_doubles_nothing(
         assert restarted[-1] == victim
         assert engines.call("pid")[victim] != pids[victim]
     assert restarted == [0, 1]
+
+
+def test_an_engine_that_died_idle_gets_weights_before_it_is_asked(
+    groups: tuple[WorkerGroup, EngineGroup], expected: list
+) -> None:
+    actor, engines = groups
+    sync = WeightSync(actor, engines, "host", None)
+    restarted = []
+    engines.on_restart = lambda engine: (restarted.append(engine), sync(engine))
+    os.kill(engines.call("pid")[1], signal.SIGKILL)
+    found = [s for batch in engines.generate(PROMPTS, NUMBERS, PARAMS) for s in batch]
+    assert tokens(found) == expected
+    os.kill(engines.call("pid")[0], signal.SIGKILL)
+    sync()
+    assert restarted == [1]
+    found = [s for batch in engines.generate(PROMPTS, NUMBERS, PARAMS) for s in batch]
+    assert tokens(found) == expected
+
+
+def test_a_generation_can_be_cancelled(engines: EngineGroup, expected: list) -> None:
+    stream = engines.generate(PROMPTS, NUMBERS, PARAMS)
+    next(stream)
+    engines.cancelled = True
+    with pytest.raises(RuntimeError, match="cancelled"):
+        list(stream)
+    engines.cancelled = False
+    found = [s for batch in engines.generate(PROMPTS, NUMBERS, PARAMS) for s in batch]
+    assert tokens(found) == expected
 
 
 class Doomed(HFEngine):

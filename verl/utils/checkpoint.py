@@ -3,6 +3,7 @@
 default_local_dir/
   global_step_20/actor/          parameters, optimizer, schedule (torch.distributed.checkpoint)
   global_step_20/trainer.json    the driver's state
+  global_step_20/drawn.parquet   with trainer.async_rollout, the batch of the next step
   global_step_20/carried.parquet responses that DAPO's filter kept for the next step
   latest_checkpointed_iteration.txt
 """

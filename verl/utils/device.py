@@ -7,6 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+VLLM_CPU_BLOCK = 128
+"""Tokens of a block of vLLM's KV cache on a CPU."""
+
 
 def get_device(name: str | None = None) -> torch.device:
     """The device of this process: `name`, or cuda where there is a GPU, else cpu."""
@@ -28,9 +31,11 @@ def broadcast_group(device: torch.device, address: str, rank: int, world_size: i
     return dist.ProcessGroupGloo(store, rank, world_size)
 
 
-def kv_cache_bytes(device: torch.device, config: Any, dtype: str, tokens: int) -> int | None:
-    """vLLM's `kv_cache_memory_bytes` for `tokens` tokens of a Hugging Face model; on a CPU 5 % of
-    the memory at most. None on a GPU, where `gpu_memory_utilization` decides."""
+def kv_cache_bytes(
+    device: torch.device, config: Any, dtype: str, longest: int, sequences: int
+) -> int | None:
+    """vLLM's `kv_cache_memory_bytes` for so many sequences, of `longest` tokens each, of a Hugging
+    Face model: 5 % of the memory at most. None on a GPU, where `gpu_memory_utilization` decides."""
     if device.type == "cuda":
         return None
     import psutil
@@ -39,7 +44,8 @@ def kv_cache_bytes(device: torch.device, config: Any, dtype: str, tokens: int) -
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * heads * size * getattr(torch, dtype).itemsize
-    return min(token * tokens, psutil.virtual_memory().total // 20)
+    blocks = sequences * -(-longest // VLLM_CPU_BLOCK) + 1  # vLLM keeps one for itself
+    return min(token * blocks * VLLM_CPU_BLOCK, psutil.virtual_memory().total // 20)
 
 
 def default_dtype(device: torch.device) -> str:

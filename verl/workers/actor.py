@@ -81,17 +81,21 @@ def ppo_loss(
     rollout = {}
     if len(log_probs) and samples[0].rollout_log_probs is not None:
         difference = old - per_token(samples, "rollout_log_probs", device)
+        # Of responses whose old log-probabilities are the engine's there is nothing to report.
+        theirs = [known and np.array_equal(s.old_log_probs, s.rollout_log_probs) for s in samples]
+        own = ~torch.tensor(np.repeat(theirs, [s.length for s in samples]), device=device)
         if config.rollout_is is not None:
             lengths = torch.tensor([s.length for s in samples], device=device)
             factors = rollout_is_weights(
                 difference, lengths, config.rollout_is, config.rollout_is_threshold
             )
             loss = loss * factors
-            rollout["rollout/is_weight_mean"] = factors.sum()
+            rollout["rollout/is_weight_mean"] = factors[own].sum()
         rollout |= {
-            "rollout/logprob_diff_mean": difference.abs().sum(),
+            "rollout/logprob_diff_mean": difference[own].abs().sum(),
             "rollout/logprob_diff_max": difference.abs().max(),
-            "rollout/kl": -difference.sum(),
+            "rollout/kl": -difference[own].sum(),
+            "rollout/tokens": own.sum(),
         }
     sums = rollout | {
         "w/pg_loss": (weights * loss).sum(),

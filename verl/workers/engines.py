@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
@@ -10,7 +11,7 @@ from itertools import count
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from verl.protocol import Prompt, Sample
 from verl.trainer.config.model_schema import ModelConfig
@@ -23,8 +24,8 @@ logger = logging.getLogger(__name__)
 MAX_DEATHS = 3
 """An engine that dies as often without having finished a response ends the run."""
 
-RESTART_S = 600
-"""Longest time that an engine may take to start again, in seconds."""
+START_S = 900
+"""Longest time that an engine may take to start, in seconds."""
 
 _calls = count(1)  # names each call of an engine's `generate`
 
@@ -46,7 +47,7 @@ class EngineGroup(WorkerGroup):
 
         `max_model_len`: tokens of the longest prompt with its response.
         """
-        ranks = rollout.tensor_model_parallel_size
+        self.ranks = ranks = rollout.tensor_model_parallel_size if cls.parallel else 1
         first = slots[::ranks]
         environments = [cls.environment(rollout) for _ in first]
         if ranks > 1:  # vLLM's own workers take the devices, by the variables of its Ray executor
@@ -60,18 +61,32 @@ class EngineGroup(WorkerGroup):
         self.continuous, self.max_num_seqs = cls.continuous, rollout.max_num_seqs
         self.on_restart: Callable[[int], Any] = lambda engine: None
         """Called with the number of an engine that was started anew and needs weights."""
+        self.processes: list[int] = []
+        self.cancelled = False
+        """Set from another thread, it ends the `generate` that runs with a RuntimeError."""
 
-    def await_restart(self, engine: int) -> None:
-        """Returns when Ray has started the engine again. Raises: RayActorError if it can't."""
-        deadline = time.monotonic() + RESTART_S
+    def find_restarted(self) -> list[int]:
+        """Waits for all engines, which are idle; the numbers of those that Ray has started again
+        since the last call. Raises: RayActorError or GetTimeoutError if one can't be started."""
+        before, self.processes = self.processes, [self._process(i) for i in range(len(self))]
+        return [i for i, pid in enumerate(self.processes) if before and before[i] != pid]
+
+    def _process(self, engine: int) -> int:
+        """The id of the engine's process, once it answers."""
+        deadline = time.monotonic() + START_S
         while True:
             try:
-                ray.get(self.workers[engine].__ray_ready__.remote())
-                return
-            except ActorUnavailableError:
+                call = self.workers[engine].__ray_call__.remote(lambda _: os.getpid())
+                return ray.get(call, timeout=START_S)
+            except ActorUnavailableError:  # Ray is about to start it
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.5)
+
+    def refresh(self, engine: int) -> None:
+        """Waits for an engine that died, and gives it weights."""
+        self.processes[engine] = self._process(engine)
+        self.on_restart(engine)
 
     def generate(
         self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
@@ -81,6 +96,9 @@ class EngineGroup(WorkerGroup):
         Engines get their prompts in order, as they have room. What an engine that dies had not
         finished is drawn again once it is back, from the same seeds.
         """
+        for engine in self.find_restarted():
+            logger.warning("engine %d had died and was started again", engine)
+            self.on_restart(engine)
         generation = _Generation(self, prompts, groups, params)
         try:
             yield from generation.samples()
@@ -116,7 +134,11 @@ class _Generation:
             self._start(engine, self._next(self.room))
         self._end_if_empty()
         while self.streams:
-            ready, _ = ray.wait(list(self.streams))
+            ready, _ = ray.wait(list(self.streams), timeout=1)
+            if self.engines.cancelled:
+                raise RuntimeError("the generation was cancelled")
+            if not ready:
+                continue
             engine = self.streams[ready[0]]
             try:
                 finished = ray.get(next(ready[0]))
@@ -126,8 +148,9 @@ class _Generation:
                 del self.streams[ready[0]]
                 self._restart(engine, error)
             else:
-                self.deaths[engine] = 0
                 new = [s for s in finished if s.draw not in self.drawn[s.group]]
+                if new:
+                    self.deaths[engine] = 0
                 for sample in new:
                     self._note(engine, sample)
                 self._feed(engine)
@@ -143,7 +166,7 @@ class _Generation:
             ready, _ = ray.wait(list(self.streams))
             try:
                 ray.get(next(ready[0]))
-            except (StopIteration, RayActorError):
+            except (StopIteration, RayError):
                 del self.streams[ready[0]]
 
     def _next(self, most: int) -> Work:
@@ -186,12 +209,17 @@ class _Generation:
 
     def _restart(self, engine: int, error: RayActorError) -> None:
         self.open.discard(engine)
-        self.deaths[engine] += 1
-        if self.deaths[engine] == MAX_DEATHS:
-            raise error
-        logger.warning("engine %d died and is started again: %s", engine, error)
-        self.engines.await_restart(engine)
-        self.engines.on_restart(engine)
+        back = False
+        while not back:
+            self.deaths[engine] += 1
+            if self.deaths[engine] == MAX_DEATHS:
+                raise error
+            logger.warning("engine %d died and is started again: %s", engine, error)
+            try:
+                self.engines.refresh(engine)
+                back = True
+            except RayActorError as again:
+                error = again
         lost = [(prompt, group) for group, prompt in self.held[engine].items()]
         self._start(engine, lost or self._next(self.room))
 

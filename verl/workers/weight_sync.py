@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from verl.models.fsdp import full_weights
-from verl.trainer.config.schema import RolloutConfig
 from verl.utils.device import broadcast_group, default_dtype
 from verl.workers.group import WorkerGroup
 
 if TYPE_CHECKING:
     from verl.workers.actor import Policy
+    from verl.workers.engines import EngineGroup
 
 BUCKET_BYTES = 256 * 2**20
 """About the size of one bucket; a larger tensor stands alone."""
@@ -69,7 +69,7 @@ class WeightExporter:
         self.actor.onload()
         weights = dict(full_weights(self.actor.model, names, self.dtype))
         if self.way == "ipc":
-            # They live until the next bucket, by when the engines have read them.
+            # Kept until the next bucket; torch itself keeps what an engine has not let go of.
             self.shared = [value.contiguous() for value in weights.values()]
             return {"ipc_handles": [_ipc_handle(value) for value in self.shared]}
         if dist.get_rank() != 0:
@@ -98,10 +98,9 @@ class WeightSync:
     """The driver's side. Calling it gives the engines the actor's current weights."""
 
     def __init__(
-        self, actor: WorkerGroup, engines: WorkerGroup, way: str, rollout: RolloutConfig
+        self, actor: WorkerGroup, engines: EngineGroup, way: str, dtype: str | None
     ) -> None:
-        self.actor, self.engines, self.way, self.dtype = actor, engines, way, rollout.dtype
-        self.ranks = rollout.tensor_model_parallel_size  # of each engine
+        self.actor, self.engines, self.way, self.dtype = actor, engines, way, dtype
         self.connected = False
 
     def __call__(self, only: int | None = None) -> None:
@@ -113,7 +112,9 @@ class WeightSync:
         way = self.way
         if only is not None:
             way, self.connected = "host", False  # it belongs to no group
-        elif way == "nccl" and not self.connected:
+        elif self.engines.find_restarted():
+            self.connected = False
+        if way == "nccl" and not self.connected:
             self._connect()
         version, buckets = self.actor.call("start_export", way, self.dtype, BUCKET_BYTES)[0]
         self.engines.call("start_update", only=only)
@@ -141,8 +142,10 @@ class WeightSync:
         return exported + self.engines.submit("load_weights", arguments, only)
 
     def _connect(self) -> None:
-        address, size = self.actor.free_address(), 1 + len(self.engines) * self.ranks
+        ranks = self.engines.ranks
+        address, size = self.actor.free_address(), 1 + len(self.engines) * ranks
+        self.engines.free_address()  # so that they use the addresses that nodes know each other by
         calls = self.actor.submit("join_engines", [(address, size)] * len(self.actor), only=0)
-        places = [(1 + i * self.ranks, size, address) for i in range(len(self.engines))]
+        places = [(1 + i * ranks, size, address) for i in range(len(self.engines))]
         self.engines.wait(calls + self.engines.submit("connect", places))
         self.connected = True

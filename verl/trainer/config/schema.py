@@ -187,7 +187,7 @@ class RolloutConfig(Section):
     """Follows actor.ppo_max_token_len_per_gpu."""
     tensor_model_parallel_size: int = number(1, 1)
     """vLLM: devices of one engine."""
-    gpu_memory_utilization: float = number(0.5, 0, 1)
+    gpu_memory_utilization: float = number(0.5, high=1, above=0)
     """vLLM: share of a GPU's memory for weights and KV cache. On a CPU the KV cache takes up to
     5 % of the memory, or what engine_kwargs.vllm.kv_cache_memory_bytes says."""
     max_num_batched_tokens: int = number(8192, 1)

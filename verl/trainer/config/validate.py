@@ -46,6 +46,7 @@ IDLE = {
     "verify_weights=False": (f"{ROLLOUT}.verify_weights_tolerance",),
     "rollout_is=None": ("algorithm.rollout_correction.rollout_is_threshold",),
     "bypass_old_log_prob=True": ("algorithm.rollout_correction.",),
+    "async_rollout=True": ("algorithm.rollout_correction.",),
 }
 """Setting (the end of its key, and its value) → beginnings of the keys that then can't matter."""
 
@@ -265,6 +266,16 @@ def _vllm(config: Config) -> Iterator[str]:
         )
     longest = data.max_prompt_length + data.max_response_length
     budget = rollout.max_num_batched_tokens
+    if budget < rollout.max_num_seqs:
+        yield f"{ROLLOUT}.max_num_batched_tokens={budget} is less than max_num_seqs: raise it"
+    own = {"tensor_parallel_size", "weight_transfer_config", "logprobs_mode", "max_model_len"}
+    if taken := own & rollout.engine_kwargs.vllm.keys():
+        yield f"{ROLLOUT}.engine_kwargs.vllm.{min(taken)} is set by other keys: drop it"
+    if trainer.device == "cpu":
+        if rollout.tensor_model_parallel_size > 1:
+            yield f"{ROLLOUT}.tensor_model_parallel_size: vLLM has one process per engine on a CPU"
+        if rollout.weight_transfer == "ipc":
+            yield f"{ROLLOUT}.weight_transfer=ipc is for GPUs: set it to null"
     if budget < longest and not rollout.enable_chunked_prefill:
         yield (
             f"{ROLLOUT}.max_num_batched_tokens={budget} can't hold one sequence of {longest} "

@@ -47,6 +47,10 @@ class BatchesAhead:
         if self.drawn:
             self.drawn.exception()
 
+    def close(self) -> None:
+        """Waits for the generation, which somebody has cancelled."""
+        self.pool.shutdown(cancel_futures=True)
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, the batch of the next step included; waits for that."""
         self.wait()

@@ -116,8 +116,9 @@ class RayPPOTrainer:
         way = model.rollout.weight_transfer or default_weight_transfer(
             device, model.rollout.name, bool(trainer.rollout_gpus_per_node)
         )
-        self.weight_sync = WeightSync(self.actor, self.rollout, way, model.rollout)
+        self.weight_sync = WeightSync(self.actor, self.rollout, way, model.rollout.dtype)
         self.rollout.on_restart = self.weight_sync
+        self.rollout.find_restarted()  # waits for them: vLLM measures how much memory is free
         self.actor.connect()
         ref = model.ref.fsdp_config if self.needs_reference else None
         self.actor.call(
@@ -126,8 +127,10 @@ class RayPPOTrainer:
         if self.resumed:
             logger.info("resuming from %s", self.resumed)
             self.actor.call("load", str(self.resumed / "actor"))
+        verify = model.rollout.verify_weights
+        if self.resumed or verify:
             self.weight_sync()
-        if model.rollout.verify_weights:
+        if verify:
             self.verify_engines(strict=True)
 
     def fit(self) -> None:
@@ -148,7 +151,7 @@ class RayPPOTrainer:
                 with self.saved_on_error():
                     samples, metrics = self.batches.next(self.step + 1, timer)
                 self.step += 1
-                if not trainer.async_rollout:
+                if not trainer.rollout_gpus_per_node:
                     self.rollout.call("sleep")
                 metrics |= self.add_log_probs(samples, timer)
                 with timer("adv"):
@@ -274,7 +277,10 @@ class RayPPOTrainer:
         return validation_metrics(sorted(samples, key=lambda s: (s.group, s.draw)))
 
     def close(self) -> None:
-        """Ends what scores; Ray belongs to the caller."""
+        """Ends what scores and what generates; Ray belongs to the caller."""
+        if isinstance(self.batches, BatchesAhead) and hasattr(self, "rollout"):
+            self.rollout.cancelled = True
+            self.batches.close()
         self.rewards.close()
 
     # ---------------------------------------------------------------------------------- details
@@ -457,22 +463,27 @@ def loss_config(config: Config) -> LossConfig:
 
 
 def reduce_update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, float]:
-    """Ranks' sums of each mini-batch → `actor/…` means over mini-batches.
+    """Ranks' sums of each mini-batch → `actor/…` and `rollout/…` means over mini-batches.
 
-    Sums named `w/…` already carry the weights of the loss; the others become means over tokens.
+    Sums named `w/…` already carry the weights of the loss; the others become means over tokens,
+    those named `rollout/…` over `rollout/tokens`.
     """
     totals: dict[str, list[float]] = {}
     for parts in zip(*by_rank, strict=True):  # one mini-batch, all ranks
-        tokens = max(1.0, sum(part["tokens"] for part in parts))
-        for name in {name for part in parts for name in part} - {"tokens"}:
+        tokens, compared = (sum(p.get(k, 0) for p in parts) for k in ("tokens", "rollout/tokens"))
+        for name in {name for part in parts for name in part} - {"tokens", "rollout/tokens"}:
             values = [part[name] for part in parts if name in part]
             if name in ("grad_norm", "lr"):
                 value = values[0]
-            elif name in ("max_memory_gb", "rollout/logprob_diff_max"):
+            elif name == "max_memory_gb" or name.endswith("_max"):
                 value = max(values)
+            elif name.startswith("w/"):
+                value = sum(values)
             else:
-                value = sum(values) / (1 if name.startswith("w/") else tokens)
-            totals.setdefault(name.removeprefix("w/"), []).append(value)
+                count = compared if name.startswith("rollout/") else tokens
+                value = sum(values) / max(1.0, count)
+            if compared or not name.startswith("rollout/"):
+                totals.setdefault(name.removeprefix("w/"), []).append(value)
     memory = totals.pop("max_memory_gb", None)
     metrics = {
         name if name.startswith("rollout/") else f"actor/{name}": float(np.mean(values))

@@ -55,6 +55,8 @@ class RolloutEngine(ABC):
 
     needs: ClassVar[str | None] = None
     """Package that the engine imports."""
+    parallel: ClassVar[bool] = False
+    """Whether an engine may have several devices, `tensor_model_parallel_size`."""
 
     @staticmethod
     def environment(rollout: RolloutConfig) -> dict[str, str]:

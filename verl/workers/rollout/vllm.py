@@ -27,6 +27,7 @@ class VLLMEngine(RolloutEngine):
 
     continuous = True
     needs = "vllm"
+    parallel = True
 
     def __init__(
         self, model: ModelConfig, rollout: RolloutConfig, device: str | None, max_model_len: int
@@ -45,7 +46,8 @@ class VLLMEngine(RolloutEngine):
         self.stop_ids = stop_token_ids(model)
         self.sleeps = rollout.free_cache_engine and current_platform.is_sleep_mode_available()
         self.asleep = False
-        tokens = max_model_len * rollout.max_num_seqs
+        sizes = dtype, max_model_len, rollout.max_num_seqs
+        kv_bytes = kv_cache_bytes(where, load_hf_config(model), *sizes)
         parallel = rollout.tensor_model_parallel_size
         arguments: dict[str, Any] = dict(
             model=str(Path(model.path).expanduser()),
@@ -61,7 +63,9 @@ class VLLMEngine(RolloutEngine):
             enable_prefix_caching=True,
             enforce_eager=rollout.enforce_eager,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
-            kv_cache_memory_bytes=kv_cache_bytes(where, load_hf_config(model), dtype, tokens),
+            kv_cache_memory_bytes=kv_cache_bytes(
+                where, load_hf_config(model), dtype, max_model_len, rollout.max_num_seqs
+            ),
             tensor_parallel_size=parallel,
             distributed_executor_backend="ray" if parallel > 1 else "uni",
             enable_sleep_mode=self.sleeps,
