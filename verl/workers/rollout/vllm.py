@@ -46,8 +46,6 @@ class VLLMEngine(RolloutEngine):
         self.stop_ids = stop_token_ids(model)
         self.sleeps = rollout.free_cache_engine and current_platform.is_sleep_mode_available()
         self.asleep = False
-        sizes = dtype, max_model_len, rollout.max_num_seqs
-        kv_bytes = kv_cache_bytes(where, load_hf_config(model), *sizes)
         parallel = rollout.tensor_model_parallel_size
         arguments: dict[str, Any] = dict(
             model=str(Path(model.path).expanduser()),
