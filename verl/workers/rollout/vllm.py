@@ -91,24 +91,23 @@ class VLLMEngine(RolloutEngine):
     def _generate(self, params: SamplingParams) -> Iterator[list[Sample]]:
         """See `RolloutEngine._generate`. At most `max_num_seqs` responses are drawn at a time;
         those of a prompt share its prefill through the prefix cache."""
-        running: dict[str, tuple[Prompt, int, int]] = {}
-        ids: dict[str, str] = {}  # our name of a request → vLLM's
+        running: dict[str, tuple[str, Prompt, int, int]] = {}  # vLLM's own name comes first
         try:
             while not self.stopped:
                 room = max(self.max_num_seqs - len(running), params.n if not running else 0)
                 for prompt, group in self._take(room // params.n, wait=not running):
                     for draw in range(params.n):
                         name = f"{group}-{draw}"
-                        running[name] = prompt, group, draw
-                        ids[name] = self._request(name, prompt, group, draw, params)
+                        request = self._request(name, prompt, group, draw, params)
+                        running[name] = request, prompt, group, draw
                 if not running:
                     return
                 finished = [output for output in self.engine.step() if output.finished]
                 if finished:
-                    yield [self._sample(o, *running.pop(o.request_id)) for o in finished]
+                    yield [self._sample(o, *running.pop(o.request_id)[1:]) for o in finished]
         finally:
             if running:
-                self.engine.abort_request([ids[name] for name in running], internal=True)
+                self.engine.abort_request([request for request, *_ in running.values()], True)
 
     def _request(
         self, name: str, prompt: Prompt, group: int, draw: int, params: SamplingParams
