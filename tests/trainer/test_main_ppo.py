@@ -18,6 +18,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.helpers import made_once
 from verl.trainer import main_ppo
 from verl.trainer.config import load_config
 
@@ -92,9 +93,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was left alone."""
-    folder = tmp_path_factory.mktemp("run")
-    run(settings, f"trainer.default_local_dir={folder}")
-    return folder
+    return made_once(
+        tmp_path_factory.getbasetemp(),
+        "finished",
+        lambda folder: run(settings, f"trainer.default_local_dir={folder}"),
+    )
 
 
 def test_the_policy_learns_and_reports(finished: Path) -> None:
