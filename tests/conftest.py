@@ -1,10 +1,12 @@
-"""What the tests share: a tiny real model with its tokenizer, and random samples."""
+"""What the tests share: a tiny real model with its tokenizer, and random samples; their order."""
 
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the others need the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -15,6 +17,29 @@ import numpy as np
 import pytest
 
 from tests.helpers import make_tiny_model
+
+# The files that take longest, for the workers of pytest-xdist to start with: a long one that comes
+# last would keep one busy and the others idle.
+LONGEST = [
+    "trainer/test_main_ppo.py",
+    "trainer/test_math_run.py",
+    "trainer/test_dapo.py",
+    "trainer/test_multi_node.py",
+    "trainer/test_options.py",
+    "scripts/test_submit.py",
+    "trainer/test_main_sft.py",
+    "workers/test_place.py",
+    "workers/test_actor.py",
+    "rewards/test_math_http.py",
+    "workers/test_hf_rollout.py",
+    "scripts/test_scripts.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts by file alone; within each, and among the others, the order stays."""
+    places = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

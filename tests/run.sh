@@ -24,7 +24,9 @@ check() {
 }
 
 shellcheck=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck
-selection=(-m "not gpu")
+# Three tests at a time: none keeps two cores busy from start to end. On a GPU, which they would
+# share, one after the other.
+selection=(-m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder)
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   selection=(-m "gpu or not gpu")
 fi

@@ -10,6 +10,8 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import make_samples
 from verl.protocol import Prompt, Sample
+from verl.rewards import compute_score
 from verl.rewards.errors import RewardError
 from verl.rewards.manager import RewardManager
 from verl.trainer.config.schema import Config
@@ -65,6 +68,7 @@ class Engine:
     def __init__(self, text: Callable[[int, int], str]) -> None:
         self.text = text
         self.calls: list[tuple[list[int], list[int], SamplingParams]] = []
+        self.ended = Event()
 
     def __call__(
         self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
@@ -78,6 +82,7 @@ class Engine:
                 version = params.seed[-1] - 1  # that of the step before
                 samples.append(Sample(prompt, group, ids, "stop", policy_version=version))
             yield samples
+        self.ended.set()
 
 
 def make_config(**filter_groups) -> Config:
@@ -116,6 +121,12 @@ def indices(samples: list[Sample]) -> list[int]:
 def test_groups_come_in_the_order_of_the_prompts_with_scores():
     engine = Engine(mixed_every(2))
     batches = make_batches(make_config(), engine)
+
+    def late(*arguments: Any) -> Any:  # else whether scores come before the end is chance
+        assert engine.ended.wait(60)
+        return compute_score(*arguments)
+
+    batches.rewards.custom = late
     timer = Timer()
     samples, metrics = batches.next(1, timer)
     assert metrics == {}

@@ -85,7 +85,7 @@ def reference(settings, server, tmp_path_factory) -> list[dict[str, float]]:
 
 
 def kill_after_step(server: LatexServer, folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder / "metrics.jsonl").exists() or len(read(folder)) <= step:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -102,27 +102,30 @@ def test_a_server_that_comes_back_costs_nothing(settings, server, reference, tmp
         time.sleep(2)
         assert len(read(tmp_path)) == before < len(reference)  # it waits
         server.start()
-        _, log = job.communicate(timeout=120)
+        _, log = job.communicate(timeout=300)
     assert job.returncode == 0, log
     assert "waiting for the LaTeX server" in log
     assert read(tmp_path) == reference
 
 
-@pytest.mark.parametrize("step", [0, 1])
 def test_a_server_that_stays_away_ends_the_run_and_costs_no_step(
-    settings, server, reference, tmp_path, step
+    settings, server, reference, tmp_path
 ):
+    """First before any checkpoint, then after one."""
     overrides = [*rewarded(settings, server, tmp_path), "reward_model.math_server.max_wait_s=2"]
-    with subprocess.Popen(command(overrides), stderr=subprocess.PIPE, text=True) as job:
-        kill_after_step(server, tmp_path, step)
-        _, log = job.communicate(timeout=120)
-    assert job.returncode == 1, log
-    assert "Traceback" not in log
-    assert "no answer from the LaTeX server" in log
     latest = tmp_path / "latest_checkpointed_iteration.txt"
-    saved = int(latest.read_text()) if latest.exists() else 0
-    assert saved == read(tmp_path)[-1]["step"] < 8
-    server.start()
+    saved = -1
+    for _ in range(2):
+        with subprocess.Popen(command(overrides), stderr=subprocess.PIPE, text=True) as job:
+            kill_after_step(server, tmp_path, saved + 1)
+            _, log = job.communicate(timeout=300)
+        assert job.returncode == 1, log
+        assert "Traceback" not in log
+        assert "no answer from the LaTeX server" in log
+        saved = int(latest.read_text()) if latest.exists() else 0
+        assert saved == read(tmp_path)[-1]["step"] < 8
+        server.start()
+    assert saved > 0
     run(overrides)
     assert read(tmp_path) == reference
 

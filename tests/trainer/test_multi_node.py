@@ -9,24 +9,23 @@ import ray
 from ray._private.state import actors
 
 from tests.helpers import ROOT, ray_cluster
-from tests.trainer.test_main_ppo import read, run, settings  # noqa: F401  a fixture
+from tests.trainer.test_main_ppo import finished, read, run, settings  # noqa: F401  fixtures
 
 
 def test_two_nodes_train_and_resume_like_one(
     settings: list[str],  # noqa: F811
+    finished: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As the scripts start it: from any folder, with the code in PYTHONPATH."""
     monkeypatch.chdir(tmp_path)
-    short = [*settings, "trainer.total_training_steps=2", "trainer.test_freq=1"]
     here = ("trainer.default_local_dir=two", "trainer.nnodes=2", "trainer.n_gpus_per_node=1")
     with ray_cluster({"num_cpus": 2}, {"num_cpus": 2}) as address:
         monkeypatch.setenv("PYTHONPATH", str(ROOT))  # which the nodes don't have
-        run(short, "trainer.default_local_dir=one", "trainer.save_freq=-1")
         monkeypatch.setenv("RAY_ADDRESS", address)
-        run(short, *here, "trainer.total_training_steps=1")
-        resumed = run(short, *here)
+        run(settings, *here, "trainer.total_training_steps=2")
+        resumed = run(settings, *here)
         ray.init(logging_level="warning")
         nodes: dict[tuple[str, str], set[str]] = {}
         for actor in actors().values():
@@ -36,5 +35,5 @@ def test_two_nodes_train_and_resume_like_one(
     assert all(len(pair) == 2 for pair in nodes.values())
     assert "resuming from" in resumed.stderr
     steps = read(Path("two"))
-    assert [step["step"] for step in steps] == [0, 1, 2]
-    assert steps == read(Path("one"))
+    assert [step["step"] for step in steps] == [0, 1, 2, 3, 4]
+    assert steps == read(finished)

@@ -1,0 +1,43 @@
+"""The main job end to end with options that test_main_ppo.py leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.trainer.test_main_ppo import read, run, settings  # noqa: F401  a fixture
+
+
+def test_filters_and_kl_in_reward(
+    settings: list[str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    run(
+        settings,
+        f"trainer.default_local_dir={tmp_path}",
+        "algorithm.use_kl_in_reward=True",
+        "algorithm.kl_ctrl.type=adaptive",
+        "algorithm.filter_groups.enable=True",
+        "algorithm.filter_groups.metric=score",
+        "algorithm.filter_groups.carry_over=False",
+        "algorithm.filter_overlong_response.enable=True",
+        "reward_model.reward_manager=dapo",
+        "reward_model.overlong_buffer.enable=True",
+        "reward_model.overlong_buffer.len=8",
+        "reward_model.overlong_buffer.log=True",
+        "reward_model.overlong_buffer.penalty_factor=1.0",
+        "actor_rollout_ref.actor.ppo_epochs=2",
+        "actor_rollout_ref.actor.shuffle=True",
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=128",
+        "actor_rollout_ref.rollout.top_k=50",
+        "trainer.total_training_steps=2",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=-1",
+    )
+    first, second = read(tmp_path)[1:]
+    assert first["train/num_gen_batches"] >= 1
+    assert first["reward/overlong_reward"] < 0
+    assert first["critic/rewards/mean"] < first["critic/score/mean"]
+    assert first["actor/reward_kl_penalty"] == 0  # the policy is still the reference
+    assert second["actor/reward_kl_penalty"] != 0
+    assert second["actor/reward_kl_penalty_coeff"] != first["actor/reward_kl_penalty_coeff"]
