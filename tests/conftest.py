@@ -23,6 +23,8 @@ from tests.helpers import make_tiny_model
 LONGEST = [
     "trainer/test_main_ppo.py",
     "trainer/test_math_run.py",
+    "trainer/test_main_vllm.py",
+    "workers/test_engines.py",
     "trainer/test_dapo.py",
     "trainer/test_multi_node.py",
     "trainer/test_options.py",
