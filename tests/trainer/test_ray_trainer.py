@@ -22,10 +22,10 @@ from verl.trainer.config import load_config
 from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
 from verl.trainer.config.schema import LOSS_AGG_MODES
 from verl.trainer.ppo.core_algos import response_weights
+from verl.trainer.ppo.metrics import reduce_update_metrics
 from verl.trainer.ppo.ray_trainer import (
     RayPPOTrainer,
     loss_config,
-    reduce_update_metrics,
 )
 from verl.utils.timer import Timer
 from verl.workers.actor import ActorWorker, MicroBatchLimit

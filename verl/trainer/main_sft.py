@@ -28,7 +28,7 @@ def train(config: SFTConfig, tokenizer: Any) -> Path:
     from verl.data.dataset import PromptOrder, load_sft_rows
     from verl.protocol import fill, response_lengths
     from verl.trainer.ppo.core_algos import response_weights
-    from verl.trainer.ppo.ray_trainer import reduce_update_metrics
+    from verl.trainer.ppo.metrics import reduce_update_metrics
     from verl.utils.seqlen_balancing import balanced_partitions
     from verl.utils.timer import Timer
     from verl.utils.tracking import Tracking

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from verl.data.dataset import PromptOrder
 from verl.protocol import Prompt, Sample, fill
+from verl.rewards.errors import RewardError
 from verl.rewards.manager import RewardManager
 from verl.trainer.config.schema import Config
 from verl.utils.timer import Timer
@@ -69,7 +70,7 @@ class TrainBatches:
             if self.config.algorithm.filter_groups.enable:
                 return self._filtered(step, timer)
             return [sample for group in self._round(step, 0, timer) for sample in group], {}
-        except BaseException:
+        except (RewardError, ValueError):
             self.load(before)
             raise
 

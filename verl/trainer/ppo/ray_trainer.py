@@ -36,6 +36,7 @@ from verl.trainer.ppo.core_algos import (
 from verl.trainer.ppo.metrics import (
     data_metrics,
     loss_agg_metrics,
+    reduce_update_metrics,
     throughput_metrics,
     timing_metrics,
     validation_metrics,
@@ -460,33 +461,3 @@ def loss_config(config: Config) -> LossConfig:
         rollout_is=config.algorithm.rollout_correction.rollout_is,
         rollout_is_threshold=config.algorithm.rollout_correction.rollout_is_threshold,
     )
-
-
-def reduce_update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, float]:
-    """Ranks' sums of each mini-batch → `actor/…` and `rollout/…` means over mini-batches.
-
-    Sums named `w/…` already carry the weights of the loss; the others become means over tokens,
-    those named `rollout/…` over `rollout/tokens`.
-    """
-    totals: dict[str, list[float]] = {}
-    for parts in zip(*by_rank, strict=True):  # one mini-batch, all ranks
-        tokens, compared = (sum(p.get(k, 0) for p in parts) for k in ("tokens", "rollout/tokens"))
-        for name in {name for part in parts for name in part} - {"tokens", "rollout/tokens"}:
-            values = [part[name] for part in parts if name in part]
-            if name in ("grad_norm", "lr"):
-                value = values[0]
-            elif name == "max_memory_gb" or name.endswith("_max"):
-                value = max(values)
-            elif name.startswith("w/"):
-                value = sum(values)
-            else:
-                count = compared if name.startswith("rollout/") else tokens
-                value = sum(values) / max(1.0, count)
-            if compared or not name.startswith("rollout/"):
-                totals.setdefault(name.removeprefix("w/"), []).append(value)
-    memory = totals.pop("max_memory_gb", None)
-    metrics = {
-        name if name.startswith("rollout/") else f"actor/{name}": float(np.mean(values))
-        for name, values in totals.items()
-    }
-    return metrics | ({"perf/max_memory_gb": max(memory)} if memory else {})
