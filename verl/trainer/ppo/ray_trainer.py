@@ -145,6 +145,7 @@ class RayPPOTrainer:
             new = trainer.val_before_train and not self.resumed
             if trainer.val_only or new or (self.validation_missing and self.val_prompts):
                 tracking.log_validation(self.validate(), self.step)
+            self.validation_missing = False
             if trainer.val_only:
                 return
             while self.step < self.total_steps:
