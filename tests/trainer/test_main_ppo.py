@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -202,7 +203,6 @@ def test_a_checkpoint_can_be_validated(settings: list[str], finished: Path, tmp_
         ("data.train_files=/nowhere/train.parquet", "/nowhere/train.parquet"),
         ("actor_rollout_ref.model.path=/nowhere/model", "actor_rollout_ref.model.path=/nowhere"),
         ("data.train_batch_size=64", "data.train_batch_size=64 is more than the 32"),
-        ("actor_rollout_ref.rollout.name=vllm", "rollout.name=hf"),
         ("custom_reward_function.name=missing", "missing"),
     ],
 )
@@ -214,3 +214,17 @@ def test_input_that_cannot_be_used_is_named_before_anything_starts(
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not ray.is_initialized()
+
+
+def test_an_engine_that_is_not_installed_is_named(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name)
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main_ppo.run(load_config([*settings, "actor_rollout_ref.rollout.name=vllm"]))
+    assert stopped.value.code == 2
+    message = "rollout.name=vllm, but vllm is not installed: run bash setup.sh gpu (or cpu --vllm)"
+    assert message in capsys.readouterr().err

@@ -144,6 +144,7 @@ class Doomed(HFEngine):
         yield []
 
 
+@pytest.mark.parametrize("groups", ["hf"], indirect=True)
 def test_an_engine_that_always_dies_ends_the_run(engines: EngineGroup, tiny_model: Path) -> None:
     model, slots = ModelConfig(path=str(tiny_model)), place(1, 1, "cpu", timeout_s=30)
     doomed = EngineGroup(Doomed, slots, "cpu", 0.5, model, RolloutConfig(), 80)
