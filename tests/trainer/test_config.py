@@ -86,6 +86,7 @@ def test_a_value_out_of_range(override: str, message: str) -> None:
     assert message in error_of(override)
 
 
+AHEAD = ["trainer.async_rollout=True", "trainer.rollout_gpus_per_node=1"]
 CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     "actor's use_grpopp": (
         ["algorithm.use_grpopp=True", f"{ACTOR}use_grpopp=False"],
@@ -162,6 +163,51 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     "carry-over after top-p": (
         ["algorithm.filter_groups={enable:True,metric:acc}", f"{ROLLOUT}top_p=0.9"],
         "set algorithm.filter_groups.carry_over=False",
+    ),
+    "importance sampling after top-k": (
+        ["algorithm.rollout_correction.rollout_is=token", f"{ROLLOUT}top_k=5"],
+        "set algorithm.rollout_correction.rollout_is=null, or top_p=1 and top_k=-1",
+    ),
+    "ahead without engines of their own": (
+        ["trainer.async_rollout=True"],
+        "set trainer.rollout_gpus_per_node",
+    ),
+    "ahead and carry-over": (
+        [*AHEAD, "algorithm.filter_groups={enable:True,metric:acc}"],
+        "two policy versions old; set algorithm.filter_groups.carry_over=False",
+    ),
+    "weights of hf by nccl": (
+        [f"{ROLLOUT}weight_transfer=nccl", "trainer.rollout_gpus_per_node=1"],
+        f"{ROLLOUT}weight_transfer=nccl is for rollout.name=vllm",
+    ),
+    "ipc between GPUs": (
+        [*AHEAD, f"{ROLLOUT}name=vllm", f"{ROLLOUT}weight_transfer=ipc"],
+        f"{ROLLOUT}weight_transfer=ipc does not fit trainer.rollout_gpus_per_node=1",
+    ),
+    "nccl on one GPU": (
+        [f"{ROLLOUT}name=vllm", f"{ROLLOUT}weight_transfer=nccl"],
+        f"{ROLLOUT}weight_transfer=nccl does not fit trainer.rollout_gpus_per_node=None",
+    ),
+    "engines over three of eight GPUs": (
+        [f"{ROLLOUT}name=vllm", f"{ROLLOUT}tensor_model_parallel_size=3"],
+        f"{ROLLOUT}tensor_model_parallel_size=3 must divide the 8 devices",
+    ),
+    "prompts in one piece": (
+        [
+            f"{ROLLOUT}name=vllm",
+            f"{ROLLOUT}enable_chunked_prefill=False",
+            "data.max_prompt_length=1000",
+            "data.max_response_length=8000",
+        ],
+        f"{ROLLOUT}max_num_batched_tokens=8192 can't hold one sequence of 9000 tokens",
+    ),
+    "fewer tokens than sequences": (
+        [f"{ROLLOUT}name=vllm", f"{ROLLOUT}max_num_batched_tokens=1000"],
+        f"{ROLLOUT}max_num_batched_tokens=1000 is less than max_num_seqs",
+    ),
+    "vLLM's own name of a key": (
+        [f"{ROLLOUT}name=vllm", f"{ROLLOUT}engine_kwargs.vllm.max_model_len=9"],
+        f"{ROLLOUT}engine_kwargs.vllm.max_model_len is set by other keys",
     ),
     "betas": ([f"{ACTOR}optim.betas=[0.9,1.0]"], "betas=[0.9, 1.0]: give two numbers"),
     "files": (["data.train_files=null"], "data.train_files=None: give a path"),
@@ -388,3 +434,8 @@ def test_every_key_is_documented(name: str) -> None:
                 if not (isinstance(text, str) and text.strip()):
                     missing.append(f"{cls.name}.{ast.unparse(node.target)}")
     assert classes and not missing
+
+
+def test_vllm_takes_arguments_of_its_own() -> None:
+    config = load(f"{ROLLOUT}name=vllm", f"{ROLLOUT}engine_kwargs.vllm.block_size=16")
+    assert config.actor_rollout_ref.rollout.engine_kwargs.vllm == {"block_size": 16}
