@@ -176,3 +176,9 @@ def test_configuration_and_protocol_do_not_even_load_torch():
     loaded = loaded_by("verl", "verl.protocol", "verl.trainer.config", "verl.trainer.main_ppo")
     assert "verl" in loaded
     assert not loaded & (HEAVY | {"torch"})
+
+
+def test_a_trainer_process_never_loads_vllm():
+    loaded = loaded_by("verl.trainer.ppo.ray_trainer", "verl.workers.rollout.vllm")
+    assert {"ray", "transformers"} <= loaded
+    assert "vllm" not in loaded
