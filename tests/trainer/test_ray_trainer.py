@@ -128,15 +128,20 @@ def test_scope_of_delta_l(scope: str, tiny_model: Path, tmp_path: Path) -> None:
         assert found == pytest.approx(part / mean / (4 * 10))
 
 
+def some_truncated(name: str, model: Path, folder: Path) -> tuple[RayPPOTrainer, list[Sample]]:
+    """A trainer of method `name` that filters truncated responses, and a batch with some."""
+    filtering = "algorithm.filter_overlong_response.enable=True"
+    samples = make_samples(LENGTHS)
+    for i in TRUNCATED:
+        samples[i].finish_reason = "length"
+    return make_trainer(model, folder, filtering, *METHODS[name]), samples
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_truncated_responses_leave_every_denominator(
     name: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    filtering = "algorithm.filter_overlong_response.enable=True"
-    trainer = make_trainer(tiny_model, tmp_path, filtering, *METHODS[name])
-    samples = make_samples(LENGTHS)
-    for i in TRUNCATED:
-        samples[i].finish_reason = "length"
+    trainer, samples = some_truncated(name, tiny_model, tmp_path)
     for found, used in zip(weights(trainer, samples), USED, strict=True):
         expected = dict(zip(used, weights_of_used(trainer, used), strict=True))
         first = 0 if 0 in used else 4
@@ -167,11 +172,7 @@ def test_truncated_responses_leave_the_mean_over_tokens(tiny_model: Path, tmp_pa
 def test_truncated_responses_change_no_other_gradient_beyond_the_denominators(
     name: str, worker: ActorWorker, tiny_model: Path, tmp_path: Path
 ) -> None:
-    filtering = "algorithm.filter_overlong_response.enable=True"
-    trainer = make_trainer(tiny_model, tmp_path, filtering, *METHODS[name])
-    samples = make_samples(LENGTHS)
-    for i in TRUNCATED:
-        samples[i].finish_reason = "length"
+    trainer, samples = some_truncated(name, tiny_model, tmp_path)
     for step, used in zip(trainer.add_weights(samples), USED, strict=True):
         found = gradient(worker.actor, step, MicroBatchLimit(3))
         expected = torch.zeros_like(found)

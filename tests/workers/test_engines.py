@@ -60,6 +60,19 @@ def tokens(samples: list[Sample]) -> list[tuple[int, int, list[int]]]:
     return sorted((s.group, s.draw, s.response_ids.tolist()) for s in samples)
 
 
+def generate(engines: EngineGroup) -> list[Sample]:
+    return [s for batch in engines.generate(PROMPTS, NUMBERS, PARAMS) for s in batch]
+
+
+def restarting(
+    actor: WorkerGroup, engines: EngineGroup
+) -> tuple[WeightSync, EngineGroup, list[int]]:
+    """The engines get weights when they start again; also the list of those that did."""
+    sync, restarted = WeightSync(actor, engines, "host", None), []
+    engines.on_restart = lambda engine: (restarted.append(engine), sync(engine))
+    return sync, engines, restarted
+
+
 @pytest.fixture(scope="module")
 def expected(groups: tuple[WorkerGroup, EngineGroup]) -> list[tuple[int, int, list[int]]]:
     """What one engine draws, undisturbed."""
@@ -70,7 +83,7 @@ def expected(groups: tuple[WorkerGroup, EngineGroup]) -> list[tuple[int, int, li
 
 def test_every_prompt_is_answered_once(engines: EngineGroup, expected: list) -> None:
     assert len(expected) == 27
-    found = [s for batch in engines.generate(PROMPTS, NUMBERS, PARAMS) for s in batch]
+    found = generate(engines)
     assert tokens(found) == expected
 
 
@@ -85,17 +98,14 @@ def test_a_closed_generation_leaves_the_engines_free(engines: EngineGroup, expec
         stream = engines.generate(PROMPTS, NUMBERS, PARAMS)
         assert next(stream)
         stream.close()
-    found = [s for batch in engines.generate(PROMPTS, NUMBERS, PARAMS) for s in batch]
+    found = generate(engines)
     assert tokens(found) == expected
 
 
 def test_an_engine_that_dies_loses_and_doubles_nothing(
     groups: tuple[WorkerGroup, EngineGroup], expected: list
 ) -> None:
-    actor, engines = groups
-    sync = WeightSync(actor, engines, "host", None)
-    restarted = []
-    engines.on_restart = lambda engine: (restarted.append(engine), sync(engine))
+    _, engines, restarted = restarting(*groups)
     for victim in (0, 1):
         pids = pids_of(engines)
         stream = engines.generate(PROMPTS, NUMBERS, PARAMS)
@@ -111,17 +121,14 @@ def test_an_engine_that_dies_loses_and_doubles_nothing(
 def test_an_engine_that_died_idle_gets_weights_before_it_is_asked(
     groups: tuple[WorkerGroup, EngineGroup], expected: list
 ) -> None:
-    actor, engines = groups
-    sync = WeightSync(actor, engines, "host", None)
-    restarted = []
-    engines.on_restart = lambda engine: (restarted.append(engine), sync(engine))
+    sync, engines, restarted = restarting(*groups)
     os.kill(pids_of(engines)[1], signal.SIGKILL)
-    found = [s for batch in engines.generate(PROMPTS, NUMBERS, PARAMS) for s in batch]
+    found = generate(engines)
     assert tokens(found) == expected
     os.kill(pids_of(engines)[0], signal.SIGKILL)
     sync()
     assert restarted == [1]
-    found = [s for batch in engines.generate(PROMPTS, NUMBERS, PARAMS) for s in batch]
+    found = generate(engines)
     assert tokens(found) == expected
 
 
@@ -132,7 +139,7 @@ def test_a_generation_can_be_cancelled(engines: EngineGroup, expected: list) -> 
     with pytest.raises(RuntimeError, match="cancelled"):
         list(stream)
     engines.cancelled = False
-    found = [s for batch in engines.generate(PROMPTS, NUMBERS, PARAMS) for s in batch]
+    found = generate(engines)
     assert tokens(found) == expected
 
 
@@ -156,6 +163,6 @@ def test_an_error_of_an_engine_is_raised(engines: EngineGroup, expected: list) -
     bad = SamplingParams(3, 60, seed=(-1,))  # for numpy no seed
     with pytest.raises(ValueError, match=r"non-negative|unsigned|negative"):
         list(engines.generate(PROMPTS, NUMBERS, bad))
-    found = [s for batch in engines.generate(PROMPTS, NUMBERS, PARAMS) for s in batch]
+    found = generate(engines)
     assert tokens(found) == expected
     assert np.isfinite([s.rollout_log_probs.sum() for s in found]).all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import NoReturn
 
 from verl.trainer.config import entry_point
@@ -20,9 +19,8 @@ def run(config: Config) -> None:
     """
     # Heavy imports wait until the configuration is known to be good.
     import ray
-    from transformers import AutoTokenizer
 
-    from verl.models.hf import check_model
+    from verl.models.hf import check_model, load_tokenizer
     from verl.rewards.errors import RewardError, RewardServerError
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.workers.rollout.base import engine_class
@@ -33,10 +31,7 @@ def run(config: Config) -> None:
         try:
             engine_class(config.actor_rollout_ref.rollout.name)
             check_model(model, config.data.max_prompt_length + config.data.max_response_length)
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(Path(config.data.tokenizer or model.path).expanduser()),
-                trust_remote_code=model.trust_remote_code,
-            )
+            tokenizer = load_tokenizer(model, config.data.tokenizer)
             trainer = ending.enter_context(closing(RayPPOTrainer(config, tokenizer)))
             trainer.start_workers()
         except (ValueError, OSError, RewardError) as error:

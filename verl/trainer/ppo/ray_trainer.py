@@ -74,9 +74,8 @@ class RayPPOTrainer:
         )
         validates = trainer.val_before_train or trainer.val_only or trainer.test_freq > 0
         self.val_prompts = load_prompts(data.val_files, data, tokenizer) if validates else []
-        train_prompts = load_prompts(data.train_files, data, tokenizer)
-        self.prompts = train_prompts
-        batches = TrainBatches(config, train_prompts, self.generate, self.rewards)
+        self.prompts = load_prompts(data.train_files, data, tokenizer)
+        batches = TrainBatches(config, self.prompts, self.generate, self.rewards)
         self.order = batches.order
         self.total_steps = (
             trainer.total_training_steps or trainer.total_epochs * self.order.steps_per_epoch
@@ -183,7 +182,7 @@ class RayPPOTrainer:
         self, prompts: list[Prompt], groups: list[int], params: SamplingParams
     ) -> Generator[list[Sample], None, None]:
         """Samples from all engines, as they are finished. Closing it stops the engines."""
-        yield from self.rollout.generate(prompts, groups, params)
+        return self.rollout.generate(prompts, groups, params)
 
     def update_engines(self) -> None:
         """Gives the engines the policy's weights and, on request, checks that they have them."""

@@ -44,6 +44,10 @@ class RolloutEngine(ABC):
     continuous: ClassVar[bool]
     """Whether a new prompt joins those that are being answered. If not, prompts are answered in
     batches, which should be as large as can be."""
+    needs: ClassVar[str | None] = None
+    """Package that the engine imports."""
+    parallel: ClassVar[bool] = False
+    """Whether an engine may have several devices, `tensor_model_parallel_size`."""
 
     def __init__(self, rollout: RolloutConfig) -> None:
         """Subclasses load the model: `(model, rollout, device, max_model_len)`, where the last is
@@ -52,11 +56,6 @@ class RolloutEngine(ABC):
         self.version = 0
         self._inbox: SimpleQueue[tuple[Work, int]] = SimpleQueue()
         self._stopped_call: int | None = None
-
-    needs: ClassVar[str | None] = None
-    """Package that the engine imports."""
-    parallel: ClassVar[bool] = False
-    """Whether an engine may have several devices, `tensor_model_parallel_size`."""
 
     @staticmethod
     def environment(rollout: RolloutConfig) -> dict[str, str]:
