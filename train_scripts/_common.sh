@@ -141,6 +141,15 @@ math() {
 
 # launch MODULE OVERRIDE…: prints the configuration, sends the run to a cluster, or runs it.
 launch() {
+  case " ${*:2} " in
+    *' --help '* | *' -h '*)
+      printf '  bash %s [key=value …]\n\n' "$0"
+      sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//; p;};}' "$0"
+      echo
+      sed -n '4,/^# shellcheck/{/^# shellcheck/d; s/^# \{0,1\}//; p;}' "${BASH_SOURCE[0]}"
+      return
+      ;;
+  esac
   if [[ ${DRY_RUN:-0} == 0 ]]; then
     [[ ${SUBMIT:-0} == 0 ]] || exec "$PYTHON" "$REPO/train_scripts/_submit.py" "$@"
     if [[ ${RAY_ADDRESS:-} == http* ]]; then

@@ -125,6 +125,14 @@ read_arguments() {
 }
 
 add_method() {
+  local override
+  for override in ${extra[@]+"${extra[@]}"}; do
+    case $override in
+      *.use_grpopp=* | *.use_dr_grpo=* | *.grpopp_config.alpha=* | *.loss_agg_mode=*)
+        die "$override: here --method and --alpha choose the aggregation, and name the run"
+        ;;
+    esac
+  done
   run=$PREFIX$method
   case $method in
     delta-l-norm)

@@ -256,6 +256,18 @@ def test_help_is_the_text_at_the_top_of_the_script(name: str) -> None:
     assert "#" not in result.stdout and "source" not in result.stdout
 
 
+def test_help_of_an_experiment_tells_what_it_is_and_what_may_be_set() -> None:
+    result = dry_run("countdown-3b-dapo-norm", "--help")
+    assert result.returncode == 0 and "CountDown, Qwen2.5-3B" in result.stdout
+    assert "N_GPUS" in result.stdout and "MODEL_PATH" in result.stdout
+    assert "#" not in result.stdout and "config-name" not in result.stdout
+
+
+def test_a_laptop_script_leaves_the_method_to_its_options() -> None:
+    result = dry_run("quickstart", "algorithm.grpopp_config.alpha=0.5")
+    assert result.returncode == 2 and "--alpha" in result.stderr
+
+
 def test_variables_arguments_and_working_directory(tmp_path: Path) -> None:
     config = resolved(
         dry_run(

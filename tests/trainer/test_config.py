@@ -43,6 +43,8 @@ def test_the_defaults_lack_only_what_a_user_must_choose() -> None:
         # The name alone, or in the wrong place.
         ("loss_agg_mode", f"{ACTOR}loss_agg_mode"),
         ("algorithm.loss_agg_mode", f"{ACTOR}loss_agg_mode"),
+        # A section is no answer.
+        ("trainer.foo", "trainer.nnodes"),
         # The right section, with or without Hydra's plus sign.
         ("+trainer.total_epoch", "trainer.total_epochs"),
     ],

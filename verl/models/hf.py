@@ -29,7 +29,8 @@ def load_hf_config(model: ModelConfig) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except OSError as error:
         raise ValueError(
-            f"actor_rollout_ref.model.path={model.path}: no Hugging Face model there ({error})"
+            f"actor_rollout_ref.model.path={model.path}: no Hugging Face model there; name a "
+            f"folder or a model of the hub (in scripts by MODEL_PATH)\n{error}"
         ) from error
     config.update(model.override_config)
     for name in [n for n in vars(config) if n.endswith(("dropout", "_pdrop"))]:

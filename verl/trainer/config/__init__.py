@@ -142,7 +142,8 @@ def _check_keys(base: DictConfig, overrides: Sequence[str]) -> None:
             continue
         ending = [k for k in known if k.endswith(f".{key}")]
         leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-        near = difflib.get_close_matches(key, ending or leaf or known, n=1, cutoff=0.0)
+        leaves = [k for k in known if not any(other.startswith(f"{k}.") for other in known)]
+        near = difflib.get_close_matches(key, ending or leaf or leaves, n=1, cutoff=0.0)
         raise ConfigError(f"there is no key {key!r}; the nearest one is {near[0]!r}")
 
 

@@ -20,6 +20,8 @@ LIMITS = {
     "high": (operator.le, "at most"),
 }
 IDLE = {
+    "actor.use_grpopp=True": (f"{ACTOR}.loss_agg_mode",),
+    "actor.use_dr_grpo=True": (f"{ACTOR}.loss_agg_mode",),
     "use_kl_loss=False": (f"{ACTOR}.kl_loss_",),
     "adv_estimator=rloo": ("algorithm.norm_adv_by_std_in_grpo",),
     "adv_estimator=reinforce_plus_plus_baseline": ("algorithm.norm_adv_by_std_in_grpo",),
