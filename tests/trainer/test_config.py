@@ -296,6 +296,14 @@ def test_keys_without_effect_are_named_once(caplog: pytest.LogCaptureFixture) ->
     assert "train_batch_size" not in message
 
 
+@pytest.mark.parametrize("flag", ["use_grpopp", "use_dr_grpo"])
+def test_a_mode_beside_the_flag_that_chooses_one(
+    flag: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(f"algorithm.{flag}=True", f"{ACTOR}loss_agg_mode=token-mean")
+    assert f"{ACTOR}loss_agg_mode (actor.{flag}=True)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
