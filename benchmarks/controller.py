@@ -30,7 +30,7 @@ import ray
 import torch
 from common import alternate, report, spread
 
-from verl.protocol import Prompt, Sample
+from verl.protocol import Prompt, Ragged, Sample
 from verl.rewards.manager import RewardManager
 from verl.trainer.config import load_config
 from verl.trainer.config.schema import Config, resolve_aggregation
@@ -102,7 +102,7 @@ class Actor:
     """Takes samples, and answers with as many numbers as the real one."""
 
     def log_probs(self, samples: Sequence[Sample], *_: Any) -> list[np.ndarray]:
-        return [np.full(s.length, -1, np.float32) for s in samples]
+        return Ragged(np.full(s.length, -1, np.float32) for s in samples)
 
     def update(self, mini_batches: Sequence[Sequence[Sample]], *_: Any) -> list[dict[str, float]]:
         names = ("w/pg_loss", "ppo_kl", "pg_clipfrac", "entropy", "rollout/logprob_diff_mean")

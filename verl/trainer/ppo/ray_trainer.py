@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from verl.data.dataset import load_prompts
-from verl.protocol import Prompt, Sample, column, fill, response_lengths
+from verl.protocol import ARRAYS, Parcel, Prompt, Sample, column, fill, response_lengths
 from verl.rewards.errors import RewardError
 from verl.rewards.manager import RewardManager
 from verl.trainer.config.schema import Config, resolve_aggregation
@@ -256,7 +256,10 @@ class RayPPOTrainer:
         shares = [self._partition(samples) for samples in steps]  # [step][rank] → indices
         arguments = []
         for rank in range(self.num_workers):
-            mine = [[s[i] for i in share[rank]] for s, share in zip(steps, shares, strict=True)]
+            mine = [
+                Parcel(samples[i] for i in share[rank])
+                for samples, share in zip(steps, shares, strict=True)
+            ]
             arguments.append((mine, loss_config(self.config), limit, actor.grad_clip))
         with self.actor.exclusive:  # else an engine that starts again could get half an update
             by_rank = self.actor.scatter("update", arguments)
@@ -411,8 +414,10 @@ class RayPPOTrainer:
             rollout.log_prob_max_token_len_per_gpu,
         )
         shares = self._partition(samples)
+        unread = [name for name in ARRAYS if name != "response_ids"]
         arguments = [
-            ([samples[i] for i in share], role, rollout.temperature, limit) for share in shares
+            (Parcel((samples[i] for i in share), unread), role, rollout.temperature, limit)
+            for share in shares
         ]
         results: list[np.ndarray | None] = [None] * len(samples)
         for share, values in zip(shares, self.actor.scatter("log_probs", arguments), strict=True):
