@@ -230,19 +230,19 @@ class RayPPOTrainer:
             self.aggregation.norm_by_std,
         )
         fill(samples, "advantage", values.tolist())
-        used = [s.length for s in samples if self._counts(s)]
+        used = response_lengths(s for s in samples if self._counts(s))
         modes = dict.fromkeys((*WEIGHTS_TO_COMPARE, self.aggregation.mode))
         weights = {mode: self._weights(used, mode, used).numpy() for mode in modes}
         return loss_agg_metrics(used, weights, self.aggregation.mode)
 
     def add_weights(self, samples: list[Sample]) -> Iterator[list[Sample]]:
         """The samples of each optimizer step, with the weights w_i of its loss."""
-        used = [s.length for s in samples if self._counts(s)]
+        used = response_lengths(s for s in samples if self._counts(s))
         scope = used if self.aggregation.scope == "batch" else None
         steps = list(mini_batches(self.config, samples, self.step))
         for step in steps:
             counting = [s for s in step if self._counts(s)]
-            weights = self._weights([s.length for s in counting], self.aggregation.mode, scope)
+            weights = self._weights(response_lengths(counting), self.aggregation.mode, scope)
             fill(counting, "weight", weights.tolist())
             yield [s for s in counting if s.weight > 0]
 
@@ -393,7 +393,7 @@ class RayPPOTrainer:
         return not (self.config.algorithm.filter_overlong_response.enable and sample.truncated)
 
     def _weights(
-        self, lengths: list[int], mode: str, rollout_lengths: list[int] | None
+        self, lengths: np.ndarray, mode: str, rollout_lengths: np.ndarray | None
     ) -> torch.Tensor:
         a = self.aggregation
         return response_weights(
