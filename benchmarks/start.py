@@ -51,7 +51,12 @@ def make_inputs(folder: Path) -> list[str]:
     make_tiny_model(folder / "model")
     rule = {"style": "rule", "ground_truth": ""}
     rows = [
-        {"data_source": "any", "prompt": f"{i} + {i} =", "reward_model": rule, "extra_info": {}}
+        {
+            "data_source": "any",
+            "prompt": f"{i} + {i} =",
+            "reward_model": rule,
+            "extra_info": {"i": i},
+        }
         for i in range(32)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")

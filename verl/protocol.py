@@ -91,7 +91,7 @@ class Sample:
         return self.finish_reason == "length"
 
 
-ARRAYS = {
+ARRAYS: dict[str, np.dtype[Any]] = {
     "response_ids": np.dtype(np.int64),
     **dict.fromkeys(("rollout_log_probs", "old_log_probs", "ref_log_probs"), np.dtype(np.float32)),
 }
@@ -124,12 +124,14 @@ class Ragged(list[NDArray[np.float32]]):
     """Arrays [L_i] on their way to another process: as those of a `Parcel`."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        dtype = np.dtype(np.float32)
+        dtype: np.dtype[Any] = np.dtype(np.float32)
         return _views, (_buffers(self, dtype), dtype)
 
 
 def _buffers(arrays: Iterable[Any], dtype: np.dtype[Any]) -> list[PickleBuffer | None]:
-    return [None if a is None else PickleBuffer(np.ascontiguousarray(a, dtype)) for a in arrays]
+    return [
+        None if a is None else PickleBuffer(np.ascontiguousarray(a, dtype).data) for a in arrays
+    ]
 
 
 def _views(buffers: Iterable[Any], dtype: np.dtype[Any]) -> list[Any]:
