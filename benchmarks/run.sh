@@ -6,8 +6,8 @@
 #   --quick   fewer repeats: all together under 5 minutes
 #
 # A target that is not met is shown. A benchmark that fails is named, and the exit status is 1.
-# vs_trl runs in .venv-trl, and makes it at its first use. The LaTeX server's runs in .venv-server
-# (MATH_SERVER_PYTHON names another interpreter) and needs fastapi there, for the server to compare with.
+# vs_trl makes .venv-trl at its first use. latex_server runs in .venv-server, or with the interpreter
+# MATH_SERVER_PYTHON, and gets fastapi there, for the server that it compares with.
 set -euo pipefail
 HERE=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 source "$HERE/../train_scripts/_common.sh"
@@ -31,7 +31,11 @@ trap 'rm -f "$output"' EXIT
 failed=()
 for name in "${names[@]}"; do
   python=$PYTHON
-  [[ $name != latex_server ]] || python=$server
+  if [[ $name == latex_server ]]; then
+    python=$server
+    "$python" -c 'import fastapi' 2>/dev/null ||
+      "$python" -m pip install -q fastapi -c server/math/requirements.txt
+  fi
   printf '\n== %s\n' "$name"
   started=$SECONDS
   "$python" "benchmarks/$name.py" "${quick[@]}" | tee -a "$output" || failed+=("$name")
