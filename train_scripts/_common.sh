@@ -19,7 +19,9 @@ set -euo pipefail
 REPO=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)
 PYTHON=${VERL_PYTHON:-${PYTHON:-}}
 [[ -n $PYTHON || ! -x $REPO/.venv/bin/python ]] || PYTHON=$REPO/.venv/bin/python
-if ! "${PYTHON:=python3}" -c 'import hydra, omegaconf' 2>/dev/null; then
+# Looked for, not imported: that would take as long as a dry run.
+if ! "${PYTHON:=python3}" -c 'from importlib.util import find_spec as f; f("hydra").name, f("omegaconf").name' \
+  2>/dev/null; then
   printf 'error: %s lacks the packages that verl needs: run bash setup.sh gpu (or cpu) first\n' \
     "$PYTHON" >&2
   exit 1

@@ -7,7 +7,8 @@ Everything is ragged numpy. Padded or packed tensors exist only inside a worker
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pickle import PickleBuffer
 from typing import Any, Literal
 
 import numpy as np
@@ -88,6 +89,59 @@ class Sample:
     def truncated(self) -> bool:
         """Whether the response hit the length limit without an end-of-sequence token."""
         return self.finish_reason == "length"
+
+
+ARRAYS: dict[str, np.dtype[Any]] = {
+    "response_ids": np.dtype(np.int64),
+    **dict.fromkeys(("rollout_log_probs", "old_log_probs", "ref_log_probs"), np.dtype(np.float32)),
+}
+"""Fields of `Sample` that hold one number per token."""
+
+
+class Parcel(list[Sample]):
+    """Samples on their way to another process, where they arrive as a plain list.
+
+    Their arrays are copied once, into the message; those that arrive are read-only views of it.
+    Pickled field by field, which is several times faster than sample by sample.
+
+    `without`: arrays that stay behind; they arrive as None.
+    """
+
+    def __init__(self, samples: Iterable[Sample], without: Sequence[str] = ()) -> None:
+        super().__init__(samples)
+        self.without = without
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        columns: dict[str, list[Any]] = {}
+        for f in fields(Sample):
+            stays = f.name in self.without
+            values = [None] * len(self) if stays else [getattr(s, f.name) for s in self]
+            columns[f.name] = _buffers(values, ARRAYS[f.name]) if f.name in ARRAYS else values
+        return _samples, (columns,)
+
+
+class Ragged(list[NDArray[np.float32]]):
+    """Arrays [L_i] on their way to another process: as those of a `Parcel`."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        dtype: np.dtype[Any] = np.dtype(np.float32)
+        return _views, (_buffers(self, dtype), dtype)
+
+
+def _buffers(arrays: Iterable[Any], dtype: np.dtype[Any]) -> list[PickleBuffer | None]:
+    return [
+        None if a is None else PickleBuffer(np.ascontiguousarray(a, dtype).data) for a in arrays
+    ]
+
+
+def _views(buffers: Iterable[Any], dtype: np.dtype[Any]) -> list[Any]:
+    return [None if b is None else np.frombuffer(b, dtype) for b in buffers]
+
+
+def _samples(columns: dict[str, list[Any]]) -> list[Sample]:
+    for name, dtype in ARRAYS.items():
+        columns[name] = _views(columns[name], dtype)
+    return list(map(Sample, *(columns[f.name] for f in fields(Sample))))
 
 
 def response_lengths(samples: Iterable[Sample]) -> NDArray[np.int64]:

@@ -53,3 +53,18 @@ def test_metrics_are_the_same_after_a_resume(tmp_path: Path) -> None:
     before = data_metrics(samples, 16)
     assert before["reward/f"] == 0.5
     assert data_metrics(resumed(samples, tmp_path), 16) == before
+
+
+def test_token_arrays_are_the_same_after_a_resume(tmp_path: Path) -> None:
+    samples = make_samples([3, 0, 5, 2])
+    samples[0].response_ids = np.array([2**31 + 7, 0, -1])
+    samples[2].rollout_log_probs = None
+    for before, after in zip(samples, resumed(samples, tmp_path), strict=True):
+        np.testing.assert_array_equal(after.response_ids, before.response_ids)
+        assert after.response_ids.dtype == np.int64
+        if before.rollout_log_probs is None:
+            assert after.rollout_log_probs is None
+        else:
+            np.testing.assert_array_equal(after.rollout_log_probs, before.rollout_log_probs)
+            assert after.rollout_log_probs.dtype == np.float32
+    assert resumed([], tmp_path) == []

@@ -7,9 +7,12 @@ import sys
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import ray
 
+from tests.helpers import make_samples
+from verl.protocol import ARRAYS, Parcel, Ragged, Sample
 from verl.workers.group import WorkerGroup, place, start_ray
 
 
@@ -21,6 +24,12 @@ class Echo:
 
     def add(self, value: int) -> int:
         return self.number + value
+
+    def receive(self, samples: list[Sample]) -> tuple[list[tuple[int, bool]], Ragged]:
+        """Address of each array of token ids and whether it is a copy; arrays to send back."""
+        arrays = [s.response_ids for s in samples]
+        seen = [(a.__array_interface__["data"][0], a.flags.owndata) for a in arrays]
+        return seen, Ragged(s.old_log_probs + self.number for s in samples)
 
     def fail_or_hang(self) -> None:
         if self.number == 1:
@@ -48,6 +57,23 @@ def test_calls_go_to_all_and_come_back_in_order(group: WorkerGroup) -> None:
     assert group.call("add", 10) == [10, 11]
     assert group.scatter("add", [(1,), (2,)]) == [1, 3]
     assert group.call("spinning") == ["PASSIVE", "PASSIVE"]
+
+
+def test_no_token_array_is_copied_more_than_once_on_its_way(group: WorkerGroup) -> None:
+    samples = make_samples([30_000, 0, 20_000, 10_000])
+    results = group.call("receive", Parcel(samples))
+    context = ray._private.worker.global_worker.get_serialization_context()
+    message = context.serialize(Parcel(samples)).total_bytes
+    arrays = sum(getattr(s, name).nbytes for s in samples for name in ARRAYS)
+    assert arrays < message < 1.01 * arrays  # in the message once
+    for number, (seen, log_probs) in enumerate(results):
+        # Each array is a view, and all of them lie in the memory of that one message.
+        assert [copied for _, copied in seen] == [False] * 4
+        filled = [address for address, _ in seen[:1] + seen[2:]]
+        assert max(filled) + 10_000 * 8 - min(filled) <= message
+        for values, sample in zip(log_probs, samples, strict=True):
+            assert not values.flags.owndata
+            np.testing.assert_array_equal(values, sample.old_log_probs + number)
 
 
 def test_ranks_meet_at_the_address_that_nodes_know_each_other_by(group: WorkerGroup) -> None:

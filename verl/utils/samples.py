@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl.protocol import Prompt, Sample
+from verl.protocol import ARRAYS, Prompt, Sample
 
 SCHEMA = pa.schema(
     {
@@ -32,13 +32,27 @@ SCHEMA = pa.schema(
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Writes scored samples, exactly; what later stages of a step compute is left out."""
-    names = [name for name in SCHEMA.names if name not in ("prompt_index", "extras")]
-    rows = []
-    for sample in samples:
-        extras = json.dumps(_plain(sample.extras))
-        row = {name: getattr(sample, name) for name in names}
-        rows.append(row | {"prompt_index": sample.prompt.index, "extras": extras})
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
+    columns: dict[str, Any] = {
+        "prompt_index": [s.prompt.index for s in samples],
+        "extras": [json.dumps(_plain(s.extras)) for s in samples],
+    }
+    for name in SCHEMA.names:
+        values = columns.get(name) or [getattr(s, name) for s in samples]
+        columns[name] = _lists(values, ARRAYS[name]) if name in ARRAYS else values
+    # Dictionaries of token ids or of log-probabilities take long and save nothing.
+    few = [name for name in SCHEMA.names if name not in ARRAYS]
+    encoding = {"response_ids.list.element": "DELTA_BINARY_PACKED"}
+    table = pa.table(columns, SCHEMA)
+    pq.write_table(table, path, use_dictionary=few, column_encoding=encoding)
+
+
+def _lists(arrays: Sequence[Any], dtype: np.dtype[Any]) -> pa.ListArray:
+    """One list per array, null for None."""
+    given = [np.zeros(0, dtype) if a is None else a for a in arrays]
+    ends = np.cumsum([len(a) for a in given], dtype=np.int32)
+    values = np.concatenate([np.zeros(0, dtype), *given], dtype=dtype)
+    none = pa.array([a is None for a in arrays], pa.bool_())
+    return pa.ListArray.from_arrays(np.append(np.int32(0), ends), values, mask=none)
 
 
 def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
@@ -49,16 +63,16 @@ def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
     if not path.exists():
         return []
     by_index = {prompt.index: prompt for prompt in prompts}
+    table = pq.read_table(path)
+    names = ["response_ids", "rollout_log_probs"]
+    arrays = [[x.values.to_numpy() if x.is_valid else None for x in table[name]] for name in names]
     samples = []
-    for row in pq.read_table(path).to_pylist():
+    for row, *given in zip(table.drop_columns(names).to_pylist(), *arrays, strict=True):
         index = row.pop("prompt_index")
         if index not in by_index:
             raise ValueError(f"{path}: prompt {index} is not in data.train_files")
-        row["response_ids"] = np.array(row["response_ids"], np.int64)
         row["extras"] = json.loads(row["extras"])
-        if row["rollout_log_probs"] is not None:
-            row["rollout_log_probs"] = np.array(row["rollout_log_probs"], np.float32)
-        samples.append(Sample(by_index[index], **row))
+        samples.append(Sample(by_index[index], **row, **dict(zip(names, given, strict=True))))
     return samples
 
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from verl.models import fsdp
 from verl.models.packing import Batch, pack, per_token, split_per_sample
-from verl.protocol import Sample
+from verl.protocol import Ragged, Sample
 from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
 from verl.trainer.ppo.core_algos import kl_divergence, policy_loss, rollout_is_weights
 from verl.utils.device import empty_cache, get_device, max_memory_gb, process_group_backend
@@ -334,7 +334,7 @@ class ActorWorker(WeightExporter):
         self, samples: Sequence[Sample], role: str, temperature: float, limit: MicroBatchLimit
     ) -> list[np.ndarray]:
         """Log-probabilities under the policy (`role="actor"`) or the reference (`"ref"`)."""
-        return getattr(self, role).log_probs(samples, temperature, limit)
+        return Ragged(getattr(self, role).log_probs(samples, temperature, limit))
 
     def update(self, mini_batches: Any, *args: Any) -> list[dict[str, float]]:
         """`Policy.update` of the policy, with `max_memory_gb` in the last mini-batch's figures."""

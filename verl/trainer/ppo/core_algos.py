@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,8 +117,10 @@ def delta_l(L: Tensor, *, M: int, alpha: float, rollout_L: Tensor, **_: Any) -> 
     if not len(present):
         return torch.zeros_like(L)
     mean_length = present.mean()
-    scale = ((present / mean_length) ** -alpha).mean()
-    return dr_grpo(L, M=M) * (L.clamp(min=1) / mean_length) ** -alpha / scale
+    powers = (L.clamp(min=1) / mean_length) ** -alpha
+    same = rollout_L is L
+    scale = powers[L > 0].mean() if same else ((present / mean_length) ** -alpha).mean()
+    return dr_grpo(L, M=M) * powers / scale
 
 
 WEIGHTS: dict[str, Callable[..., Tensor]] = {
@@ -141,11 +144,11 @@ def group_statistics(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Te
 
     Returns: three tensors [N]. The deviation of a group of one is 0.
     """
-    index = torch.unique(groups, return_inverse=True)[1]
+    # NumPy's `unique` is the fastest one here, `bincount` the fastest sum.
+    index = torch.as_tensor(np.unique(groups.numpy(), return_inverse=True)[1])
     count = torch.bincount(index).to(values.dtype)
-    zeros = torch.zeros_like(count)
-    mean = zeros.index_add(0, index, values) / count
-    squares = zeros.index_add(0, index, (values - mean[index]) ** 2)
+    mean = torch.bincount(index, values) / count
+    squares = torch.bincount(index, (values - mean[index]) ** 2)
     std = (squares / (count - 1).clamp(min=1)).sqrt()
     return mean[index], std[index], count[index]
 

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from verl.data.dataset import load_prompts
-from verl.protocol import Prompt, Sample, column, fill, response_lengths
+from verl.protocol import ARRAYS, Parcel, Prompt, Sample, column, fill, response_lengths
 from verl.rewards.errors import RewardError
 from verl.rewards.manager import RewardManager
 from verl.trainer.config.schema import Config, resolve_aggregation
@@ -230,19 +230,19 @@ class RayPPOTrainer:
             self.aggregation.norm_by_std,
         )
         fill(samples, "advantage", values.tolist())
-        used = [s.length for s in samples if self._counts(s)]
+        used = response_lengths(s for s in samples if self._counts(s))
         modes = dict.fromkeys((*WEIGHTS_TO_COMPARE, self.aggregation.mode))
         weights = {mode: self._weights(used, mode, used).numpy() for mode in modes}
         return loss_agg_metrics(used, weights, self.aggregation.mode)
 
     def add_weights(self, samples: list[Sample]) -> Iterator[list[Sample]]:
         """The samples of each optimizer step, with the weights w_i of its loss."""
-        used = [s.length for s in samples if self._counts(s)]
+        used = response_lengths(s for s in samples if self._counts(s))
         scope = used if self.aggregation.scope == "batch" else None
         steps = list(mini_batches(self.config, samples, self.step))
         for step in steps:
             counting = [s for s in step if self._counts(s)]
-            weights = self._weights([s.length for s in counting], self.aggregation.mode, scope)
+            weights = self._weights(response_lengths(counting), self.aggregation.mode, scope)
             fill(counting, "weight", weights.tolist())
             yield [s for s in counting if s.weight > 0]
 
@@ -256,7 +256,10 @@ class RayPPOTrainer:
         shares = [self._partition(samples) for samples in steps]  # [step][rank] → indices
         arguments = []
         for rank in range(self.num_workers):
-            mine = [[s[i] for i in share[rank]] for s, share in zip(steps, shares, strict=True)]
+            mine = [
+                Parcel(samples[i] for i in share[rank])
+                for samples, share in zip(steps, shares, strict=True)
+            ]
             arguments.append((mine, loss_config(self.config), limit, actor.grad_clip))
         with self.actor.exclusive:  # else an engine that starts again could get half an update
             by_rank = self.actor.scatter("update", arguments)
@@ -390,7 +393,7 @@ class RayPPOTrainer:
         return not (self.config.algorithm.filter_overlong_response.enable and sample.truncated)
 
     def _weights(
-        self, lengths: list[int], mode: str, rollout_lengths: list[int] | None
+        self, lengths: np.ndarray, mode: str, rollout_lengths: np.ndarray | None
     ) -> torch.Tensor:
         a = self.aggregation
         return response_weights(
@@ -411,8 +414,10 @@ class RayPPOTrainer:
             rollout.log_prob_max_token_len_per_gpu,
         )
         shares = self._partition(samples)
+        unread = [name for name in ARRAYS if name != "response_ids"]
         arguments = [
-            ([samples[i] for i in share], role, rollout.temperature, limit) for share in shares
+            (Parcel((samples[i] for i in share), unread), role, rollout.temperature, limit)
+            for share in shares
         ]
         results: list[np.ndarray | None] = [None] * len(samples)
         for share, values in zip(shares, self.actor.scatter("log_probs", arguments), strict=True):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
 
-from verl.protocol import Prompt, Sample, fill
+from verl.protocol import Parcel, Prompt, Sample, fill
 from verl.trainer.config.schema import RolloutConfig
 
 
@@ -83,7 +83,7 @@ class RolloutEngine(ABC):
         self._call = call
         for samples in self._generate(params):
             fill(samples, "policy_version", [self.version] * len(samples))
-            yield samples
+            yield Parcel(samples)
         while self._more:  # after a stop
             self._receive(wait=True)
         if self.stopped:

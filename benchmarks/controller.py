@@ -1,0 +1,342 @@
+"""The driver's own work in a training step: all that is neither generation nor a model's pass.
+
+    .venv/bin/python benchmarks/controller.py [--quick]
+
+A step of 1,280 responses (the published scripts') and one of 12,800, of log-normal lengths up to
+8,192 tokens, goes through the trainer's own stages and real Ray; engines and actor ranks do nothing
+but hand samples over and answer with arrays of the right sizes. Token arrays are random.
+
+* Per stage: wall time, and the driver's processor time (all its threads).
+* Bytes through the object store, against those of the token arrays themselves.
+* Weights and advantages of 100,000 responses, against loops over the rows of padded masks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from common import alternate, report, spread
+
+from verl.protocol import ARRAYS, Parcel, Prompt, Ragged, Sample
+from verl.rewards.manager import RewardManager
+from verl.trainer.config import load_config
+from verl.trainer.config.schema import Config, resolve_aggregation
+from verl.trainer.ppo.batching import has_spread, split_groups
+from verl.trainer.ppo.core_algos import advantages, response_weights
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.utils.samples import write_samples
+from verl.utils.timer import Timer
+from verl.workers.engines import EngineGroup
+from verl.workers.group import WorkerGroup, place, start_ray
+from verl.workers.rollout.base import RolloutEngine, SamplingParams
+
+NAME = "controller"
+RANKS = 4
+PER_PROMPT = 10
+LONGEST = 8192
+VOCABULARY = 151_936
+ALPHA = 0.75
+POOL = 2**21  # random tokens, from which an engine cuts its responses
+
+
+def draw_lengths(count: int, rng: np.random.Generator, longest: int = LONGEST) -> np.ndarray:
+    """Response lengths in tokens, log-normal (σ = 0.8), 1,340 on average."""
+    return rng.lognormal(np.log(1000), 0.8, count).astype(np.int64).clip(1, longest)
+
+
+def make_prompts(count: int) -> list[Prompt]:
+    """Prompts of 100 to 256 tokens, as those of the countdown scripts."""
+    rng = np.random.default_rng(0)
+    truth = {"target": 24, "numbers": [4, 6, 3]}
+    return [
+        Prompt(i, rng.integers(VOCABULARY, size=rng.integers(100, 257)), "countdown", truth)
+        for i in range(count)
+    ]
+
+
+class Engine(RolloutEngine):
+    """Answers at once, a prompt's responses at a time."""
+
+    continuous = True
+
+    def __init__(self, model: Any, rollout: Any, device: Any, max_model_len: int) -> None:
+        super().__init__(rollout)
+        rng = np.random.default_rng(0)
+        self.tokens = rng.integers(VOCABULARY, size=POOL)
+        self.log_probs = -rng.random(POOL, np.float32)
+
+    def _generate(self, params: SamplingParams) -> Iterator[list[Sample]]:
+        while work := self._take(1, wait=True):
+            for prompt, group in work:
+                rng = np.random.default_rng(group)
+                lengths = draw_lengths(params.n, rng)
+                starts = rng.integers(POOL - LONGEST, size=params.n)
+                yield [
+                    Sample(
+                        prompt=prompt,
+                        group=group,
+                        draw=draw,
+                        response_ids=self.tokens[start : start + length].copy(),
+                        finish_reason="length" if length == LONGEST else "stop",
+                        rollout_log_probs=self.log_probs[start : start + length].copy(),
+                    )
+                    for draw, (start, length) in enumerate(zip(starts, lengths, strict=True))
+                ]
+
+    def load_weights(self, bucket: dict[str, Any]) -> None:
+        pass
+
+
+class Actor:
+    """Takes samples, and answers with as many numbers as the real one."""
+
+    def log_probs(self, samples: Sequence[Sample], *_: Any) -> list[np.ndarray]:
+        return Ragged(np.full(s.length, -1, np.float32) for s in samples)
+
+    def update(self, mini_batches: Sequence[Sequence[Sample]], *_: Any) -> list[dict[str, float]]:
+        names = ("w/pg_loss", "ppo_kl", "pg_clipfrac", "entropy", "rollout/logprob_diff_mean")
+        sums = dict.fromkeys(names, 0.5)
+        return [
+            sums | {"tokens": sum(s.length for s in samples), "grad_norm": 1.0, "lr": 1e-6}
+            for samples in mini_batches
+        ]
+
+
+class Tokenizer:
+    """Stands for one whose decoding takes no time: it is not the manager's own work."""
+
+    def batch_decode(self, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return ["<think> 4 * 6 </think> <answer> 4 * 6 </answer>"] * len(ids)
+
+
+def configure(responses: int) -> Config:
+    """The published countdown script's settings, at another batch size."""
+    prompts = responses // PER_PROMPT
+    return load_config(
+        [
+            "data.train_files=none",
+            "data.val_files=none",
+            f"data.train_batch_size={prompts}",
+            f"data.max_response_length={LONGEST}",
+            "data.max_prompt_length=256",
+            "algorithm.adv_estimator=grpo",
+            "algorithm.use_grpopp=True",
+            f"algorithm.grpopp_config.alpha={ALPHA}",
+            "actor_rollout_ref.model.path=none",
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={prompts // 4}",
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+            f"actor_rollout_ref.rollout.n={PER_PROMPT}",
+            "actor_rollout_ref.rollout.max_num_seqs=256",
+            f"trainer.n_gpus_per_node={RANKS}",
+        ]
+    )
+
+
+def make_trainer(config: Config, actor: WorkerGroup) -> RayPPOTrainer:
+    """A trainer with workers, and without model and data."""
+    trainer = RayPPOTrainer.__new__(RayPPOTrainer)
+    trainer.config, trainer.actor = config, actor
+    trainer.aggregation = resolve_aggregation(config)
+    trainer.num_workers, trainer.step, trainer.engine_metrics = RANKS, 1, {}
+    trainer.order = SimpleNamespace(epoch=0)
+    return trainer
+
+
+class Stages:
+    """Seconds of each stage, in the order of the first step: wall, and the driver's processors."""
+
+    def __init__(self) -> None:
+        self.wall: dict[str, list[float]] = defaultdict(list)
+        self.processor: dict[str, list[float]] = defaultdict(list)
+
+    def __call__(self, name: str, function: Callable[[], Any]) -> Any:
+        start, busy = time.perf_counter(), time.process_time()
+        result = function()
+        self.wall[name].append(time.perf_counter() - start)
+        self.processor[name].append(time.process_time() - busy)
+        return result
+
+
+def step(
+    trainer: RayPPOTrainer,
+    engines: EngineGroup,
+    rewards: RewardManager,
+    prompts: list[Prompt],
+    folder: Path,
+    stages: Stages,
+) -> list[Sample]:
+    """One training step; the stages stand apart where the trainer overlaps them."""
+    params = SamplingParams(PER_PROMPT, LONGEST)
+    timer = Timer()
+    numbers = list(range(len(prompts)))
+    chunks = stages("receive samples", lambda: list(engines.generate(prompts, numbers, params)))
+    samples = sorted((s for chunk in chunks for s in chunk), key=lambda s: (s.group, s.draw))
+    groups = split_groups(samples)
+    stages(
+        "score (function and decoding apart)",
+        lambda: [future.result() for future in [rewards.submit(group) for group in groups]],
+    )
+    rng = np.random.default_rng(0)
+    for sample in samples:
+        sample.score = sample.reward = sample.extras["acc"] = float(rng.random() < 0.5)
+    stages(
+        "group filter",
+        lambda: [group for group in split_groups(samples) if has_spread(group, "acc")],
+    )
+    stages("old log-probs: scatter, gather", lambda: trainer.add_log_probs(samples, timer))
+    stages("advantages, loss_agg metrics", lambda: trainer.add_advantages(samples))
+    steps = stages("mini-batches, weights", lambda: list(trainer.add_weights(samples)))
+    stages("update: balance, scatter", lambda: trainer.update_actor(steps))
+    stages("metrics", lambda: trainer.step_metrics(samples, timer))
+    stages("dump of the samples", lambda: write_samples(folder / "samples.parquet", samples))
+    return samples
+
+
+def run_steps(responses: int, repeats: int) -> None:
+    """The table of stages for one batch size, and its targets."""
+    config = configure(responses)
+    prompts = make_prompts(responses // PER_PROMPT)
+    slots = place(1, RANKS, "cpu")
+    actor = WorkerGroup(Actor, slots, "cpu", [()] * RANKS)
+    model = config.actor_rollout_ref
+    engines = EngineGroup(Engine, slots, "cpu", 0.5, model.model, model.rollout, 2 * LONGEST)
+    engines.find_restarted()
+    trainer = make_trainer(config, actor)
+    rewards = RewardManager(
+        config.reward_model, config.custom_reward_function, Tokenizer(), LONGEST
+    )
+    stages = Stages()
+    with tempfile.TemporaryDirectory() as folder:
+        step(trainer, engines, rewards, prompts, Path(folder), Stages())  # warm-up
+        for i in range(repeats):
+            samples = step(trainer, engines, rewards, prompts, Path(folder), stages)
+            print(f"{responses} responses: step {i + 1}/{repeats}", file=sys.stderr)
+        size = (Path(folder) / "samples.parquet").stat().st_size
+    rewards.close()
+    tokens = sum(s.length for s in samples)
+    print(f"\n{responses:,} responses, {tokens / 1e6:.1f} M tokens, {size / 1e6:.0f} MB of parquet")
+    print(f"{'stage':38}{'wall, ms':>30}{'driver CPU, ms':>30}")
+    for name, seconds in stages.wall.items():
+        cells = [
+            spread([round(1000 * s, 1) for s in x], "") for x in (seconds, stages.processor[name])
+        ]
+        print(f"{name:38}{cells[0]:>30}{cells[1]:>30}")
+    totals = [sum(step) for step in zip(*stages.wall.values(), strict=True)]
+    print(f"{'whole step':38}{spread([1000 * s for s in totals], ''):>30}")
+    report(NAME, f"seconds of {responses:,} responses", statistics.median(totals), "<= 2")
+    while_generating = [sum(x) for x in zip(*list(stages.wall.values())[:2], strict=True)]
+    rest = [a - b for a, b in zip(totals, while_generating, strict=True)]
+    what = f"seconds of {responses:,} responses after generation"
+    report(NAME, what, statistics.median(rest), "<= 2")
+    run_bytes(samples)
+    for worker in (*actor.workers, *engines.workers):
+        ray.kill(worker)
+
+
+def padded_loops(rewards: torch.Tensor, groups: list[int], mask: torch.Tensor) -> torch.Tensor:
+    """w_i · M · N · A_i as published code makes it, row by row: GRPO's advantage from lists in a
+    dict, of whose tensors torch takes mean and standard deviation, then ∆L's scaling from the rows
+    of the mask."""
+    by_group: dict[int, list[torch.Tensor]] = defaultdict(list)
+    scores = rewards.clone()
+    for i, group in enumerate(groups):
+        by_group[group].append(scores[i])
+    means = {group: torch.mean(torch.tensor(values)) for group, values in by_group.items()}
+    stds = {group: torch.std(torch.tensor(values)) for group, values in by_group.items()}
+    for i, group in enumerate(groups):
+        scores[i] = (scores[i] - means[group]) / (stds[group] + 1e-6)
+    lengths = [row.sum().item() for row in mask]
+    mean_length = sum(lengths) / len(lengths)
+    powers = [(length / mean_length) ** -ALPHA for length in lengths]
+    mean_power = sum(powers) / len(powers)
+    for i, power in enumerate(powers):
+        scores[i] = scores[i] * (power / mean_power)
+    return scores
+
+
+def run_maths(count: int, repeats: int) -> None:
+    """Weights and advantages against `padded_loops`. The padded width is 1,024: a wider one would
+    only slow the loops down."""
+    rng, width = np.random.default_rng(0), 1024
+    lengths = draw_lengths(count, rng, width)
+    rewards = rng.integers(0, 2, count).astype(np.float64)
+    groups = np.repeat(np.arange(count // PER_PROMPT), PER_PROMPT)
+    mask = torch.arange(width) < torch.as_tensor(lengths)[:, None]
+
+    def ours() -> torch.Tensor:
+        weights = response_weights(lengths, "delta-l", width, ALPHA)
+        return weights * advantages(rewards, groups, lengths)
+
+    def loops() -> torch.Tensor:
+        return padded_loops(torch.as_tensor(rewards), groups.tolist(), mask)
+
+    torch.testing.assert_close(ours() * count * width, loops(), rtol=2e-6, atol=1e-6)
+    published = [
+        value for seconds in alternate({"loops": loops}, repeats).values() for value in seconds
+    ]
+    few = alternate({"ours": ours}, 20)["ours"]
+    print(
+        f"\nweights and advantages of {count:,} responses: {spread([1000 * s for s in few], 'ms')}"
+    )
+    print(f"loops over padded rows: {spread(published)}; equal to 2e-6")
+    report(
+        NAME, f"ms for weights and advantages of {count:,}", 1000 * statistics.median(few), "<= 5"
+    )
+    ratio = statistics.median(published) / statistics.median(few)
+    report(NAME, "times faster than loops over padded rows", ratio, ">= 1000")
+
+
+def message_bytes(value: Any) -> int:
+    """What Ray's object store holds of `value`."""
+    context = ray._private.worker.global_worker.get_serialization_context()
+    return context.serialize(value).total_bytes
+
+
+def run_bytes(samples: list[Sample]) -> None:
+    """Bytes of the messages of a step against those of the arrays in them."""
+    arrays = {
+        "engine → driver": ("response_ids", "rollout_log_probs"),
+        "driver → rank, old log-probs": ("response_ids",),
+        "driver → rank, update": ("response_ids", "rollout_log_probs", "old_log_probs"),
+    }
+    prompts = sum({s.group: s.prompt.token_ids.nbytes for s in samples}.values())
+    print(f"\n{'message':38}{'MB':>10}{'MB of arrays':>14}")
+    total = needed = 0
+    for name, fields in arrays.items():
+        moved = message_bytes(Parcel(samples, [f for f in ARRAYS if f not in fields]))
+        own = prompts + sum(getattr(s, f).nbytes for s in samples for f in fields)
+        total, needed = total + moved, needed + own
+        print(f"{name:38}{moved / 1e6:10.1f}{own / 1e6:14.1f}")
+    log_probs = [s.old_log_probs for s in samples]
+    moved, own = message_bytes(Ragged(log_probs)), sum(x.nbytes for x in log_probs)
+    print(f"{'rank → driver, old log-probs':38}{moved / 1e6:10.1f}{own / 1e6:14.1f}")
+    ratio = (total + moved) / (needed + own)
+    report(NAME, f"bytes sent per byte of arrays, {len(samples):,} responses", ratio, "<= 1.05")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    options = parser.parse_args()
+    start_ray(2 * RANKS)
+    for responses in (1280, 12800):
+        run_steps(responses, 2 if options.quick else 7)
+    ray.shutdown()
+    run_maths(100_000, 1 if options.quick else 5)
+
+
+if __name__ == "__main__":
+    main()

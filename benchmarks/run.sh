@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# All benchmarks, one after the other, and one table of their targets at the end.
+#
+#   bash benchmarks/run.sh [--quick] [NAME …]      NAME: controller, start, … [all]
+#
+#   --quick   fewer repeats: all together under 5 minutes
+#
+# A target that is not met is shown. A benchmark that fails is named, and the exit status is 1.
+# vs_trl makes .venv-trl at its first use. latex_server runs in .venv-server, or with the interpreter
+# MATH_SERVER_PYTHON, and gets fastapi there, for the server that it compares with.
+set -euo pipefail
+HERE=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
+source "$HERE/../train_scripts/_common.sh"
+cd "$REPO"
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+server=${MATH_SERVER_PYTHON:-$REPO/.venv-server/bin/python}
+
+quick=() names=()
+for argument in "$@"; do
+  case $argument in
+    --quick) quick=(--quick) ;;
+    -*) echo "run.sh: unknown option $argument; bash benchmarks/run.sh [--quick] [NAME …]" >&2 && exit 2 ;;
+    *) names+=("$argument") ;;
+  esac
+done
+((${#names[@]})) ||
+  names=(controller start rollout update logprob_memory vs_trl simulate_cluster latex_server)
+
+output=$(mktemp)
+trap 'rm -f "$output"' EXIT
+failed=()
+for name in "${names[@]}"; do
+  python=$PYTHON
+  if [[ $name == latex_server ]]; then
+    python=$server
+    "$python" -c 'import fastapi' 2>/dev/null ||
+      "$python" -m pip install -q fastapi -c server/math/requirements.txt
+  fi
+  printf '\n== %s\n' "$name"
+  started=$SECONDS
+  "$python" "benchmarks/$name.py" "${quick[@]}" | tee -a "$output" || failed+=("$name")
+  printf '%s took %d s\n' "$name" $((SECONDS - started))
+done
+
+printf '\n== targets\n'
+"$PYTHON" - "$output" <<'PYTHON'
+import sys
+
+rows = [line.split(" | ")[1:] for line in open(sys.argv[1]) if line.startswith("ratio | ")]
+rows = [[cell.strip() for cell in row] for row in rows]
+widths = [max(map(len, column)) for column in zip(*rows)]
+for row in rows:
+    cells = [cell.rjust(w) if i == 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+    print(" | ".join(cells).rstrip())
+PYTHON
+if ((${#failed[@]})); then
+  printf 'failed: %s\n' "${failed[@]}"
+  exit 1
+fi

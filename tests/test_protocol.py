@@ -1,0 +1,88 @@
+"""Samples on their way to another process: nothing is lost, and no token array is copied twice."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from tests.helpers import make_samples
+from verl.protocol import ARRAYS, Parcel, Ragged, Sample
+
+
+def sent(value: object) -> tuple[object, list[pickle.PickleBuffer]]:
+    """What arrives, and the buffers that travelled beside the pickle."""
+    buffers: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    return pickle.loads(data, buffers=[bytes(b.raw()) for b in buffers]), buffers
+
+
+def equal(a: Sample, b: Sample, but: tuple[str, ...] = ("prompt",)) -> None:
+    for f in fields(Sample):
+        if f.name not in but:
+            np.testing.assert_equal(getattr(a, f.name), getattr(b, f.name), f.name)
+
+
+def test_a_parcel_arrives_as_the_list_that_was_sent() -> None:
+    samples = make_samples([3, 0, 7, 1], finish_reason="length", draw=2, policy_version=5)
+    samples[1].ref_log_probs = samples[2].rollout_log_probs = None
+    samples[1].prompt = samples[0].prompt
+    samples[3].extras = {"acc": 1.0, "pred": None}
+    arrived, _ = sent(Parcel(samples))
+    assert type(arrived) is list and len(arrived) == 4
+    for a, b in zip(arrived, samples, strict=True):
+        equal(a, b)
+        assert a.response_ids.dtype == np.int64
+        assert a.prompt.index == b.prompt.index
+        np.testing.assert_array_equal(a.prompt.token_ids, b.prompt.token_ids)
+    assert arrived[0].prompt is arrived[1].prompt  # still one object for a group's samples
+    assert sent(Parcel([]))[0] == []
+
+
+def test_a_parcel_without_buffers_beside_the_pickle() -> None:
+    samples = make_samples([3, 0])
+    for a, b in zip(pickle.loads(pickle.dumps(Parcel(samples), protocol=5)), samples, strict=True):
+        equal(a, b)
+
+
+def test_arrays_that_nobody_reads_stay_behind() -> None:
+    samples = make_samples([3, 5])
+    arrived, buffers = sent(Parcel(samples, without=("old_log_probs", "rollout_log_probs")))
+    assert (
+        [a.old_log_probs for a in arrived] == [a.rollout_log_probs for a in arrived] == [None] * 2
+    )
+    for a, b in zip(arrived, samples, strict=True):
+        equal(a, b, but=("prompt", "old_log_probs", "rollout_log_probs"))
+    # 8 response ids and 8 float32 log-probabilities, and prompts of 5 and 6 tokens.
+    assert sum(b.raw().nbytes for b in buffers) == 8 * 8 + 8 * 4 + (5 + 6) * 8
+
+
+def test_slices_and_other_dtypes_travel_as_the_declared_ones() -> None:
+    samples = make_samples([4])
+    samples[0].response_ids = np.arange(8, dtype=np.int32)[::2]
+    samples[0].old_log_probs = np.arange(8.0)[::2]
+    (arrived,), _ = sent(Parcel(samples))
+    assert arrived.response_ids.dtype == np.int64 and arrived.old_log_probs.dtype == np.float32
+    np.testing.assert_array_equal(arrived.response_ids, [0, 2, 4, 6])
+    np.testing.assert_array_equal(arrived.old_log_probs, [0, 2, 4, 6])
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_the_message_takes_its_numbers_from_the_arrays_themselves(name: str) -> None:
+    samples = make_samples([3, 6])
+    _, buffers = sent(Parcel(samples))
+    memory = [np.frombuffer(b, np.uint8) for b in buffers]
+    for sample in samples:
+        array = getattr(sample, name)
+        assert sum(np.shares_memory(array, m) for m in memory) == 1
+
+
+def test_ragged_arrays_arrive_as_a_list() -> None:
+    arrays = [np.arange(n, dtype=np.float32) for n in (2, 0, 3)]
+    arrived, buffers = sent(Ragged(arrays))
+    assert type(arrived) is list
+    np.testing.assert_equal(arrived, arrays)
+    assert np.shares_memory(np.frombuffer(buffers[0], np.float32), arrays[0])
+    assert sent(Ragged())[0] == []
