@@ -191,8 +191,9 @@ class Plan:
         gpus = self.engine_gpus or self.ranks
         tries: list[tuple[str, Any]] = [("optimizer_offload", True), ("param_offload", True)]
         tries += [("ref_offload", True)] * self.reference
-        tries += [("checkpointing", True), ("sleeps", True), ("max_num_seqs", 64)]
-        tries += [("micro_size", 2), ("micro_size", 1), ("micro_tokens", self.longest)]
+        tries += [("checkpointing", True), ("sleeps", True)]
+        sizes = [("micro_size", size) for size in (2, 1) if size < (self.micro_size or 0)]
+        tries += [("micro_tokens", self.longest)] if self.dynamic else sizes
         if self.engine == "vllm":
             tries += [("utilization", share) for share in (0.8, 0.7, 0.6, 0.5, 0.4)]
             tries += [("parallel", p) for p in (2, 4, 8) if gpus % p == 0]
