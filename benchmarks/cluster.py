@@ -189,7 +189,7 @@ class Batch:
     carried: NDArray[np.int64]
     """For the next step, [groups, n]."""
     generated: int
-    """Prompts that were begun."""
+    """Prompts of its rounds."""
 
 
 def draw_batch(
@@ -201,9 +201,11 @@ def draw_batch(
     round_size: int = 0,
     carried: NDArray[np.int64] | None = None,
     carry_over: bool = False,
+    early_stop: bool = True,
 ) -> Batch:
     """A step's `needed` groups. With `round_size`, by dynamic sampling in rounds of that many
-    prompts, each of which ends once this step and, with `carry_over`, the next have enough."""
+    prompts, each of which ends once this step and, with `carry_over`, the next have enough; without
+    `early_stop`, which is only there to compare with, once everything has come."""
     if not round_size:
         lengths, _ = draw(needed)
         round_ = generate(engine, engines, lengths, prompt)
@@ -217,7 +219,9 @@ def draw_batch(
         round_ = generate(engine, engines, lengths, prompt)
         in_order = np.maximum.accumulate(round_.finish)
         chosen = np.flatnonzero(keeps)[: most - have]
-        end = round_.seconds if have + len(chosen) < most else float(in_order[chosen[-1]])
+        end = round_.seconds
+        if early_stop and have + len(chosen) == most:
+            end = float(in_order[chosen[-1]])
         seconds, busy = seconds + end, busy + float(np.minimum(round_.busy, end).sum())
         kept.append(lengths[chosen])
         have, generated = have + len(chosen), generated + round_size
@@ -270,6 +274,7 @@ class Run:
     log_probs: bool = False
     round_size: int = 0
     carry_over: bool = False
+    early_stop: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,8 +289,8 @@ class Result:
     idle_trainer: float
     cost: float
     """Device-seconds of a response that is trained on."""
-    used: float
-    """Share of the prompts that were begun that are trained on."""
+    begun: float
+    """Prompts given to the engines for each one that is trained on."""
 
 
 def simulate(
@@ -304,6 +309,7 @@ def simulate(
             run.round_size,
             carried,
             run.carry_over,
+            run.early_stop,
         )
         log_probs = run.log_probs or (carried is not None and len(carried) > 0)
         carried = batch.carried
@@ -318,10 +324,10 @@ def simulate(
                 batch.busy / run.engines,
                 working,
                 batch.lengths.size,
-                len(batch.lengths) / batch.generated,
+                batch.generated / len(batch.lengths),
             )
         )
-    gen, train, busy, working, responses, used = np.mean(rows, axis=0)
+    gen, train, busy, working, responses, begun = np.mean(rows, axis=0)
     if run.ahead:  # while both work each takes `scale` times as long
         seconds = np.mean([max(r[0], r[1]) + min(r[0], r[1]) * (scale - 1) for r in rows])
     else:
@@ -333,4 +339,4 @@ def simulate(
         devices += run.ranks
     else:
         idle_engines = idle_trainer = 1 - (busy + working) / step
-    return Result(step, gen, train, idle_engines, idle_trainer, devices * step / responses, used)
+    return Result(step, gen, train, idle_engines, idle_trainer, devices * step / responses, begun)
