@@ -94,7 +94,7 @@ def entry_point(
     argv: Sequence[str] | None = None,
 ) -> None:
     """What every `python -m …` does: parse, check, and run or, with DRY_RUN=1, print the
-    configuration as YAML.
+    configuration as YAML, and on standard error how much memory it will take.
 
     Options: `--config-name NAME`, `--config-path DIR` (as in Hydra); all else is `key=value`.
     Exits with 2 and one message for a configuration error.
@@ -116,6 +116,10 @@ def entry_point(
         raise SystemExit(2) from None
     if os.environ.get("DRY_RUN", "0") not in ("", "0"):
         print(OmegaConf.to_yaml(config, resolve=True), end="")
+        if isinstance(typed, Config):
+            from verl.utils.memory import estimate
+
+            print(estimate(typed), file=sys.stderr)
         return
     run(typed)
 

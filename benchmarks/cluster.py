@@ -1,0 +1,342 @@
+"""A step of training on any number of devices, by simulation: what `simulate_cluster.py` runs.
+
+It follows the code: prompts wait in one queue, and an engine gets the next ones as it has room
+(`verl.workers.engines`); vLLM takes new prompts at any step, the engine `hf` works batch by batch;
+ranks get balanced shares of each optimizer step (`verl.utils.seqlen_balancing`); dynamic sampling
+ends a round as soon as enough groups are kept, in the order of the prompts
+(`verl.trainer.ppo.batching`). Times are in seconds, lengths in tokens.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from verl.utils.seqlen_balancing import balanced_partitions
+
+KEEP_SHARE = 0.85
+"""`verl.workers.rollout.hf.KEEP_SHARE`."""
+
+Draw = Callable[[int], tuple[NDArray[np.int64], NDArray[np.bool_]]]
+"""Number of prompts P → lengths of their responses [P, n], and which the filter keeps [P]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A decoding step with R sequences that hold K tokens takes step_s + R·sequence_s + K·token_s.
+
+    Example: ``Engine(step_s=0.01)`` draws 100 tokens a second for each sequence.
+    """
+
+    step_s: float
+    sequence_s: float = 0.0
+    token_s: float = 0.0
+    prefill_s: float = 0.0
+    """Of a prompt's token; a prompt is read once for all its responses."""
+    call_s: float = 0.0
+    """Of a round of generation, whatever it draws."""
+    max_num_seqs: int = 1024
+    continuous: bool = True
+    cache_tokens: float = np.inf
+    """Tokens that the KV cache holds. Sequences beyond it wait in the engine (vLLM would begin them
+    and take some back)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """An optimizer step takes update_s + token_s for each token of the rank with most of them, and
+    at least micro_s for each micro-batch: the time of its collective operations."""
+
+    token_s: float
+    update_s: float = 0.0
+    micro_s: float = 0.0
+    micro_tokens: int = 16384
+    log_prob_s: float = 0.0
+    """Per token, of a pass that computes log-probabilities."""
+    log_prob_call_s: float = 0.0
+    sync_s: float = 0.0
+    """Of moving the weights to the engines, while both wait."""
+    other_s: float = 0.0
+    """Of a step, on the driver, whatever its size."""
+    response_s: float = 0.0
+    """Of a response, on the driver, between generation and update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One round."""
+
+    seconds: float
+    finish: NDArray[np.float64]
+    """When a group's last response is known to the driver, [P]."""
+    busy: NDArray[np.float64]
+    """How long each engine works, [engines]."""
+
+
+def generate(engine: Engine, engines: int, lengths: NDArray[np.int64], prompt: int) -> Generation:
+    """A round for prompts of `prompt` tokens with responses of these lengths, [P, n]."""
+    count, n = lengths.shape
+    room = max(1, min(engine.max_num_seqs // n, -(-count // engines)))  # prompts an engine holds
+    run = _continuous if engine.continuous else _in_batches
+    finish, busy = run(engine, engines, lengths, prompt, room)
+    finish, busy = finish + engine.call_s, busy + engine.call_s * (busy > 0)
+    return Generation(float(finish.max(initial=0.0)), finish, busy)
+
+
+def batch_seconds(engine: Engine, lengths: NDArray[np.int64], prompt: int) -> NDArray[np.float64]:
+    """The engine `hf`: when each response of one batch comes, [R]. Those that are finished stay in
+    the batch until they are more than 15 % of it."""
+    order = np.sort(lengths)
+    done, step, clock = 0, 0, 0.0
+    result = np.empty(len(lengths))
+    while done < len(order):
+        rows = len(order) - done
+        target = int(order[done + rows - int(KEEP_SHARE * rows) - 1])
+        clock += _decode(engine, rows, rows * (prompt + step), target - step)
+        last, step = done, target
+        done = int(np.searchsorted(order, target, side="right"))
+        result[last:done] = clock
+    return result[np.argsort(np.argsort(lengths, kind="stable"), kind="stable")]
+
+
+def _decode(engine: Engine, rows: int, held: int, steps: int) -> float:
+    """`steps` steps with `rows` sequences, which hold `held` tokens at the first of them."""
+    tokens = steps * held + rows * steps * (steps - 1) / 2
+    return steps * (engine.step_s + engine.sequence_s * rows) + engine.token_s * tokens
+
+
+def _in_batches(
+    engine: Engine, engines: int, lengths: NDArray[np.int64], prompt: int, room: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    finish, busy = np.zeros(len(lengths)), np.zeros(engines)
+    free = [(0.0, e) for e in range(engines)]
+    for start in range(0, len(lengths), room):
+        clock, e = heapq.heappop(free)
+        work = lengths[start : start + room]
+        clock += engine.prefill_s * prompt * len(work)
+        times = clock + batch_seconds(engine, work.ravel(), prompt).reshape(work.shape)
+        finish[start : start + room] = times.max(1)
+        busy[e] = times.max()
+        heapq.heappush(free, (busy[e], e))
+    return finish, busy
+
+
+def _continuous(
+    engine: Engine, engines: int, lengths: NDArray[np.int64], prompt: int, room: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    count, n = lengths.shape
+    rows = lengths.tolist()
+    limit = min(engine.max_num_seqs, engine.cache_tokens / (prompt + float(lengths.mean())))
+    limit = max(limit, 1)
+    finish, busy, left = np.zeros(count), np.zeros(engines), [n] * count
+    clock, step, held = [0.0] * engines, [0] * engines, [0] * engines  # held: tokens in the cache
+    running: list[list[tuple[int, int, int]]] = [[] for _ in range(engines)]  # last step, length, …
+    waiting: list[list[tuple[int, int]]] = [[] for _ in range(engines)]  # (length, group)
+    prompts = [0] * engines
+    events: list[tuple[float, int]] = []
+    following = 0
+
+    def fill(e: int) -> None:
+        """Gives an engine prompts, begins what there is room for, and plans its next event."""
+        nonlocal following
+        while prompts[e] < room and following < count:
+            waiting[e] += [(length, following) for length in rows[following]]
+            clock[e] += engine.prefill_s * prompt
+            prompts[e] += 1
+            following += 1
+        active = running[e]
+        begin = min(len(waiting[e]), int(limit) - len(active))
+        for length, group in waiting[e][:begin]:
+            heapq.heappush(active, (step[e] + length, length, group))
+            held[e] += prompt
+        del waiting[e][: max(begin, 0)]
+        if active:
+            seconds = _decode(engine, len(active), held[e], active[0][0] - step[e])
+            heapq.heappush(events, (clock[e] + seconds, e))
+
+    for e in range(engines):
+        fill(e)
+    while events:
+        clock_e, e = heapq.heappop(events)
+        active, steps = running[e], running[e][0][0] - step[e]
+        held[e] += steps * len(active)
+        step[e] += steps
+        clock[e] = busy[e] = clock_e
+        while active and active[0][0] == step[e]:
+            _, length, group = heapq.heappop(active)
+            held[e] -= prompt + length
+            left[group] -= 1
+            if not left[group]:
+                finish[group] = clock_e
+                prompts[e] -= 1
+        fill(e)
+    return finish, busy
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a step's generation gives: its time, the engines' work, and groups to train on."""
+
+    seconds: float
+    busy: float
+    """Of all engines together."""
+    lengths: NDArray[np.int64]
+    """[groups, n]"""
+    carried: NDArray[np.int64]
+    """For the next step, [groups, n]."""
+    generated: int
+    """Prompts of its rounds."""
+
+
+def draw_batch(
+    engine: Engine,
+    engines: int,
+    draw: Draw,
+    prompt: int,
+    needed: int,
+    round_size: int = 0,
+    carried: NDArray[np.int64] | None = None,
+    carry_over: bool = False,
+    early_stop: bool = True,
+) -> Batch:
+    """A step's `needed` groups. With `round_size`, by dynamic sampling in rounds of that many
+    prompts, each of which ends once this step and, with `carry_over`, the next have enough; without
+    `early_stop`, which is only there to compare with, once everything has come."""
+    if not round_size:
+        lengths, _ = draw(needed)
+        round_ = generate(engine, engines, lengths, prompt)
+        return Batch(round_.seconds, float(round_.busy.sum()), lengths, lengths[:0], needed)
+    kept = [] if carried is None or not len(carried) else [carried]
+    have, most = sum(map(len, kept)), needed * (1 + carry_over)
+    seconds = busy = 0.0
+    generated = 0
+    while have < needed:
+        lengths, keeps = draw(round_size)
+        round_ = generate(engine, engines, lengths, prompt)
+        in_order = np.maximum.accumulate(round_.finish)
+        chosen = np.flatnonzero(keeps)[: most - have]
+        end = round_.seconds
+        if early_stop and have + len(chosen) == most:
+            end = float(in_order[chosen[-1]])
+        seconds, busy = seconds + end, busy + float(np.minimum(round_.busy, end).sum())
+        kept.append(lengths[chosen])
+        have, generated = have + len(chosen), generated + round_size
+    groups = np.concatenate(kept)
+    rest = groups[needed:] if carry_over else groups[:0]
+    return Batch(seconds, busy, groups[:needed], rest, generated)
+
+
+def train_seconds(
+    trainer: Trainer,
+    ranks: int,
+    lengths: NDArray[np.int64],
+    prompt: int,
+    mini_batch: int,
+    log_probs: bool,
+) -> tuple[float, float]:
+    """(time, mean time that a rank computes) of an update with mini-batches of so many groups, and
+    of the log-probabilities before it."""
+    seconds = working = 0.0
+
+    def add(tokens: NDArray[np.int64], token_s: float, fixed: float) -> None:
+        nonlocal seconds, working
+        totals = [sum(tokens[i] for i in p) for p in balanced_partitions(tokens.tolist(), ranks)]
+        passes = -(-max(totals) // trainer.micro_tokens)
+        seconds += fixed + passes * max(trainer.micro_s, max(totals) / passes * token_s)
+        working += fixed + sum(totals) / ranks * token_s
+
+    if log_probs:
+        add(lengths.ravel() + prompt, trainer.log_prob_s, trainer.log_prob_call_s)
+    for start in range(0, len(lengths), mini_batch):
+        mine = lengths[start : start + mini_batch].ravel() + prompt
+        add(mine, trainer.token_s, trainer.update_s)
+    return seconds, working
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run: who works where, on what."""
+
+    engines: int
+    ranks: int
+    ahead: bool = False
+    """`trainer.async_rollout`; then, and with `split`, engines have devices of their own."""
+    split: bool = False
+    engine_gpus: int = 1
+    """Devices of an engine."""
+    prompts: int = 128
+    prompt: int = 256
+    mini_batch: int = 128
+    log_probs: bool = False
+    round_size: int = 0
+    carry_over: bool = False
+    early_stop: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Means over steps."""
+
+    step_s: float
+    gen_s: float
+    train_s: float
+    idle_engines: float
+    """Share of a step in which an engine's devices do nothing (colocated: nothing at all)."""
+    idle_trainer: float
+    cost: float
+    """Device-seconds of a response that is trained on."""
+    begun: float
+    """Prompts given to the engines for each one that is trained on."""
+
+
+def simulate(
+    run: Run, engine: Engine, trainer: Trainer, draw: Draw, steps: int = 3, scale: float = 1.0
+) -> Result:
+    """Some steps of a run. `scale`: how much slower both are while both work (shared cores)."""
+    carried = None
+    rows = []
+    for _ in range(steps):
+        batch = draw_batch(
+            engine,
+            run.engines,
+            draw,
+            run.prompt,
+            run.prompts,
+            run.round_size,
+            carried,
+            run.carry_over,
+            run.early_stop,
+        )
+        log_probs = run.log_probs or (carried is not None and len(carried) > 0)
+        carried = batch.carried
+        train, working = train_seconds(
+            trainer, run.ranks, batch.lengths, run.prompt, run.mini_batch, log_probs
+        )
+        driver = trainer.other_s + trainer.response_s * batch.lengths.size
+        rows.append(
+            (
+                batch.seconds,
+                train + driver,
+                batch.busy / run.engines,
+                working,
+                batch.lengths.size,
+                batch.generated / len(batch.lengths),
+            )
+        )
+    gen, train, busy, working, responses, begun = np.mean(rows, axis=0)
+    if run.ahead:  # while both work each takes `scale` times as long
+        seconds = np.mean([max(r[0], r[1]) + min(r[0], r[1]) * (scale - 1) for r in rows])
+    else:
+        seconds = gen + train
+    step = seconds + trainer.sync_s
+    devices = run.engines * run.engine_gpus
+    if run.split or run.ahead:
+        idle_engines, idle_trainer = 1 - busy / step, 1 - working / step
+        devices += run.ranks
+    else:
+        idle_engines = idle_trainer = 1 - (busy + working) / step
+    return Result(step, gen, train, idle_engines, idle_trainer, devices * step / responses, begun)

@@ -1,0 +1,304 @@
+"""Real runs of the trainer on this machine, and the simulator's prediction of them.
+
+Engine and trainer speeds come from four colocated runs (one and two ranks, small and large
+batches). The other runs differ in batch size, lengths, n, placement and filter; their lengths are
+drawn from those of the first four, not looked up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cluster import Draw, Engine, Run, Trainer, batch_seconds, simulate
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).parents[1]
+PROMPT = 5  # tokens of a tiny prompt
+Record = dict[str, Any]
+
+
+def environment() -> dict[str, str]:
+    """For all processes: quiet, offline, without threads that spin."""
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TQDM_DISABLE": "1",
+    }
+
+
+def make_policy(folder: Path) -> Path:
+    """CountDown problems and a tiny model that answers them with ragged lengths; made once."""
+    if (folder / "done").exists():
+        return folder
+    print(f"making problems and a warmed-up tiny model in {folder}", file=sys.stderr)
+    sizes = "--min_operands 3 --max_operands 3 --max_number 10 --max_target 50 --train_size 1600"
+    commands = [
+        f"{ROOT}/examples/data_preprocess/countdown.py --generate --local_dir {folder} --seed 0 "
+        f"--template_type tiny {sizes} --test_size 64",
+        f"{ROOT}/examples/tiny_countdown.py --local_dir {folder} --sft_size 12800",
+        f"-m verl.trainer.main_sft data.train_files={folder}/sft.parquet "
+        f"model.path={folder}/model trainer.default_local_dir={folder}/sft "
+        "data.train_batch_size=32 data.max_length=256 optim.lr=4e-3 optim.betas=[0.9,0.95] "
+        "optim.lr_warmup_steps=50 optim.warmup_style=linear trainer.total_epochs=1 "
+        "trainer.n_gpus_per_node=2 trainer.device=cpu",
+    ]
+    for command in commands:
+        arguments = [sys.executable, *command.split()]
+        subprocess.run(arguments, env=environment(), check=True, stdout=subprocess.DEVNULL)
+    (folder / "done").touch()
+    return folder
+
+
+def record(out: str, overrides: list[str]) -> None:
+    """In a process of its own: trains as `overrides` say, and writes what each step took."""
+    import ray
+
+    from verl.models.hf import load_tokenizer
+    from verl.trainer.config import load_config
+    from verl.trainer.ppo.batching import has_spread, split_groups
+    from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+
+    records: list[Record] = []
+
+    class Recorder(RayPPOTrainer):
+        def step_metrics(self, samples: Any, timer: Any) -> dict[str, float]:
+            groups = split_groups(samples)
+            records.append(
+                {
+                    "at": time.perf_counter(),
+                    "phases": dict(timer.seconds),
+                    "lengths": [[s.length for s in group] for group in groups],
+                    "keeps": [has_spread(group, "acc") for group in groups],
+                }
+            )
+            return super().step_metrics(samples, timer)
+
+    config = load_config(overrides)
+    trainer = Recorder(config, load_tokenizer(config.actor_rollout_ref.model))
+    trainer.start_workers()
+    trainer.fit()
+    trainer.close()
+    ray.shutdown()
+    Path(out).write_text(json.dumps(records))
+
+
+def measure(folder: Path, name: str, overrides: list[str], steps: int, seed: int) -> list[Record]:
+    """A run of `steps` steps after two that don't count, with the seconds of each as `wall`."""
+    name = re.sub(r"\W+", "_", name)
+    out = folder / f"{name}.json"
+    base = [
+        f"data.train_files={folder}/train.parquet",
+        f"actor_rollout_ref.model.path={folder}/sft/huggingface",
+        f"trainer.default_local_dir={folder}/runs/{name}",
+        f"trainer.total_training_steps={steps + 2}",
+        f"data.seed={seed}",
+        f"actor_rollout_ref.rollout.seed={seed}",
+        "data.apply_chat_template=False",
+        "data.max_prompt_length=16",
+        "actor_rollout_ref.model.enable_gradient_checkpointing=False",
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+        "actor_rollout_ref.actor.optim.lr=0",  # so that lengths stay as they are
+        "trainer.logger=[file]",
+        "trainer.device=cpu",
+        "trainer.val_before_train=False",
+        "trainer.resume_mode=disable",
+        "trainer.save_hf_model=False",
+    ]
+    command = [sys.executable, __file__, str(out), *base, *overrides]
+    print(f"run {name}", file=sys.stderr, flush=True)
+    subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
+    records = json.loads(out.read_text())
+    for before, after in pairwise(records):
+        after["wall"] = after["at"] - before["at"]
+    return records[2:]
+
+
+def non_negative(features: list[list[float]], values: list[float]) -> NDArray[np.float64]:
+    """Least squares of the relative error with coefficients of at least 0."""
+    X, y = np.array(features, float), np.array(values)
+    X = X / y[:, None]
+    used = list(range(X.shape[1]))
+    while True:
+        found = np.linalg.lstsq(X[:, used], np.ones(len(y)), rcond=None)[0]
+        if (found >= 0).all():
+            break
+        used.pop(int(found.argmin()))
+    result = np.zeros(X.shape[1])
+    result[used] = found
+    return result
+
+
+def calibrate(runs: list[list[Record]], ranks: int) -> tuple[Engine, Trainer]:
+    """Speeds from runs in which every engine had one batch a step, and each step two optimizer
+    steps with log-probabilities before them."""
+    records = [r for run in runs for r in run]
+    units = [Engine(1.0, continuous=False), Engine(0, 1.0), Engine(0, 0, 1.0)]
+    gen, updates, log_probs = [], [], []
+    for r in records:
+        lengths = np.array(r["lengths"])
+        room = -(-len(lengths) // ranks)
+        batches = [lengths[i : i + room].ravel() for i in range(0, len(lengths), room)]
+        each = [[batch_seconds(unit, b, PROMPT).max() for unit in units] for b in batches]
+        gen.append([1.0, *max(each, key=lambda features: features[1] + features[0])])
+        one = Trainer(token_s=1.0, log_prob_s=1.0)
+        half = -(-len(lengths) // 2)
+        tokens = _tokens(one, ranks, lengths, half)
+        updates.append([2.0, tokens])
+        log_probs.append([1.0, _tokens(one, ranks, lengths, len(lengths))])
+    call, step, sequence, token = non_negative(
+        gen, [r["phases"]["gen"] + r["phases"].get("reward", 0) for r in records]
+    )
+    update, per_token = non_negative(updates, [r["phases"]["update_actor"] for r in records])
+    forward, forward_token = non_negative(log_probs, [r["phases"]["old_log_prob"] for r in records])
+    sync = float(np.median([r["phases"]["update_weights"] for r in records]))
+    names = ("gen", "reward", "update_actor", "old_log_prob", "update_weights")
+    other = [r["wall"] - sum(r["phases"].get(n, 0) for n in names) for r in records]
+    responses = [np.size(r["lengths"]) for r in records]
+    fixed, per_response = non_negative([[1.0, n] for n in responses], other)
+    engine = Engine(step, sequence, token, 0.0, call, continuous=False)
+    trainer = Trainer(
+        per_token, update, 0.0, 8192, forward_token, forward, sync, fixed, per_response
+    )
+    return engine, trainer
+
+
+def _tokens(trainer: Trainer, ranks: int, lengths: NDArray[np.int64], mini_batch: int) -> float:
+    from cluster import train_seconds
+
+    return train_seconds(trainer, ranks, lengths, PROMPT, mini_batch, False)[0]
+
+
+def pool(runs: list[list[Record]], seed: int, n: int, longest: int) -> Draw:
+    """Draws prompts from those of measured runs, and n of each one's responses."""
+    lengths = np.concatenate([r["lengths"] for run in runs for r in run])
+    keeps = np.concatenate([r["keeps"] for run in runs for r in run])
+    rng = np.random.default_rng(seed)
+
+    def draw(count: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        rows = rng.integers(len(lengths), size=count)
+        columns = rng.permuted(np.tile(np.arange(lengths.shape[1]), (count, 1)), axis=1)
+        columns = np.concatenate([columns, columns], axis=1)[:, :n]
+        return lengths[rows[:, None], columns].clip(max=longest), keeps[rows]
+
+    return draw
+
+
+KEYS = {
+    "prompts": "data.train_batch_size",
+    "mini": "actor_rollout_ref.actor.ppo_mini_batch_size",
+    "n": "actor_rollout_ref.rollout.n",
+    "longest": "data.max_response_length",
+    "ranks": "trainer.n_gpus_per_node",
+    "engines": "trainer.rollout_gpus_per_node",
+    "ahead": "trainer.async_rollout",
+    "seqs": "actor_rollout_ref.rollout.max_num_seqs",
+    "round": "data.gen_batch_size",
+}
+CALIBRATION = {
+    "one rank, small": dict(prompts=8, mini=4, n=8, longest=256, ranks=1),
+    "one rank, large": dict(prompts=32, mini=16, n=8, longest=256, ranks=1),
+    "two ranks, small": dict(prompts=16, mini=8, n=8, longest=256, ranks=2),
+    "two ranks, large": dict(prompts=64, mini=32, n=8, longest=256, ranks=2),
+}
+TO_PREDICT = {
+    "colocated 1 rank": dict(prompts=24, mini=24, n=4, longest=128, ranks=1),
+    "colocated 2 ranks": dict(prompts=40, mini=10, n=6, longest=256, ranks=2),
+    "colocated 2 ranks, engines with 64 sequences at a time": dict(
+        prompts=48, mini=48, n=8, longest=128, ranks=2, seqs=64
+    ),
+    "split 1+1": dict(prompts=24, mini=12, n=8, longest=256, ranks=1, engines=1),
+    "split 1+1, one step ahead": dict(
+        prompts=24, mini=6, n=8, longest=256, ranks=1, engines=1, ahead=True
+    ),
+    "colocated 2 ranks, dynamic sampling with early stop": dict(
+        prompts=12, mini=12, n=8, longest=256, ranks=2, round=48, seqs=64
+    ),
+    "colocated 2 ranks, dynamic sampling with carry-over": dict(
+        prompts=16, mini=16, n=8, longest=256, ranks=2, round=32, carry=True
+    ),
+}
+
+
+def overrides(settings: dict[str, Any]) -> list[str]:
+    """Of a run, from the short names of `KEYS`."""
+    text = [f"{KEYS[name]}={value}" for name, value in settings.items() if name != "carry"]
+    if "round" in settings:
+        text += ["algorithm.filter_groups.enable=True", "algorithm.filter_groups.metric=acc"]
+        text += [f"algorithm.filter_groups.carry_over={settings.get('carry', False)}"]
+    return text
+
+
+def predict(
+    settings: dict[str, Any], one: tuple[Engine, Trainer], two: tuple[Engine, Trainer], draw: Draw
+) -> float:
+    """Seconds of a step. One rank that works alone has a core to itself; while two processes work,
+    each is slower by what the runs with two ranks show."""
+    from dataclasses import replace
+
+    ranks = settings["ranks"]
+    engine, trainer = one if ranks == 1 else two
+    engine = replace(engine, max_num_seqs=settings.get("seqs", 1024))
+    several = settings["mini"] < settings["prompts"]
+    run = Run(
+        engines=settings.get("engines", ranks),
+        ranks=ranks,
+        split="engines" in settings,
+        ahead=settings.get("ahead", False),
+        prompts=settings["prompts"],
+        prompt=PROMPT,
+        mini_batch=settings["mini"],
+        log_probs=several,
+        round_size=settings.get("round", 0),
+        carry_over=settings.get("carry", False),
+    )
+    example = draw(64)[0].ravel()
+    times = [batch_seconds(e, example, PROMPT).max() for e in (one[0], two[0])]
+    slower = max(1.0, times[1] / times[0])
+    return simulate(run, engine, trainer, draw, steps=200, scale=slower).step_s
+
+
+def validate(folder: Path, quick: bool) -> list[tuple[str, float, float, float]]:
+    """(run, predicted, measured, spread of the measured mean) in seconds of a step, per run."""
+    make_policy(folder)
+    steps = 4 if quick else 8
+    names = list(CALIBRATION)
+    done = [
+        measure(folder, name, overrides(CALIBRATION[name]), steps, 100 + i)
+        for i, name in enumerate(names)
+        if not quick or "two" in name
+    ]
+    two = calibrate(done[-2:], 2)
+    one = two if quick else calibrate(done[:2], 1)
+    for label, speeds in (("one rank", one), ("two ranks", two)):
+        print(f"{label}: {speeds[0]}\n{speeds[1]}", file=sys.stderr)
+    rows = []
+    for i, (name, settings) in enumerate(TO_PREDICT.items()):
+        if quick and name != "colocated 2 ranks":
+            continue
+        draw = pool(done, i, settings["n"], settings["longest"])
+        predicted = predict(settings, one, two, draw)
+        walls = [r["wall"] for r in measure(folder, name, overrides(settings), steps, 200 + i)]
+        mean, error = float(np.mean(walls)), float(np.std(walls) / len(walls) ** 0.5)
+        rows.append((name, predicted, mean, error))
+        print(
+            f"{name}: predicted {predicted:.3f}, measured {mean:.3f} ± {error:.3f} s",
+            file=sys.stderr,
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    record(sys.argv[1], sys.argv[2:])

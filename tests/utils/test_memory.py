@@ -1,0 +1,197 @@
+"""The memory estimate: numbers worked out by hand, and what torch really holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.helpers import ROOT, free_address, make_samples, make_tiny_model
+from verl.models.logprobs import CHUNK_ELEMENTS
+from verl.trainer.config import load_config
+from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
+from verl.utils import memory
+from verl.utils.memory import GIB, Plan
+from verl.workers.actor import LossConfig, MicroBatchLimit, Policy
+from verl.workers.weight_sync import BUCKET_BYTES
+
+QWEN_7B = dict(
+    model_type="qwen2",
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152064,
+)
+BASE = [
+    "data.max_prompt_length=1024",
+    "data.max_response_length=8192",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+    "actor_rollout_ref.rollout.name=vllm",
+    "actor_rollout_ref.rollout.n=8",
+    "actor_rollout_ref.rollout.max_num_seqs=256",
+    "actor_rollout_ref.rollout.gpu_memory_utilization=0.8",
+    "trainer.n_gpus_per_node=4",
+]
+OFFLOAD = [
+    "actor_rollout_ref.actor.fsdp_config.param_offload=True",
+    "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True",
+]
+
+
+def plan(*overrides: str, model: dict[str, Any] = QWEN_7B, device: str = "cuda") -> Plan:
+    """On devices of 80 GB."""
+    return Plan(load_config([*BASE, *overrides]), model, device, 79.0 * GIB)
+
+
+def test_parameters_are_counted() -> None:
+    """7.62 billion, as the model's card says: per layer 2·3584² + 2·512·3584 (attention) + 4608
+    (its biases) + 3·3584·18944 + 2·3584 (norms); outside 2·152064·3584 + 3584."""
+    layer = 2 * 3584**2 + 2 * 512 * 3584 + 4608 + 3 * 3584 * 18944 + 2 * 3584
+    assert plan().parameters == 28 * layer + 2 * 152064 * 3584 + 3584 == 7_615_616_512
+
+
+def test_rows_are_padded_to_the_ranks() -> None:
+    tiny = dict(model_type="llama", hidden_size=2, intermediate_size=3, num_hidden_layers=1)
+    tiny |= dict(num_attention_heads=1, vocab_size=5, tie_word_embeddings=True)
+    # embeddings 5×2, norm 2; q, k, v, o 2×2, gate and up 3×2, down 2×3, two norms of 2
+    assert plan("trainer.n_gpus_per_node=1", model=tiny).shard == 10 + 2 + 16 + 12 + 6 + 4
+    # two ranks: 3×2, 1; 4 × (1×2), 2 × (2×2), 1×3, 2 × 1
+    assert plan("trainer.n_gpus_per_node=2", model=tiny).shard == 6 + 1 + 8 + 8 + 3 + 2
+
+
+def test_offloaded_states_move_to_the_host() -> None:
+    here, away = plan(), plan(*OFFLOAD)
+    quarter = here.shard
+    assert abs(quarter - here.parameters / 4) < 1000
+    assert here.resting()["parameters"] == 4 * quarter and away.resting()["parameters"] == 0
+    assert here.resting()["optimizer"] == 8 * quarter and away.resting()["optimizer"] == 0
+    assert here.host()["offloaded optimizer"] == 0
+    assert away.host()["offloaded optimizer"] == 4 * 8 * quarter
+    assert here.training() == away.training()
+
+
+def test_the_cache_gets_what_vllms_share_leaves() -> None:
+    """2 · 28 layers · 4 heads · 128 · 2 bytes a token; two devices hold half of it each."""
+    one, two = plan(), plan("actor_rollout_ref.rollout.tensor_model_parallel_size=2")
+    assert one.kv_token == 57_344 and two.kv_token == 28_672
+    assert sum(one.generating().values()) == pytest.approx(0.8 * 79 * GIB)
+    assert two.generating()["engine's weights"] == one.generating()["engine's weights"] / 2
+
+
+def test_checkpointing_keeps_a_layers_input_alone() -> None:
+    with_, without = plan(), plan("actor_rollout_ref.model.enable_gradient_checkpointing=False")
+    # per token: norms (4+4)·2·3584, attention 2·(2·3584+2·512), feed-forward 4·2·18944
+    layer = 9216 * (16 * 3584 + 2 * (2 * 3584 + 2 * 512) + 8 * 18944)
+    kept = 27 * layer - 28 * 9216 * 2 * 3584
+    # With all activations kept, the head's backward pass is fullest, not a layer's.
+    head = 152064 * 3584
+    kept += 10 * 2**25 + 6 * head - (6 * 9216 * 18944 + 2 * head + 6 * 233_057_792)
+    assert without.activations() - with_.activations() == pytest.approx(kept)
+
+
+def test_activations_grow_with_the_micro_batch() -> None:
+    dynamic = ["actor_rollout_ref.actor.use_dynamic_bsz=True"]
+    key = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
+    assert plan(*dynamic, f"{key}=18432").tokens == 18432
+    assert plan("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3").tokens == 3 * 9216
+
+
+def test_the_smallest_change_that_fits_is_named() -> None:
+    assert plan(*OFFLOAD).verdict() == "it fits"
+    # 21 GiB of parameters and optimizer stay beside vLLM's 63 GiB of 79: one of the two must go.
+    key = "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True"
+    assert plan().verdict() == f"it does not fit; it would with {key}"
+    larger = QWEN_7B | dict(hidden_size=8192, intermediate_size=29568, num_hidden_layers=80)
+    larger |= dict(num_attention_heads=64, num_key_value_heads=8)
+    assert plan(model=larger).verdict().endswith("take more devices, or a smaller model")
+
+
+def test_a_gpu_without_room_for_one_sequence_does_not_fit() -> None:
+    tight = plan(*OFFLOAD, "actor_rollout_ref.rollout.gpu_memory_utilization=0.2")
+    assert sum(tight.generating().values()) < 79 * GIB and not tight.fits()
+
+
+def test_split_engines_share_no_gpu() -> None:
+    split = plan("trainer.rollout_gpus_per_node=2").phases()
+    assert "optimizer" not in split["generate, engine"]
+    assert "KV cache" not in split["train"]
+
+
+def test_a_cpu_holds_everything_at_once() -> None:
+    cpu = plan("trainer.device=cpu", device="cpu")
+    machine = cpu.phases()["machine"]
+    assert machine["ranks' optimizer"] == 4 * 8 * cpu.shard
+    assert machine["engine's weights"] == 4 * 4 * cpu.parameters  # fp32, four engines
+
+
+def test_sizes_of_buffers_are_those_of_the_code() -> None:
+    assert memory.LOGITS == CHUNK_ELEMENTS and memory.BUCKET == BUCKET_BYTES
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_torch_holds(ranks: int, tmp_path: Path) -> None:
+    """Sizes that two ranks can't divide: 113 words, 97 wide."""
+    folder = make_tiny_model(tmp_path / "model", intermediate_size=97, vocab_size=113)
+    mp.spawn(_update, (ranks, free_address(), folder, tmp_path), nprocs=ranks)
+    model = json.loads((folder / "config.json").read_text())
+    parts = plan(f"trainer.n_gpus_per_node={ranks}", model=model, device="cpu").training()
+    held = json.loads((tmp_path / "held.json").read_text())
+    assert {name: parts[name] for name in held} == held
+
+
+def _update(rank: int, world: int, address: str, folder: Path, out: Path) -> None:
+    """Writes the bytes that rank 0 holds after an update."""
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    policy = Policy(ModelConfig(str(folder)), FSDPConfig(), torch.device("cpu"), OptimConfig())
+    samples, limit = make_samples([4, 6]), MicroBatchLimit(2)
+    for sample in samples:
+        sample.advantage, sample.weight = 1.0, 0.1
+    policy.update([samples], LossConfig(), limit, 1.0)
+    policy.accumulate_gradient(samples, LossConfig(), limit)
+    parameters = list(policy.model.parameters())
+    states = policy.optimizer.state.values()
+    moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+    held = {"parameters": parameters, "optimizer": moments}
+    held |= {"gradients": [p.grad for p in parameters]}
+    if rank == 0:
+        sizes = {name: sum(t.to_local().nbytes for t in held[name]) for name in held}
+        (out / "held.json").write_text(json.dumps(sizes))
+    dist.destroy_process_group()
+
+
+def dry_run(*overrides: str) -> tuple[str, str]:
+    """Standard output and standard error of `main_ppo` with DRY_RUN=1, and with torch forbidden."""
+    code = "import sys; sys.modules['torch'] = None; import runpy; "
+    code += "runpy.run_module('verl.trainer.main_ppo', run_name='__main__')"
+    command = [sys.executable, "-c", code, *BASE, *overrides]
+    env = {"DRY_RUN": "1", "PYTHONPATH": str(ROOT), "HF_HUB_CACHE": "/nowhere", "PATH": ""}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return result.stdout, result.stderr
+
+
+def test_dry_run_estimates_on_standard_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    out, err = dry_run(f"actor_rollout_ref.model.path={tmp_path}", *OFFLOAD)
+    assert out.startswith("data:") and "memory" not in out.replace("gpu_memory", "")
+    assert "7.62 billion parameters, 79 GiB (no GPU is visible: 80 GB are assumed)" in err
+    assert err.rstrip().endswith("it fits")
+
+
+def test_dry_run_without_the_model(tmp_path: Path) -> None:
+    _, err = dry_run("actor_rollout_ref.model.path=someone/some-model")
+    line = (
+        "memory estimate: it needs config.json of someone/some-model, which is not on this machine"
+    )
+    assert err.strip().splitlines()[-1] == line
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    _, err = dry_run(f"actor_rollout_ref.model.path={tmp_path}")
+    assert err.strip().splitlines()[-1].startswith("memory estimate: none for mamba models")

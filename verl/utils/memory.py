@@ -1,0 +1,278 @@
+"""How much memory a run will take, from its configuration and the model's config.json alone.
+
+Exact for parameters, gradients and optimizer states (FSDP2 pads each tensor's rows to a multiple of
+the ranks). Activations are counted tensor by tensor, as the Hugging Face layers keep them. What
+CUDA, NCCL and a sleeping vLLM take for themselves is assumed: `CONTEXT` and `ASLEEP`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from verl.trainer.config.schema import Config
+
+GIB = 2**30
+KINDS = ("llama", "mistral", "qwen2", "qwen3")
+CONTEXT, ASLEEP = 2 * GIB, 1 * GIB
+LOGITS = 2**25
+"""`verl.models.logprobs.CHUNK_ELEMENTS`."""
+BUCKET = 2**28
+"""`verl.workers.weight_sync.BUCKET_BYTES`."""
+
+SETTINGS = {
+    "nodes": "trainer.nnodes",
+    "ranks": "trainer.n_gpus_per_node",
+    "engine_gpus": "trainer.rollout_gpus_per_node",
+    "prompt": "data.max_prompt_length",
+    "response": "data.max_response_length",
+    "checkpointing": "actor_rollout_ref.model.enable_gradient_checkpointing",
+    "packed": "actor_rollout_ref.model.use_remove_padding",
+    "dynamic": "actor_rollout_ref.actor.use_dynamic_bsz",
+    "micro_size": "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+    "micro_tokens": "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "precision": "actor_rollout_ref.actor.fsdp_config.mixed_precision",
+    "optimizer_offload": "actor_rollout_ref.actor.fsdp_config.optimizer_offload",
+    "param_offload": "actor_rollout_ref.actor.fsdp_config.param_offload",
+    "ref_offload": "actor_rollout_ref.ref.fsdp_config.param_offload",
+    "kl_loss": "actor_rollout_ref.actor.use_kl_loss",
+    "kl_reward": "algorithm.use_kl_in_reward",
+    "engine": "actor_rollout_ref.rollout.name",
+    "utilization": "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "parallel": "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "sleeps": "actor_rollout_ref.rollout.free_cache_engine",
+    "max_num_seqs": "actor_rollout_ref.rollout.max_num_seqs",
+    "batched_tokens": "actor_rollout_ref.rollout.max_num_batched_tokens",
+}
+"""Attribute of `Plan` → the key that it comes from."""
+
+Parts = dict[str, float]
+
+
+class Plan:
+    """One run on devices of `memory` bytes each; for the CPU, machines of `memory` bytes."""
+
+    def __init__(
+        self, config: Config, model: dict[str, Any], device: str, memory: float, **changed: Any
+    ) -> None:
+        """`model`: the content of config.json; `changed`: settings other than those of `config`.
+
+        Raises: ValueError for a model whose layers are not known here.
+        """
+        self.arguments, self.changed = (config, model, device, memory), changed
+        for name, key in SETTINGS.items():
+            setattr(self, name, changed.get(name, attrgetter(key)(config)))
+        kind = model.get("model_type")
+        if kind not in KINDS:
+            raise ValueError(f"none for {kind} models, only for {', '.join(KINDS)}")
+        self.cuda, self.memory = device == "cuda", memory
+        self.parallel = self.parallel if self.engine == "vllm" else 1
+        self.reference = self.kl_loss or self.kl_reward
+        self.engines = (self.engine_gpus or self.ranks) // self.parallel
+        self.longest = self.prompt + self.response
+        self.tokens = self.micro_tokens if self.dynamic else self.micro_size * self.longest
+        half = self.precision.param_dtype == "bfloat16" or not self.precision.param_dtype
+        self.compute = 2 if half and self.cuda else 4  # bytes of a number
+        self.reduce = 4 if self.precision.reduce_dtype == "float32" else 2
+
+        heads, self.layers = model["num_attention_heads"], model["num_hidden_layers"]
+        self.hidden, self.vocab = H, V = model["hidden_size"], model["vocab_size"]
+        size = model.get("head_dim") or H // heads
+        self.wide, self.inner = A, inner = heads * size, model["intermediate_size"]
+        kv_heads = model.get("num_key_value_heads") or heads
+        self.narrow = K = kv_heads * size
+        self.norms = kind == "qwen3"  # of queries and keys
+        self.kv_token = 2 * self.layers * max(1, kv_heads // self.parallel) * size * self.compute
+        biased = model.get("attention_bias", kind == "qwen2")
+        self.root = [(V, H), (H, 1)] + [(V, H)] * (not model.get("tie_word_embeddings", False))
+        """(rows, columns) of each parameter outside of the decoder layers, and of one layer."""
+        self.layer = [(A, H), (K, H), (K, H), (H, A), (inner, H), (inner, H), (H, inner)]
+        self.layer += (
+            [(H, 1)] * 2 + [(A, 1), (K, 1), (K, 1)] * biased + [(size, 1)] * 2 * self.norms
+        )
+        self.parameters = self._count(1)
+        self.shard = self._count(self.nodes * self.ranks)
+        """Parameters of a rank, padding included."""
+
+    def _count(self, ranks: int) -> int:
+        root, layer = (sum(-(-r // ranks) * c for r, c in x) for x in (self.root, self.layer))
+        return root + self.layers * layer
+
+    def activations(self) -> float:
+        """Bytes that an update takes beside weights and optimizer, with gradients in flight."""
+        c, H, T = self.compute, self.hidden, self.tokens
+        root, layer = (sum(r * columns for r, columns in x) for x in (self.root, self.layer))
+        # A norm keeps its input and result in fp32 or as they are. SDPA's keys and values are
+        # repeated for each head, and its outputs copied; the packed kernel does neither.
+        norms = (4 + 2 * c) * (2 * H + (self.wide + self.narrow) * self.norms)
+        kernel = self.cuda and self.packed and c == 2
+        attention = c * (2 * self.wide + 2 * self.narrow if kernel else 5 * self.wide)
+        one = T * (norms + attention + 4 * c * self.inner)
+        kept = T * c * H * self.layers if self.checkpointing else one * self.layers
+        kept += T * (4 + 4 * c) * H  # final norm, and the hidden states that predict
+        # The backward pass is fullest in the head, in the first layer after it, or at its end.
+        head = self.vocab * H
+        in_head = min(LOGITS, T * self.vocab) * (8 + c % 4) + (4 + c) * head
+        in_layer = 3 * c * T * self.inner + c * head + (c + self.reduce) * layer
+        in_layer += one * self.checkpointing
+        return max(kept + max(in_head, in_layer), (c + self.reduce) * root)
+
+    def resting(self) -> Parts:
+        """Bytes that a rank keeps on its device while an engine works there."""
+        return {
+            "parameters": 4 * self.shard * (not self.param_offload),
+            "optimizer": 8 * self.shard * (not self.optimizer_offload),
+            "reference": 4 * self.shard * (self.reference and not self.ref_offload),
+            "process": CONTEXT,
+        }
+
+    def training(self) -> Parts:
+        """Peak bytes of a rank in an update."""
+        root, layer = (sum(r * c for r, c in x) for x in (self.root, self.layer))
+        parts = self.resting() | {"parameters": 4 * self.shard, "optimizer": 8 * self.shard}
+        parts |= {"gradients": 4 * self.shard, "gathered": self.compute * (root + 2 * layer)}
+        return parts | {"activations": self.activations()}
+
+    def generating(self) -> Parts:
+        """Bytes of an engine on each of its devices. vLLM's cache gets what its share leaves."""
+        weights = self.compute * self.parameters / self.parallel
+        rows = self.max_num_seqs if self.engine == "hf" else self.batched_tokens
+        work = 8.0 * self.max_num_seqs * self.vocab
+        work += rows * self.compute * (2 * self.hidden + 3 * self.inner / self.parallel)
+        cache = float(self.kv_token * self.longest * self.max_num_seqs)
+        if self.engine == "vllm":
+            share = self.utilization * self.memory - weights - work
+            cache = share if self.cuda else min(cache, self.memory / 20)
+        return {"engine's weights": weights, "engine's work": work, "KV cache": cache}
+
+    def phases(self) -> dict[str, Parts]:
+        """Bytes on a device in each phase of a step; for the CPU, on a machine altogether."""
+        generating, training = self.generating(), self.training()
+        asleep = {"engine's process": float(ASLEEP)}
+        if not self.cuda:  # nothing sleeps
+            ranks = {f"ranks' {k}": v * self.ranks for k, v in training.items()}
+            return {"machine": ranks | {k: v * self.engines for k, v in generating.items()}}
+        widest = max(BUCKET, 4 * self.vocab * self.hidden)  # a large tensor stands alone
+        weights = {"engine's weights": generating["engine's weights"]}
+        sync = self.resting() | {"parameters": 4 * self.shard, "bucket": 1.5 * widest}
+        if self.engine_gpus:
+            engine = {"generate, engine": generating | asleep}
+            return engine | {"train": training, "new weights": sync}
+        if self.engine == "vllm" and not self.sleeps:
+            asleep |= generating
+        phases = {"generate": self.resting() | generating | asleep, "train": training | asleep}
+        return phases | {"new weights": sync | asleep | weights}
+
+    def host(self) -> Parts:
+        """Bytes of the first node's memory, for devices other than the CPU."""
+        shards = self.shard * self.ranks
+        return {
+            "offloaded parameters": 4 * shards * self.param_offload,
+            "offloaded optimizer": 8 * shards * self.optimizer_offload,
+            "offloaded reference": 4 * shards * (self.reference and self.ref_offload),
+            "rank 0 loads the model": 4 * self.parameters,
+            "processes": 2 * GIB * (self.ranks + self.engines),
+        }
+
+    def fits(self) -> bool:
+        """Whether each phase does, with a cache for one sequence at least."""
+        enough = self.generating()["KV cache"] >= self.kv_token * self.longest
+        return enough and all(sum(p.values()) <= self.memory for p in self.phases().values())
+
+    def remedies(self) -> Iterator[Plan]:
+        """Other settings that fit: those with the fewest changes first, then more machines."""
+        gpus = self.engine_gpus or self.ranks
+        tries: list[tuple[str, Any]] = [("optimizer_offload", True), ("param_offload", True)]
+        tries += [("ref_offload", True)] * self.reference
+        tries += [("checkpointing", True), ("sleeps", True)]
+        sizes = [("micro_size", size) for size in (2, 1) if size < (self.micro_size or 0)]
+        tries += [("micro_tokens", self.longest)] if self.dynamic else sizes
+        if self.engine == "vllm":
+            tries += [("utilization", share) for share in (0.8, 0.7, 0.6, 0.5, 0.4)]
+            tries += [("parallel", p) for p in (2, 4, 8) if gpus % p == 0]
+        tries = [(k, v) for k, v in tries if getattr(self, k) not in (v, None)]
+        for more, count in itertools.product((1, 2, 4), range(5)):
+            machines = {"nodes": more * self.nodes} if more > 1 else {}
+            for chosen in itertools.combinations(tries, count):
+                plan = Plan(*self.arguments, **(machines | dict(chosen)))
+                if len(plan.changed) == len(machines) + count and plan.fits():
+                    yield plan
+
+    def __str__(self) -> str:
+        """A table with a verdict."""
+        groups = self.phases() | ({"host, machine": self.host()} if self.cuda else {})
+        lines = [f"  {'GiB':16}  total"]
+        for name, parts in groups.items():
+            text = ", ".join(f"{k} {v / GIB:.1f}" for k, v in parts.items() if round(v / GIB, 1))
+            lines.append(f"  {name:16}{sum(parts.values()) / GIB:7.1f}  {text}")
+        cached = self.generating()["KV cache"] / (self.kv_token * self.longest)
+        lines.append(
+            f"  {self.nodes * self.ranks} rank(s), micro-batches of {self.tokens} tokens; a KV "
+            f"cache holds {max(0, cached):.0f} responses of full length"
+        )
+        return "\n".join([*lines, f"  {self.verdict()}"])
+
+    def verdict(self) -> str:
+        """Whether it fits; if not, the smallest change with which it would."""
+        if self.fits():
+            return "it fits"
+        plan = next(self.remedies(), None)
+        if plan is None:
+            return "it does not fit: take more devices, or a smaller model"
+        keys = " ".join(f"{SETTINGS[name]}={value}" for name, value in plan.changed.items())
+        return f"it does not fit; it would with {keys}"
+
+
+def read_model(path: str) -> dict[str, Any] | None:
+    """config.json of a folder or of a model in the hub's local cache; None if there is none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    file: Any = Path(path).expanduser() / "config.json"
+    if not file.is_file():
+        try:
+            file = try_to_load_from_cache(path, "config.json")
+        except HFValidationError:  # no name of the hub
+            return None
+    return json.loads(Path(file).read_text()) if isinstance(file, str | Path) else None
+
+
+def gpu_memory() -> float | None:
+    """Bytes of this machine's first GPU, if there is one."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=2).stdout
+        return float(found.split()[0]) * 2**20
+    except (subprocess.TimeoutExpired, ValueError, IndexError):
+        return None
+
+
+def estimate(config: Config) -> str:
+    """What DRY_RUN=1 says about memory; takes neither torch nor the network."""
+    model = read_model(path := config.actor_rollout_ref.model.path)
+    if model is None:
+        return f"memory estimate: it needs config.json of {path}, which is not on this machine"
+    model |= config.actor_rollout_ref.model.override_config
+    device = config.trainer.device or "cuda"
+    if device == "cpu":
+        memory: float | None = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        origin = "this machine's"
+    else:
+        memory = gpu_memory()
+        origin = "this machine's GPU" if memory else "no GPU is visible: 80 GB are assumed"
+        memory = memory or 79.0 * GIB
+    try:
+        plan = Plan(config, model, device, memory)
+    except ValueError as error:
+        return f"memory estimate: {error}"
+    size = f"{plan.parameters / 1e9:.3g} billion parameters, {memory / GIB:.0f} GiB ({origin})"
+    return f"memory estimate: {size}\n{plan}"
