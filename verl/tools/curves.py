@@ -40,8 +40,8 @@ PHASES = {
 """Readable names of ``timing_s/…``, in the order of a step."""
 
 Line = dict[str, Any]
-"""``key`` (index in the legend), ``x`` (steps), ``y``; perhaps ``lo`` and ``hi``, ``raw`` (a list of
-curves ``[x, y]``), ``bold``."""
+"""``key`` (index in the legend), ``x`` (steps), ``y``; perhaps ``lo`` and ``hi``, ``raw`` (curves
+``[x, y]``), ``bold``."""
 
 
 @dataclass(slots=True)
@@ -56,9 +56,8 @@ class Section:
 
 
 def smooth(values: pd.Series, window: int) -> pd.Series:
-    """Mean over `window` steps around each (an even one counts as the next odd one), over those
-    that there are at the ends."""
-    return values.rolling(window + 1 - window % 2, center=True, min_periods=1).mean()
+    """Mean of the `window` values around each (an odd number); at the ends, of those there are."""
+    return values.rolling(window, center=True, min_periods=1).mean()
 
 
 def mean_and_band(curves: list[pd.Series], window: int = 1) -> tuple[pd.Series, ...]:
@@ -79,7 +78,9 @@ def _comparison(groups: list[Group], window: int) -> Section:
     for source in sources:
         title = f"Validation accuracy, {source}"
         lines = [
-            _line(key, [r.series(accuracy_columns(r.frame).get(source, "")) for r in g.runs], 1, 100)
+            _line(
+                key, [r.series(accuracy_columns(r.frame).get(source, "")) for r in g.runs], 1, 100
+            )
             for key, g in enumerate(groups)
         ]
         charts.append({"title": title, "unit": "%", "lines": lines, "points": True})
@@ -93,10 +94,8 @@ def _comparison(groups: list[Group], window: int) -> Section:
         limits = {run.settings.get("data.max_response_length") for g in groups for run in g.runs}
         if title == "Response length" and len(limits) == 1 and limits != {None}:
             charts[-1]["limit"] = limits.pop()
-    labels = [
-        f"{g.label} ({len(g.runs)} runs)" if len(g.runs) > 1 else g.label for g in groups
-    ]
-    note = f"Lines are means over {window} steps; accuracies are as measured." if window > 1 else ""
+    labels = [f"{g.label} ({len(g.runs)} runs)" if len(g.runs) > 1 else g.label for g in groups]
+    note = f"By training step. Lines are means over {window} steps; accuracies are as measured."
     if any(len(group.runs) > 1 for group in groups):
         note += " Several runs: their mean, and the band from the least to the greatest."
     return Section("Curves", note, labels, _filled(charts))
@@ -107,28 +106,28 @@ def _noise(groups: list[Group], window: int) -> Section:
     legend: list[str] = []
     charts = []
     for group in groups:
-        curves: dict[str, pd.Series] = {}  # name, or names, by value
+        curves: list[tuple[set[str], pd.Series]] = []
         used = METHODS.get(group.runs[0].mode or "", "method in use")
         columns = [c for c in group.runs[0].frame.columns if c.startswith("loss_agg/cv")]
         for column in sorted(columns):
             name = METHODS.get(column.rpartition("/")[2], column.rpartition("/")[2])
             name = used if column == "loss_agg/cv" else name
             mean = mean_and_band([run.series(column) for run in group.runs], window)[0]
-            twin = next((n for n, c in curves.items() if _same(c, mean)), None)
-            if twin is None:
-                curves[name] = mean
-            elif name not in twin.split(" = "):
-                curves[f"{twin} = {name}"] = curves.pop(twin)
+            twins = next((names for names, curve in curves if _same(curve, mean)), None)
+            if twins is None:
+                curves.append(({name}, mean))
+            else:
+                twins.add(name)
         lines = []
-        for name, mean in curves.items():
-            if name not in legend:
-                legend.append(name)
-            bold = used in name.split(" = ")
-            lines.append(_points(legend.index(name), mean) | {"bold": bold})
+        for names, mean in curves:
+            label = " = ".join(sorted(names, key=[*METHODS.values(), *names].index))
+            if label not in legend:
+                legend.append(label)
+            lines.append(_points(legend.index(label), mean) | {"bold": used in names})
         charts.append({"title": group.label, "unit": "", "lines": lines})
     note = (
-        "loss_agg/cv: how large the noise of the gradient is beside the gradient, as the lengths of "
-        "each step's responses predict it, for each aggregation. Thick: the one in use."
+        "loss_agg/cv: how large the noise of the gradient is beside the gradient, as the lengths "
+        "of each step's responses predict it, for each aggregation. Thick: the one in use."
     )
     return Section("Gradient noise by aggregation", note, legend, _filled(charts))
 
@@ -149,7 +148,11 @@ def _times(groups: list[Group], window: int) -> Section:
         total = tables[-1].to_numpy().sum() or 1.0
         for name in names:
             shares[name] = max(shares.get(name, 0.0), tables[-1][name].sum() / total)
-    large = [name for name in [*PHASES, *sorted(set(shares) - set(PHASES))] if shares.get(name, 0) >= 0.01]
+    large = [
+        name
+        for name in [*PHASES, *sorted(set(shares) - set(PHASES))]
+        if shares.get(name, 0) >= 0.01
+    ]
     large = large[: len(PALETTE) - 1]
     legend = [PHASES.get(name, name) for name in large] + ["other"]
     charts = []
@@ -158,7 +161,9 @@ def _times(groups: list[Group], window: int) -> Section:
         columns.append(table[[name for name in table if name not in large]].sum(axis=1))
         lines = [_points(key, column) for key, column in enumerate(columns)]
         charts.append({"title": group.label, "unit": "s", "lines": lines, "stack": True})
-    return Section("Time per step", "Seconds by phase.", legend, _filled(charts))
+    return Section(
+        "Time per step", f"Seconds by phase, means over {window} steps.", legend, _filled(charts)
+    )
 
 
 def _line(key: int, curves: list[pd.Series], window: int, scale: float) -> Line:

@@ -19,8 +19,8 @@ def draw_all(sections: list[Section], folder: Path) -> None:
     """Writes a picture per chart, and `overview.png` with all that compare the runs."""
     folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
-        for chart in section.charts:
-            name = f"{section.title} {chart['title']}" if len(sections) > 1 else chart["title"]
+        for number, chart in enumerate(section.charts, start=1):
+            name = chart["title"] if section is sections[0] else f"{section.title} {number}"
             _save([chart], section.legend, folder / f"{_slug(name)}.png", columns=1)
     if sections:
         _save(sections[0].charts, sections[0].legend, folder / "overview.png", columns=3)
@@ -34,11 +34,11 @@ def _save(charts: list[dict[str, Any]], legend: list[str], path: Path, columns: 
     rows = -(-len(charts) // columns)
     figure = Figure(figsize=(4.4 * columns + 1, 3.1 * rows + 0.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     handles: dict[str, Any] = {}
     for axes, chart in zip(grid, charts, strict=False):
         _draw(axes, chart, legend, handles)
-    for axes in list(grid)[len(charts) :]:
+    for axes in grid[len(charts) :]:
         axes.set_axis_off()
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const { charts, dashes, markers } = JSON.parse(document.getElementById("data").textContent);
+  const { charts, colors, dashes, markers } = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const tip = document.getElementById("tip");
   const HEIGHT = 210, TOP = 10, RIGHT = 14, BOTTOM = 24, FEW = 40;
@@ -73,7 +73,7 @@
       if (low > high) [low, high] = [0, 1];
       if (this.data.limit && this.data.limit < 1.5 * high) high = Math.max(high, this.data.limit);
       if (low >= 0 && low < 0.6 * high) low = 0;
-      const room = (high - low || Math.abs(high) || 1) * 0.05;
+      const room = (high - low || Math.abs(high) || 20) * 0.05;
       return [low === 0 ? 0 : low - room, high + room];
     }
 
@@ -82,9 +82,10 @@
       const lines = this.lines = this.visible();
       const width = this.width = Math.max(place.clientWidth, 160);
       const [low, high] = this.range(lines);
-      const yTicks = ticks(low, high, 4);
+      const yTicks = ticks(low, high, 5);
       const left = this.left = 14 + 6.6 * Math.max(...yTicks.map((tick) => number(tick).length));
-      const first = this.steps[0], last = this.steps[this.steps.length - 1];
+      const ends = data.lines.flatMap((line) => [line.x, ...(line.raw || []).map((raw) => raw[0])]).flatMap((xs) => [xs[0], xs[xs.length - 1]]);
+      const begin = Math.min(...ends), first = begin === 1 ? 0 : begin, last = Math.max(...ends);
       const x = this.x = (step) => first === last ? (left + width - RIGHT) / 2 : left + (step - first) / (last - first) * (width - left - RIGHT);
       const y = this.y = (value) => TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM);
       const points = (xs, ys) => xs.map((step, i) => `${x(step).toFixed(1)} ${y(ys[i]).toFixed(1)}`);
@@ -102,7 +103,7 @@
       if (data.limit <= high) {
         element("line", { class: "limit", x1: left, x2: width - RIGHT, y1: y(data.limit), y2: y(data.limit) }, body);
       }
-      const palette = (line) => `c${line.key % PALETTE}`;
+      const palette = (line) => `c${line.key % colors}`;
       for (const line of lines) {
         const group = element("g", { class: palette(line) }, body);
         for (const [xs, ys] of line.raw || []) element("polyline", { class: "rawline", points: points(xs, ys) }, group);
@@ -168,7 +169,7 @@
         const swatch = this.swatch(line.key);
         value.textContent = measure((line.value || line.y)[i], unit);
         if (line.lo && !this.data.stack) value.textContent += ` (${number(line.lo[i])} – ${number(line.hi[i])})`;
-        else if (line.raw) value.textContent += ` (here ${number(line.raw[0][1][line.raw[0][0].indexOf(step)])})`;
+        else if (line.raw) value.textContent += ` (this step ${number(line.raw[0][1][line.raw[0][0].indexOf(step)])})`;
         row.append(swatch.cloneNode(true), swatch.parentNode.textContent.trim(), value);
         tip.append(row);
       }
@@ -182,7 +183,6 @@
     }
   }
 
-  const PALETTE = [...document.styleSheets[0].cssRules].filter((rule) => /^\.c\d+$/.test(rule.selectorText)).length;
   const all = [];
   for (const section of document.querySelectorAll("section.charts")) {
     const hidden = new Set();

@@ -1,8 +1,8 @@
 """A page about one run, or about several of them side by side.
 
 ``python -m verl.tools.report RUN [RUN …] -o report.html`` reads the folders of runs and writes one
-file that needs nothing else, not even a network. Runs whose settings differ only in seeds, paths and
-names are one group: a mean with a band. The summary goes to standard output.
+file that needs nothing else, not even a network. Runs whose settings differ only in seeds, paths
+and names are one group: a mean with a band. A summary goes to standard output.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import argparse
 import base64
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import pandas as pd
 
 from verl.tools.curves import PALETTE, Section, sections
 from verl.tools.runs import (
@@ -85,6 +85,7 @@ def render(
     """
     runs = [run for group in groups for run in group.runs]
     window = window or 2 * round(max(len(run.frame) for run in runs) / 30) + 1
+    window += 1 - window % 2
     plots = sections(groups, window)
     script = (HERE / "report.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -108,7 +109,12 @@ def render(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=(HERE / "report.css").read_text(encoding="utf-8"),
         data=script_json(
-            {"charts": [c for s in plots for c in s.charts], "dashes": DASHES, "markers": MARKERS}
+            {
+                "charts": [chart for section in plots for chart in section.charts],
+                "colors": len(PALETTE),
+                "dashes": DASHES,
+                "markers": MARKERS,
+            }
         ),
     )
     return page, plots
@@ -122,17 +128,17 @@ def script_json(value: Any) -> str:
 
 def summary(run: Run, named: bool = False) -> str:
     """The first and the last value of a run's figures, and its size, as text."""
-    rows = [["", "before", "after"]] + [
-        [label, form.format(first), form.format(last)] for label, first, last, _, form in figures(run)
-    ]
+    rows = [["", "before", "after"]]
+    for label, first, last, _, form in figures(run):
+        rows.append([label, form.format(first), form.format(last)])
     heading = f"{run.name}\n" if named else ""
     return f"{heading}{align(rows)}\n  {size(run)}"
 
 
 def size(run: Run) -> str:
-    """Example: ``40 steps, 0.6 million tokens, 3 min 04 s``."""
-    parts = [f"{run.steps} steps", f"{run.tokens / 1e6:.3g} million tokens", duration(run.seconds)]
-    return ", ".join(parts)
+    """Example: ``40 training steps, 0.965 million tokens, 3 min 01 s``."""
+    tokens = f"{run.tokens / 1e6:.3g} million tokens"
+    return f"{run.steps} training steps, {tokens}, {duration(run.seconds)}"
 
 
 def figures(run: Run) -> Iterator[tuple[str, float, float, tuple[float, int] | None, str]]:
@@ -165,25 +171,31 @@ def duration(seconds: float) -> str:
 
 def _card(group: Group) -> dict[str, Any]:
     """The headline of a group: accuracy (mean over data sources and runs) or else the reward."""
-    accuracies = [
-        [list(run.series(key)) for key in accuracy_columns(run.frame).values()] for run in group.runs
-    ]
-    values = [curve for curves in accuracies for curve in curves if curve]
     kind, form = "validation accuracy", "{:.1%}"
-    if not values:
+    curves = [r.series(key) for r in group.runs for key in accuracy_columns(r.frame).values()]
+    ends = _mean_ends(curves)
+    if not ends:
         kind, form = "training reward", "{:.3f}"
-        values = [c for run in group.runs if (c := list(run.series("critic/rewards/mean")))]
-    card = {"label": group.label, "kind": kind, "runs": len(group.runs)}
-    means = [math.fsum(c[i] for c in values) / len(values) for i in (0, -1)] if values else []
-    seconds = math.fsum(run.seconds for run in group.runs)
-    tokens = sum(run.tokens for run in group.runs)
+        ends = _mean_ends([run.series("critic/rewards/mean") for run in group.runs])
     steps = sorted({run.steps for run in group.runs})
-    return card | {
-        "ends": [form.format(mean) for mean in means],
+    facts = {
         "steps": "–".join(map(str, dict.fromkeys([steps[0], steps[-1]]))),
-        "tokens": f"{tokens / 1e6:.3g} M",
-        "time": duration(seconds),
+        "tokens": _millions(sum(run.tokens for run in group.runs)),
+        "time": duration(sum(run.seconds for run in group.runs)),
     }
+    lengths = _mean_ends([run.series("response_length/mean") for run in group.runs])
+    if lengths:
+        facts["response length"] = "{:.0f} → {:.0f}".format(*lengths)
+    ends = [form.format(end) for end in ends]
+    return {"label": group.label, "kind": kind, "runs": len(group.runs), "ends": ends} | {
+        "facts": facts
+    }
+
+
+def _mean_ends(curves: list[pd.Series]) -> list[float]:
+    """Means of the first and of the last values; nothing if there is none."""
+    ends = [(curve.iloc[0], curve.iloc[-1]) for curve in curves if len(curve)]
+    return [sum(values) / len(ends) for values in zip(*ends, strict=True)]
 
 
 def _table(groups: list[Group]) -> tuple[list[str], list[dict[str, Any]]]:
@@ -198,8 +210,15 @@ def _table(groups: list[Group]) -> tuple[list[str], list[dict[str, Any]]]:
                     f"best {form.format(best[0])} at step {best[1]}" if best else "",
                 )
             rows.append({"index": index, "group": group.label, "run": run, "cells": cells})
-            rows[-1] |= {"tokens": f"{run.tokens / 1e6:.3g} M", "hours": f"{run.seconds / 3600:.2f}"}
+            rows[-1] |= {
+                "tokens": f"{run.tokens / 1e6:.3g} M",
+                "hours": f"{run.seconds / 3600:.2f}",
+            }
     return list(dict.fromkeys(label for row in rows for label in row["cells"])), rows
+
+
+def _millions(tokens: float) -> str:
+    return f"{tokens / 1e6:.3g} M"
 
 
 def _settings(group: Group) -> dict[str, str]:

@@ -41,7 +41,7 @@ class Run:
     settings: dict[str, Any]
     """``config.yaml``, keys joined by dots; empty if there is no such file."""
     frame: pd.DataFrame
-    """``metrics.jsonl``: a row per step, a column per metric, NaN where there is no finite number."""
+    """``metrics.jsonl``: a row per step, a column per metric; NaN: no finite number."""
 
     @property
     def name(self) -> str:
@@ -90,7 +90,7 @@ class Run:
         return METHODS.get(self.mode or "", self.mode or self.name)
 
     def series(self, key: str) -> pd.Series:
-        """The steps where a metric has a value, and the values; empty if there is no such metric."""
+        """The steps where a metric has a value, and the values; empty without such a metric."""
         if key not in self.frame:
             return pd.Series(dtype=float)
         return self.frame[key].dropna()
@@ -107,12 +107,12 @@ class Group:
 def read_run(folder: Path) -> Run:
     """Reads a run's folder.
 
-    Raises: FileNotFoundError or ValueError if it isn't one, or its files aren't what they should be.
+    Raises: FileNotFoundError or ValueError if it isn't one, or its files can't be understood.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no metrics.jsonl: name the folder of a run (its trainer.default_local_dir)"
+            f"{folder} has no metrics.jsonl: name a run's folder (its trainer.default_local_dir)"
         )
     records = read_metrics(path)
     for number, record in enumerate(records, start=1):

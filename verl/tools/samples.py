@@ -90,7 +90,10 @@ def _read(title: str, path: Path) -> Dump:
     columns = {name: table[name].to_pylist() for name in ("score", "prompt") if name in wanted}
     prompts = columns.get("prompt", [None] * rows)
     best, worst = pick(columns.get("score", [0.0] * rows), prompts)
-    shown = [[_sample(row) for row in table.take(part).to_pylist()] if part else [] for part in (best, worst)]
+    shown = [
+        [_sample(row) for row in table.take(part).to_pylist()] if part else []
+        for part in (best, worst)
+    ]
     return Dump(title, int(path.stem), rows, *shown)
 
 
