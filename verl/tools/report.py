@@ -12,7 +12,7 @@ import base64
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ MARKERS = (  # around (0, 0), 7 wide
 )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: see `--help`."""
     parser = argparse.ArgumentParser(
         prog="python -m verl.tools.report",
@@ -56,7 +56,7 @@ def main() -> None:
         "--smooth", type=int, metavar="STEPS", help="mean over so many steps [a 15th of the run]"
     )
     parser.add_argument("--png", type=Path, metavar="DIR", help="the plots as PNG files, too")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.smooth is not None and args.smooth < 1:
         parser.error(f"--smooth {args.smooth}: a number of steps, 1 or more")
     try:
@@ -64,7 +64,7 @@ def main() -> None:
         groups = group_runs(runs)
         page, plots = render(groups, args.title, args.smooth)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(page, encoding="utf-8")
+        args.output.write_text(page, encoding="utf-8", errors="replace")
         if args.png:
             from verl.tools.pictures import draw_all  # matplotlib takes a second to import
 

@@ -201,7 +201,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} isn't YAML: {error}") from error
+        raise ValueError(f"{path} isn't YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no settings (key: value)")
     return flatten(tree)
