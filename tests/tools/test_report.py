@@ -196,6 +196,17 @@ def test_curves_of_a_group(tmp_path):
     assert [line["y"][0] for line in times.charts[0]["lines"]] == [60, 39, 0.1]
 
 
+def test_of_a_long_curve_every_nth_step_is_plotted(tmp_path):
+    (line,) = sections(group_runs([make(tmp_path / "run", steps=1000)]), window=1)[0].charts[1][
+        "lines"
+    ]
+    assert line["x"] == [*range(1, 1001, 3)]
+    (line,) = sections(group_runs([make(tmp_path / "run", steps=399)]), window=1)[0].charts[1][
+        "lines"
+    ]
+    assert line["x"] == [*range(1, 400)]
+
+
 def test_summary(tmp_path):
     assert summary(make(tmp_path / "run")).splitlines() == [
         "                                   before  after",

@@ -39,6 +39,7 @@ PHASES = {
 }
 """Readable names of ``timing_s/…``, in the order of a step."""
 
+MAX_POINTS = 400
 Line = dict[str, Any]
 """``key`` (index in the legend), ``x`` (steps), ``y``; perhaps ``lo`` and ``hi``, ``raw`` (curves
 ``[x, y]``), ``bold``."""
@@ -174,18 +175,21 @@ def _line(key: int, curves: list[pd.Series], window: int, scale: float) -> Line:
     mean, low, high = mean_and_band(curves, window)
     line = _points(key, mean)
     if len(curves) > 1:
-        line |= {"lo": _round(low), "hi": _round(high)}
+        line |= {"lo": _coordinates(low)[1], "hi": _coordinates(high)[1]}
     if window > 1 or len(curves) > 1:
-        line["raw"] = [[curve.index.tolist(), _round(curve)] for curve in curves]
+        line["raw"] = [list(_coordinates(curve)) for curve in curves]
     return line
 
 
 def _points(key: int, curve: pd.Series) -> Line:
-    return {"key": key, "x": curve.index.tolist(), "y": _round(curve)}
+    x, y = _coordinates(curve)
+    return {"key": key, "x": x, "y": y}
 
 
-def _round(values: pd.Series) -> list[float]:
-    return [float(f"{value:.5g}") for value in values]
+def _coordinates(curve: pd.Series) -> tuple[list[int], list[float]]:
+    """Steps and values; of a long curve every n-th up to the last, as many as a plot can show."""
+    curve = curve.iloc[:: -(len(curve) // MAX_POINTS + 1)].iloc[::-1]
+    return curve.index.tolist(), [float(f"{value:.5g}") for value in curve]
 
 
 def _same(a: pd.Series, b: pd.Series) -> bool:
