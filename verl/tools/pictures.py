@@ -74,9 +74,9 @@ def _draw(axes: Axes, chart: dict[str, Any], legend: list[str], handles: dict[st
         if limit < 1.5 * axes.get_ylim()[1]:
             axes.axhline(limit, ls="--", lw=1, color="0.5")
     axes.set_title(title, fontsize=10, loc="left")
-    low, high = axes.get_ylim()
-    if 0 <= low < 0.6 * high or chart.get("stack"):
-        axes.set_ylim(bottom=0)
+    low, high = axes.dataLim.intervaly
+    if 0 <= low < 0.6 * high or high == 0:
+        axes.set_ylim(bottom=0, top=None if high else 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", alpha=0.25)

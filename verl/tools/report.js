@@ -85,7 +85,8 @@
       const yTicks = ticks(low, high, 5);
       const left = this.left = 14 + 6.6 * Math.max(...yTicks.map((tick) => number(tick).length));
       const ends = data.lines.flatMap((line) => [line.x, ...(line.raw || []).map((raw) => raw[0])]).flatMap((xs) => [xs[0], xs[xs.length - 1]]);
-      const begin = Math.min(...ends), first = begin === 1 ? 0 : begin, last = Math.max(...ends);
+      const begin = Math.min(...ends), last = Math.max(...ends);
+      const first = begin === 1 || begin < last / 20 ? 0 : begin;
       const x = this.x = (step) => first === last ? (left + width - RIGHT) / 2 : left + (step - first) / (last - first) * (width - left - RIGHT);
       const y = this.y = (value) => TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM);
       const points = (xs, ys) => xs.map((step, i) => `${x(step).toFixed(1)} ${y(ys[i]).toFixed(1)}`);

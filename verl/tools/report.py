@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
@@ -170,7 +171,8 @@ def duration(seconds: float) -> str:
 
 
 def _card(group: Group) -> dict[str, Any]:
-    """The headline of a group: accuracy (mean over data sources and runs) or else the reward."""
+    """The headline of a group, means over its runs: accuracy (mean over data sources, too) or else
+    the reward."""
     kind, form = "validation accuracy", "{:.1%}"
     curves = [r.series(key) for r in group.runs for key in accuracy_columns(r.frame).values()]
     ends = _mean_ends(curves)
@@ -180,12 +182,12 @@ def _card(group: Group) -> dict[str, Any]:
     steps = sorted({run.steps for run in group.runs})
     facts = {
         "steps": "–".join(map(str, dict.fromkeys([steps[0], steps[-1]]))),
-        "tokens": _millions(sum(run.tokens for run in group.runs)),
-        "time": duration(sum(run.seconds for run in group.runs)),
+        "tokens": _millions(fmean(run.tokens for run in group.runs)),
+        "time": duration(fmean(run.seconds for run in group.runs)),
     }
     lengths = _mean_ends([run.series("response_length/mean") for run in group.runs])
     if lengths:
-        facts["response length"] = "{:.0f} → {:.0f}".format(*lengths)
+        facts["mean length"] = "{:.0f} → {:.0f}".format(*lengths)
     ends = [form.format(end) for end in ends]
     return {"label": group.label, "kind": kind, "runs": len(group.runs), "ends": ends} | {
         "facts": facts
@@ -195,7 +197,7 @@ def _card(group: Group) -> dict[str, Any]:
 def _mean_ends(curves: list[pd.Series]) -> list[float]:
     """Means of the first and of the last values; nothing if there is none."""
     ends = [(curve.iloc[0], curve.iloc[-1]) for curve in curves if len(curve)]
-    return [sum(values) / len(ends) for values in zip(*ends, strict=True)]
+    return [fmean(values) for values in zip(*ends, strict=True)]
 
 
 def _table(groups: list[Group]) -> tuple[list[str], list[dict[str, Any]]]:
