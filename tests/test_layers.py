@@ -24,6 +24,7 @@ LAYERS = {
     "verl.trainer.ppo.core_algos": 1,
     "verl.trainer.config": 1,
     "verl.protocol": 1,
+    "verl.tools": 1,
     "verl.utils": 0,
 }
 """Module or package → its layer. The longest name that fits counts."""

@@ -1,4 +1,4 @@
-# Sourced by the scripts that train a tiny model on the CPU of a laptop, from nothing to a picture:
+# Sourced by the scripts that train a tiny model on the CPU of a laptop, from nothing to a report:
 # arguments, environment, folders, warm-up, RL, table.
 #
 # Such a script begins with the text of its --help, may change the variables below, defines
@@ -224,12 +224,12 @@ train() {
   fi
   "$PYTHON" -m "$TRAINER" "${RL[@]}"
   echo
-  "$PYTHON" "$REPO/examples/plot_run.py" "$run_dir/metrics.jsonl" "$run_dir/plot.png" --title "$run" \
-    --max-response-length "$(resolved data max_response_length)" >"$run_dir/summary.txt.tmp"
+  "$PYTHON" -m verl.tools.report "$run_dir" -o "$run_dir/report.html" --title "$run" \
+    >"$run_dir/summary.txt.tmp"
   mv "$run_dir/summary.txt.tmp" "$run_dir/summary.txt"
 }
 
 show() {
   cat "$run_dir/summary.txt"
-  printf '\n  picture     %s\n  everything  %s\n' "$run_dir/plot.png" "$run_dir"
+  printf '\n  report      %s\n  everything  %s\n' "$run_dir/report.html" "$run_dir"
 }

@@ -5,7 +5,7 @@
 #                                    [--seed N] [--out DIR] [--fresh] [key=value …]
 #
 # It draws equations and inequalities, warms a tiny model up on their solutions (kept for the next
-# time), trains it with RL, and ends with a table and a picture. The judge is the server at
+# time), trains it with RL, and ends with a table and a report. The judge is the server at
 # MATH_SERVER_URL where that is set; else one is started and ended with the RL part.
 source "$(dirname -- "${BASH_SOURCE[0]}")/_tiny.sh"
 

@@ -5,6 +5,6 @@
 #                                    [key=value …]
 #
 # It draws the problems, warms a tiny model up on search traces (kept for the next time), trains it
-# with RL, and ends with a table and a picture.
+# with RL, and ends with a table and a report.
 source "$(dirname -- "${BASH_SOURCE[0]}")/_tiny_countdown.sh"
 run_tiny "$@"
