@@ -34,7 +34,6 @@ FREE = (
     "actor_rollout_ref.rollout.free_cache_engine",
     "actor_rollout_ref.rollout.weight_transfer",
     "actor_rollout_ref.rollout.verify_weights",
-    "actor_rollout_ref.rollout.logprob_diff_warning",
     "actor_rollout_ref.rollout.val_kwargs.",
     "custom_reward_function.timeout_s",
     "reward_model.num_workers",
