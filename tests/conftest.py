@@ -21,6 +21,7 @@ from tests.helpers import make_tiny_model
 # The files that take longest, for the workers of pytest-xdist to start with: a long one that comes
 # last would keep one busy and the others idle.
 LONGEST = [
+    "faults/test_kills.py",
     "trainer/test_main_ppo.py",
     "trainer/test_math_run.py",
     "trainer/test_main_vllm.py",
@@ -36,6 +37,12 @@ LONGEST = [
     "workers/test_hf_rollout.py",
     "scripts/test_scripts.py",
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/faults."""
+    parser.addoption("--kills", type=int, default=4, help="processes to kill at random points")
+    parser.addoption("--kill-seed", type=int, default=0, help="seed of these points")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

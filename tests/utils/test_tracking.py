@@ -46,7 +46,7 @@ def test_one_line_a_step_at_once_on_disk(tmp_path):
         '{"step": 1, "x": 1.0}\n'
         '{"step": 2, "val-core/a/acc/mean@1": 1.0, "x": 2.0}\n'
     )
-    assert [p.name for p in run.iterdir()] == ["metrics.jsonl"]
+    assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "wandb_run_id"]
 
 
 def test_numbers_that_json_does_not_have_are_null(tmp_path):

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import traceback
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -35,43 +35,56 @@ def run(config: Config) -> None:
     for left in reversed(range(config.trainer.max_restarts + 1)):
         with ExitStack() as ending:
             ending.callback(ray.shutdown)
-            trainer = _start(config, latest, ending)
+            trainer = _trainer(config, latest)
+            ending.callback(trainer.close)
             try:
+                _start(trainer)
                 return _fit(trainer)
             except RayActorError as error:
-                latest = trainer.latest
+                text, latest = _error(error, trainer.checkpoints.root), trainer.latest
+                if error.actor_init_failed:
+                    _stop(2, text)
                 if not left:
-                    _stop(1, f"{_error(error, trainer.checkpoints.root)}\n{RESUME}")
-                source = f"goes on from {latest}" if latest else "starts anew"
-                text = "%s. The run %s (trainer.max_restarts: %d left)"
-                logger.error(text, _error(error, trainer.checkpoints.root), source, left - 1)
+                    _stop(1, f"{text}\n{RESUME}")
+                where = f"goes on from {latest}" if latest else "starts anew"
+                logger.error("%s. The run %s; trainer.max_restarts: %d left", text, where, left - 1)
 
 
-def _start(config: Config, latest: Path | None, ending: ExitStack) -> RayPPOTrainer:
-    """A trainer with its workers, which `ending` will close."""
-    from ray.exceptions import RayError
-
+def _trainer(config: Config, latest: Path | None) -> RayPPOTrainer:
+    """A trainer whose input is good; nothing is started."""
     from verl.models.hf import check_model, load_tokenizer
-    from verl.rewards.errors import RewardError
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
     from verl.workers.rollout.base import engine_class
 
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
-    folder = Path(config.trainer.default_local_dir).expanduser()
     try:
         engine_class(rollout.name).check(rollout)
         check_model(model, config.data.max_prompt_length + config.data.max_response_length)
-        tokenizer = load_tokenizer(model, config.data.tokenizer)
-        trainer = ending.enter_context(closing(RayPPOTrainer(config, tokenizer, latest)))
-        trainer.start_workers()
-        return trainer
-    except (ValueError, OSError, RewardError, RayError) as error:
-        _stop(2, _error(error, folder))
+        return RayPPOTrainer(config, load_tokenizer(model, config.data.tokenizer), latest)
+    except (ValueError, OSError) as error:
+        _stop(2, f"error: {error}")
     except KeyboardInterrupt:
         _stop(130, "stopped")
 
 
+def _start(trainer: RayPPOTrainer) -> None:
+    """Starts its workers. Raises: RayActorError if one dies."""
+    from ray.exceptions import RayActorError, RayError
+
+    from verl.rewards.errors import RewardError
+
+    try:
+        trainer.start_workers()
+    except RayActorError:
+        raise
+    except (ValueError, OSError, RewardError, RayError) as error:
+        _stop(2, _error(error, trainer.checkpoints.root))
+    except KeyboardInterrupt:
+        _stop(128 + (trainer.stop.number or 2), "stopped")
+
+
 def _fit(trainer: RayPPOTrainer) -> None:
+    """Trains. Raises: RayActorError if a worker dies."""
     from ray.exceptions import RayActorError, RayError
 
     from verl.rewards.errors import RewardError
@@ -80,7 +93,7 @@ def _fit(trainer: RayPPOTrainer) -> None:
         trainer.fit()
     except RayActorError:
         raise
-    except (RewardError, ValueError, OSError, FloatingPointError, RayError) as error:
+    except (ValueError, OSError, FloatingPointError, RewardError, RayError) as error:
         _stop(1, f"{_error(error, trainer.checkpoints.root)}\n{RESUME}")
     except KeyboardInterrupt:
         _stop(128 + (trainer.stop.number or 2), f"stopped after step {trainer.step}; {RESUME}")
