@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping
-from dataclasses import asdict
+from functools import reduce
 from typing import Any
 
 from verl.trainer.config.schema import Config
@@ -67,9 +68,14 @@ def changed_keys(saved: Mapping[str, Any], config: Config) -> tuple[list[str], l
     Returns: keys that make it another training, and those that are changed on purpose, each as
     ``key: old → new``.
     """
-    old = _flat(saved)
-    new = _flat(json.loads(json.dumps(asdict(config))))
-    differing = [key for key in new if key in old and old[key] != new[key]]
+    old, new = {}, {}
+    for key, value, _ in config.walk():
+        try:
+            old[key] = reduce(operator.getitem, key.split("."), saved)
+            new[key] = json.loads(json.dumps(value))
+        except KeyError:
+            continue
+    differing = [key for key in old if old[key] != new[key]]
     idle = {text.partition(" ")[0] for text in ignored_keys(config, differing)}
     other, deliberate = [], []
     for key in differing:
@@ -86,11 +92,3 @@ def _is_free(key: str, config: Config) -> bool:
     if key == f"{actor}ppo_micro_batch_size_per_gpu":  # which this method alone averages over
         return config.actor_rollout_ref.actor.loss_agg_mode != "token-mean-legacy"
     return key.startswith((*FREE, *(actor + copy for copy in COPIES)))
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        below = _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {}
-        flat |= below or {prefix + name: value}
-    return flat
