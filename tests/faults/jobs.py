@@ -56,6 +56,8 @@ class Job:
 
     def until_step(self, step: int) -> Any:
         """Waits until the metrics of `step` are there."""
+        if step < 0:
+            return True
         return self.until(lambda: [line for line in lines(self.folder) if line["step"] >= step])
 
     def until_workers(self) -> Any:

@@ -16,8 +16,8 @@ import pytest
 
 from tests.faults.jobs import PATIENCE_S, Job, assert_same, job, lines
 
-LONGEST_S = 8.0
-"""Longest time from the workers' start, or the last kill, to a kill; about that of the run."""
+LONGEST_S = 3.0
+"""Longest time from the end of a random step to a kill; about that of a step."""
 
 
 def kill_driver(running: Job, rng: np.random.Generator) -> None:
@@ -62,9 +62,11 @@ def test_random_kills_lose_nothing(
         while not done:
             with job(settings, folder, "trainer.max_restarts=9", "trainer.save_freq=1") as running:
                 while left and running.until_workers():
+                    running.until_step(rng.integers(-1, 4))
                     time.sleep(rng.uniform(0, LONGEST_S))
                     if running.running:
-                        print(f"run {runs}, killed {left[0]}:", *[x["step"] for x in lines(folder)])
+                        steps = [line["step"] for line in lines(folder)]
+                        print(f"run {runs}: killing {left[0]}, steps so far", *steps, flush=True)
                         KILLS[left.pop(0)](running, rng)
                         whole = lines(folder)[:-1]
                         assert whole == expected[: len(whole)]

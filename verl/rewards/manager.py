@@ -61,28 +61,40 @@ class RewardManager:
             self.custom = load_function(custom.path, custom.name)
             self.function_name = f"{custom.name} of {custom.path}"
         self.math = MathServer(config.math_server)
+        self.where: Callable[[Prompt], str] = lambda prompt: f"row {prompt.index}"
         self.timeout_s = custom.timeout_s
         self._places = asyncio.Semaphore(config.num_workers)
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def connect(self, prompts: Iterable[Prompt], folder: Path) -> None:
+    def connect(
+        self,
+        prompts: Iterable[Prompt],
+        folder: Path,
+        where: Callable[[Prompt], str] | None = None,
+    ) -> None:
         """Makes sure that responses to these prompts can be scored; a server that it starts keeps
         its log in `folder`.
 
+        `where` says to users where a prompt comes from.
+
         Raises: ValueError if there is no function for one of them, its ground truth is not of the
-        form that math needs, or the LaTeX server is none; RewardServerError if there is no server.
+        form that this needs, or the LaTeX server is none; RewardServerError if there is no server.
         """
+        self.where = where or self.where
         if self.custom is not None:
             return
         needs_server = False
         for prompt in prompts:
-            check_data_source(prompt.data_source)
-            if prompt.data_source in MATH_SOURCES:
-                needs_server = True
-                try:
-                    reference(prompt.data_source, prompt.ground_truth)
-                except ValueError as error:
-                    raise ValueError(f"row {prompt.index}: {error}") from None
+            source, ground_truth = prompt.data_source, prompt.ground_truth
+            check_data_source(source)
+            try:
+                if source in MATH_SOURCES:
+                    needs_server = True
+                    reference(source, ground_truth)
+                else:
+                    compute_score(source, "", ground_truth)
+            except ValueError as error:
+                raise ValueError(f"{self.where(prompt)}, key 'reward_model': {error}") from None
         if needs_server:
             self._run(self.math.connect(folder / "math_server.log")).result()
 
@@ -137,7 +149,7 @@ class RewardManager:
         """Score and extras of one sample; every error names where it comes from."""
         prompt = sample.prompt
         source = f"data_source={prompt.data_source!r}"
-        where = f"reward function {self.function_name}, {source}, prompt {prompt.index}"
+        where = f"reward function {self.function_name}, {source}, {self.where(prompt)}"
         try:
             result = await self._evaluate(prompt, text)
         except RewardServerError:

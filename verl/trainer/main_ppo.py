@@ -77,8 +77,10 @@ def _start(trainer: RayPPOTrainer) -> None:
         trainer.start_workers()
     except RayActorError:
         raise
-    except (ValueError, OSError, RewardError, RayError) as error:
+    except RayError as error:  # of a worker, though it may be a ValueError, too
         _stop(2, _error(error, trainer.checkpoints.root))
+    except (ValueError, OSError, RewardError) as error:
+        _stop(2, f"error: {error}")
     except KeyboardInterrupt:
         _stop(128 + (trainer.stop.number or 2), "stopped")
 
@@ -100,22 +102,19 @@ def _fit(trainer: RayPPOTrainer) -> None:
 
 
 def _error(error: Exception, folder: Path) -> str:
-    """One line about an error; where that comes from code, its traceback goes to `error.log` in
-    the run's folder."""
+    """One line about an error, whose traceback goes to `error.log` in the run's folder."""
     from ray.exceptions import RayActorError, RayError, RayTaskError
 
     where = ""
-    if isinstance(error, RayError) or folder.is_dir():
-        with suppress(OSError):  # the disk may be what is wrong
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "error.log").write_text("".join(traceback.format_exception(error)))
-            where = f" (details: {folder / 'error.log'})"
+    with suppress(OSError):  # the disk may be what is wrong
+        (folder / "error.log").write_text("".join(traceback.format_exception(error)))
+        where = f" (details: {folder / 'error.log'})"
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause
     text = str(error)
     if isinstance(error, RayError):  # whose messages are long: tracebacks, or lines of facts
         lines = [x.strip() for x in re.sub(r"\x1b\[\d+m", "", text).splitlines() if x.strip()]
-        text = lines[-1] if lines else type(error).__name__
+        text = lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
         if isinstance(error, RayActorError) and (
             name := re.search(r"class_name: (\w+)", str(error))
         ):

@@ -39,6 +39,17 @@ class CheckpointFolder:
         self.trainer = trainer
         self.root = Path(trainer.default_local_dir).expanduser().absolute()
 
+    def make_root(self) -> None:
+        """Raises: ValueError if the folder can't be made, or nothing can be written there."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            (self.root / ".writable").touch()
+            (self.root / ".writable").unlink()
+        except OSError as error:
+            raise ValueError(
+                f"trainer.default_local_dir={self.root} can't be written: {error}"
+            ) from None
+
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], Any]) -> Path:
         """Writes a checkpoint of `step`. Until the last rename, the one before it is the latest.
 

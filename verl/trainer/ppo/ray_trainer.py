@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from verl.data.dataset import load_prompts
+from verl.data.dataset import load_prompts, locate
 from verl.protocol import Prompt, Sample, column, fill, response_lengths
 from verl.rewards.manager import RewardManager
 from verl.trainer.config.schema import Config, resolve_aggregation
@@ -102,7 +102,13 @@ class RayPPOTrainer(Resumable):
         Raises: ValueError or RewardServerError, before that, if the data can't be scored.
         """
         trainer, model, data = self.config.trainer, self.config.actor_rollout_ref, self.config.data
-        self.rewards.connect([*self.prompts, *self.val_prompts], self.checkpoints.root)
+        self.checkpoints.make_root()
+        validated = {id(prompt) for prompt in self.val_prompts}
+        self.rewards.connect(
+            [*self.prompts, *self.val_prompts],
+            self.checkpoints.root,
+            lambda p: locate(data.val_files if id(p) in validated else data.train_files, p.index),
+        )
         device, own = trainer.device, trainer.n_gpus_per_node
         per_node = own + (trainer.rollout_gpus_per_node or 0)
         start_ray(trainer.nnodes * per_node, self.config.ray_init.num_cpus)
