@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from tests.trainer.test_main_ppo import finished, settings
+from tests.trainer.test_math_run import settings as math_settings
 
-__all__ = ["finished", "settings"]
+__all__ = ["finished", "math_settings", "settings"]

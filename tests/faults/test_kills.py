@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.faults.jobs import PATIENCE_S, Job, assert_same, job, lines
+from tests.helpers import free_address, server_python
 
 LONGEST_S = 3.0
 """Longest time from the end of a random step to a kill; about that of a step."""
@@ -76,3 +77,25 @@ def test_random_kills_lose_nothing(
                 running.assert_nothing_is_left(but="Agent")
         assert_same(folder, finished)
     print(f"{kills} kills in {runs} runs")
+
+
+def test_a_reward_server_that_is_killed_loses_nothing(
+    math_settings: list[str],
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
+) -> None:
+    """It is started again. tests/trainer/test_math_run.py kills one that the run didn't start."""
+    kills = pytestconfig.getoption("kills") // 5
+    if not kills or not server_python():
+        pytest.skip("needs --kills 5 or more, and the LaTeX server's environment")
+    rng = np.random.default_rng(pytestconfig.getoption("kill_seed"))
+    url = f"http://{free_address().removeprefix('tcp://')}"
+    server = "reward_model.math_server.autostart=True", f"reward_model.math_server.url={url}"
+    for folder, number in ((tmp_path / "alone", 0), (tmp_path / "killed", kills)):
+        with job(math_settings, folder, *server) as running:
+            for _ in range(number):
+                running.until_step(rng.integers(0, 8))
+                time.sleep(rng.uniform(0, LONGEST_S))
+                running.kill("server/math/server.py")
+            running.end()
+    assert lines(tmp_path / "killed") == lines(tmp_path / "alone")

@@ -263,7 +263,9 @@ def test_an_async_function_is_awaited(tmp_path):
 
 def test_what_cannot_be_scored_is_named_before_anything_starts(tmp_path):
     prompts = [sample("3").prompt, sample("3", 7, "gpqa", "many").prompt]
-    with pytest.raises(ValueError, match=r"row 7, key 'reward_model': the ground truth of gpqa must be a letter"):
+    with pytest.raises(
+        ValueError, match=r"row 7, key 'reward_model': the ground truth of gpqa must be a letter"
+    ):
         manager().connect(prompts, tmp_path)
     with pytest.raises(ValueError, match="'sudoku'"):
         manager().connect([sample("3", data_source="sudoku").prompt], tmp_path)
