@@ -21,8 +21,9 @@ from tests.helpers import make_tiny_model
 # The files that take longest, for the workers of pytest-xdist to start with: a long one that comes
 # last would keep one busy and the others idle.
 LONGEST = [
-    "faults/test_kills.py",
     "trainer/test_main_ppo.py",
+    "faults/test_kills.py",
+    "faults/test_faults.py",
     "trainer/test_math_run.py",
     "trainer/test_main_vllm.py",
     "workers/test_engines.py",
@@ -30,6 +31,7 @@ LONGEST = [
     "trainer/test_multi_node.py",
     "trainer/test_options.py",
     "scripts/test_submit.py",
+    "faults/test_bad_input.py",
     "trainer/test_main_sft.py",
     "workers/test_place.py",
     "workers/test_actor.py",
@@ -41,7 +43,7 @@ LONGEST = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests/faults."""
-    parser.addoption("--kills", type=int, default=4, help="processes to kill at random points")
+    parser.addoption("--kills", type=int, default=3, help="processes to kill at random points")
     parser.addoption("--kill-seed", type=int, default=0, help="seed of these points")
 
 

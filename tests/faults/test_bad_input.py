@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from tests.faults.jobs import assert_same, job, lines
+from tests.faults.jobs import job, lines
 from verl.trainer import main_ppo
 from verl.trainer.config import load_config
 from verl.utils.checkpoint import LATEST
@@ -121,23 +121,16 @@ def own_reward(settings: list[str], tmp_path: Path) -> tuple[list[str], Path]:
 
 
 def test_a_reward_function_that_hangs_costs_no_step(
-    own_reward: tuple[list[str], Path], finished: Path, tmp_path: Path
+    own_reward: tuple[list[str], Path], tmp_path: Path
 ) -> None:
-    """In mid-run: the run ends all the same, with a checkpoint of the last whole step. With the
-    function corrected it goes on. The validation that hung is made up for."""
+    """In mid-run: the run ends all the same, with a checkpoint of the last whole step."""
     settings, path = own_reward
-    folder, good = tmp_path / "run", path.read_text()
-    bad = good.replace("    share =", "    if TRAINING.exists(): time.sleep(3600)\n    share =")
-    flag = tmp_path / "training"
-    path.write_text(f"import time\nfrom pathlib import Path\nTRAINING = Path({str(flag)!r})\n{bad}")
+    folder, flag, code = tmp_path / "run", tmp_path / "training", path.read_text()
+    code = code.replace("    share =", "    if FLAG.exists(): time.sleep(3600)\n    share =", 1)
+    path.write_text(f"import time\nfrom pathlib import Path\nFLAG = Path({str(flag)!r})\n{code}")
     with job(settings, folder, "trainer.save_freq=4", "custom_reward_function.timeout_s=2") as hung:
         hung.until_step(1)
         flag.touch()
         log = hung.end(1)
     assert "no answer after 2 s" in log and ".parquet, row " in log and "Traceback" not in log
-    step = int((folder / LATEST).read_text())
-    assert step == lines(folder)[-1]["step"] >= 1
-    path.write_text(good)
-    with job(settings, folder) as corrected:
-        corrected.end()
-    assert_same(folder, finished)
+    assert int((folder / LATEST).read_text()) == lines(folder)[-1]["step"] >= 1

@@ -5,48 +5,39 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.jobs import Job, assert_same, job
+from tests.faults.jobs import assert_same, job
 from verl.utils.checkpoint import LATEST, damage
 
 
-def stop(
-    settings: list[str], folder: Path, saved: int, status: int, send: Callable[[Job], None]
-) -> None:
-    """Resumes from step `saved`, and sends a signal while the responses of the next are drawn."""
-    assert damage(folder / f"global_step_{saved}") is None
-    with job(settings, folder) as running:
-        assert running.until(lambda: running.find("HFEngine.generate"), pause=0.005)
-        send(running)
-        log = running.end(status)
-    assert f"resuming from {folder}/global_step_{saved}" in log
-    assert "stopping after this step, with a checkpoint" in log
-    assert f"stopped after step {saved + 1}; the same command goes on" in log
-    assert "Traceback" not in log
-    assert (folder / LATEST).read_text() == str(saved + 1)
-
-
-def test_a_dead_actor_rank_ends_the_run_and_a_stopped_one_goes_on(
+def test_a_dead_actor_rank_ends_the_run_and_ctrl_c_after_the_step(
     settings: list[str], finished: Path, tmp_path: Path
 ) -> None:
-    """First an actor rank is killed, then the run is stopped twice, by SIGTERM and by Ctrl-C for
-    the whole process group, as a terminal sends it."""
+    """First an actor rank is killed. Then Ctrl-C comes, for all processes of the group, as a
+    terminal sends it, while the responses of step 3 are drawn."""
     folder = tmp_path / "run"
     with job(settings, folder) as running:
-        running.until_step(2)
         running.until(lambda: (folder / LATEST).exists())
         running.kill("ray::ActorWorker")
         log = running.end(1)
-        assert "Traceback" not in log
-        assert "a worker died, of class ActorWorker" in log
-        assert "the same command goes on from the latest checkpoint" in log
-        assert "ActorDiedError" in (folder / "error.log").read_text()
-    stop(settings, folder, 2, 143, lambda running: running.process.terminate())
-    stop(settings, folder, 3, 130, lambda r: os.killpg(r.process.pid, signal.SIGINT))
+    assert "Traceback" not in log
+    assert "a worker died, of class ActorWorker" in log
+    assert "the same command goes on from the latest checkpoint" in log
+    assert "ActorDiedError" in (folder / "error.log").read_text()
+    assert damage(folder / "global_step_2") is None
+    with job(settings, folder) as running:
+        assert running.until(lambda: running.find("HFEngine.generate"), pause=0.005)
+        os.killpg(running.process.pid, signal.SIGINT)
+        log = running.end(130)
+    assert f"resuming from {folder}/global_step_2" in log
+    assert "stopping after this step, with a checkpoint" in log
+    assert "stopped after step 3; the same command goes on" in log
+    assert "Traceback" not in log
+    assert (folder / LATEST).read_text() == "3"
     with job(settings, folder) as running:
         running.end()
     assert_same(folder, finished)
