@@ -114,7 +114,8 @@ def _error(error: Exception, folder: Path) -> str:
     text = str(error)
     if isinstance(error, RayError):  # whose messages are long: tracebacks, or lines of facts
         lines = [x.strip() for x in re.sub(r"\x1b\[\d+m", "", text).splitlines() if x.strip()]
-        text = lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
+        ends = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        text = " ".join(lines[ends[-1] if ends else -1 :]).partition(" Some common causes")[0]
         if isinstance(error, RayActorError) and (
             name := re.search(r"class_name: (\w+)", str(error))
         ):
