@@ -22,6 +22,8 @@ from tests.helpers import make_tiny_model
 # last would keep one busy and the others idle.
 LONGEST = [
     "trainer/test_main_ppo.py",
+    "faults/test_kills.py",
+    "faults/test_faults.py",
     "trainer/test_math_run.py",
     "trainer/test_main_vllm.py",
     "workers/test_engines.py",
@@ -29,6 +31,7 @@ LONGEST = [
     "trainer/test_multi_node.py",
     "trainer/test_options.py",
     "scripts/test_submit.py",
+    "faults/test_bad_input.py",
     "trainer/test_main_sft.py",
     "workers/test_place.py",
     "workers/test_actor.py",
@@ -36,6 +39,12 @@ LONGEST = [
     "workers/test_hf_rollout.py",
     "scripts/test_scripts.py",
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/faults."""
+    parser.addoption("--kills", type=int, default=3, help="processes to kill at random points")
+    parser.addoption("--kill-seed", type=int, default=0, help="seed of these points")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -86,7 +86,7 @@ def test_unknown_data_source():
 
 
 def test_malformed_ground_truth_names_the_prompt():
-    with pytest.raises(RuntimeError, match=r"countdown.*prompt 7.*ground truth") as caught:
+    with pytest.raises(RuntimeError, match=r"countdown.*row 7.*ground truth") as caught:
         manager().score([sample("x", index=7, truth={"target": "24"})])
     assert isinstance(caught.value.__cause__, ValueError)
 
@@ -167,7 +167,7 @@ def test_results(tmp_path, result, score, extras):
 def test_bad_results_name_their_origin(tmp_path, result):
     function = custom(tmp_path, f"def compute_score(*args): return {result}\n")
     samples = [sample("x", index=7, data_source="mine")]
-    with pytest.raises(ValueError, match=r"compute_score of .*reward\.py.*'mine'.*prompt 7"):
+    with pytest.raises(ValueError, match=r"compute_score of .*reward\.py.*'mine'.*row 7"):
         manager(function=function).score(samples)
     assert samples[0].extras == {}
 
@@ -184,7 +184,7 @@ def test_a_failing_function_is_an_error_and_no_score(tmp_path, num_workers):
         """,
     )
     samples = [sample("x", index, "mine") for index in range(8)]
-    message = r"compute_score of .*reward\.py.*'mine'.*prompt 3.*ConnectionError: server gone"
+    message = r"compute_score of .*reward\.py.*'mine'.*row 3.*ConnectionError: server gone"
     with pytest.raises(RuntimeError, match=message) as caught:
         manager(RewardModelConfig(num_workers=num_workers), function).score(samples)
     assert isinstance(caught.value.__cause__, ConnectionError)
@@ -263,8 +263,60 @@ def test_an_async_function_is_awaited(tmp_path):
 
 def test_what_cannot_be_scored_is_named_before_anything_starts(tmp_path):
     prompts = [sample("3").prompt, sample("3", 7, "gpqa", "many").prompt]
-    with pytest.raises(ValueError, match=r"row 7: the ground truth of gpqa must be a letter"):
+    with pytest.raises(
+        ValueError, match=r"row 7, key 'reward_model': the ground truth of gpqa must be a letter"
+    ):
         manager().connect(prompts, tmp_path)
     with pytest.raises(ValueError, match="'sudoku'"):
         manager().connect([sample("3", data_source="sudoku").prompt], tmp_path)
     manager().connect([sample("3").prompt], tmp_path)  # needs no server
+
+
+HANGING = {
+    "in a thread": "time.sleep(3600)",
+    "as a task": "await asyncio.sleep(3600)",
+}
+
+
+@pytest.mark.parametrize("how", HANGING)
+def test_a_function_that_hangs_is_an_error_that_names_the_prompt(tmp_path, how):
+    """The time of a call counts, not that of those that wait for their turn."""
+    code = f"""
+    import asyncio, time
+
+    {"async " * ("await" in HANGING[how])}def compute_score(source, text, truth, extra=None):
+        if text == "8":
+            {HANGING[how]}
+        {"await asyncio" if "await" in HANGING[how] else "time"}.sleep(0.1)
+        return 1.0
+    """
+    function = custom(tmp_path, code)
+    function.timeout_s = 1.0
+    rewards = manager(RewardModelConfig(num_workers=1), function)
+    rewards.score([sample("3") for _ in range(15)])
+    with pytest.raises(RewardError, match=r"reward\.py.*row 7.*no answer after 1 s.*timeout_s"):
+        rewards.submit([sample("8", 7)]).result(timeout=60)
+    rewards.close()
+
+
+def test_a_timeout_of_the_functions_own_is_its_error(tmp_path):
+    code = "def compute_score(*arguments):\n    raise TimeoutError('of mine')\n"
+    rewards = manager(function=custom(tmp_path, code))
+    with pytest.raises(RewardError, match=r"TimeoutError: of mine$"):
+        rewards.submit([sample("3")]).result(timeout=60)
+    rewards.close()
+
+
+def test_a_function_that_raises_stop_iteration_is_an_error(tmp_path):
+    rewards = manager(
+        function=custom(tmp_path, "def compute_score(*arguments):\n    next(iter([]))\n")
+    )
+    with pytest.raises(RewardError, match="StopIteration"):
+        rewards.submit([sample("3")]).result(timeout=60)
+    rewards.close()
+
+
+def test_a_ground_truth_of_the_wrong_type_is_named_with_its_place(tmp_path):
+    prompts = [sample("3").prompt, sample("3", 7).prompt, sample("3", 8, "gsm8k", "many").prompt]
+    with pytest.raises(ValueError, match=r"^a file, row 8, key 'reward_model': .* gsm8k must be"):
+        manager().connect(prompts, tmp_path, lambda prompt: f"a file, row {prompt.index}")

@@ -374,7 +374,7 @@ def test_an_error_of_a_prompt_that_is_not_needed_does_not_matter(engine):
 @pytest.mark.parametrize("enable", [True, False])
 def test_an_error_of_a_prompt_that_is_needed_is_raised(engine, enable):
     config = make_config(enable=enable, metric="acc")
-    with pytest.raises(RewardError, match="prompt 3"):
+    with pytest.raises(RewardError, match="row 3"):
         failing(make_batches(config, engine(all_mixed)), 3).next(1, Timer())
 
 
@@ -383,7 +383,7 @@ def test_every_error_of_a_validation_is_raised(engine):
     config = make_config()
     batches = failing(make_batches(config, engine(all_mixed)), 15)
     generated = batches.generate(batches.prompts, range(16), validation_sampling(config, 1))
-    with pytest.raises(RewardError, match="prompt 15"):
+    with pytest.raises(RewardError, match="row 15"):
         for _, scores in score_while_generating(generated, batches.rewards, Timer()):
             scores.result()
 

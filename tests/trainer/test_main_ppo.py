@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-import torch
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import made_once
@@ -132,31 +128,6 @@ def test_the_final_model_is_the_trained_one(finished: Path, tiny_model: Path) ->
     ]
     assert min(moved) > 0
     assert trained.lm_head.weight is trained.model.embed_tokens.weight
-
-
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    settings: list[str], finished: Path, tmp_path: Path
-) -> None:
-    here = f"trainer.default_local_dir={tmp_path}"
-    metrics = tmp_path / "metrics.jsonl"
-    with subprocess.Popen(
-        command(settings, here), start_new_session=True, stdout=subprocess.DEVNULL
-    ) as process:
-        # A checkpoint of step 2 is there, and step 3 is over: killed in step 4.
-        while not (metrics.exists() and '"step": 3' in metrics.read_text()):
-            assert process.poll() is None
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
-    done = run(settings, here)
-    assert "resuming from" in done.stderr
-    assert read(tmp_path) == read(finished)
-    models = [
-        AutoModelForCausalLM.from_pretrained(folder / "huggingface")
-        for folder in (tmp_path, finished)
-    ]
-    for a, b in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_one_rank_resumes_what_two_saved_and_all_terms_run(

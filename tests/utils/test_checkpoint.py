@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from verl.trainer.config.schema import TrainerConfig
-from verl.utils.checkpoint import LATEST, CheckpointFolder
+from verl.utils.checkpoint import LATEST, MANIFEST, CheckpointFolder
 
 STATE = {"order": {"batches_taken": 3}, "kl_coef": 0.25}
 
@@ -155,14 +157,110 @@ def test_a_path_without_a_checkpoint_is_an_error(tmp_path, monkeypatch, path):
         checkpoints.find()
 
 
-def test_a_latest_number_without_its_folder_is_an_error(tmp_path):
+def test_without_a_whole_checkpoint_it_is_an_error(tmp_path):
     checkpoints = folder(tmp_path)
     checkpoints.save(10, STATE, save_actor())
-    (tmp_path / LATEST).write_text("11\n")
-    with pytest.raises(ValueError, match=r"global_step_11.*trainer\.resume_mode=disable"):
-        checkpoints.find()
+    for number in ("9", "", "ten"):
+        (tmp_path / LATEST).write_text(number)
+        with pytest.raises(ValueError, match=r"latest_checkpointed.*trainer\.resume_mode=disable"):
+            checkpoints.find()
     (tmp_path / LATEST).write_text("10\n")
     assert checkpoints.find() == tmp_path / "global_step_10"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "cut": lambda c: cut(c / "actor" / "shard"),
+    "changed": lambda c: flip(c / "actor" / "shard"),
+    "zeros at the end": lambda c: (c / "actor" / "big").write_bytes(
+        b"x" * 5 * 2**20 + bytes(2**20)
+    ),
+    "no shard": lambda c: (c / "actor" / "shard").unlink(),
+    "no state": lambda c: (c / "trainer.json").unlink(),
+    "no manifest": lambda c: (c / MANIFEST).unlink(),
+    "half a manifest": lambda c: cut(c / MANIFEST),
+    "an empty manifest": lambda c: (c / MANIFEST).write_text("{}"),
+    "another manifest": lambda c: (c / MANIFEST).write_text("[]"),
+    "no folder": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_one_is_recognised_and_the_one_before_it_taken(tmp_path, name, caplog):
+    def write(path):
+        save_actor("a shard's bytes")(path)
+        (path / "actor" / "big").write_bytes(b"x" * 6 * 2**20)
+
+    checkpoints = folder(tmp_path)
+    for step in (8, 9, 10):
+        last = checkpoints.save(step, STATE, write)
+    assert checkpoints.find() == last and not caplog.records
+    DAMAGE[name](last)
+    assert checkpoints.find() == tmp_path / "global_step_9"
+    assert "global_step_10" in caplog.text and "global_step_9" in caplog.text
+    named = folder(tmp_path, resume_mode="resume_path", resume_from_path=str(last))
+    with pytest.raises(ValueError, match=r"resume_from_path=.*no whole checkpoint"):
+        named.find()
+
+
+def test_an_earlier_run_in_the_same_folder_is_never_resumed(tmp_path):
+    checkpoints = folder(tmp_path)
+    checkpoints.save(10, STATE | {"run_id": "old"}, save_actor())
+    checkpoints.forget()
+    assert checkpoints.find("new") is None
+    last = checkpoints.save(20, STATE | {"run_id": "new"}, save_actor())
+    assert checkpoints.find("new") == last
+    cut(last / "trainer.json")
+    with pytest.raises(ValueError, match="no checkpoint of this run is whole"):
+        checkpoints.find("new")
+    assert checkpoints.find("old") == tmp_path / "global_step_10"
+
+
+@pytest.mark.parametrize("survived", [0, 1, 2])
+def test_killed_while_a_step_is_saved_again(tmp_path, monkeypatch, survived):
+    """Whichever of the three renames comes last: there is a whole checkpoint."""
+    folder(tmp_path).save(10, STATE, save_actor("old"))
+    rename, left = os.replace, [survived]
+
+    def replace(source, target):
+        if left[0] == 0:
+            kill()
+        left[0] -= 1
+        rename(source, target)
+
+    monkeypatch.setattr("verl.utils.checkpoint.os.replace", replace)
+    with pytest.raises(Killed):
+        folder(tmp_path).save(10, STATE, save_actor("new"))
+    monkeypatch.undo()
+    found = folder(tmp_path).find()
+    assert (found / "actor" / "shard").read_text() == ("new" if survived == 2 else "old")
+    new = folder(tmp_path).save(10, STATE, save_actor("newest"))
+    assert (new / "actor" / "shard").read_text() == "newest"
+    assert sorted(os.listdir(tmp_path)) == [new.name, LATEST]
+
+
+def test_a_full_disk_costs_only_the_save(tmp_path):
+    checkpoints = folder(tmp_path, max_actor_ckpt_to_keep=1)
+    old = checkpoints.save(10, STATE, save_actor())
+
+    def full(path):
+        save_actor("half")(path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(20, STATE, full)
+    assert sorted(os.listdir(tmp_path)) == [old.name, LATEST]  # what was half written makes room
+    assert checkpoints.find() == old
+    assert checkpoints.find() != checkpoints.save(20, STATE, save_actor()) == checkpoints.find()
 
 
 def test_the_home_folder_is_expanded(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_one_line_a_step_at_once_on_disk(tmp_path):
         '{"step": 1, "x": 1.0}\n'
         '{"step": 2, "val-core/a/acc/mean@1": 1.0, "x": 2.0}\n'
     )
-    assert [p.name for p in run.iterdir()] == ["metrics.jsonl"]
+    assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "wandb_run_id"]
 
 
 def test_numbers_that_json_does_not_have_are_null(tmp_path):
@@ -170,3 +171,40 @@ def test_an_error_closes_the_loggers_and_goes_on(tmp_path):
         _ = 1 / 0
     assert t.file.closed
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "x": 1.0}
+
+
+def test_a_full_disk_loses_no_line(tmp_path, caplog):
+    """The file may not grow beyond some bytes, then it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "metrics.jsonl"
+    with tracking(tmp_path) as t:
+        t.log({"x": 1}, step=1)
+        t.log_validation({"val-core/a/acc/mean@1": 0.5}, step=2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
+        try:
+            t.log({"x": 2}, step=2)
+            t.log_validation({"val-core/a/acc/mean@1": 0.25}, step=3)
+            t.log({"x": 3}, step=3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "metrics.jsonl" in caplog.text
+        t.log({"x": 4}, step=4)
+    assert read_metrics(path) == [
+        {"step": 1, "x": 1.0},
+        {"step": 2, "val-core/a/acc/mean@1": 0.5, "x": 2.0},
+        {"step": 3, "val-core/a/acc/mean@1": 0.25, "x": 3.0},
+        {"step": 4, "x": 4.0},
+    ]
+
+
+def test_lines_that_wait_are_written_when_there_is_room(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with tracking(tmp_path) as t:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
+        try:
+            t.log({"x": 1}, step=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert read_metrics(tmp_path / "metrics.jsonl") == []
+        t.flush()
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1.0}]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import pickle
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -281,14 +284,24 @@ def test_updates_move_the_policy_towards_what_was_rewarded(tiny_model: Path) -> 
     assert after[0] > before[0] and after[1] < before[1]
 
 
-def test_gradient_that_is_not_finite_leaves_the_weights_alone(tiny_model: Path) -> None:
+def test_a_step_that_is_not_finite_is_skipped(tiny_model: Path) -> None:
+    """The gradient of the second mini-batch is NaN; of the third only the loss is infinite."""
     worker = build(tiny_model)
+    good, bad = make_samples([3, 4]), make_samples([3, 4], advantage=float("nan"))
+    far = make_samples([3, 4])
+    far[0].ref_log_probs = np.full(3, -np.inf, np.float32)
+    kl = replace(LossConfig(), kl_coef=1e-9, kl_type="k1")
+    first = worker.update([good], LossConfig(), LIMITS["all"], 1.0)[0]
     before = [p.full_tensor().clone() for p in worker.actor.model.parameters()]
-    samples = make_samples([3, 4], advantage=float("nan"))
-    with pytest.raises(FloatingPointError, match="gradient norm is nan"):
-        worker.update([samples], LossConfig(), LIMITS["all"], 1.0)
+    step = worker.actor.optimizer.state_dict()["state"][0]["step"].item()
+    skipped = worker.update([bad], LossConfig(), LIMITS["all"], 1.0)
+    skipped += worker.update([far], kl, LIMITS["all"], 1.0)
+    assert [first["skipped"], *(s["skipped"] for s in skipped)] == [0, 1, 1]
     for old, new in zip(before, worker.actor.model.parameters(), strict=True):
         assert torch.equal(old, new.full_tensor())
+    assert worker.actor.optimizer.state_dict()["state"][0]["step"].item() == step
+    assert worker.update([good], LossConfig(), LIMITS["all"], 1.0)[0]["skipped"] == 0
+    assert not torch.equal(before[0], next(worker.actor.model.parameters()).full_tensor())
 
 
 def test_offloading_and_mixed_precision_run(tiny_model: Path) -> None:
@@ -344,6 +357,77 @@ def test_resumed_settings_are_those_of_the_configuration(tiny_model: Path, tmp_p
     assert resumed.actor.optimizer.param_groups[0]["weight_decay"] == 5e-4
     found = resumed.update([samples], LOSS, LIMITS["all"], 1.0)[0]["lr"]
     assert found == pytest.approx(5e-4 * 3 / 4)  # the third of four steps of warm-up
+
+
+def _next_losses(worker: ActorWorker) -> list[float]:
+    """The losses of two optimizer steps, over all ranks."""
+    samples = weighted_samples("delta-l")
+    share = balanced_partitions([s.num_tokens for s in samples], dist.get_world_size())
+    mine = [samples[i] for i in share[dist.get_rank()]]
+    updates = [worker.update([mine], LOSS, LIMITS["four"], 1.0)[0] for _ in range(2)]
+    losses = torch.tensor([update["w/pg_loss"] for update in updates], dtype=torch.float64)
+    dist.all_reduce(losses)
+    return losses.tolist()
+
+
+def _rank_saves(
+    rank: int, world: int, address: str, model: Path, folder: Path, load: str | None
+) -> None:
+    """Trains and saves `two`, or loads; then the next losses. Runs in a process of its own."""
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    worker = build(model)
+    if load is None:
+        _next_losses(worker)
+        worker.save(str(folder / "two"))
+    else:
+        worker.load(str(folder / load))
+    losses = _next_losses(worker)
+    if rank == 0:
+        (folder / f"losses of two after {load}").write_text(json.dumps(losses))
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as above
+
+
+def test_any_number_of_ranks_resumes_what_another_saved(tiny_model: Path, tmp_path: Path) -> None:
+    mp.spawn(_rank_saves, (2, free_address(), tiny_model, tmp_path, None), nprocs=2)
+    expected = json.loads((tmp_path / "losses of two after None").read_text())
+    assert abs(expected[0] - expected[1]) > 1e-4  # they tell one step from another
+    alone = build(tiny_model)
+    alone.load(str(tmp_path / "two"))
+    alone.save(str(tmp_path / "one"))
+    assert _next_losses(alone) == pytest.approx(expected, abs=1e-6)
+    mp.spawn(_rank_saves, (2, free_address(), tiny_model, tmp_path, "one"), nprocs=2)
+    back = json.loads((tmp_path / "losses of two after one").read_text())
+    assert back == pytest.approx(expected, abs=1e-6)
+
+
+class Evil:
+    """Pickled, it calls a function."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize("where", ["metadata", "value"])
+def test_a_checkpoint_executes_nothing(
+    where: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    worker = build(tiny_model)
+    _next_losses(worker)
+    worker.save("actor")
+    if where == "metadata":
+        Path("actor/.metadata").write_bytes(pickle.dumps(Evil()))
+    else:  # torch's own reader would unpickle the number of steps
+        state = worker.actor._state()
+        state["training_steps"] = Evil()
+        dcp.save(state, checkpoint_id="actor")
+    with pytest.raises(ValueError, match=r"is not what a checkpoint is made of|weights_only"):
+        worker.load("actor")
+    assert not Path("evil").exists()
 
 
 def test_learning_rate() -> None:

@@ -86,6 +86,16 @@ def load_prompts(
     return prompts
 
 
+def locate(files: Files, index: int) -> str:
+    """File and row of the prompt with this `Prompt.index`, for messages."""
+    for path in _paths(files):
+        rows = pq.read_metadata(path).num_rows
+        if index < rows:
+            return f"{path}, row {index}"
+        index -= rows
+    raise IndexError(index)
+
+
 def load_sft_rows(config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     """One sample per row of `config.train_files`: prompt, and response with end-of-sequence token.
 

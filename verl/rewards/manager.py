@@ -7,8 +7,9 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Coroutine, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from threading import Thread
@@ -60,28 +61,40 @@ class RewardManager:
             self.custom = load_function(custom.path, custom.name)
             self.function_name = f"{custom.name} of {custom.path}"
         self.math = MathServer(config.math_server)
-        self._threads = ThreadPoolExecutor(config.num_workers)
+        self.where: Callable[[Prompt], str] = lambda prompt: f"row {prompt.index}"
+        self.timeout_s = custom.timeout_s
         self._places = asyncio.Semaphore(config.num_workers)
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def connect(self, prompts: Iterable[Prompt], folder: Path) -> None:
+    def connect(
+        self,
+        prompts: Iterable[Prompt],
+        folder: Path,
+        where: Callable[[Prompt], str] | None = None,
+    ) -> None:
         """Makes sure that responses to these prompts can be scored; a server that it starts keeps
         its log in `folder`.
 
+        `where` says to users where a prompt comes from.
+
         Raises: ValueError if there is no function for one of them, its ground truth is not of the
-        form that math needs, or the LaTeX server is none; RewardServerError if there is no server.
+        form that this needs, or the LaTeX server is none; RewardServerError if there is no server.
         """
+        self.where = where or self.where
         if self.custom is not None:
             return
         needs_server = False
         for prompt in prompts:
-            check_data_source(prompt.data_source)
-            if prompt.data_source in MATH_SOURCES:
-                needs_server = True
-                try:
-                    reference(prompt.data_source, prompt.ground_truth)
-                except ValueError as error:
-                    raise ValueError(f"row {prompt.index}: {error}") from None
+            source, ground_truth = prompt.data_source, prompt.ground_truth
+            check_data_source(source)
+            try:
+                if source in MATH_SOURCES:
+                    needs_server = True
+                    reference(source, ground_truth)
+                else:
+                    compute_score(source, "", ground_truth)
+            except ValueError as error:
+                raise ValueError(f"{self.where(prompt)}, key 'reward_model': {error}") from None
         if needs_server:
             self._run(self.math.connect(folder / "math_server.log")).result()
 
@@ -106,7 +119,6 @@ class RewardManager:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop = None
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         if self._loop is None:
@@ -137,7 +149,7 @@ class RewardManager:
         """Score and extras of one sample; every error names where it comes from."""
         prompt = sample.prompt
         source = f"data_source={prompt.data_source!r}"
-        where = f"reward function {self.function_name}, {source}, prompt {prompt.index}"
+        where = f"reward function {self.function_name}, {source}, {self.where(prompt)}"
         try:
             result = await self._evaluate(prompt, text)
         except RewardServerError:
@@ -166,11 +178,43 @@ class RewardManager:
             if prompt.data_source in MATH_SOURCES:
                 return await self.math.compute_score(*arguments)
             return compute_score(*arguments)
-        if inspect.iscoroutinefunction(self.custom):
-            async with self._places:
-                return await self.custom(*arguments)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self.custom, *arguments)
+        async with self._places:
+            if inspect.iscoroutinefunction(self.custom):
+                call = self.custom(*arguments)
+            else:
+                call = _in_thread(self.custom, *arguments)
+            try:
+                async with asyncio.timeout(self.timeout_s) as limit:
+                    return await call
+            except TimeoutError as error:
+                if not limit.expired():  # the function's own
+                    raise
+                remedy = "correct the function, or raise custom_reward_function.timeout_s"
+                raise TimeoutError(f"no answer after {self.timeout_s:g} s: {remedy}") from error
+
+
+def _in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    """Calls it in a thread of its own, which nobody has to wait for: the process can end."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if not future.done():  # nobody waits any more
+            future.set_result(result) if error is None else future.set_exception(error)
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            result = function(*arguments)
+        except StopIteration as raised:  # which no future takes
+            error = RuntimeError(f"StopIteration: {raised}")
+        except BaseException as raised:
+            error = raised
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, result, error)
+
+    Thread(target=work, daemon=True).start()
+    return future
 
 
 def overlong_penalty(length: int, max_response_length: int, buffer: OverlongBufferConfig) -> float:

@@ -28,6 +28,7 @@ def train(config: SFTConfig, tokenizer: Any) -> Path:
     from verl.data.dataset import PromptOrder, load_sft_rows
     from verl.protocol import fill, response_lengths
     from verl.trainer.ppo.core_algos import response_weights
+    from verl.trainer.ppo.guard import SkippedSteps
     from verl.trainer.ppo.metrics import reduce_update_metrics
     from verl.utils.seqlen_balancing import balanced_partitions
     from verl.utils.timer import Timer
@@ -49,6 +50,7 @@ def train(config: SFTConfig, tokenizer: Any) -> Path:
     actor.connect()
     actor.call("build", config.model, config.fsdp_config, config.optim, total)
     every = max(1, total // LOG_LINES)
+    skipped = SkippedSteps(trainer.max_skipped_steps)
     history: list[dict[str, float]] = []
     timer = Timer()
     with Tracking(trainer, root, total, asdict(config)) as tracking:
@@ -63,7 +65,9 @@ def train(config: SFTConfig, tokenizer: Any) -> Path:
                 for share in shares
             ]
             with timer("step"):
-                update = reduce_update_metrics(actor.scatter("update", arguments))
+                by_rank = actor.scatter("update", arguments)
+            update = skipped.count(by_rank, [batch], root / f"skipped_step_{step}.parquet")
+            update |= reduce_update_metrics(by_rank)
             history.append(update)
             if step % every == 0 or step == total:
                 means = {name: float(np.mean([h[name] for h in history])) for name in update}
@@ -87,7 +91,7 @@ def run(config: SFTConfig) -> None:
         check_model(config.model, config.data.max_length)
         tokenizer = load_tokenizer(config.model, config.data.tokenizer)
         folder = train(config, tokenizer)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -1,16 +1,19 @@
-"""Checkpoints: written aside, renamed when complete, found again.
+"""Checkpoints: written aside, synced, renamed when complete, found again, checked.
 
 default_local_dir/
   global_step_20/actor/          parameters, optimizer, schedule (torch.distributed.checkpoint)
-  global_step_20/trainer.json    the driver's state
+  global_step_20/trainer.json    the driver's state, with the resolved configuration
   global_step_20/drawn.parquet   with trainer.async_rollout, the batch of the next step
   global_step_20/carried.parquet responses that DAPO's filter kept for the next step
+  global_step_20/manifest.json   size and checksum of all these
   latest_checkpointed_iteration.txt
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,7 +23,13 @@ from typing import Any
 
 from verl.trainer.config.schema import TrainerConfig
 
+logger = logging.getLogger(__name__)
+
 LATEST = "latest_checkpointed_iteration.txt"
+MANIFEST = "manifest.json"
+CHECKED_BYTES = 2**20
+"""Of each file the first and the last so many bytes are compared with the manifest, beside its
+size: that takes no time for any size of model, and finds what a crash leaves behind."""
 
 
 class CheckpointFolder:
@@ -30,50 +39,92 @@ class CheckpointFolder:
         self.trainer = trainer
         self.root = Path(trainer.default_local_dir).expanduser().absolute()
 
+    def make_root(self) -> None:
+        """Raises: ValueError if the folder can't be made, or nothing can be written there."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            (self.root / ".writable").touch()
+            (self.root / ".writable").unlink()
+        except OSError as error:
+            raise ValueError(
+                f"trainer.default_local_dir={self.root} can't be written: {error}"
+            ) from None
+
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], Any]) -> Path:
         """Writes a checkpoint of `step`. Until the last rename, the one before it is the latest.
 
         `state`: the driver's, JSON-able. `write` adds everything else to the folder it is given.
+
+        Raises: OSError if the disk is full, or the like; what was there before is still there.
         """
         final = self.root / f"global_step_{step}"
-        aside = self.root / f"{final.name}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write(aside)
-        (aside / "trainer.json").write_text(json.dumps(state | {"step": step}))
-        shutil.rmtree(final, ignore_errors=True)
+        aside, replaced = (self.root / f"{final.name}.{end}" for end in ("tmp", "old"))
+        self._undo_swap()
+        for rest in self.root.glob("global_step_*.*"):
+            shutil.rmtree(rest, ignore_errors=True)
+        try:
+            aside.mkdir(parents=True)
+            write(aside)
+            (aside / "trainer.json").write_text(json.dumps(state | {"step": step}))
+            seal(aside)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        if final.exists():  # never without a whole one: `find` takes the old one back
+            os.replace(final, replaced)
         os.replace(aside, final)
-        latest = self.root / f"{LATEST}.tmp"
-        latest.write_text(str(step))
-        os.replace(latest, self.root / LATEST)
+        sync(self.root)
+        self._point_to(step)
+        shutil.rmtree(replaced, ignore_errors=True)
         if limit := self.trainer.max_actor_ckpt_to_keep:
-            found = [p for p in self.root.iterdir() if re.fullmatch(r"global_step_\d+", p.name)]
-            found.sort(key=lambda p: (p == final, p.stat().st_mtime))
+            found = sorted(self.saved(), key=lambda p: (p == final, p.stat().st_mtime))
             for old in found[:-limit]:
                 shutil.rmtree(old, ignore_errors=True)
         return final
 
-    def find(self) -> Path | None:
+    def saved(self) -> list[Path]:
+        """All checkpoints' folders, damaged ones included."""
+        found = self.root.glob("global_step_*")
+        return [path for path in found if re.fullmatch(r"global_step_\d+", path.name)]
+
+    def find(self, run_id: str | None = None) -> Path | None:
         """The checkpoint to resume from, as `trainer.resume_mode` says; None: start anew.
 
-        Raises: ValueError if a named checkpoint isn't one.
+        `auto` takes the latest that is whole, with a warning if that isn't the last one written;
+        with `run_id`, none of another run that used the folder before.
+
+        Raises: ValueError if there is none, or the one that was named isn't whole.
         """
         if self.trainer.resume_mode == "disable":
             return None
-        latest = self.root / LATEST
         if self.trainer.resume_mode == "resume_path":
             folder = Path(self.trainer.resume_from_path or "").expanduser().absolute()
-            problem = f"trainer.resume_from_path={folder}: there is no checkpoint; name a folder "
-            problem += "called global_step_N"
-        elif latest.is_file():
-            folder = self.root / f"global_step_{latest.read_text().strip()}"
-            problem = f"{latest} names {folder.name}, which is not there: correct the number in "
-            problem += "it, or start anew with trainer.resume_mode=disable"
-        else:
+            if problem := damage(folder):
+                text = f"trainer.resume_from_path={folder}: there is no whole checkpoint"
+                raise ValueError(f"{text} ({problem}); name another folder called global_step_N")
+            return folder
+        self._undo_swap()
+        latest = self.root / LATEST
+        if not latest.is_file():
             return None
-        if not (folder / "trainer.json").is_file():
-            raise ValueError(problem)
-        return folder
+        last = latest.read_text().strip()
+        problems = []
+        steps = {int(path.name.rpartition("_")[2]): path for path in self.saved()}
+        if last.isdecimal():
+            steps.setdefault(int(last), self.root / f"global_step_{last}")
+            for step in sorted((s for s in steps if s <= int(last)), reverse=True):
+                if problem := damage(steps[step]):
+                    problems.append(f"{steps[step].name}: {problem}")
+                elif run_id in (None, self.read_state(steps[step]).get("run_id", run_id)):
+                    if problems:
+                        text = "resuming from %s, as what was written later is damaged (%s)"
+                        logger.warning(text, steps[step], "; ".join(problems))
+                    return steps[step]
+        raise ValueError(
+            f"{latest} names step {last or 'none'}, but no checkpoint of this run is whole "
+            f"({'; '.join(problems)}): bring one back, or start anew with "
+            "trainer.resume_mode=disable"
+        )
 
     def forget(self) -> None:
         """What a new run in a used folder does: its predecessor's checkpoints stay, but nothing
@@ -84,3 +135,59 @@ class CheckpointFolder:
     def read_state(folder: Path) -> dict[str, Any]:
         """The driver's state of a checkpoint, with `step`."""
         return json.loads((folder / "trainer.json").read_text())
+
+    def _point_to(self, step: int) -> None:
+        aside = self.root / f"{LATEST}.tmp"
+        aside.write_text(str(step))
+        sync(aside)
+        os.replace(aside, self.root / LATEST)
+        sync(self.root)
+
+    def _undo_swap(self) -> None:
+        """Takes a checkpoint back that was about to be replaced when the run was killed."""
+        for old in self.root.glob("global_step_*.old"):
+            if not old.with_suffix("").exists():
+                os.replace(old, old.with_suffix(""))
+
+
+def seal(folder: Path) -> None:
+    """Writes the manifest of all files in `folder`, and waits until they are on the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {str(path.relative_to(folder)): _fingerprint(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=1))
+    folders = {path.parent for path in files}
+    for path in [*files, folder / MANIFEST, *folders, folder, folder.parent]:
+        sync(path)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole, as far as its manifest tells."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())
+        for name, entry in entries.items():
+            if _fingerprint(folder / name) != entry:
+                return f"{name} is not as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(folder)} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{MANIFEST} or a file that it names can't be read: {error}"
+    return None if "trainer.json" in entries else "trainer.json is missing"
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    """Size in bytes, and SHA-256 of both ends (of all, if it isn't longer than these)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(CHECKED_BYTES))
+        file.seek(max(file.tell(), size - CHECKED_BYTES))
+        digest.update(file.read())
+    return [size, digest.hexdigest()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,18 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
     return float(value) if isinstance(value, Real) else str(value)
+
+
+def dump_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Writes all that there is about samples, prompts included, to be looked at: arrays as lists,
+    and what is neither number nor text as JSON."""
+    plain = (np.ndarray, str, Real, type(None))
+    rows = []
+    for sample in samples:
+        parts = (sample, ""), (sample.prompt, "prompt_")
+        row = {p + f.name: getattr(part, f.name) for part, p in parts for f in fields(part)}
+        del row["prompt"]
+        rows.append(
+            {k: v if isinstance(v, plain) else json.dumps(_plain(v)) for k, v in row.items()}
+        )
+    pq.write_table(pa.Table.from_pylist(rows), path)

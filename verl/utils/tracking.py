@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from verl.trainer.config.schema import TrainerConfig
@@ -26,6 +29,8 @@ CONSOLE_COLUMNS = (  # label, key, format
     ("tokens/s", "perf/throughput", "6.0f"),
     ("seconds", "perf/time_per_step", "6.1f"),
 )
+RUN_ID = "wandb_run_id"
+"""File in a run's folder."""
 _CORE = re.compile(r"val-core/(.+)/(?:acc|reward)/((?:mean|best|maj)@\d+)(?:/mean)?")
 
 
@@ -42,8 +47,9 @@ class Tracking:
       are written as null. A resumed run drops the lines after its step: each step stands once.
     * `console`: one line a step on standard output, and, in a terminal, a progress bar with the
       time left on standard error.
-    * `wandb`: Weights & Biases; offline without credentials. `run_dir/wandb_run_id` keeps the id
-      by which a resumed run continues the same one.
+      A full disk stops nothing: lines that can't be written are written later.
+    * `wandb`: Weights & Biases; offline without credentials. `run_dir/wandb_run_id`, which is
+      always written, keeps the id by which a resumed run continues the same one.
     """
 
     def __init__(
@@ -65,6 +71,10 @@ class Tracking:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.total_steps = total_steps
+        id_file = self.run_dir / RUN_ID
+        if not (step and id_file.exists()):
+            id_file.write_text(uuid.uuid4().hex[:8])
+        self.run_id = id_file.read_text().strip()
         self._open_file(step)
         self.bar = self.wandb = None
         if "console" in loggers:
@@ -72,7 +82,7 @@ class Tracking:
                 total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=None
             )
         if "wandb" in loggers:
-            self.wandb = self._start_wandb(trainer, config, step)
+            self.wandb = self._start_wandb(trainer, config)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Records the numbers of `step`, which is then complete, and prints its line."""
@@ -87,6 +97,19 @@ class Tracking:
         self._record(metrics, step, complete=False)
         if self.bar is not None:
             self._print(f"validation at step {step}\n{validation_table(metrics)}")
+
+    def flush(self) -> None:
+        """Writes the lines that wait, and waits until the disk has them all."""
+        try:
+            self.file.seek(self.end)
+            left = memoryview(self.waiting)
+            while left:
+                left = left[self.file.write(left) :]
+            self.file.truncate()
+            self.end, self.waiting = self.end + len(self.waiting), b""
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            logger.error("%s: %s; its last lines are written later", self.file.name, error)
 
     def __enter__(self) -> Tracking:
         return self
@@ -109,11 +132,15 @@ class Tracking:
         kept = read_metrics(path) if step and path.exists() else []
         # Written aside and renamed while open: a run killed right here loses nothing.
         aside = self.run_dir / "metrics.jsonl.tmp"
-        self.file = aside.open("w")
+        self.file = aside.open("wb", buffering=0)
         self.last: dict[str, Any] = {}
+        self.last_start = self.end = 0  # bytes: where the last line begins, and where it ends
+        self.waiting = b""
         for record in kept:
             if record["step"] <= step:
                 self._write(record)
+        if self.waiting:
+            raise OSError(f"{aside} can't be written: make room on the disk")
         aside.replace(path)
 
     def _record(self, metrics: Mapping[str, Any], step: int, complete: bool) -> dict[str, Any]:
@@ -129,21 +156,17 @@ class Tracking:
         """Appends a line, or extends the last one if it is of the same step."""
         if self.last.get("step") == record["step"]:
             record = self.last | record
-            self.file.seek(self.last_start)
-            self.file.truncate()
+            self.end, self.waiting = self.last_start, self.before
         else:
             assert not self.last or self.last["step"] < record["step"], "steps must increase"
-        self.last, self.last_start = record, self.file.tell()
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        self.last, self.last_start, self.before = record, self.end, self.waiting
+        self.waiting += (json.dumps(record) + "\n").encode()
+        self.flush()
         return record
 
-    def _start_wandb(self, trainer: TrainerConfig, config: Mapping[str, Any], step: int) -> Any:
+    def _start_wandb(self, trainer: TrainerConfig, config: Mapping[str, Any]) -> Any:
         import wandb
 
-        id_file = self.run_dir / "wandb_run_id"
-        if not (step and id_file.exists()):
-            id_file.write_text(uuid.uuid4().hex[:8])
         mode = os.environ.get("WANDB_MODE")
         # Asked of wandb itself: where it keeps keys, and for which host, changes with its version.
         if not mode and not wandb.login(prompt=False, verify=False):
@@ -158,7 +181,7 @@ class Tracking:
             name=trainer.experiment_name,
             config=dict(config),
             dir=str(self.run_dir),
-            id=id_file.read_text().strip(),
+            id=self.run_id,
             resume="allow",
             mode=mode,
         )

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -22,6 +23,7 @@ from verl.protocol import Ragged, Sample
 from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
 from verl.trainer.ppo.core_algos import kl_divergence, policy_loss, rollout_is_weights
 from verl.utils.device import empty_cache, get_device, max_memory_gb, process_group_backend
+from verl.utils.safe_load import SafePlanner, SafeReader
 from verl.utils.seqlen_balancing import micro_batches
 from verl.workers.weight_sync import WeightExporter
 
@@ -235,9 +237,8 @@ class Policy:
     ) -> list[dict[str, float]]:
         """One optimizer step per mini-batch (this rank's share of each), then one of the schedule.
 
-        Returns: per mini-batch this rank's sums, and the global `grad_norm` and `lr`.
-
-        Raises: FloatingPointError if the gradient is not finite; the weights are left as they were.
+        Returns: per mini-batch this rank's sums, and the global `grad_norm`, `lr` and `skipped`: 1
+        if the loss of a rank or the gradient was not finite, and no step was made.
         """
         assert self.optimizer is not None and self.schedule is not None
         self.onload(optimizer=True)
@@ -246,12 +247,15 @@ class Policy:
             sums = self.accumulate_gradient(samples, loss, limit)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            if not torch.isfinite(norm):
-                raise FloatingPointError(f"the gradient norm is {norm.item()}: no update was made")
-            self.optimizer.step()
+            numbers = [norm.item(), *(x for name, x in sums.items() if name.startswith("w/"))]
+            skipped = torch.tensor(float(not all(map(math.isfinite, numbers))))
+            dist.all_reduce(skipped, dist.ReduceOp.MAX)
+            if not skipped:
+                self.optimizer.step()
             self.optimizer.zero_grad()
             lr = self.optimizer.param_groups[0]["lr"]
-            results.append(sums | {"grad_norm": norm.item(), "lr": lr})
+            figures = {"grad_norm": norm.item(), "lr": lr, "skipped": skipped.item()}
+            results.append(sums | figures)
         self.schedule.step()
         self.offload()
         return results
@@ -276,15 +280,29 @@ class Policy:
         return {name: value.item() for name, value in totals.items()} | {"tokens": tokens}
 
     def save(self, folder: Path) -> None:
-        """Writes parameters, optimizer and schedule below `folder`, each rank its part."""
-        dcp.save(self._state(), checkpoint_id=folder)
+        """Writes parameters, optimizer and schedule below `folder`, each rank its part.
+
+        Raises: OSError, on all ranks, if one can't.
+        """
+        try:
+            dcp.save(self._state(), checkpoint_id=folder)
+        except CheckpointException as error:  # no Exception, and too long to read
+            reasons = {f"{type(e).__name__}: {e}" for e, _ in error.failures.values()}
+            raise OSError(f"{folder}: {'; '.join(sorted(reasons))}") from None
 
     def load(self, folder: Path) -> None:
         """The inverse of `save`, for any number of ranks. The learning rate and the optimizer's
-        other settings are those of the configuration."""
+        other settings are those of the configuration.
+
+        Raises: ValueError, on all ranks, if the checkpoint is not one of this model.
+        """
         self.onload(optimizer=True)
         state = self._state()
-        dcp.load(state, checkpoint_id=folder)
+        try:
+            dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
+        except CheckpointException as error:
+            reasons = {f"{type(e).__name__}: {e}" for e, _ in error.failures.values()}
+            raise ValueError(f"{folder}: {'; '.join(sorted(reasons))}") from None
         set_state_dict(
             self.model,
             self.optimizer,

@@ -16,13 +16,10 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from verl.protocol import Prompt, Sample
 from verl.trainer.config.model_schema import ModelConfig
 from verl.trainer.config.schema import RolloutConfig
-from verl.workers.group import CONTROL, Slots, WorkerGroup
+from verl.workers.group import CONTROL, MAX_DEATHS, Slots, WorkerGroup
 from verl.workers.rollout.base import RolloutEngine, SamplingParams, Work
 
 logger = logging.getLogger(__name__)
-
-MAX_DEATHS = 3
-"""An engine that dies as often without having finished a response ends the run."""
 
 START_S = 900
 """Longest time that an engine may take to start, in seconds."""
@@ -83,6 +80,23 @@ class EngineGroup(WorkerGroup):
                     raise
                 time.sleep(0.5)
 
+    def call_all(self, method: str, *args: Any) -> list[Any]:
+        """`call` between generations; again, should an engine die, when it is back."""
+        for deaths in count(1):
+            try:
+                return self.call(method, *args)
+            except RayActorError:
+                if deaths == MAX_DEATHS:
+                    raise
+                self.refresh_dead()
+        raise AssertionError
+
+    def refresh_dead(self) -> None:
+        """Gives weights to the engines that died and were started again."""
+        for engine in self.find_restarted():
+            logger.warning("engine %d had died and was started again", engine)
+            self.on_restart(engine)
+
     def refresh(self, engine: int) -> None:
         """Waits for an engine that died, and gives it weights."""
         self.processes[engine] = self._process(engine)
@@ -96,9 +110,7 @@ class EngineGroup(WorkerGroup):
         Engines get their prompts in order, as they have room. What an engine that dies had not
         finished is drawn again once it is back, from the same seeds.
         """
-        for engine in self.find_restarted():
-            logger.warning("engine %d had died and was started again", engine)
-            self.on_restart(engine)
+        self.refresh_dead()
         generation = _Generation(self, prompts, groups, params)
         try:
             yield from generation.samples()

@@ -7,11 +7,13 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from threading import Lock
 from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -31,6 +33,12 @@ WORKER_ENV = {
 }
 WORKERS_PER_DEVICE = 2
 """Colocated, an actor rank and a generation engine share each device, in turns."""
+
+DEATH_S = 5
+"""After one worker's error, so many seconds may pass until Ray knows that another had died."""
+
+MAX_DEATHS = 3
+"""An engine that dies as often without having done anything ends the run."""
 
 CONTROL = "control"
 """Ray's concurrency group of calls that don't wait for those that run."""
@@ -185,11 +193,17 @@ class WorkerGroup:
     @staticmethod
     def wait(references: Sequence[Any]) -> list[Any]:
         """The results, in order. The first error is raised at once: ranks that wait for the failed
-        one would never answer."""
+        one would never answer. A worker's death is raised rather than the errors it causes."""
         pending = list(references)
         while pending:
             ready, pending = ray.wait(pending)
-            ray.get(ready)
+            try:
+                ray.get(ready)
+            except RayTaskError:
+                for reference in ray.wait(pending, timeout=DEATH_S)[0] if pending else ():
+                    with suppress(RayTaskError):
+                        ray.get(reference)
+                raise
         return ray.get(list(references))
 
     def connect(self) -> None:

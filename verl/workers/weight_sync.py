@@ -7,22 +7,27 @@ nccl   a broadcast from actor rank 0 to engines on devices of their own (on CPUs
 
 from __future__ import annotations
 
+import logging
 from collections import ChainMap
 from collections.abc import Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 import torch.distributed as dist
+from ray.exceptions import RayActorError
 from torch import Tensor
 
 from verl.models.fsdp import full_weights
 from verl.utils.device import broadcast_group, default_dtype
-from verl.workers.group import WorkerGroup
+from verl.workers.group import MAX_DEATHS, WorkerGroup
 
 if TYPE_CHECKING:
     from verl.workers.actor import Policy
     from verl.workers.engines import EngineGroup
+
+logger = logging.getLogger(__name__)
 
 BUCKET_BYTES = 256 * 2**20
 """About the size of one bucket; a larger tensor stands alone."""
@@ -104,9 +109,16 @@ class WeightSync:
         self.connected = False
 
     def __call__(self, only: int | None = None) -> None:
-        """Updates all engines, or `only` the one with this number, which was started anew."""
+        """Updates all engines, again should one of them die meanwhile, or `only` the one with this
+        number, which was started anew."""
         with self.actor.exclusive:
-            self._send(only)
+            for deaths in count(1):
+                try:
+                    return self._send(only)
+                except RayActorError:
+                    if only is not None or deaths == MAX_DEATHS:
+                        raise
+                    logger.warning("a worker died while the engines got weights")
 
     def _send(self, only: int | None) -> None:
         way = self.way

@@ -291,6 +291,8 @@ class CustomRewardConfig(Section):
     """Python file; null: `verl.rewards.compute_score`."""
     name: str = "compute_score"
     """Function in that file; returns a number, or a dict with `score`."""
+    timeout_s: float = number(300.0, above=0)
+    """Longest time of one call, in seconds; then the run stops, with a checkpoint."""
 
 
 @dataclass
@@ -379,6 +381,9 @@ class RunConfig(Section):
     """GPUs of each machine; where there is no GPU, ranks and engines of each machine."""
     device: str | None = one_of(None, "cuda", "cpu")
     """null: cuda where there is a GPU, else cpu."""
+    max_skipped_steps: int = number(3, 1)
+    """Optimizer steps in a row whose loss or gradient is not finite, all of them left out, after
+    which the run stops and writes their batch to a file."""
     default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
     """The run's folder: metrics.jsonl, checkpoints, the resolved configuration. With several nodes
     on a file system that all of them see."""
@@ -413,11 +418,14 @@ class TrainerConfig(RunConfig):
     save_freq: int = number(-1, -1)
     """Write a checkpoint every so many steps, and after the last; -1: never."""
     resume_mode: str = one_of("auto", "auto", "disable", "resume_path")
-    """`auto`: go on from the latest checkpoint in default_local_dir, if there is one."""
+    """`auto`: go on from the latest checkpoint in default_local_dir, if there is one, with the same
+    method and data. `resume_path`: from any, and a warning names what has changed since."""
     resume_from_path: str | None = None
     """Checkpoint folder (`.../global_step_N`) for resume_mode=resume_path."""
     max_actor_ckpt_to_keep: int | None = number(None, 1)
     """Older checkpoints are deleted; null: all are kept."""
+    max_restarts: int = number(0, 0)
+    """Times that the run goes on by itself from its latest checkpoint after a worker died."""
     save_hf_model: bool = True
     """Write the final model in Hugging Face format to default_local_dir/huggingface."""
     default_hdfs_dir: str | None = None

@@ -33,7 +33,10 @@ IDLE = {
     "save_freq=-1": ("trainer.max_actor_ckpt_to_keep",),
     "use_kl_in_reward=False": ("algorithm.kl_ctrl.", "algorithm.kl_penalty"),
     "use_grpopp=False": ("algorithm.grpopp_config.", f"{ACTOR}.grpopp_config."),
-    "custom_reward_function.path=None": ("reward_model.num_workers",),
+    "custom_reward_function.path=None": (
+        "reward_model.num_workers",
+        "custom_reward_function.timeout_s",
+    ),
     "overlong_buffer.enable=False": ("reward_model.overlong_buffer.",),
     "filter_groups.enable=False": ("algorithm.filter_groups.", "data.gen_batch_size"),
     "rollout.name=hf": (

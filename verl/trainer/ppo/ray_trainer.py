@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from verl.data.dataset import load_prompts
+from verl.data.dataset import load_prompts, locate
 from verl.protocol import ARRAYS, Parcel, Prompt, Sample, column, fill, response_lengths
-from verl.rewards.errors import RewardError
 from verl.rewards.manager import RewardManager
 from verl.trainer.config.schema import Config, resolve_aggregation
 from verl.trainer.ppo.ahead import BatchesAhead
@@ -23,7 +21,6 @@ from verl.trainer.ppo.batching import (
     TrainBatches,
     mini_batches,
     score_while_generating,
-    split_groups,
     validation_sampling,
 )
 from verl.trainer.ppo.core_algos import (
@@ -33,6 +30,7 @@ from verl.trainer.ppo.core_algos import (
     kl_divergence,
     response_weights,
 )
+from verl.trainer.ppo.guard import SkippedSteps, warn_of_disagreement
 from verl.trainer.ppo.metrics import (
     data_metrics,
     loss_agg_metrics,
@@ -41,12 +39,13 @@ from verl.trainer.ppo.metrics import (
     timing_metrics,
     validation_metrics,
 )
+from verl.trainer.ppo.resumable import Resumable
 from verl.utils.checkpoint import CheckpointFolder
 from verl.utils.device import default_weight_transfer
-from verl.utils.samples import read_samples, write_samples
 from verl.utils.seqlen_balancing import balanced_partitions, equal_partitions
+from verl.utils.signals import StopSignals
 from verl.utils.timer import Timer
-from verl.utils.tracking import Tracking
+from verl.utils.tracking import Tracking, validation_scores
 from verl.workers.actor import ActorWorker, LossConfig, MicroBatchLimit
 from verl.workers.engines import EngineGroup
 from verl.workers.group import WORKERS_PER_DEVICE, WorkerGroup, place, start_ray
@@ -56,11 +55,13 @@ from verl.workers.weight_sync import WeightSync
 logger = logging.getLogger(__name__)
 
 
-class RayPPOTrainer:
+class RayPPOTrainer(Resumable):
     """Trains one policy. Everything that can be wrong with the input is found before Ray starts."""
 
-    def __init__(self, config: Config, tokenizer: Any) -> None:
+    def __init__(self, config: Config, tokenizer: Any, latest: Path | None = None) -> None:
         """Reads the data and finds the checkpoint to resume from; starts no process.
+
+        `latest`: the checkpoint that this run wrote before a worker died.
 
         Raises: ValueError or FileNotFoundError for data or keys that can't be used.
         """
@@ -87,10 +88,13 @@ class RayPPOTrainer:
         self.checkpoints = CheckpointFolder(trainer)
         self.step = self.saved_step = 0
         self.validation_missing = False
+        self.best: dict[str, float] = {}
         self.engine_metrics: dict[str, float] = {}
-        if resumed := self.checkpoints.find():
-            self._load_state(resumed)
-        self.resumed = resumed
+        self.skipped = SkippedSteps(trainer.max_skipped_steps)
+        self.stop = StopSignals()
+        self.resumed = self.latest = latest or self.checkpoints.find(self.run_id)
+        if self.resumed:
+            self.load_state(self.resumed)
 
     def start_workers(self) -> None:
         """Starts Ray, the actor ranks and the engines, with the weights to begin from.
@@ -98,10 +102,17 @@ class RayPPOTrainer:
         Raises: ValueError or RewardServerError, before that, if the data can't be scored.
         """
         trainer, model, data = self.config.trainer, self.config.actor_rollout_ref, self.config.data
-        self.rewards.connect([*self.prompts, *self.val_prompts], self.checkpoints.root)
+        self.checkpoints.make_root()
+        validated = {id(prompt) for prompt in self.val_prompts}
+        self.rewards.connect(
+            [*self.prompts, *self.val_prompts],
+            self.checkpoints.root,
+            lambda p: locate(data.val_files if id(p) in validated else data.train_files, p.index),
+        )
         device, own = trainer.device, trainer.n_gpus_per_node
         per_node = own + (trainer.rollout_gpus_per_node or 0)
         start_ray(trainer.nnodes * per_node, self.config.ray_init.num_cpus)
+        self.stop.install()  # Ray takes SIGTERM
         slots = place(trainer.nnodes, per_node, device)
         share, engine_slots = 1 / WORKERS_PER_DEVICE, slots
         if trainer.rollout_gpus_per_node:
@@ -147,13 +158,14 @@ class RayPPOTrainer:
             self.validation_missing = False
             if trainer.val_only:
                 return
+            self.stop.patient = True
             while self.step < self.total_steps:
                 timer = Timer()
                 with self.saved_on_error():
                     samples, metrics = self.batches.next(self.step + 1, timer)
                 self.step += 1
                 if not trainer.rollout_gpus_per_node:
-                    self.rollout.call("sleep")
+                    self.rollout.call_all("sleep")
                 metrics |= self.add_log_probs(samples, timer)
                 with timer("adv"):
                     metrics |= self.add_advantages(samples)
@@ -165,14 +177,20 @@ class RayPPOTrainer:
                         self.update_engines()
                 metrics |= self.step_metrics(samples, timer)
                 try:
-                    if self._due(trainer.test_freq):
+                    if self.stop.number:
+                        self.validation_missing = self._due(trainer.test_freq)
+                    elif self._due(trainer.test_freq):
                         with timer("testing"), self.saved_on_error(validation_missing=True):
                             tracking.log_validation(self.validate(), self.step)
                         metrics["timing_s/testing"] = timer.seconds["testing"]
                 finally:
                     tracking.log(metrics, self.step)
-                if self._due(trainer.save_freq):
+                if self._due(trainer.save_freq) or self.stop.number:
+                    tracking.flush()
                     self.save_checkpoint()
+                if self.stop.number:
+                    raise KeyboardInterrupt
+        self.stop.patient = False
         if trainer.save_hf_model:
             self.save_hf_model()
 
@@ -263,7 +281,11 @@ class RayPPOTrainer:
             arguments.append((mine, loss_config(self.config), limit, actor.grad_clip))
         with self.actor.exclusive:  # else an engine that starts again could get half an update
             by_rank = self.actor.scatter("update", arguments)
-        return reduce_update_metrics(by_rank)
+        dump = self.checkpoints.root / f"skipped_step_{self.step}.parquet"
+        skipped = self.skipped.count(by_rank, steps, dump)
+        metrics = reduce_update_metrics(by_rank) | skipped
+        warn_of_disagreement(self.config, metrics)
+        return metrics
 
     def validate(self) -> dict[str, float]:
         """Accuracy on the validation prompts."""
@@ -278,7 +300,11 @@ class RayPPOTrainer:
             generated = self.generate(prompts, list(range(start, start + len(prompts))), params)
             for _, scores in score_while_generating(generated, self.rewards, Timer()):
                 samples += scores.result()
-        return validation_metrics(sorted(samples, key=lambda s: (s.group, s.draw)))
+        metrics = validation_metrics(sorted(samples, key=lambda s: (s.group, s.draw)))
+        accuracy = float(np.mean(list(validation_scores(metrics).values())))
+        if accuracy > self.best.get("val-core/best_acc", -np.inf):
+            self.best = {"val-core/best_acc": accuracy, "val-core/best_step": self.step}
+        return metrics | self.best
 
     def close(self) -> None:
         """Ends what scores and what generates; Ray belongs to the caller."""
@@ -286,6 +312,7 @@ class RayPPOTrainer:
             self.rollout.cancelled = True
             self.batches.close()
         self.rewards.close()
+        self.stop.restore()
 
     # ---------------------------------------------------------------------------------- details
 
@@ -312,37 +339,6 @@ class RayPPOTrainer:
             | timing_metrics(samples, timer.seconds | {"step": seconds}, filtering)
             | throughput_metrics(samples, seconds, self.num_workers)
         )
-
-    def save_checkpoint(self) -> None:
-        """Writes what a resumed run needs to go on as if nothing had happened."""
-        state = self.batches.state()
-        carried = [sample for group in state.pop("carried") for sample in group]
-        drawn = state.pop("drawn", [])
-        state |= {
-            "kl_coef": self.kl_controller.value,
-            "validation_missing": self.validation_missing,
-        }
-
-        def write(folder: Path) -> None:
-            self.actor.call("save", str(folder / "actor"))
-            write_samples(folder / CARRIED, carried)
-            write_samples(folder / DRAWN, drawn)
-
-        self.checkpoints.save(self.step, state, write)
-        self.saved_step = self.step
-
-    @contextmanager
-    def saved_on_error(self, validation_missing: bool = False) -> Iterator[None]:
-        """For what fails while the policy is that of `step`, such as a reward: writes a checkpoint
-        of what was before, so that the error costs no step that was complete."""
-        try:
-            yield
-        except (RewardError, ValueError):
-            if self.step not in (0, self.saved_step):  # a run without a step starts anew
-                logger.error("writing a checkpoint of step %d, then stopping", self.step)
-                self.validation_missing = validation_missing
-                self.save_checkpoint()
-            raise
 
     def verify_engines(self, strict: bool) -> None:
         """Has each engine draw a few tokens, and compares their log-probabilities with the actor's.
@@ -372,18 +368,9 @@ class RayPPOTrainer:
     def save_hf_model(self) -> None:
         """Writes the policy in Hugging Face format."""
         folder = self.checkpoints.root / "huggingface"
-        self.rollout.call("sleep")
+        self.rollout.call_all("sleep")
         self.actor.call("save_hf", str(folder), self.tokenizer)
         logger.info("the model is in %s", folder)
-
-    def _load_state(self, folder: Path) -> None:
-        state = self.checkpoints.read_state(folder)
-        self.step = self.saved_step = state["step"]
-        state["carried"] = split_groups(read_samples(folder / CARRIED, self.prompts))
-        state["drawn"] = read_samples(folder / DRAWN, self.prompts)
-        self.batches.load(state)
-        self.validation_missing = state["validation_missing"]
-        self.kl_controller.value = state["kl_coef"]
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.total_steps)
@@ -440,9 +427,6 @@ class RayPPOTrainer:
         self.kl_controller.update(per_token, len(samples))
         return {"actor/reward_kl_penalty": per_token, "actor/reward_kl_penalty_coeff": beta}
 
-
-CARRIED = "carried.parquet"  # in a checkpoint: what the filter kept for the next step
-DRAWN = "drawn.parquet"  # with async_rollout: the next step's batch
 
 WEIGHTS_TO_COMPARE = tuple(
     mode for mode in WEIGHTS if mode not in ("token-mean-legacy", "seq-mean-token-sum-norm")

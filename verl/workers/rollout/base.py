@@ -62,6 +62,10 @@ class RolloutEngine(ABC):
         """Variables of the engine's process."""
         return {}
 
+    @classmethod  # noqa: B027  most have nothing to check
+    def check(cls, rollout: RolloutConfig) -> None:
+        """Raises ValueError for keys that the engine could not start with."""
+
     def generate(
         self,
         prompts: Sequence[Prompt],

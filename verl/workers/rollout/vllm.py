@@ -5,6 +5,9 @@ Only an engine's process imports vLLM: it changes torch's settings, and the defa
 
 from __future__ import annotations
 
+import ast
+import difflib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +90,24 @@ class VLLMEngine(RolloutEngine):
         if rollout.enforce_eager:
             variables["TORCHDYNAMO_DISABLE"] = "1"  # else the first log-probabilities compile
         return variables
+
+    @classmethod
+    def check(cls, rollout: RolloutConfig) -> None:
+        """Compares `engine_kwargs.vllm` with vLLM's engine arguments, without importing it."""
+        spec = importlib.util.find_spec(cls.needs)
+        source = Path(spec.origin).with_name("engine") / "arg_utils.py"
+        classes = [
+            n for n in ast.walk(ast.parse(source.read_text())) if isinstance(n, ast.ClassDef)
+        ]
+        body = next((c.body for c in classes if c.name == "EngineArgs"), [])
+        known = [str(n.target.id) for n in body if isinstance(n, ast.AnnAssign)]
+        for key in rollout.engine_kwargs.vllm if known else ():
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"actor_rollout_ref.rollout.engine_kwargs.vllm.{key}: vLLM has no such engine "
+                    f"argument; the nearest one is {near}"
+                )
 
     def _generate(self, params: SamplingParams) -> Iterator[list[Sample]]:
         """See `RolloutEngine._generate`. At most `max_num_seqs` responses are drawn at a time;

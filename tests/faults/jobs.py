@@ -1,0 +1,146 @@
+"""Main jobs as users start them, and what a test does to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from transformers import AutoModelForCausalLM
+
+from tests.trainer.test_main_ppo import command
+from verl.utils.tracking import read_metrics
+
+PATIENCE_S = 300
+
+
+class Job:
+    """A main job. Its processes, wherever they are, carry a mark in their environment."""
+
+    def __init__(self, settings: list[str], folder: Path, *overrides: str) -> None:
+        self.folder, self.mark = folder, uuid.uuid4().hex
+        self.log_file = folder.with_name(f"{folder.name}-{self.mark}.log")
+        with self.log_file.open("w") as log:
+            self.process = subprocess.Popen(
+                command(settings, f"trainer.default_local_dir={folder}", *overrides),
+                env=os.environ | {"TEST_JOB": self.mark},
+                start_new_session=True,
+                stdout=log,
+                stderr=log,
+            )
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def until(self, condition: Callable[[], Any], pause: float = 0.02) -> Any:
+        """Waits until it holds, and returns what it says; None if the job ends before."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.running:
+            if found := condition():
+                return found
+            assert time.monotonic() < deadline, self.log
+            time.sleep(pause)
+        return None
+
+    def until_step(self, step: int) -> Any:
+        """Waits until the metrics of `step` are there."""
+        if step < 0:
+            return True
+        return self.until(lambda: [line for line in lines(self.folder) if line["step"] >= step])
+
+    def until_workers(self) -> Any:
+        """Waits until there are actor ranks, which engines follow."""
+        return self.until(lambda: self.find("ray::ActorWorker"), pause=0.2)
+
+    def processes(self) -> list[psutil.Process]:
+        """All that belong to it and live."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if (
+                    process.environ().get("TEST_JOB") == self.mark
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def find(self, text: str) -> list[psutil.Process]:
+        """Those of its processes whose command line holds `text`."""
+        found = []
+        for process in self.processes():
+            try:
+                if text in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def kill(self, text: str, choose: Callable[[list[Any]], Any] = lambda found: found[0]) -> None:
+        """Kills one of the processes whose command line holds `text`, if there is any left."""
+        if found := self.find(text):
+            choose(found).kill()
+
+    def kill_driver(self) -> None:
+        """Kills the driver alone; what it had started ends by itself."""
+        self.process.kill()
+        self.process.wait()
+        # Ray's agents first try for a minute to tell their cluster, which is gone.
+        self.assert_nothing_is_left(but="Agent")
+
+    def end(self, status: int = 0) -> str:
+        """Waits for it; its log."""
+        found = self.process.wait(PATIENCE_S)
+        assert found == status, f"status {found}\n{self.log}"
+        self.assert_nothing_is_left()
+        return self.log
+
+    def assert_nothing_is_left(self, but: str | None = None) -> None:
+        """Waits until all its processes are gone, but those whose command line holds `but`."""
+        deadline = time.monotonic() + 60
+        while left := set(self.processes()) - set(self.find(but) if but else ()):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+
+
+@contextmanager
+def job(settings: list[str], folder: Path, *overrides: str) -> Iterator[Job]:
+    """A job that ends with the block, whatever happens in it."""
+    started = Job(settings, folder, *overrides)
+    try:
+        yield started
+    finally:
+        if started.running:
+            os.killpg(started.process.pid, signal.SIGKILL)
+            started.process.wait()
+        for process in started.processes():
+            process.kill()
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The metrics so far, without what the clock and the machine say."""
+    path = folder / "metrics.jsonl"
+    found = read_metrics(path) if path.exists() else []
+    ours = ("timing", "perf/")
+    return [{k: v for k, v in line.items() if not k.startswith(ours)} for line in found]
+
+
+def assert_same(folder: Path, reference: Path) -> None:
+    """The same metrics line by line, and the same parameters bit for bit."""
+    assert lines(folder) == lines(reference)
+    models = [AutoModelForCausalLM.from_pretrained(f / "huggingface") for f in (folder, reference)]
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert a.equal(b)

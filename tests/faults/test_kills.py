@@ -1,0 +1,101 @@
+"""Processes that are killed at random points: `pytest tests/faults --kills 20` for many.
+
+A killed run is started again with the same command. When it has ended, its metrics are those of the
+run that was left alone, line by line, and its parameters are the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.faults.jobs import PATIENCE_S, Job, assert_same, job, lines
+from tests.helpers import free_address, server_python
+
+LONGEST_S = 3.0
+"""Longest time from the end of a random step to a kill; about that of a step."""
+
+
+def kill_driver(running: Job, rng: np.random.Generator) -> None:
+    running.kill_driver()
+
+
+def kill_while_saving(running: Job, rng: np.random.Generator) -> None:
+    tmp = "global_step_*.tmp"
+    if running.until(lambda: list(running.folder.glob(tmp)), pause=0.001):
+        time.sleep(rng.uniform(0, 0.15))
+        running.kill_driver()
+
+
+def kill_engine(running: Job, rng: np.random.Generator) -> None:
+    running.kill("ray::HFEngine", rng.choice)
+
+
+def kill_actor(running: Job, rng: np.random.Generator) -> None:
+    running.kill("ray::ActorWorker", rng.choice)
+
+
+KILLS: dict[str, Callable[[Job, np.random.Generator], None]] = {
+    "an engine": kill_engine,
+    "an actor rank": kill_actor,
+    "the driver, while it saves": kill_while_saving,
+    "the driver": kill_driver,
+}
+
+
+def test_random_kills_lose_nothing(
+    settings: list[str], finished: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    kills, seed = pytestconfig.getoption("kills"), pytestconfig.getoption("kill_seed")
+    rng = np.random.default_rng(seed)
+    print("seed", seed)
+    left = [list(KILLS)[i % len(KILLS)] for i in range(kills)]
+    if kills > len(KILLS):
+        rng.shuffle(left)
+    expected, runs = lines(finished), 0
+    while left or runs == 0:
+        folder, done, runs = tmp_path / f"run{runs}", False, runs + 1
+        while not done:
+            with job(settings, folder, "trainer.max_restarts=9", "trainer.save_freq=1") as running:
+                while left and running.until_workers():
+                    running.until_step(rng.integers(-1, 4))
+                    time.sleep(rng.uniform(0, LONGEST_S))
+                    if running.running:
+                        steps = [line["step"] for line in lines(folder)]
+                        print(f"run {runs}: killing {left[0]}, steps so far", *steps, flush=True)
+                        KILLS[left.pop(0)](running, rng)
+                        whole = lines(folder)[:-1]
+                        assert whole == expected[: len(whole)]
+                status = running.process.wait(PATIENCE_S)
+                done = status == 0
+                assert done or status == -signal.SIGKILL, running.log
+                running.assert_nothing_is_left(but="Agent")
+        assert_same(folder, finished)
+    print(f"{kills} kills in {runs} runs")
+
+
+def test_a_reward_server_that_is_killed_loses_nothing(
+    math_settings: list[str],
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
+) -> None:
+    """It is started again. tests/trainer/test_math_run.py kills one that the run didn't start."""
+    kills = pytestconfig.getoption("kills") // 5
+    if not kills or not server_python():
+        pytest.skip("needs --kills 5 or more, and the LaTeX server's environment")
+    rng = np.random.default_rng(pytestconfig.getoption("kill_seed"))
+    url = f"http://{free_address().removeprefix('tcp://')}"
+    server = "reward_model.math_server.autostart=True", f"reward_model.math_server.url={url}"
+    for folder, number in ((tmp_path / "alone", 0), (tmp_path / "killed", kills)):
+        with job(math_settings, folder, *server) as running:
+            for _ in range(number):
+                running.until_step(rng.integers(0, 8))
+                time.sleep(rng.uniform(0, LONGEST_S))
+                running.kill("server/math/server.py")
+            running.end()
+    assert lines(tmp_path / "killed") == lines(tmp_path / "alone")

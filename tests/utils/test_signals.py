@@ -1,0 +1,38 @@
+"""The first signal asks, the second one ends."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from verl.utils.signals import StopSignals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_asks_and_the_second_ends(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(number)
+    stop = StopSignals()
+    stop.install()
+    stop.install()  # again, after somebody else may have taken them
+    try:
+        stop.patient = True
+        signal.raise_signal(number)
+        assert stop.number == number
+        assert "stopping after this step" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    finally:
+        stop.restore()
+    assert signal.getsignal(number) is before
+
+
+def test_nobody_is_asked_who_does_not_look() -> None:
+    stop = StopSignals()
+    stop.install()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+    finally:
+        stop.restore()

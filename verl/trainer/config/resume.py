@@ -1,0 +1,94 @@
+"""Which keys a run may change when it resumes from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any
+
+from verl.trainer.config.schema import Config
+from verl.trainer.config.validate import ignored_keys
+
+FREE = (
+    "trainer.",
+    "ray_init.",
+    "critic.",
+    "data.val_",
+    "actor_rollout_ref.model.enable_gradient_checkpointing",
+    "actor_rollout_ref.model.use_remove_padding",
+    "actor_rollout_ref.actor.strategy",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "actor_rollout_ref.actor.use_dynamic_bsz",
+    "actor_rollout_ref.actor.fsdp_config.param_offload",
+    "actor_rollout_ref.actor.fsdp_config.optimizer_offload",
+    "actor_rollout_ref.actor.fsdp_config.reshard_after_forward",
+    "actor_rollout_ref.ref.",
+    "actor_rollout_ref.rollout.max_num_seqs",
+    "actor_rollout_ref.rollout.log_prob_",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "actor_rollout_ref.rollout.max_num_batched_tokens",
+    "actor_rollout_ref.rollout.enable_chunked_prefill",
+    "actor_rollout_ref.rollout.enforce_eager",
+    "actor_rollout_ref.rollout.free_cache_engine",
+    "actor_rollout_ref.rollout.weight_transfer",
+    "actor_rollout_ref.rollout.verify_weights",
+    "actor_rollout_ref.rollout.val_kwargs.",
+    "custom_reward_function.timeout_s",
+    "reward_model.num_workers",
+    "reward_model.math_server.url",
+    "reward_model.math_server.autostart",
+    "reward_model.math_server.max_wait_s",
+    "reward_model.math_server.batch_size",
+    "reward_model.math_server.max_connections",
+)
+"""Beginnings of keys that change nothing but speed, memory, place or rounding; nobody is told."""
+COPIES = ("use_dr_grpo", "use_grpopp", "grpopp_config.")
+"""Keys of the actor that follow those of `algorithm`."""
+DELIBERATE = (
+    "trainer.total_training_steps",
+    "trainer.total_epochs",
+    "trainer.async_rollout",
+    "actor_rollout_ref.actor.optim.",
+    "actor_rollout_ref.rollout.name",
+    "actor_rollout_ref.rollout.dtype",
+    "actor_rollout_ref.rollout.engine_kwargs.",
+)
+"""Beginnings of keys that users change in mid-run on purpose: a warning."""
+
+
+def changed_keys(saved: Mapping[str, Any], config: Config) -> tuple[list[str], list[str]]:
+    """What differs between the configuration of a checkpoint and that of the run that resumes.
+
+    Args:
+        saved: the configuration as nested dicts, of a version with fewer keys perhaps.
+
+    Returns: keys that make it another training, and those that are changed on purpose, each as
+    ``key: old → new``.
+    """
+    old, new = {}, {}
+    for key, value, _ in config.walk():
+        try:
+            old[key] = reduce(operator.getitem, key.split("."), saved)
+            new[key] = json.loads(json.dumps(value))
+        except KeyError:
+            continue
+    differing = [key for key in old if old[key] != new[key]]
+    idle = {text.partition(" ")[0] for text in ignored_keys(config, differing)}
+    other, deliberate = [], []
+    for key in differing:
+        text = f"{key}: {old[key]} → {new[key]}"
+        if key.startswith(DELIBERATE):
+            deliberate.append(text)
+        elif not (key in idle or _is_free(key, config)):
+            other.append(text)
+    return other, deliberate
+
+
+def _is_free(key: str, config: Config) -> bool:
+    actor = "actor_rollout_ref.actor."
+    if key == f"{actor}ppo_micro_batch_size_per_gpu":  # which this method alone averages over
+        return config.actor_rollout_ref.actor.loss_agg_mode != "token-mean-legacy"
+    return key.startswith((*FREE, *(actor + copy for copy in COPIES)))

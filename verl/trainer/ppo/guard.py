@@ -1,0 +1,75 @@
+"""What watches a run: optimizer steps that were skipped, engines that disagree with the actor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from verl.protocol import Sample
+from verl.trainer.config.schema import Config
+from verl.utils.device import default_dtype, get_device
+from verl.utils.samples import dump_samples
+
+logger = logging.getLogger(__name__)
+
+LOGPROB_DIFF = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
+"""Largest mean difference of engine and actor that needs no explanation, in nats a token, by the
+type they compute in. Rounding alone makes about 1e-6 in float32, 1e-2 in bfloat16."""
+
+
+class SkippedSteps:
+    """Counts the optimizer steps whose loss or gradient was not finite: no update was made."""
+
+    def __init__(self, limit: int) -> None:
+        """`limit`: `trainer.max_skipped_steps`."""
+        self.limit, self.in_a_row = limit, 0
+
+    def count(
+        self,
+        by_rank: list[list[dict[str, float]]],
+        batches: Sequence[Sequence[Sample]],
+        dump: Path,
+    ) -> dict[str, float]:
+        """`actor/skipped_steps`, from what the ranks' updates say of each mini-batch.
+
+        Raises: FloatingPointError after `limit` in a row. The mini-batches are then in `dump`.
+        """
+        flags = [max(r.pop("skipped") for r in ranks) for ranks in zip(*by_rank, strict=True)]
+        for skipped in flags:
+            self.in_a_row = self.in_a_row + 1 if skipped else 0
+            if self.in_a_row >= self.limit:
+                dump_samples(dump, [s for batch in batches for s in batch])
+                raise FloatingPointError(
+                    f"the loss or the gradient of {self.in_a_row} optimizer steps in a row was not "
+                    f"finite (trainer.max_skipped_steps={self.limit}), so none was made. The batch "
+                    f"is in {dump}. Look there for log-probabilities and advantages that are not "
+                    "finite; else lower the optimizer's lr or raise its warm-up, and resume from a "
+                    "checkpoint before the trouble with trainer.resume_mode=resume_path"
+                )
+        if count := sum(flags):
+            text = "%d of %d optimizer steps skipped: their loss or gradient was not finite"
+            logger.warning(text, count, len(flags))
+        return {"actor/skipped_steps": float(count)}
+
+
+def warn_of_disagreement(config: Config, metrics: Mapping[str, Any]) -> None:
+    """Warns if `rollout/logprob_diff_mean` is more than the types of the numbers explain."""
+    rollout, found = config.actor_rollout_ref.rollout, metrics.get("rollout/logprob_diff_mean")
+    if found is None or rollout.top_p < 1 or rollout.top_k > 0:  # which the actor knows nothing of
+        return
+    usual = default_dtype(get_device(config.trainer.device))
+    precision = config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype
+    types = {rollout.dtype or usual, precision or usual}
+    limit = max(LOGPROB_DIFF[name] for name in types)
+    if not found <= limit:
+        logger.warning(
+            "the engines' log-probabilities differ from the actor's by %.3g nats a token "
+            "(rollout/logprob_diff_mean; up to %g is ordinary in %s). The responses are not quite "
+            "the policy's: check with actor_rollout_ref.rollout.verify_weights=True, or correct "
+            "for it with algorithm.rollout_correction.rollout_is=token",
+            found,
+            limit,
+            " and ".join(sorted(types)),
+        )

@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM: the first asks for an orderly end, the second one ends at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """Knows whether somebody wants the run to end.
+
+    Example: ``stop.install(); stop.patient = True; …; if stop.number: …``
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        """The signal that came; None: none."""
+        self.patient = False
+        """Whether whoever runs looks at `number`; else a signal raises KeyboardInterrupt at once,
+        as the second one always does."""
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Takes the signals over, as far as that can be: Python leaves them to the main thread."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                before = signal.signal(number, self._handle)
+                self._before.setdefault(number, before)
+
+    def restore(self) -> None:
+        """Gives the signals back."""
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _handle(self, number: int, frame: Any) -> None:
+        first, self.number = self.number is None, number
+        if not (first and self.patient):
+            raise KeyboardInterrupt
+        text = "stopping after this step, with a checkpoint; once more: at once\n"
+        os.write(2, text.encode())  # print could have been interrupted right in a line
