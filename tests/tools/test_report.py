@@ -136,6 +136,7 @@ def test_runs_that_differ_only_in_seeds_paths_and_names_are_a_group(tmp_path):
 def test_groups_of_one_method_are_told_apart(tmp_path):
     other = settings()
     other["actor_rollout_ref"]["actor"]["optim"]["lr"] = 3e-6
+    other["trainer"]["test_freq"] = 5  # one difference says it already
     groups = group_runs([make(tmp_path / "a"), make(tmp_path / "b", config=other)])
     assert [g.label for g in groups] == [
         "∆L Norm, α = 0.75, lr = 1e-06",

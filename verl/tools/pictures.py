@@ -78,6 +78,7 @@ def _draw(axes: Axes, chart: dict[str, Any], legend: list[str], handles: dict[st
     if 0 <= low < 0.6 * high or high == 0:
         axes.set_ylim(bottom=0, top=None if high else 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("training step", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("-o", "--output", type=Path, default="report.html", help="[%(default)s]")
-    parser.add_argument("--title", help="heading of the page [names of the runs]")
+    parser.add_argument("--title", help="heading of the page [name of the run]")
     parser.add_argument(
         "--smooth", type=int, metavar="STEPS", help="mean over so many steps [a 15th of the run]"
     )
@@ -81,7 +81,7 @@ def render(
     """The page as HTML, and what it plots.
 
     Args:
-        title: its heading; default: the names of the runs.
+        title: its heading; default: the name of the run, or how many there are.
         window: curves are means over so many steps; default: a 15th of the longest run.
     """
     runs = [run for group in groups for run in group.runs]
@@ -94,7 +94,7 @@ def render(
     )
     template = environment.get_template("report.html")
     page = template.render(
-        title=title or " · ".join(run.name for run in runs[:3]) + (" …" if len(runs) > 3 else ""),
+        title=title or (runs[0].name if len(runs) == 1 else f"{len(runs)} runs"),
         groups=groups,
         cards=[_card(group) for group in groups],
         differences=differences(groups),

@@ -173,6 +173,8 @@ def group_runs(runs: list[Run]) -> list[Group]:
         for key, values in list(differences(same).items())[:2]:
             for group, value in zip(same, values, strict=True):
                 group.label += f", {key.split('.')[-1]} = {value}"
+            if not _by_label(same):
+                break
     for same in _by_label(groups):
         for group in same:
             group.label += f" ({group.runs[0].name})"
