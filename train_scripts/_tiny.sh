@@ -186,6 +186,8 @@ name_run() {
     "actor_rollout_ref.model.path='$warm/sft/huggingface'"
     "trainer.experiment_name='$run'"
     "trainer.default_local_dir='$out/$run'"
+    "trainer.rollout_data_dir='$out/$run/rollouts'"
+    "trainer.validation_data_dir='$out/$run/validation'"
     ${AUTOSTART:+reward_model.math_server.autostart=True} # makes no other run
     "${RL[@]}"
   )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
+import pytest
+
 from tests.trainer.test_main_ppo import read, run, settings  # noqa: F401  a fixture
 
 
@@ -30,11 +33,22 @@ def test_filters_and_kl_in_reward(
         "actor_rollout_ref.actor.use_dynamic_bsz=True",
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=128",
         "actor_rollout_ref.rollout.top_k=50",
+        f"trainer.rollout_data_dir={tmp_path}/rollouts",
+        f"trainer.validation_data_dir={tmp_path}/validation",
         "trainer.total_training_steps=2",
         "trainer.test_freq=-1",
         "trainer.save_freq=-1",
     )
     first, second = read(tmp_path)[1:]
+    assert [p.name for p in (tmp_path / "validation").iterdir()] == ["0.parquet"]
+    assert sorted(p.name for p in (tmp_path / "rollouts").iterdir()) == ["1.parquet", "2.parquet"]
+    rows = pq.read_table(tmp_path / "rollouts" / "1.parquet").to_pylist()
+    assert len(rows) == first["train/num_prompts"] * 8
+    rewards = [row["reward"] for row in rows]
+    assert sum(rewards) / len(rewards) == pytest.approx(first["critic/rewards/mean"])
+    kept = [row for row in rows if row["finish_reason"] == "stop"]
+    assert all(row["weight"] > 0 for row in kept if row["response_length"])
+    assert all(len(row["response"].split()) == row["response_length"] for row in rows)
     assert first["train/num_gen_batches"] >= 1
     assert first["reward/overlong_reward"] < 0
     assert first["critic/rewards/mean"] < first["critic/score/mean"]

@@ -7,11 +7,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
+import pytest
 
-from tests.helpers import make_samples
+from tests.helpers import make_samples, make_tokenizer
 from verl.protocol import Sample
 from verl.trainer.ppo.metrics import data_metrics
-from verl.utils.samples import read_samples, write_samples
+from verl.utils.samples import read_samples, write_responses, write_samples
 
 
 def resumed(samples: list[Sample], folder: Path) -> list[Sample]:
@@ -68,3 +70,34 @@ def test_token_arrays_are_the_same_after_a_resume(tmp_path: Path) -> None:
             np.testing.assert_array_equal(after.rollout_log_probs, before.rollout_log_probs)
             assert after.rollout_log_probs.dtype == np.float32
     assert resumed([], tmp_path) == []
+
+
+def test_responses_for_people_are_texts(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    (sample,) = make_samples([2])
+    sample.prompt.token_ids = np.array(tokenizer.encode("7 * 3"))
+    sample.prompt.ground_truth = {"target": np.int64(21)}
+    sample.response_ids = np.array(tokenizer.encode("21 <eos>"))
+    sample.extras, sample.score, sample.weight = {"acc": 1.0, "pred": 21}, 1.0, 0.25
+    write_responses(tmp_path / "new", 3, [sample], tokenizer)
+    (row,) = pq.read_table(tmp_path / "new" / "3.parquet").to_pylist()
+    assert (row["step"], row["prompt"], row["response"]) == (3, "7 * 3", "21 <eos>")
+    assert (row["answer"], row["ground_truth"], row["extras"]) == (
+        "21",
+        '{"target": 21}',
+        '{"acc": 1.0, "pred": 21}',
+    )
+    assert (row["score"], row["weight"], row["prompt_length"], row["response_length"]) == (
+        1.0,
+        0.25,
+        3,
+        2,
+    )
+
+
+def test_responses_that_can_not_be_kept_stop_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    write_responses(tmp_path / "file", 3, make_samples([2]), make_tokenizer())
+    assert "the responses of step 3 are not kept" in caplog.text

@@ -27,7 +27,7 @@ FACTS = {  # column → its name in words
     "response_length": "tokens",
     "finish_reason": "finish",
     "answer": "answer",
-    "ground_truth": "answer",
+    "ground_truth": "ground truth",
     "data_source": "data",
 }
 

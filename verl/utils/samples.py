@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.protocol import ARRAYS, Prompt, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     {
@@ -87,6 +93,33 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
     return float(value) if isinstance(value, Real) else str(value)
+
+
+def write_responses(
+    folder: str | Path, step: int, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Writes `folder/{step}.parquet`, a row per response, for people to read: prompt and response
+    as text, `answer` (the extra `pred`, if there is one), ground truth and extras as JSON, score,
+    reward, advantage, weight, lengths in tokens. If it can't be written, an error is logged."""
+    columns: dict[str, list[Any]] = {
+        "step": [step] * len(samples),
+        "data_source": [s.prompt.data_source for s in samples],
+        "prompt": tokenizer.batch_decode([s.prompt.token_ids for s in samples]),
+        "response": tokenizer.batch_decode([s.response_ids for s in samples]),
+        "answer": [str(p) if (p := s.extras.get("pred")) is not None else None for s in samples],
+        "ground_truth": [json.dumps(_plain(s.prompt.ground_truth)) for s in samples],
+        "prompt_length": [len(s.prompt.token_ids) for s in samples],
+        "response_length": [s.length for s in samples],
+        "extras": [json.dumps(_plain(s.extras)) for s in samples],
+    }
+    for name in ("group", "draw", "finish_reason", "score", "reward", "advantage", "weight"):
+        columns[name] = [getattr(s, name) for s in samples]
+    path = Path(folder).expanduser() / f"{step}.parquet"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), path)
+    except OSError as error:
+        logger.error("the responses of step %d are not kept: %s", step, error)
 
 
 def dump_samples(path: Path, samples: Sequence[Sample]) -> None:

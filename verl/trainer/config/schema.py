@@ -426,6 +426,10 @@ class TrainerConfig(RunConfig):
     """Older checkpoints are deleted; null: all are kept."""
     max_restarts: int = number(0, 0)
     """Times that the run goes on by itself from its latest checkpoint after a worker died."""
+    rollout_data_dir: str | None = None
+    """Folder for the responses of each training step, {step}.parquet; null: they are not kept."""
+    validation_data_dir: str | None = None
+    """The same for those of each validation."""
     save_hf_model: bool = True
     """Write the final model in Hugging Face format to default_local_dir/huggingface."""
     default_hdfs_dir: str | None = None

@@ -42,6 +42,7 @@ from verl.trainer.ppo.metrics import (
 from verl.trainer.ppo.resumable import Resumable
 from verl.utils.checkpoint import CheckpointFolder
 from verl.utils.device import default_weight_transfer
+from verl.utils.samples import write_responses
 from verl.utils.seqlen_balancing import balanced_partitions, equal_partitions
 from verl.utils.signals import StopSignals
 from verl.utils.timer import Timer
@@ -175,6 +176,11 @@ class RayPPOTrainer(Resumable):
                 if not trainer.async_rollout:
                     with timer("update_weights"):
                         self.update_engines()
+                if trainer.rollout_data_dir:
+                    with timer("dump"):
+                        write_responses(
+                            trainer.rollout_data_dir, self.step, samples, self.tokenizer
+                        )
                 metrics |= self.step_metrics(samples, timer)
                 try:
                     if self.stop.number:
@@ -300,7 +306,10 @@ class RayPPOTrainer(Resumable):
             generated = self.generate(prompts, list(range(start, start + len(prompts))), params)
             for _, scores in score_while_generating(generated, self.rewards, Timer()):
                 samples += scores.result()
-        metrics = validation_metrics(sorted(samples, key=lambda s: (s.group, s.draw)))
+        samples.sort(key=lambda s: (s.group, s.draw))
+        if folder := self.config.trainer.validation_data_dir:
+            write_responses(folder, self.step, samples, self.tokenizer)
+        metrics = validation_metrics(samples)
         accuracy = float(np.mean(list(validation_scores(metrics).values())))
         if accuracy > self.best.get("val-core/best_acc", -np.inf):
             self.best = {"val-core/best_acc": accuracy, "val-core/best_step": self.step}
