@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from verl.models.logprobs import chunked_log_probs
+from verl.models.logprobs import TILE, chunked_log_probs
 
 ROWS, HIDDEN, VOCABULARY = 7, 5, 11
 
@@ -36,13 +36,13 @@ def objective(log_probs, entropy):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("chunk", [1, 3, ROWS, None])
+@pytest.mark.parametrize("tile", [(1, 11), (3, 4), (7, 1), (2, 11), TILE])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_values_and_gradients(dtype, with_bias, chunk, temperature):
+def test_values_and_gradients(dtype, with_bias, tile, temperature):
     leaves, targets = inputs(dtype, with_bias)
     bias = leaves[2] if with_bias else None
-    ours = chunked_log_probs(leaves[0], leaves[1], targets, temperature, bias, chunk)
+    ours = chunked_log_probs(leaves[0], leaves[1], targets, temperature, bias, tile)
     theirs = plain(leaves[0], leaves[1], bias, targets, temperature)
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == torch.float32
@@ -60,7 +60,7 @@ def test_values_and_gradients(dtype, with_bias, chunk, temperature):
 @pytest.mark.parametrize("index", [0, 1])
 def test_gradient_of_one_result_alone(index):
     leaves, targets = inputs(torch.float64)
-    ours = chunked_log_probs(leaves[0], leaves[1], targets, 0.7, leaves[2], 2)[index]
+    ours = chunked_log_probs(leaves[0], leaves[1], targets, 0.7, leaves[2], (2, 3))[index]
     theirs = plain(*leaves, targets, 0.7)[index]
     for a, b in zip(
         torch.autograd.grad(ours.sum(), leaves),
@@ -72,7 +72,8 @@ def test_gradient_of_one_result_alone(index):
 
 @pytest.mark.parametrize("result", ["both", "log_probs", "entropy"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_tokens_of_probability_zero_are_as_if_they_were_not_there(temperature, result):
+@pytest.mark.parametrize("width", [1, 2, 4, 11])  # with 1, the second of the tiles is all masked
+def test_tokens_of_probability_zero_are_as_if_they_were_not_there(width, temperature, result):
     leaves, _ = inputs(torch.float32)
     hidden, weight, bias = leaves
     allowed = torch.tensor([0, 2, 3, 7, 8, 10])
@@ -80,7 +81,7 @@ def test_tokens_of_probability_zero_are_as_if_they_were_not_there(temperature, r
     masked = torch.full_like(bias, -torch.inf)
     masked[allowed] = bias.detach()[allowed]
     masked.requires_grad_()
-    ours = chunked_log_probs(hidden, weight, allowed[place], temperature, masked, 3)
+    ours = chunked_log_probs(hidden, weight, allowed[place], temperature, masked, (3, width))
     theirs = plain(hidden, weight[allowed], bias[allowed], place, temperature)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -95,10 +96,11 @@ def test_tokens_of_probability_zero_are_as_if_they_were_not_there(temperature, r
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_large_logits_do_not_overflow():
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_large_logits_do_not_overflow(width):
     hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]])
-    log_probs, entropy = chunked_log_probs(hidden, weight, torch.tensor([0, 0]))
+    log_probs, entropy = chunked_log_probs(hidden, weight, torch.tensor([0, 0]), tile=(2, width))
     assert log_probs.tolist() == [0, -2e4]
     assert entropy.tolist() == [0, 0]
     (log_probs.sum() + entropy.sum()).backward()
@@ -117,7 +119,7 @@ def test_zero_rows():
 
 def test_bfloat16_parameters_get_bfloat16_gradients():
     leaves, targets = inputs(torch.bfloat16)
-    ours = chunked_log_probs(leaves[0], leaves[1], targets, 1.0, leaves[2], 3)
+    ours = chunked_log_probs(leaves[0], leaves[1], targets, 1.0, leaves[2], (3, 4))
     exact = plain(*(leaf.float() for leaf in leaves), targets, 1.0)
     for a, b in zip(ours, exact, strict=True):
         assert a.dtype == torch.float32
@@ -142,14 +144,25 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_logits_of_all_rows_never_exist_at_once():
+def test_no_more_logits_than_a_tile_exist_at_once():
     hidden = torch.randn(64, 2, requires_grad=True)
     weight = torch.randn(50, 2, requires_grad=True)
     targets = torch.randint(50, (64,))
     largest = {}
-    for chunk in (4, 64):
+    for tile in ((4, 50), (64, 50), (16, 16)):
         with LargestTensor() as seen:
-            log_probs, entropy = chunked_log_probs(hidden, weight, targets, chunk=chunk)
+            log_probs, entropy = chunked_log_probs(hidden, weight, targets, tile=tile)
             (log_probs.sum() + entropy.sum()).backward()
-        largest[chunk] = seen.elements
-    assert largest == {4: 4 * 50, 64: 64 * 50}
+        largest[tile] = seen.elements
+    assert largest == {(4, 50): 4 * 50, (64, 50): 64 * 50, (16, 16): 16 * 16}
+
+
+def test_a_largest_logit_that_comes_late_counts_as_one_that_comes_first():
+    """Rising, falling: each tile after the first rescales what came before, or itself."""
+    weight = torch.linspace(-30, 30, 12)[:, None]
+    hidden, targets = torch.tensor([[1.0], [-1.0]]), torch.tensor([3, 8])
+    found = chunked_log_probs(hidden, weight, targets, tile=(2, 2))
+    expected = plain(hidden.double(), weight.double(), None, targets, 1.0)
+    assert found[0][0] == found[0][1] and found[1][0] == pytest.approx(found[1][1].item())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-6)

@@ -75,6 +75,17 @@ def test_micro_batches_where_one_sequence_is_over_the_budget():
     assert [0] in result
 
 
+def test_micro_batches_that_hold_one_sequence_each_are_found_at_once():
+    # Two of 9 are over the budget of 16: as many parts as sequences, not sum / budget.
+    lengths = [9] * 20_000
+    assert micro_batches(lengths, max_tokens=16) == [[i] for i in range(20_000)]
+
+
+def test_a_part_that_is_full_opens_another():
+    # 5 | 4, then 4 would make 8 of at most 7: a third part; 3 joins a 4, 2 the other.
+    assert balanced_partitions([5, 4, 4, 3, 2], 2, 7) == [[0], [1, 3], [2, 4]]
+
+
 @quick
 @given(token_counts, st.integers(1, 150))
 def test_micro_batches_keep_the_budget(lengths, max_tokens):

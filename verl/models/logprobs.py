@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**25
-"""Logits that exist at a time, in elements (128 MiB in float32)."""
+TILE = 2048, 2048
+"""Rows and vocabulary entries whose logits exist at a time: 16 MiB in float32. So they stay in a
+CPU's cache between the steps on them, and every matrix product is still large in all directions."""
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """Keeps hidden states and log-normalizers; the backward pass makes each chunk's logits anew."""
+    """Keeps hidden states and log-normalizers; the backward pass makes each tile's logits anew.
+
+    The normalizer of a row is a running sum over tiles, relative to the largest logit so far
+    (Milakov and Gimelshein, arXiv 1805.02867); the entropy's Σ p log p runs along with it.
+    """
 
     @staticmethod
     def forward(
@@ -22,58 +28,88 @@ class _ChunkedLogProbs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
-        chunk: int,
+        tile: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
-        log_probs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        entropy, normalizer = torch.empty_like(log_probs), torch.empty_like(log_probs)
-        for i in range(0, len(targets), chunk):
-            part = slice(i, i + chunk)
-            logits = _logits(hidden[part], weight, bias, temperature)
-            normalizer[part] = logits.logsumexp(-1)
-            chosen = logits.gather(-1, targets[part, None])[:, 0]
-            log_probs[part] = chosen - normalizer[part]
-            logits -= normalizer[part, None]
-            probs = logits.exp()
-            # Masked tokens have log-probability -inf and probability 0: they add nothing.
-            logits.clamp_(min=torch.finfo(torch.float32).min)
-            entropy[part] = -probs.mul_(logits).sum(-1)
+        zeros = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
+        chosen, total, moment = zeros, zeros.clone(), zeros.clone()
+        # Σ_j e^(x_j − peak) and Σ_j e^(x_j − peak) (x_j − peak); peak finite, or −inf − −inf is NaN
+        peak = torch.full_like(zeros, torch.finfo(torch.float32).min)
+        for rows, columns, target in _tiles(targets, len(weight), tile):
+            x = _logits(hidden[rows], weight, bias, columns, temperature)
+            chosen[rows] += _pick(x, target)
+            before, peak[rows] = peak[rows].clone(), torch.maximum(peak[rows], x.amax(-1))
+            x -= peak[rows, None]
+            e = x.exp()
+            shift = before - peak[rows]
+            moment[rows] = (moment[rows] + shift * total[rows]) * shift.exp()
+            total[rows] = total[rows] * shift.exp() + e.sum(-1)
+            # Masked tokens have logit -inf and probability 0: they add nothing.
+            moment[rows] += e.mul_(x.clamp_(min=-1e4)).sum(-1)
+        log_total = total.log()
+        normalizer, entropy = peak + log_total, log_total - moment / total
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        return log_probs, entropy
+        ctx.temperature, ctx.tile = temperature, tile
+        return chosen - normalizer, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_log_probs, grad_entropy = grads
         hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
+        grad_log_probs, grad_entropy = (grad / ctx.temperature for grad in grads)
+        both = grad_log_probs + grad_entropy * entropy
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for i in range(0, len(targets), ctx.chunk):
-            part = slice(i, i + ctx.chunk)
+        for rows, columns, target in _tiles(targets, len(weight), ctx.tile):
             # d log p(a) / d logit_j = [j = a] − p_j;  d H / d logit_j = −p_j (log p_j + H)
-            log_p = _logits(hidden[part], weight, bias, ctx.temperature)
-            log_p -= normalizer[part, None]
+            log_p = _logits(hidden[rows], weight, bias, columns, ctx.temperature)
+            log_p -= normalizer[rows, None]
             p = log_p.exp()
             log_p.clamp_(min=-1e4)  # where p is 0; -inf would make it 0 · inf = NaN
-            log_p += entropy[part, None]
-            log_p *= grad_entropy[part, None]
-            log_p += grad_log_probs[part, None]
-            grad = p.mul_(log_p).neg_()
-            grad.scatter_add_(-1, targets[part, None], grad_log_probs[part, None])
-            grad /= ctx.temperature
+            loss = log_p.mul_(grad_entropy[rows, None]).add_(both[rows, None]).mul_(p)
+            _pick(loss, target, minus=grad_log_probs[rows])
             if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
-            grad_hidden[part] = grad @ weight
-            grad_weight += grad.T @ hidden[part]
+                grad_bias[columns] -= loss.sum(0)
+            loss = loss.to(hidden.dtype)  # minus the gradient of the logits
+            _subtract_product(grad_hidden[rows], loss, weight[columns])
+            _subtract_product(grad_weight[columns], loss.T, hidden[rows])
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias, *(None,) * 3
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+def _tiles(
+    targets: Tensor, vocabulary: int, tile: tuple[int, int]
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows, vocabulary entries, and the rows' targets counted from the first of those entries."""
+    for i in range(0, len(targets), tile[0]):
+        for j in range(0, vocabulary, tile[1]):
+            rows, columns = slice(i, i + tile[0]), slice(j, min(j + tile[1], vocabulary))
+            yield rows, columns, targets[rows] - j
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice, temperature: float
+) -> Tensor:
+    bias = None if bias is None else bias[columns]
+    logits = torch.nn.functional.linear(hidden, weight[columns], bias).float()
     return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _pick(x: Tensor, target: Tensor, minus: Tensor | None = None) -> Tensor:
+    """x[i, target[i]], 0 where that lies outside of x, [n, W] → [n]; subtracts `minus` there."""
+    inside = (target >= 0) & (target < x.shape[1])
+    index = target.clamp(0, x.shape[1] - 1)[:, None]
+    if minus is not None:
+        x.scatter_add_(-1, index, torch.where(inside, -minus, 0)[:, None])
+    return torch.where(inside, x.gather(-1, index)[:, 0], 0)
+
+
+def _subtract_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total −= a @ b, in one pass where the types agree."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, alpha=-1)
+    else:
+        total -= a @ b
 
 
 def chunked_log_probs(
@@ -82,16 +118,15 @@ def chunked_log_probs(
     targets: Tensor,
     temperature: float = 1.0,
     bias: Tensor | None = None,
-    chunk: int | None = None,
+    tile: tuple[int, int] = TILE,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, in nats.
 
     Args:
         hidden: final hidden states, [R, H]. weight: output embedding, [V, H]. bias: [V] or None.
         targets: token ids, [R]. temperature: logits are divided by it.
-        chunk: rows whose logits exist at a time; default: `CHUNK_ELEMENTS` / V.
+        tile: rows and vocabulary entries whose logits exist at a time.
 
     Returns: (log_probs, entropy), float32 [R] each, differentiable.
     """
-    chunk = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return _ChunkedLogProbs.apply(hidden, weight, bias, targets, temperature, chunk)
+    return _ChunkedLogProbs.apply(hidden, weight, bias, targets, temperature, tile)

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 
-def balanced_partitions(lengths: Sequence[int], parts: int) -> list[list[int]]:
+def balanced_partitions(
+    lengths: Sequence[int], parts: int, capacity: float = math.inf
+) -> list[list[int]]:
     """Splits indices into `parts` lists of nearly equal total length (longest first, always into
     the emptiest part). Some lists are empty if there are fewer sequences than parts. Each list is
     in ascending order.
+
+    Whatever would fill the emptiest part beyond `capacity` opens one more; a sequence that is
+    longer than that stands alone.
 
     Example: ``balanced_partitions([5, 1, 4, 2], 2)`` is ``[[0, 1], [2, 3]]``.
     """
     result: list[list[int]] = [[] for _ in range(parts)]
     heap = [(0, part) for part in range(parts)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        total, part = heapq.heappop(heap)
-        result[part].append(i)
-        heapq.heappush(heap, (total + lengths[i], part))
+        total, part = heap[0]
+        if total and total + lengths[i] > capacity:
+            heapq.heappush(heap, (lengths[i], len(result)))
+            result.append([i])
+        else:
+            heapq.heapreplace(heap, (total + lengths[i], part))
+            result[part].append(i)
     return [sorted(part) for part in result]
 
 
@@ -37,14 +47,10 @@ def micro_batches(
     `size`: sequences of a micro-batch, in the given order. `max_tokens`, where `size` is None: the
     largest number of tokens of a micro-batch; a sequence that is longer stands alone.
 
-    Returns: as few non-empty lists of indices as the longest-first rule finds.
+    Returns: non-empty lists of indices, few of them and of about equal length.
     """
     if size is not None:
         return [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
     assert max_tokens is not None
     parts = -(-sum(lengths) // max_tokens)
-    while True:
-        result = balanced_partitions(lengths, parts)
-        if all(len(part) == 1 or sum(lengths[i] for i in part) <= max_tokens for part in result):
-            return [part for part in result if part]
-        parts += 1
+    return [part for part in balanced_partitions(lengths, parts, max_tokens) if part]
