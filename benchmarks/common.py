@@ -1,0 +1,43 @@
+"""What the benchmarks share: alternating runs, medians, and one line per target."""
+
+from __future__ import annotations
+
+import operator
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+COMPARE = {">=": operator.ge, "<=": operator.le}
+
+
+def alternate(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Wall seconds of each function, `repeats` times in turn, so that a change of the machine's
+    speed meets all of them; after one run of each that doesn't count."""
+    for name, function in functions.items():
+        print(f"warming up {name}", file=sys.stderr)
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+            print(f"{i + 1}/{repeats} {name}: {seconds[name][-1]:.3f} s", file=sys.stderr)
+    return seconds
+
+
+def spread(values: list[float], unit: str = "s") -> str:
+    """Median with smallest and largest value, as text."""
+    return f"{statistics.median(values):.3g} {unit} ({min(values):.3g}–{max(values):.3g})"
+
+
+def report(benchmark: str, what: str, value: float, target: str) -> bool:
+    """Prints the line that `benchmarks/run.sh` collects; `target` such as ``>= 5``. Returns whether
+    it is met."""
+    op, limit = target.split()
+    met = COMPARE[op](value, float(limit))
+    state = "met" if met else "not met"
+    print(f"ratio | {benchmark} | {what} | {value:.3g} | target {target} | {state}", flush=True)
+    return met
