@@ -1,4 +1,4 @@
-"""Random policies whose responses end by chance, and so differ in length, for every engine alike."""
+"""Random policies whose responses end by chance, and so differ in length."""
 
 from __future__ import annotations
 
