@@ -10,10 +10,11 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+# Not Qwen2: next to one, AutoTokenizer replaces any tokenizer by Qwen2's byte-level one.
 SIZES: dict[str, dict[str, Any]] = {
-    "0.2M": dict(kind="Qwen2", vocab=120, hidden=96, layers=2, heads=3, kv_heads=3, ffn=256),
-    "2M": dict(kind="Qwen2", vocab=120, hidden=192, layers=4, heads=6, kv_heads=6, ffn=512),
-    "10M": dict(kind="Qwen2", vocab=512, hidden=384, layers=6, heads=6, kv_heads=2, ffn=1024),
+    "0.2M": dict(kind="Qwen3", vocab=120, hidden=96, layers=2, heads=3, kv_heads=3, ffn=256),
+    "2M": dict(kind="Qwen3", vocab=120, hidden=192, layers=4, heads=6, kv_heads=6, ffn=512),
+    "10M": dict(kind="Qwen3", vocab=512, hidden=384, layers=6, heads=6, kv_heads=2, ffn=1024),
     "SmolLM2-135M": dict(
         kind="Llama", vocab=49152, hidden=576, layers=30, heads=9, kv_heads=3, ffn=1536
     ),
@@ -33,6 +34,7 @@ def make_policy(folder: Path, size: str, mean_length: float) -> Path:
         num_hidden_layers=s["layers"],
         num_attention_heads=s["heads"],
         num_key_value_heads=s["kv_heads"],
+        head_dim=s["hidden"] // s["heads"],
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -56,7 +58,7 @@ def _set_mean_length(model: Any, wanted: float) -> None:
     """Gives all embeddings the same value in one dimension, and the end token more of it: the head
     shares the embeddings, so that this adds a constant to its logit alone."""
     embedding = model.get_input_embeddings().weight
-    embedding[:, 0] = 0.1
+    embedding[:, 0] = 1.0  # large beside what the layers add
     hidden = model.model(torch.randint(3, len(embedding), (16, 64))).last_hidden_state
     logits = model.lm_head(hidden)
     low, high = -10.0, 10.0

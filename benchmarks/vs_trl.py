@@ -2,14 +2,14 @@
 
     .venv/bin/python benchmarks/vs_trl.py [--quick]      (makes .venv-trl on its first run)
 
-Both train the same random Qwen2 policy of 1.8 M parameters (`policies.py`) with the same prompts,
+Both train the same random Qwen3 policy of 1.8 M parameters (`policies.py`) with the same prompts,
 8 responses to each of 32, at most 256 tokens each, the same reward, temperature 1, no KL term, one
 update by AdamW a step, in fp32, on two cores. Ours: `python -m verl.trainer.main_ppo`, two ranks
 and two `hf` engines. TRL: one process with two threads, transformers' `generate`. Seconds of a step
 are those from the end of the step before; the first step doesn't count. Runs alternate.
 
 TRL without gradient checkpointing (its default, slower), in fp32 (its default, bf16, is slower on a
-CPU), with the micro-batch that was fastest here. vLLM and Liger kernels want a GPU; it doesn't pack.
+CPU), with the micro-batch that was fastest here. vLLM and Liger kernels are for GPUs; it pads.
 """
 
 from __future__ import annotations
