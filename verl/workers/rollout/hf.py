@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache
+from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from verl.models.hf import load_hf_model, stop_token_ids
 from verl.protocol import Prompt, Sample
@@ -66,6 +69,37 @@ class InPlaceLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
 
 
+def decode_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' `sdpa`; for one new token per row without a copy of the cache for each query
+    head: those that share a key-value head are so many queries of that head.
+
+    Args: query [B, heads, T, D], key and value [B, key-value heads, length, D].
+    Returns: [B, T, heads, D].
+    """
+    per_head = attention_mask is not None and attention_mask.shape[1] > 1
+    if query.shape[2] > 1 or per_head or others.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    output = F.scaled_dot_product_attention(
+        query.reshape(len(query), key.shape[1], -1, query.shape[-1]),
+        key,
+        value,
+        attn_mask=attention_mask,
+        scale=others.get("scaling"),
+    )
+    return output.reshape(len(query), 1, query.shape[1], value.shape[-1]), None
+
+
+AttentionInterface.register("sdpa_decode", decode_attention)
+AttentionMaskInterface.register("sdpa_decode", sdpa_mask)
+
+
 class HFEngine(RolloutEngine):
     """`actor_rollout_ref.rollout.name=hf`."""
 
@@ -78,6 +112,8 @@ class HFEngine(RolloutEngine):
         self.device = get_device(device)
         dtype = getattr(torch, rollout.dtype or default_dtype(self.device))
         self.model = load_hf_model(model, dtype).to(self.device).eval()
+        if self.model.config._attn_implementation == "sdpa":
+            self.model.set_attn_implementation("sdpa_decode")
         self.stop_ids = torch.tensor(stop_token_ids(model), device=self.device)
 
     def start_update(self) -> None:
