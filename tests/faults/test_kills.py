@@ -17,6 +17,7 @@ import pytest
 from tests.faults.jobs import PATIENCE_S, Job, assert_same, job, lines
 from tests.helpers import free_address, server_python
 
+KILLS_PER_RUN = 3
 LONGEST_S = 3.0
 """Longest time from the end of a random step to a kill; about that of a step."""
 
@@ -60,15 +61,17 @@ def test_random_kills_lose_nothing(
     expected, runs = lines(finished), 0
     while left or runs == 0:
         folder, done, runs = tmp_path / f"run{runs}", False, runs + 1
+        mine, left = left[:KILLS_PER_RUN], left[KILLS_PER_RUN:]
+        steps = sorted(rng.integers(-1, 4, len(mine)))
         while not done:
             with job(settings, folder, "trainer.max_restarts=9", "trainer.save_freq=1") as running:
-                while left and running.until_workers():
-                    running.until_step(rng.integers(-1, 4))
+                while mine and running.until_workers():
+                    running.until_step(steps[-len(mine)])
                     time.sleep(rng.uniform(0, LONGEST_S))
                     if running.running:
-                        steps = [line["step"] for line in lines(folder)]
-                        print(f"run {runs}: killing {left[0]}, steps so far", *steps, flush=True)
-                        KILLS[left.pop(0)](running, rng)
+                        found = [line["step"] for line in lines(folder)]
+                        print(f"run {runs}: killing {mine[0]}; steps so far:", *found, flush=True)
+                        KILLS[mine.pop(0)](running, rng)
                         whole = lines(folder)[:-1]
                         assert whole == expected[: len(whole)]
                 status = running.process.wait(PATIENCE_S)
