@@ -89,10 +89,12 @@ class Job:
                 continue
         return found
 
-    def kill(self, text: str, choose: Callable[[list[Any]], Any] = lambda found: found[0]) -> None:
-        """Kills one of the processes whose command line holds `text`, if there is any left."""
-        if found := self.find(text):
+    def kill(self, text: str, choose: Callable[[list[Any]], Any] = lambda found: found[0]) -> bool:
+        """Kills one of the processes whose command line holds `text`; False if there is none."""
+        found = self.find(text)
+        if found:
             choose(found).kill()
+        return bool(found)
 
     def kill_driver(self) -> None:
         """Kills the driver alone; what it had started ends by itself."""

@@ -17,30 +17,33 @@ import pytest
 from tests.faults.jobs import PATIENCE_S, Job, assert_same, job, lines
 from tests.helpers import free_address, server_python
 
+KILLS_PER_RUN = 3
 LONGEST_S = 3.0
 """Longest time from the end of a random step to a kill; about that of a step."""
 
 
-def kill_driver(running: Job, rng: np.random.Generator) -> None:
+def kill_driver(running: Job, rng: np.random.Generator) -> bool:
     running.kill_driver()
+    return True
 
 
-def kill_while_saving(running: Job, rng: np.random.Generator) -> None:
+def kill_while_saving(running: Job, rng: np.random.Generator) -> bool:
     tmp = "global_step_*.tmp"
-    if running.until(lambda: list(running.folder.glob(tmp)), pause=0.001):
-        time.sleep(rng.uniform(0, 0.15))
-        running.kill_driver()
+    if not running.until(lambda: list(running.folder.glob(tmp)), pause=0.001):
+        return False
+    time.sleep(rng.uniform(0, 0.15))
+    return kill_driver(running, rng)
 
 
-def kill_engine(running: Job, rng: np.random.Generator) -> None:
-    running.kill("ray::HFEngine", rng.choice)
+def kill_engine(running: Job, rng: np.random.Generator) -> bool:
+    return running.kill("ray::HFEngine", rng.choice)
 
 
-def kill_actor(running: Job, rng: np.random.Generator) -> None:
-    running.kill("ray::ActorWorker", rng.choice)
+def kill_actor(running: Job, rng: np.random.Generator) -> bool:
+    return running.kill("ray::ActorWorker", rng.choice)
 
 
-KILLS: dict[str, Callable[[Job, np.random.Generator], None]] = {
+KILLS: dict[str, Callable[[Job, np.random.Generator], bool]] = {
     "an engine": kill_engine,
     "an actor rank": kill_actor,
     "the driver, while it saves": kill_while_saving,
@@ -60,15 +63,18 @@ def test_random_kills_lose_nothing(
     expected, runs = lines(finished), 0
     while left or runs == 0:
         folder, done, runs = tmp_path / f"run{runs}", False, runs + 1
+        mine, left = left[:KILLS_PER_RUN], left[KILLS_PER_RUN:]
+        steps = sorted(rng.integers(-1, 4, len(mine)))
         while not done:
             with job(settings, folder, "trainer.max_restarts=9", "trainer.save_freq=1") as running:
-                while left and running.until_workers():
-                    running.until_step(rng.integers(-1, 4))
+                while mine and running.until_workers():
+                    running.until_step(steps[-len(mine)])
                     time.sleep(rng.uniform(0, LONGEST_S))
                     if running.running:
-                        steps = [line["step"] for line in lines(folder)]
-                        print(f"run {runs}: killing {left[0]}, steps so far", *steps, flush=True)
-                        KILLS[left.pop(0)](running, rng)
+                        found = [line["step"] for line in lines(folder)]
+                        print(f"run {runs}: killing {mine[0]}; steps so far:", *found, flush=True)
+                        if KILLS[mine[0]](running, rng):
+                            del mine[0]
                         whole = lines(folder)[:-1]
                         assert whole == expected[: len(whole)]
                 status = running.process.wait(PATIENCE_S)
@@ -76,6 +82,7 @@ def test_random_kills_lose_nothing(
                 assert done or status == -signal.SIGKILL, running.log
                 running.assert_nothing_is_left(but="Agent")
         assert_same(folder, finished)
+        left = mine + left  # the run was over before
     print(f"{kills} kills in {runs} runs")
 
 

@@ -44,7 +44,7 @@ def run(config: Config) -> None:
                 text, latest = _error(error, trainer.checkpoints.root), trainer.latest
                 if error.actor_init_failed:
                     _stop(2, text)
-                if not left:
+                if not left or trainer.stop.number:
                     _stop(1, f"{text}\n{RESUME}")
                 where = f"goes on from {latest}" if latest else "starts anew"
                 logger.error("%s. The run %s; trainer.max_restarts: %d left", text, where, left - 1)

@@ -11,6 +11,7 @@ default_local_dir/
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -179,6 +180,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that can't
+            raise
     finally:
         os.close(descriptor)
 

@@ -149,10 +149,10 @@ class RayPPOTrainer(Resumable):
         """Trains from the current step to the last one."""
         trainer, settings = self.config.trainer, asdict(self.config)
         root = self.checkpoints.root
+        if not self.resumed:
+            self.checkpoints.forget()
         with Tracking(trainer, root, self.total_steps, settings, self.step) as tracking:
             (root / "config.yaml").write_text(OmegaConf.to_yaml(settings))
-            if not self.resumed:
-                self.checkpoints.forget()
             new = trainer.val_before_train and not self.resumed
             if trainer.val_only or new or (self.validation_missing and self.val_prompts):
                 tracking.log_validation(self.validate(), self.step)
@@ -191,10 +191,11 @@ class RayPPOTrainer(Resumable):
                         metrics["timing_s/testing"] = timer.seconds["testing"]
                 finally:
                     tracking.log(metrics, self.step)
-                if self._due(trainer.save_freq) or self.stop.number:
+                stopping = self.stop.number is not None
+                if self._due(trainer.save_freq) or stopping:
                     tracking.flush()
                     self.save_checkpoint()
-                if self.stop.number:
+                if stopping:
                     raise KeyboardInterrupt
         self.stop.patient = False
         if trainer.save_hf_model:
