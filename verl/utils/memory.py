@@ -22,8 +22,8 @@ from verl.trainer.config.schema import Config
 GIB = 2**30
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 CONTEXT, ASLEEP = 2 * GIB, 1 * GIB
-LOGITS = 2**25
-"""`verl.models.logprobs.CHUNK_ELEMENTS`."""
+LOGITS = 2**22
+"""Numbers of one `verl.models.logprobs.TILE`."""
 BUCKET = 2**28
 """`verl.workers.weight_sync.BUCKET_BYTES`."""
 
