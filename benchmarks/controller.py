@@ -14,6 +14,7 @@ but hand samples over and answer with arrays of the right sizes. Token arrays ar
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import tempfile
@@ -218,6 +219,7 @@ def run_steps(responses: int, repeats: int) -> None:
         config.reward_model, config.custom_reward_function, Tokenizer(), LONGEST
     )
     stages = Stages()
+    gc.freeze()  # as `start_workers` does
     with tempfile.TemporaryDirectory() as folder:
         step(trainer, engines, rewards, prompts, Path(folder), Stages())  # warm-up
         for i in range(repeats):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Generator, Iterator
 from dataclasses import asdict
@@ -144,6 +145,8 @@ class RayPPOTrainer(Resumable):
             self.weight_sync()
         if verify:
             self.verify_engines(strict=True)
+        # What is here now stays: walking it again for garbage takes longer than a step's samples.
+        gc.freeze()
 
     def fit(self) -> None:
         """Trains from the current step to the last one."""
