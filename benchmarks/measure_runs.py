@@ -13,12 +13,13 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cluster import Draw, Engine, Run, Trainer, batch_seconds, simulate
+from cluster import Draw, Engine, Run, Trainer, batch_seconds, simulate, train_seconds
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[1]
@@ -176,8 +177,6 @@ def calibrate(runs: list[list[Record]], ranks: int) -> tuple[Engine, Trainer]:
 
 
 def _tokens(trainer: Trainer, ranks: int, lengths: NDArray[np.int64], mini_batch: int) -> float:
-    from cluster import train_seconds
-
     return train_seconds(trainer, ranks, lengths, PROMPT, mini_batch, False)[0]
 
 
@@ -246,8 +245,6 @@ def predict(
 ) -> float:
     """Seconds of a step. One rank that works alone has a core to itself; while two processes work,
     each is slower by what the runs with two ranks show."""
-    from dataclasses import replace
-
     ranks = settings["ranks"]
     engine, trainer = one if ranks == 1 else two
     engine = replace(engine, max_num_seqs=settings.get("seqs", 1024))
