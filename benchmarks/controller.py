@@ -269,9 +269,9 @@ def padded_loops(rewards: torch.Tensor, groups: list[int], mask: torch.Tensor) -
 
 
 def run_maths(count: int, repeats: int) -> None:
-    """Weights and advantages against `padded_loops`. The padded width is 1,024: a wider one would
-    only slow the loops down."""
-    rng, width = np.random.default_rng(0), 1024
+    """Weights and advantages against `padded_loops`, whose masks are as wide as the longest
+    response may be. That they then multiply tensors of that shape is left out."""
+    rng, width = np.random.default_rng(0), LONGEST
     lengths = draw_lengths(count, rng, width)
     rewards = rng.integers(0, 2, count).astype(np.float64)
     groups = np.repeat(np.arange(count // PER_PROMPT), PER_PROMPT)
