@@ -43,7 +43,7 @@ LONGEST = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests/faults."""
-    parser.addoption("--kills", type=int, default=3, help="processes to kill at random points")
+    parser.addoption("--kills", type=int, default=1, help="processes to kill at random points")
     parser.addoption("--kill-seed", type=int, default=0, help="seed of these points")
 
 

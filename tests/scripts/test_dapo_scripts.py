@@ -148,6 +148,8 @@ def test_siblings_of_the_quick_start(tmp_path: Path, name: str) -> None:
     assert {key for key in differing if "grpopp" not in key} == {
         "trainer.experiment_name",
         "trainer.default_local_dir",
+        "trainer.rollout_data_dir",
+        "trainer.validation_data_dir",
         "reward_model.reward_manager",
         "data.gen_batch_size",
         "algorithm.filter_groups.enable",
