@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def serve(options: argparse.Namespace) -> None:
         run = generate_engine(options.folder, prompts, max_tokens)
     else:
         run = our_engine(options.engine, options.folder, prompts, max_tokens)
-    for line in ["0", *sys.stdin]:  # the first run is no one's
+    for line in chain(["0"], sys.stdin):  # the first run doesn't count
         import resource
 
         start = time.perf_counter()

@@ -14,7 +14,7 @@ from verl.protocol import Prompt, Sample
 from verl.trainer.config.model_schema import ModelConfig
 from verl.trainer.config.schema import RolloutConfig
 from verl.workers.rollout.base import SamplingParams
-from verl.workers.rollout.hf import HFEngine, sample
+from verl.workers.rollout.hf import HFEngine, decode_attention, sample
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,31 @@ def test_only_short_prompts_are_left(engine: HFEngine, tiny_model: Path) -> None
             np.testing.assert_allclose(
                 s.rollout_log_probs, plain_log_probs(tiny_model, s, 1.0), atol=1e-4
             )
+
+
+def test_a_window_of_attention_and_shared_keys(tmp_path: Path) -> None:
+    """Padded rows, four query heads to a key-value head, and tokens that get out of sight."""
+    shape = dict(num_attention_heads=4, num_key_value_heads=1, sliding_window=8)
+    folder = make_tiny_model(tmp_path, "Mistral", **shape)
+    for s in generate(build(folder), make_prompts([3, 14, 6]), SamplingParams(2, 30)):
+        np.testing.assert_allclose(s.rollout_log_probs, plain_log_probs(folder, s, 1.0), atol=1e-4)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_attention_is_that_of_repeated_keys(per_head: bool) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
+    mask = torch.rand(3, 6 if per_head else 1, 1, 5) < 0.7
+    mask[..., 0] = True
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    output, _ = decode_attention(module, query, key, value, mask, scaling=0.5)
+    for row in range(3):
+        for head in range(6):
+            scores = 0.5 * key[row, head // 3] @ query[row, head, 0]
+            scores[~mask[row, head if per_head else 0, 0]] = -torch.inf
+            expected = scores.softmax(0) @ value[row, head // 3]
+            torch.testing.assert_close(output[row, 0, head], expected)
 
 
 def test_greedy_is_transformers_greedy(engine: HFEngine, tiny_model: Path) -> None:
