@@ -6,7 +6,7 @@
 #   --quick   fewer repeats: all together under 5 minutes
 #
 # A target that is not met is shown. A benchmark that fails is named, and the exit status is 1.
-# vs_trl makes .venv-trl at its first use. latex_server runs in .venv-server, or with the interpreter
+# rollout and the reference in it need vLLM: bash setup.sh cpu --vllm. vs_trl makes .venv-trl at its first use. latex_server runs in .venv-server, or with the interpreter
 # MATH_SERVER_PYTHON, and gets fastapi there, for the server that it compares with.
 set -euo pipefail
 HERE=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
@@ -33,8 +33,11 @@ for name in "${names[@]}"; do
   python=$PYTHON
   if [[ $name == latex_server ]]; then
     python=$server
-    "$python" -c 'import fastapi' 2>/dev/null ||
-      "$python" -m pip install -q fastapi -c server/math/requirements.txt
+    if ! "$python" -c 'import fastapi' 2>/dev/null &&
+      ! "$python" -m pip install -q fastapi -c server/math/requirements.txt; then
+      failed+=("$name: $python can't get fastapi (bash setup.sh --server-only)")
+      continue
+    fi
   fi
   printf '\n== %s\n' "$name"
   started=$SECONDS

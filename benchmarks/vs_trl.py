@@ -155,12 +155,14 @@ def trl_steps(folder: Path, steps: int, max_tokens: int, micro_batch: int) -> li
 
 def make_trl_environment() -> None:
     """Installs TRL beside ours, once."""
-    if not TRL_PYTHON.exists():
+    done = TRL_PYTHON.parents[1] / "installed"
+    if not done.exists():
         print("making .venv-trl", file=sys.stderr)
         folder = TRL_PYTHON.parents[1]
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(TRL_PYTHON), "-m", "pip", "install", "-q"]
         subprocess.run([*pip, "torch==2.13.0", "trl==1.16.*"], check=True, stdout=sys.stderr)
+        done.touch()
 
 
 # Ours.

@@ -1,7 +1,7 @@
 """The aggregation study: trains with every aggregation, measures the noise of their gradients, and
 writes what came out, with its spread, to results/.
 
-    .venv/bin/python benchmarks/aggregation_study/study.py [--seeds 3] [--steps 40] [--batches 32]
+    .venv/bin/python benchmarks/aggregation_study/study.py [--seeds 5] [--steps 40] [--batches 32]
 
 Resumable: what is finished is not done again. Runs lie in outputs/aggregation_study. `--quick`
 tries the whole way in a few minutes (results go to the runs' folder), which finds nothing out.
@@ -60,7 +60,7 @@ class Run:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each method")
     parser.add_argument("--steps", type=int, default=40, help="training steps of a run")
     parser.add_argument(
         "--batches", type=int, default=32, help="batches whose gradients are compared"
@@ -105,7 +105,7 @@ def _trainer(run: Run) -> dict[str, Any]:
 def _measure(
     runs: dict[tuple[str, int], Run], folders: dict[tuple[str, int], Path], args: argparse.Namespace
 ) -> dict[tuple[str, int], Measurement]:
-    """Measurements by (policy, seed); two policies at a time, a thread each."""
+    """Measurements by (policy, seed); as many at a time as there are cores, a thread each."""
     folder = args.out / f"gradients-{args.batches}"
     folder.mkdir(parents=True, exist_ok=True)
     jobs = {}

@@ -82,6 +82,7 @@ class Plan:
         self.compute = 2 if half and self.cuda else 4  # bytes of a number
         self.reduce = 4 if self.precision.reduce_dtype == "float32" else 2
 
+        self.heads = model["num_attention_heads"]
         heads, self.layers = model["num_attention_heads"], model["num_hidden_layers"]
         self.hidden, self.vocab = H, V = model["hidden_size"], model["vocab_size"]
         size = model.get("head_dim") or H // heads
@@ -196,7 +197,7 @@ class Plan:
         tries += [("micro_tokens", self.longest)] if self.dynamic else sizes
         if self.engine == "vllm":
             tries += [("utilization", share) for share in (0.8, 0.7, 0.6, 0.5, 0.4)]
-            tries += [("parallel", p) for p in (2, 4, 8) if gpus % p == 0]
+            tries += [("parallel", p) for p in (2, 4, 8) if gpus % p == self.heads % p == 0]
         tries = [(k, v) for k, v in tries if getattr(self, k) not in (v, None)]
         for more, count in itertools.product((1, 2, 4), range(5)):
             machines = {"nodes": more * self.nodes} if more > 1 else {}
