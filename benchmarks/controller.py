@@ -36,7 +36,9 @@ from verl.trainer.config import load_config
 from verl.trainer.config.schema import Config, resolve_aggregation
 from verl.trainer.ppo.batching import has_spread, split_groups
 from verl.trainer.ppo.core_algos import advantages, response_weights
+from verl.trainer.ppo.guard import SkippedSteps
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.utils.checkpoint import CheckpointFolder
 from verl.utils.samples import write_samples
 from verl.utils.timer import Timer
 from verl.workers.engines import EngineGroup
@@ -110,7 +112,13 @@ class Actor:
         names = ("w/pg_loss", "ppo_kl", "pg_clipfrac", "entropy", "rollout/logprob_diff_mean")
         sums = dict.fromkeys(names, 0.5)
         return [
-            sums | {"tokens": sum(s.length for s in samples), "grad_norm": 1.0, "lr": 1e-6}
+            sums
+            | {
+                "tokens": sum(s.length for s in samples),
+                "grad_norm": 1.0,
+                "lr": 1e-6,
+                "skipped": 0.0,
+            }
             for samples in mini_batches
         ]
 
@@ -152,6 +160,8 @@ def make_trainer(config: Config, actor: WorkerGroup) -> RayPPOTrainer:
     trainer.aggregation = resolve_aggregation(config)
     trainer.num_workers, trainer.step, trainer.engine_metrics = RANKS, 1, {}
     trainer.order = SimpleNamespace(epoch=0)
+    trainer.checkpoints = CheckpointFolder(config.trainer)
+    trainer.skipped = SkippedSteps(config.trainer.max_skipped_steps)
     return trainer
 
 
