@@ -85,6 +85,7 @@ def test_every_prompt_is_answered_once(engines: EngineGroup, expected: list) -> 
     assert len(expected) == 27
     found = generate(engines)
     assert tokens(found) == expected
+    assert all(any(s.prompt is p for p in PROMPTS) for s in found)
 
 
 def test_fewer_prompts_than_engines_and_none(engines: EngineGroup, expected: list) -> None:

@@ -148,17 +148,20 @@ class RewardManager:
     async def _call(self, sample: Sample, text: str) -> tuple[float, dict[str, Any]]:
         """Score and extras of one sample; every error names where it comes from."""
         prompt = sample.prompt
-        source = f"data_source={prompt.data_source!r}"
-        where = f"reward function {self.function_name}, {source}, {self.where(prompt)}"
+
+        def where() -> str:  # looked up for an error alone: it reads the file
+            source = f"data_source={prompt.data_source!r}"
+            return f"reward function {self.function_name}, {source}, {self.where(prompt)}"
+
         try:
             result = await self._evaluate(prompt, text)
         except RewardServerError:
             raise
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # the last two end event loops
-            raise RewardError(f"{where}: {type(error).__name__}: {error}") from error
+            raise RewardError(f"{where()}: {type(error).__name__}: {error}") from error
         extras = dict(result) if isinstance(result, Mapping) else {"score": result}
         if "score" not in extras:
-            raise ValueError(f"{where}: the returned dict has no 'score', only {list(extras)}")
+            raise ValueError(f"{where()}: the returned dict has no 'score', only {list(extras)}")
         extras.setdefault("acc", extras["score"])
         for key in ("score", "acc"):
             try:
@@ -167,7 +170,7 @@ class RewardManager:
                 finite = False
             if not finite:
                 problem = f"must be a finite number, but is {extras[key]!r:.200}"
-                raise ValueError(f"{where}: {key} {problem}")
+                raise ValueError(f"{where()}: {key} {problem}")
             extras[key] = float(extras[key])
         return extras.pop("score"), extras
 

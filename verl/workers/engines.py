@@ -198,6 +198,7 @@ class _Generation:
         self.streams[stream] = engine
 
     def _note(self, engine: int, sample: Sample) -> None:
+        sample.prompt = self.held[engine][sample.group]  # not the copy that came with it
         self.drawn[sample.group].add(sample.draw)
         if len(self.drawn[sample.group]) == self.params.n:
             del self.held[engine][sample.group]

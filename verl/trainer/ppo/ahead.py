@@ -57,7 +57,7 @@ class BatchesAhead:
         if self.drawn is None:
             return self.batches.state()
         if self.drawn.exception():
-            return self.before
+            return dict(self.before)
         samples, metrics = self.drawn.result()
         return self.batches.state() | {"drawn": samples, "drawn_metrics": metrics}
 
