@@ -271,6 +271,7 @@ def padded_loops(rewards: torch.Tensor, groups: list[int], mask: torch.Tensor) -
 def run_maths(count: int, repeats: int) -> None:
     """Weights and advantages against `padded_loops`, whose masks are as wide as the longest
     response may be. That they then multiply tensors of that shape is left out."""
+    torch.set_num_threads(1)  # so few numbers are not worth waking another one
     rng, width = np.random.default_rng(0), LONGEST
     lengths = draw_lengths(count, rng, width)
     rewards = rng.integers(0, 2, count).astype(np.float64)
