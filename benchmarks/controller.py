@@ -53,7 +53,7 @@ POOL = 2**21  # random tokens, from which an engine cuts its responses
 
 
 def draw_lengths(count: int, rng: np.random.Generator, longest: int = LONGEST) -> np.ndarray:
-    """Response lengths in tokens, log-normal (σ = 0.8), 1,340 on average."""
+    """Response lengths in tokens, log-normal (σ = 0.8), 1,360 on average."""
     return rng.lognormal(np.log(1000), 0.8, count).astype(np.int64).clip(1, longest)
 
 
