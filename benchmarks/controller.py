@@ -55,7 +55,7 @@ POOL = 2**21  # random tokens, from which an engine cuts its responses
 
 
 def draw_lengths(count: int, rng: np.random.Generator, longest: int = LONGEST) -> np.ndarray:
-    """Response lengths in tokens, log-normal (σ = 0.8), 1,340 on average."""
+    """Response lengths in tokens, log-normal (σ = 0.8), 1,360 on average."""
     return rng.lognormal(np.log(1000), 0.8, count).astype(np.int64).clip(1, longest)
 
 
@@ -281,6 +281,7 @@ def padded_loops(rewards: torch.Tensor, groups: list[int], mask: torch.Tensor) -
 def run_maths(count: int, repeats: int) -> None:
     """Weights and advantages against `padded_loops`, whose masks are as wide as the longest
     response may be. That they then multiply tensors of that shape is left out."""
+    torch.set_num_threads(1)  # so few numbers are not worth waking another one
     rng, width = np.random.default_rng(0), LONGEST
     lengths = draw_lengths(count, rng, width)
     rewards = rng.integers(0, 2, count).astype(np.float64)

@@ -149,10 +149,10 @@ def group_statistics(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Te
     unique = torch.unique_consecutive if ordered else torch.unique
     index = unique(groups, return_inverse=True)[1]
     count = torch.bincount(index).to(values.dtype)
-    mean = (torch.bincount(index, values) / count)[index]
+    mean = (torch.bincount(index, values) / count).index_select(0, index)
     squares = torch.bincount(index, (values - mean) ** 2)
     std = (squares / (count - 1).clamp(min=1)).sqrt()
-    return mean, std[index], count[index]
+    return mean, std.index_select(0, index), count.index_select(0, index)
 
 
 def grpo_advantages(rewards: Tensor, groups: Tensor, *, norm_by_std: bool, **_: Any) -> Tensor:
