@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE = 2048, 2048
-"""Rows and vocabulary entries whose logits exist at a time: 16 MiB in float32. So they stay in a
-CPU's cache between the steps on them, and every matrix product is still large in all directions."""
+from verl.utils.device import default_tile
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -118,15 +116,17 @@ def chunked_log_probs(
     targets: Tensor,
     temperature: float = 1.0,
     bias: Tensor | None = None,
-    tile: tuple[int, int] = TILE,
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, in nats.
 
     Args:
         hidden: final hidden states, [R, H]. weight: output embedding, [V, H]. bias: [V] or None.
         targets: token ids, [R]. temperature: logits are divided by it.
-        tile: rows and vocabulary entries whose logits exist at a time.
+        tile: rows and vocabulary entries whose logits exist at a time; default: what the device
+            likes best.
 
     Returns: (log_probs, entropy), float32 [R] each, differentiable.
     """
+    tile = tile or default_tile(hidden.device)
     return _ChunkedLogProbs.apply(hidden, weight, bias, targets, temperature, tile)

@@ -58,6 +58,13 @@ def default_packed_attention(device: torch.device, dtype: torch.dtype) -> str:
     return "packed_varlen" if device.type == "cuda" and dtype.itemsize == 2 else "packed_sdpa"
 
 
+def default_tile(device: torch.device) -> tuple[int, int]:
+    """Rows and vocabulary entries whose logits exist at a time (`verl.models.logprobs`): on a CPU
+    so few that they stay in its cache between the steps on them, on a GPU so many that its kernels
+    take longer than their launches. Every matrix product is large in all directions."""
+    return (2048, 2**14 if device.type == "cuda" else 2**11)
+
+
 def _uses_gpus(device: str | None) -> bool:
     """Whether workers with `trainer.device` get GPUs of the cluster."""
     import ray

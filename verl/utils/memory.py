@@ -22,8 +22,8 @@ from verl.trainer.config.schema import Config
 GIB = 2**30
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 CONTEXT, ASLEEP = 2 * GIB, 1 * GIB
-LOGITS = 2**22
-"""Numbers of one `verl.models.logprobs.TILE`."""
+LOGITS = 2**22, 2**25
+"""Numbers of a tile (`verl.utils.device.default_tile`) on a CPU, on a GPU."""
 BUCKET = 2**28
 """`verl.workers.weight_sync.BUCKET_BYTES`."""
 
@@ -120,7 +120,7 @@ class Plan:
         kept += T * (4 + 4 * c) * H  # final norm, and the hidden states that predict
         # The backward pass is fullest in the head, in the first layer after it, or at its end.
         head = self.vocab * H
-        in_head = min(LOGITS, T * self.vocab) * (8 + c % 4) + (4 + c) * head
+        in_head = min(LOGITS[self.cuda], T * self.vocab) * (8 + c % 4) + (4 + c) * head
         in_layer = 3 * c * T * self.inner + c * head + (c + self.reduce) * layer
         in_layer += one * self.checkpointing
         return max(kept + max(in_head, in_layer), (c + self.reduce) * root)
