@@ -236,10 +236,10 @@ def train_seconds(
     lengths: NDArray[np.int64],
     prompt: int,
     mini_batch: int,
-    log_probs: bool,
+    log_probs: int = 0,
 ) -> tuple[float, float]:
     """(time, mean time that a rank computes) of an update with mini-batches of so many groups, and
-    of the log-probabilities before it."""
+    of the log-probabilities of the last `log_probs` groups before it."""
     seconds = working = 0.0
 
     def add(tokens: NDArray[np.int64], token_s: float, fixed: float) -> None:
@@ -250,7 +250,8 @@ def train_seconds(
         working += fixed + sum(totals) / ranks * token_s
 
     if log_probs:
-        add(lengths.ravel() + prompt, trainer.log_prob_s, trainer.log_prob_call_s)
+        fresh = lengths[-log_probs:].ravel() + prompt
+        add(fresh, trainer.log_prob_s, trainer.log_prob_call_s)
     for start in range(0, len(lengths), mini_batch):
         mine = lengths[start : start + mini_batch].ravel() + prompt
         add(mine, trainer.token_s, trainer.update_s)
@@ -271,7 +272,6 @@ class Run:
     prompts: int = 128
     prompt: int = 256
     mini_batch: int = 128
-    log_probs: bool = False
     round_size: int = 0
     carry_over: bool = False
     early_stop: bool = True
@@ -311,10 +311,19 @@ def simulate(
             run.carry_over,
             run.early_stop,
         )
-        log_probs = run.log_probs or (carried is not None and len(carried) > 0)
+        # The first update's own forward pass knows the policy's log-probabilities. Responses of an
+        # older policy keep those that they were drawn with (`RayPPOTrainer.add_log_probs`).
+        old = 0 if carried is None else min(len(carried), run.prompts)
+        fresh = 0 if run.ahead else len(batch.lengths) - old
+        several = len(batch.lengths) > run.mini_batch
         carried = batch.carried
         train, working = train_seconds(
-            trainer, run.ranks, batch.lengths, run.prompt, run.mini_batch, log_probs
+            trainer,
+            run.ranks,
+            batch.lengths,
+            run.prompt,
+            run.mini_batch,
+            fresh if several or old else 0,
         )
         driver = trainer.other_s + trainer.response_s * batch.lengths.size
         rows.append(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -63,8 +62,9 @@ def make_policy(folder: Path) -> Path:
     return folder
 
 
-def record(out: str, overrides: list[str]) -> None:
-    """In a process of its own: trains as `overrides` say, and writes what each step took."""
+def record(file: str) -> None:
+    """In a process of its own: trains as each list of overrides in `file` says, and writes there
+    what each step took."""
     import ray
 
     from verl.models.hf import load_tokenizer
@@ -87,44 +87,59 @@ def record(out: str, overrides: list[str]) -> None:
             )
             return super().step_metrics(samples, timer)
 
-    config = load_config(overrides)
-    trainer = Recorder(config, load_tokenizer(config.actor_rollout_ref.model))
-    trainer.start_workers()
-    trainer.fit()
-    trainer.close()
-    ray.shutdown()
-    Path(out).write_text(json.dumps(records))
+    runs = json.loads(Path(file).read_text())
+    done = {}
+    for name, settings in runs.items():
+        print(f"run {name}", file=sys.stderr, flush=True)
+        config = load_config(settings)
+        trainer = Recorder(config, load_tokenizer(config.actor_rollout_ref.model))
+        trainer.start_workers()
+        trainer.fit()
+        trainer.close()
+        ray.shutdown()
+        done[name], records[:] = list(records), []
+        Path(file).write_text(json.dumps(done))
 
 
-def measure(folder: Path, name: str, overrides: list[str], steps: int, seed: int) -> list[Record]:
-    """A run of `steps` steps after two that don't count, with the seconds of each as `wall`."""
-    name = re.sub(r"\W+", "_", name)
-    out = folder / f"{name}.json"
-    base = [
-        f"data.train_files={folder}/train.parquet",
-        f"actor_rollout_ref.model.path={folder}/sft/huggingface",
-        f"trainer.default_local_dir={folder}/runs/{name}",
-        f"trainer.total_training_steps={steps + 2}",
-        f"data.seed={seed}",
-        f"actor_rollout_ref.rollout.seed={seed}",
-        "data.apply_chat_template=False",
-        "data.max_prompt_length=16",
-        "actor_rollout_ref.model.enable_gradient_checkpointing=False",
-        "actor_rollout_ref.actor.use_dynamic_bsz=True",
-        "actor_rollout_ref.actor.optim.lr=0",  # so that lengths stay as they are
-        "trainer.logger=[file]",
-        "trainer.device=cpu",
-        "trainer.val_before_train=False",
-        "trainer.resume_mode=disable",
-        "trainer.save_hf_model=False",
-    ]
-    command = [sys.executable, __file__, str(out), *base, *overrides]
-    print(f"run {name}", file=sys.stderr, flush=True)
+def measure(
+    folder: Path, runs: dict[str, dict[str, Any]], steps: int, seed: int
+) -> dict[str, list[Record]]:
+    """Runs of `steps` steps after two that don't count, with the seconds of each as `wall`."""
+    file = folder / f"runs_{seed}.json"
+    commands = {}
+    for i, (name, settings) in enumerate(runs.items()):
+        base = [
+            f"data.train_files={folder}/train.parquet",
+            f"actor_rollout_ref.model.path={folder}/sft/huggingface",
+            f"trainer.default_local_dir={folder}/runs/{seed + i}",
+            f"trainer.total_training_steps={steps + 2}",
+            f"data.seed={seed + i}",
+            f"actor_rollout_ref.rollout.seed={seed + i}",
+            "data.apply_chat_template=False",
+            "data.max_prompt_length=16",
+            "actor_rollout_ref.model.enable_gradient_checkpointing=False",
+            "actor_rollout_ref.actor.use_dynamic_bsz=True",
+            "actor_rollout_ref.actor.optim.lr=0",  # so that lengths stay as they are
+            "trainer.logger=[file]",
+            "trainer.device=cpu",
+            "trainer.val_before_train=False",
+            "trainer.resume_mode=disable",
+            "trainer.save_hf_model=False",
+        ]
+        commands[name] = [*base, *overrides(settings)]
+    file.write_text(json.dumps(commands))
+    command = [sys.executable, __file__, str(file)]
     subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
-    records = json.loads(out.read_text())
-    for before, after in pairwise(records):
-        after["wall"] = after["at"] - before["at"]
-    return records[2:]
+    return read_records(file)
+
+
+def read_records(file: Path) -> dict[str, list[Record]]:
+    """What `record` wrote."""
+    done = json.loads(file.read_text())
+    for records in done.values():
+        for before, after in pairwise(records):
+            after["wall"] = after["at"] - before["at"]
+    return {name: records[2:] for name, records in done.items()}
 
 
 def non_negative(features: list[list[float]], values: list[float]) -> NDArray[np.float64]:
@@ -146,20 +161,18 @@ def calibrate(runs: list[list[Record]], ranks: int) -> tuple[Engine, Trainer]:
     """Speeds from runs in which every engine had one batch a step, and each step two optimizer
     steps with log-probabilities before them."""
     records = [r for run in runs for r in run]
-    units = [Engine(1.0, continuous=False), Engine(0, 1.0), Engine(0, 0, 1.0)]
+    units = [Engine(1.0, continuous=False), Engine(0, 1.0)]
     gen, updates, log_probs = [], [], []
     for r in records:
         lengths = np.array(r["lengths"])
         room = -(-len(lengths) // ranks)
         batches = [lengths[i : i + room].ravel() for i in range(0, len(lengths), room)]
-        each = [[batch_seconds(unit, b, PROMPT).max() for unit in units] for b in batches]
-        gen.append([1.0, *max(each, key=lambda features: features[1] + features[0])])
-        one = Trainer(token_s=1.0, log_prob_s=1.0)
+        each = [[float(batch_seconds(unit, b, PROMPT).max()) for unit in units] for b in batches]
+        gen.append(max(each, key=lambda features: features[1]))
         half = -(-len(lengths) // 2)
-        tokens = _tokens(one, ranks, lengths, half)
-        updates.append([2.0, tokens])
-        log_probs.append([1.0, _tokens(one, ranks, lengths, len(lengths))])
-    call, step, sequence, token = non_negative(
+        updates.append([2.0, _tokens(ranks, lengths, half)])
+        log_probs.append([1.0, _tokens(ranks, lengths, len(lengths))])
+    step, sequence = non_negative(
         gen, [r["phases"]["gen"] + r["phases"].get("reward", 0) for r in records]
     )
     update, per_token = non_negative(updates, [r["phases"]["update_actor"] for r in records])
@@ -169,18 +182,18 @@ def calibrate(runs: list[list[Record]], ranks: int) -> tuple[Engine, Trainer]:
     other = [r["wall"] - sum(r["phases"].get(n, 0) for n in names) for r in records]
     responses = [np.size(r["lengths"]) for r in records]
     fixed, per_response = non_negative([[1.0, n] for n in responses], other)
-    engine = Engine(step, sequence, token, 0.0, call, continuous=False)
+    engine = Engine(float(step), float(sequence), continuous=False)
     trainer = Trainer(
         per_token, update, 0.0, 8192, forward_token, forward, sync, fixed, per_response
     )
     return engine, trainer
 
 
-def _tokens(trainer: Trainer, ranks: int, lengths: NDArray[np.int64], mini_batch: int) -> float:
-    return train_seconds(trainer, ranks, lengths, PROMPT, mini_batch, False)[0]
+def _tokens(ranks: int, lengths: NDArray[np.int64], mini_batch: int) -> float:
+    return train_seconds(Trainer(1.0), ranks, lengths, PROMPT, mini_batch)[0]
 
 
-def pool(runs: list[list[Record]], seed: int, n: int, longest: int) -> Draw:
+def draw_from(runs: list[list[Record]], seed: int, n: int, longest: int) -> Draw:
     """Draws prompts from those of measured runs, and n of each one's responses."""
     lengths = np.concatenate([r["lengths"] for run in runs for r in run])
     keeps = np.concatenate([r["keeps"] for run in runs for r in run])
@@ -207,10 +220,10 @@ KEYS = {
     "round": "data.gen_batch_size",
 }
 CALIBRATION = {
-    "one rank, small": dict(prompts=8, mini=4, n=8, longest=256, ranks=1),
-    "one rank, large": dict(prompts=32, mini=16, n=8, longest=256, ranks=1),
-    "two ranks, small": dict(prompts=16, mini=8, n=8, longest=256, ranks=2),
-    "two ranks, large": dict(prompts=64, mini=32, n=8, longest=256, ranks=2),
+    "one rank, many short ones": dict(prompts=40, mini=20, n=8, longest=64, ranks=1),
+    "one rank, few long ones": dict(prompts=8, mini=4, n=8, longest=256, ranks=1),
+    "two ranks, many short ones": dict(prompts=80, mini=40, n=8, longest=64, ranks=2),
+    "two ranks, few long ones": dict(prompts=16, mini=8, n=8, longest=256, ranks=2),
 }
 TO_PREDICT = {
     "colocated 1 rank": dict(prompts=24, mini=24, n=4, longest=128, ranks=1),
@@ -248,7 +261,6 @@ def predict(
     ranks = settings["ranks"]
     engine, trainer = one if ranks == 1 else two
     engine = replace(engine, max_num_seqs=settings.get("seqs", 1024))
-    several = settings["mini"] < settings["prompts"]
     run = Run(
         engines=settings.get("engines", ranks),
         ranks=ranks,
@@ -257,7 +269,6 @@ def predict(
         prompts=settings["prompts"],
         prompt=PROMPT,
         mini_batch=settings["mini"],
-        log_probs=several,
         round_size=settings.get("round", 0),
         carry_over=settings.get("carry", False),
     )
@@ -267,35 +278,35 @@ def predict(
     return simulate(run, engine, trainer, draw, steps=200, scale=slower).step_s
 
 
-def validate(folder: Path, quick: bool) -> list[tuple[str, float, float, float]]:
-    """(run, predicted, measured, spread of the measured mean) in seconds of a step, per run."""
-    make_policy(folder)
-    steps = 4 if quick else 8
-    names = list(CALIBRATION)
-    done = [
-        measure(folder, name, overrides(CALIBRATION[name]), steps, 100 + i)
-        for i, name in enumerate(names)
-        if not quick or "two" in name
-    ]
-    two = calibrate(done[-2:], 2)
-    one = two if quick else calibrate(done[:2], 1)
+def compare(
+    calibration: dict[str, list[Record]], measured: dict[str, list[Record]]
+) -> list[tuple[str, float, float, float]]:
+    """(run, predicted, measured, standard error of that) in seconds of a step, per run."""
+    one, two = (
+        calibrate([r for name, r in calibration.items() if name.startswith(ranks)], i + 1)
+        for i, ranks in enumerate(("one", "two"))
+    )
     for label, speeds in (("one rank", one), ("two ranks", two)):
         print(f"{label}: {speeds[0]}\n{speeds[1]}", file=sys.stderr)
+    long = [records for name, records in calibration.items() if "long" in name]
     rows = []
-    for i, (name, settings) in enumerate(TO_PREDICT.items()):
-        if quick and name != "colocated 2 ranks":
-            continue
-        draw = pool(done, i, settings["n"], settings["longest"])
-        predicted = predict(settings, one, two, draw)
-        walls = [r["wall"] for r in measure(folder, name, overrides(settings), steps, 200 + i)]
-        mean, error = float(np.mean(walls)), float(np.std(walls) / len(walls) ** 0.5)
-        rows.append((name, predicted, mean, error))
-        print(
-            f"{name}: predicted {predicted:.3f}, measured {mean:.3f} ± {error:.3f} s",
-            file=sys.stderr,
-        )
+    for i, (name, records) in enumerate(measured.items()):
+        settings = TO_PREDICT[name]
+        draw = draw_from(long, i, settings["n"], settings["longest"])
+        walls = [r["wall"] for r in records]
+        error = float(np.std(walls) / len(walls) ** 0.5)
+        rows.append((name, predict(settings, one, two, draw), float(np.mean(walls)), error))
     return rows
 
 
+def validate(folder: Path, quick: bool) -> list[tuple[str, float, float, float]]:
+    """Makes what is missing, runs everything, and compares."""
+    make_policy(folder)
+    steps = 4 if quick else 10
+    chosen = {n: s for n, s in TO_PREDICT.items() if not quick or n == "split 1+1"}
+    calibration = measure(folder, CALIBRATION, steps, 100)
+    return compare(calibration, measure(folder, chosen, steps, 200))
+
+
 if __name__ == "__main__":
-    record(sys.argv[1], sys.argv[2:])
+    record(sys.argv[1])

@@ -207,7 +207,7 @@ def scaling(model: str, args: argparse.Namespace, weak: bool) -> list[tuple[int,
     for gpus in sizes:
         prompts = max(128, gpus) if weak else 128
         print(f"{model}: {prompts} prompts on {gpus} GPUs", file=sys.stderr)
-        base = Run(0, 0, prompts=prompts, mini_batch=prompts // 4, log_probs=True)
+        base = Run(0, 0, prompts=prompts, mini_batch=prompts // 4)
         draw = make_draw(args, keep=1.0)
         steps = 1 if prompts > 512 else 4
         found = list(placements(plan, Gpu(response_s=args.response_s), gpus, draw, base, steps))
@@ -258,7 +258,6 @@ def print_early_stop(args: argparse.Namespace) -> None:
                 gpus,
                 prompts=128,
                 mini_batch=32,
-                log_probs=True,
                 round_size=384,
                 carry_over=carry,
                 early_stop=stop,

@@ -117,14 +117,14 @@ def test_training_waits_for_the_rank_with_most_tokens() -> None:
     """Shares of 7 + 1 and 4 + 3 tokens with a prompt of 1 each: 10 and 9."""
     trainer = Trainer(token_s=1.0, update_s=5.0)
     lengths = np.array([[7, 4], [3, 1]])
-    assert train_seconds(trainer, 2, lengths, 1, 2, False) == (15, 5 + 9.5)
+    assert train_seconds(trainer, 2, lengths, 1, 2) == (15, 5 + 9.5)
     # Two optimizer steps: 8 against 5, and 4 against 2.
-    assert train_seconds(trainer, 2, lengths, 1, 1, False)[0] == 5 + 8 + 5 + 4
+    assert train_seconds(trainer, 2, lengths, 1, 1)[0] == 5 + 8 + 5 + 4
 
 
 def test_micro_batches_take_their_collectives_at_least() -> None:
     trainer = Trainer(token_s=1.0, micro_s=30.0, micro_tokens=10)
-    assert train_seconds(trainer, 1, np.array([[25]]), 0, 1, False)[0] == 3 * 30
+    assert train_seconds(trainer, 1, np.array([[25]]), 0, 1)[0] == 3 * 30
 
 
 def test_placements() -> None:
@@ -138,3 +138,18 @@ def test_placements() -> None:
     assert split.idle_engines == pytest.approx(1 / 3)
     ahead = simulate(Run(1, 1, ahead=True, **options), SECOND, trainer, draw)
     assert ahead.step_s == 11 and ahead.idle_trainer == pytest.approx(1 - 4 / 11)
+
+
+def test_log_probabilities_of_older_responses_are_known() -> None:
+    """Each pass over a response's tokens takes 100 s a token, and an update nothing."""
+    trainer, lengths = Trainer(token_s=0.0, log_prob_s=100.0), [[10], [20]]
+    options: dict[str, Any] = dict(prompts=2, prompt=0)
+    draw = drawing(lengths)
+    for mini_batch, ahead, expected in ((1, False, 3000), (2, False, 0), (1, True, 0)):
+        run = Run(2, 1, mini_batch=mini_batch, ahead=ahead, **options)
+        assert simulate(run, SECOND, trainer, draw, 1).train_s == expected
+    # One prompt is carried over into the second step, with the log-probabilities it has: the pass
+    # is over the other one. The first step, of one optimizer step on its own responses, has none.
+    run = Run(3, 1, mini_batch=2, round_size=3, carry_over=True, **options)
+    draw = drawing([[10], [20], [40]])
+    assert simulate(run, SECOND, trainer, draw, 2).train_s == (0 + 1000) / 2
