@@ -55,10 +55,13 @@ def make_policy(folder: Path, size: str, mean_length: float) -> Path:
 
 @torch.no_grad()
 def _set_mean_length(model: Any, wanted: float) -> None:
-    """Gives all embeddings the same value in one dimension, and the end token more of it: the head
-    shares the embeddings, so that this adds a constant to its logit alone."""
+    """Gives all embeddings the same value in one dimension that no layer adds to, and the end token
+    more of it: the head shares the embeddings, so that this adds to its logit alone."""
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight[0] = 0
     embedding = model.get_input_embeddings().weight
-    embedding[:, 0] = 1.0  # large beside what the layers add
+    embedding[:, 0] = 1
     hidden = model.model(torch.randint(3, len(embedding), (16, 64))).last_hidden_state
     logits = model.lm_head(hidden)
     low, high = -10.0, 10.0
