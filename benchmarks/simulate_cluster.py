@@ -350,7 +350,7 @@ def main() -> None:
         if args.plot:
             plot(args.plot, strong, weak)
         return
-    rows = validate(Path(tempfile.gettempdir()) / "verl-simulate-cluster", args.quick)
+    rows, drift = validate(Path(tempfile.gettempdir()) / "verl-simulate-cluster", args.quick)
     print("| run | predicted, s | measured, s (± standard error) | predicted / measured |")
     print("|---|---:|---:|---:|")
     for name, predicted, measured, error in rows:
@@ -359,6 +359,8 @@ def main() -> None:
     for name, predicted, measured, _ in rows:
         what = f"relative error of the predicted step time, {name}"
         report("simulate_cluster", what, abs(predicted / measured - 1), "<= 0.15")
+    what = "change of the machine's speed from the first runs to the last, of the same work"
+    report("simulate_cluster", what, abs(drift - 1), "<= 0.1")
 
 
 if __name__ == "__main__":
