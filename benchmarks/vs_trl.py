@@ -170,6 +170,8 @@ def make_trl_environment() -> None:
 
 def our_steps(folder: Path, steps: int, max_tokens: int, number: int) -> list[Step]:
     """The steps of a run of `verl.trainer.main_ppo`, the first one left out."""
+    from verl.utils.tracking import read_metrics  # not in TRL's environment
+
     out = folder / f"run{number}"
     settings = {
         "data.train_files": folder / "train.parquet",
@@ -206,12 +208,12 @@ def our_steps(folder: Path, steps: int, max_tokens: int, number: int) -> list[St
             path = out / "metrics.jsonl"
             if path.exists() and path.read_text().count("\n") > len(times):
                 times.append(time.perf_counter())
-    lines = (out / "metrics.jsonl").read_text().splitlines() if not process.returncode else []
-    if len(lines) != steps or len(times) != steps:
+    records = read_metrics(out / "metrics.jsonl") if not process.returncode else []
+    if len(records) != steps or len(times) != steps:
         raise RuntimeError((folder / "log").read_text()[-4000:])
     result = []
-    for i, line in enumerate(lines[1:], 1):
-        metrics, wall = json.loads(line), times[i] - times[i - 1]
+    for i, metrics in enumerate(records[1:], 1):
+        wall = times[i] - times[i - 1]
         found = {
             "gen": metrics["timing_s/gen"],
             "log-probs": metrics.get("timing_s/old_log_prob", 0.0),

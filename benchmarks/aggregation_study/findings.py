@@ -85,11 +85,19 @@ def interval(gram: NDArray[np.float64], rng: np.random.Generator) -> tuple[float
 def power_law(lengths: NDArray[Any], squares: NDArray[Any]) -> float:
     """Exponent b of E‖h‖² ∝ L^b: least squares through the logarithms of the means of bins with
     equally many responses."""
+    return float(np.polyfit(*np.log(bin_means(lengths, squares)), 1)[0])
+
+
+def bin_means(
+    lengths: NDArray[Any], squares: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean length and mean ‖h‖² of up to ten bins with equally many responses, shortest first."""
     order = np.argsort(lengths, kind="stable")
     bins = np.array_split(order, min(10, max(2, len(order) // 20)))
-    x = [np.log(lengths[b].mean()) for b in bins]
-    y = [np.log(squares[b].mean()) for b in bins]
-    return float(np.polyfit(x, y, 1)[0])
+    return (
+        np.array([lengths[b].mean() for b in bins]),
+        np.array([squares[b].mean() for b in bins]),
+    )
 
 
 def _curve(run: Path) -> list[tuple[int, float]]:
@@ -345,10 +353,7 @@ def _plot_lengths(path: Path, measurements: Mapping[Key, Measurement]) -> None:
         for (name, seed), m in measurements.items():
             if name != policy:
                 continue
-            order = np.argsort(m.lengths, kind="stable")
-            bins = np.array_split(order, min(10, max(2, len(order) // 20)))
-            x = np.array([m.lengths[b].mean() for b in bins])
-            y = np.array([m.squares[b].mean() for b in bins])
+            x, y = bin_means(m.lengths, m.squares)
             axes.loglog(x, y, "o-", label=f"seed {seed}", color=f"C{seed}")
             axes.loglog(x, x * (y / x).mean(), ":", color=f"C{seed}", lw=1)
         axes.set(title=f"policy {policy}", xlabel="response length (tokens)")

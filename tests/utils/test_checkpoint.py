@@ -107,9 +107,8 @@ def test_killed_while_the_policy_is_written(tmp_path, next_step):
     assert sorted(os.listdir(tmp_path)) == [new.name, LATEST]
 
 
-@pytest.mark.parametrize("survived", [0, 1])
-def test_killed_before_a_rename(tmp_path, monkeypatch, survived):
-    old = folder(tmp_path).save(10, STATE, save_actor())
+def kill_at_rename(monkeypatch, survived):
+    """Renames work `survived` times; the next one is where the process ends."""
     rename, left = os.replace, [survived]
 
     def replace(source, target):
@@ -119,6 +118,12 @@ def test_killed_before_a_rename(tmp_path, monkeypatch, survived):
         rename(source, target)
 
     monkeypatch.setattr("verl.utils.checkpoint.os.replace", replace)
+
+
+@pytest.mark.parametrize("survived", [0, 1])
+def test_killed_before_a_rename(tmp_path, monkeypatch, survived):
+    old = folder(tmp_path).save(10, STATE, save_actor())
+    kill_at_rename(monkeypatch, survived)
     with pytest.raises(Killed):
         folder(tmp_path, max_actor_ckpt_to_keep=1).save(20, STATE, save_actor())
     monkeypatch.undo()
@@ -229,15 +234,7 @@ def test_an_earlier_run_in_the_same_folder_is_never_resumed(tmp_path):
 def test_killed_while_a_step_is_saved_again(tmp_path, monkeypatch, survived):
     """Whichever of the three renames comes last: there is a whole checkpoint."""
     folder(tmp_path).save(10, STATE, save_actor("old"))
-    rename, left = os.replace, [survived]
-
-    def replace(source, target):
-        if left[0] == 0:
-            kill()
-        left[0] -= 1
-        rename(source, target)
-
-    monkeypatch.setattr("verl.utils.checkpoint.os.replace", replace)
+    kill_at_rename(monkeypatch, survived)
     with pytest.raises(Killed):
         folder(tmp_path).save(10, STATE, save_actor("new"))
     monkeypatch.undo()

@@ -32,9 +32,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
         chosen, total, moment = zeros, zeros.clone(), zeros.clone()
         # Σ_j e^(x_j − peak) and Σ_j e^(x_j − peak) (x_j − peak); peak finite, or −inf − −inf is NaN
         peak = torch.full_like(zeros, torch.finfo(torch.float32).min)
-        for rows, columns, target in _tiles(targets, len(weight), tile):
+        for rows, columns, place, inside in _tiles(targets, len(weight), tile):
             x = _logits(hidden[rows], weight, bias, columns, temperature)
-            chosen[rows] += _pick(x, target)
+            chosen[rows] += torch.where(inside, x.gather(-1, place[:, None])[:, 0], 0)
             before, peak[rows] = peak[rows].clone(), torch.maximum(peak[rows], x.amax(-1))
             x -= peak[rows, None]
             e = x.exp()
@@ -57,14 +57,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for rows, columns, target in _tiles(targets, len(weight), ctx.tile):
+        for rows, columns, place, inside in _tiles(targets, len(weight), ctx.tile):
             # d log p(a) / d logit_j = [j = a] − p_j;  d H / d logit_j = −p_j (log p_j + H)
             log_p = _logits(hidden[rows], weight, bias, columns, ctx.temperature)
             log_p -= normalizer[rows, None]
             p = log_p.exp()
             log_p.clamp_(min=-1e4)  # where p is 0; -inf would make it 0 · inf = NaN
             loss = log_p.mul_(grad_entropy[rows, None]).add_(both[rows, None]).mul_(p)
-            _pick(loss, target, minus=grad_log_probs[rows])
+            minus = torch.where(inside, -grad_log_probs[rows], 0)
+            loss.scatter_add_(-1, place[:, None], minus[:, None])
             if grad_bias is not None:
                 grad_bias[columns] -= loss.sum(0)
             loss = loss.to(hidden.dtype)  # minus the gradient of the logits
@@ -77,12 +78,14 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
 def _tiles(
     targets: Tensor, vocabulary: int, tile: tuple[int, int]
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, vocabulary entries, and the rows' targets counted from the first of those entries."""
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Rows and vocabulary entries; where in the tile each row's target is, and whether it is there
+    at all (if not, the place is the nearest one), [n] each."""
     for i in range(0, len(targets), tile[0]):
         for j in range(0, vocabulary, tile[1]):
             rows, columns = slice(i, i + tile[0]), slice(j, min(j + tile[1], vocabulary))
-            yield rows, columns, targets[rows] - j
+            place = targets[rows].clamp(columns.start, columns.stop - 1)
+            yield rows, columns, place - j, place == targets[rows]
 
 
 def _logits(
@@ -91,15 +94,6 @@ def _logits(
     bias = None if bias is None else bias[columns]
     logits = torch.nn.functional.linear(hidden, weight[columns], bias).float()
     return logits if temperature == 1 else logits.div_(temperature)
-
-
-def _pick(x: Tensor, target: Tensor, minus: Tensor | None = None) -> Tensor:
-    """x[i, target[i]], 0 where that lies outside of x, [n, W] → [n]; subtracts `minus` there."""
-    inside = (target >= 0) & (target < x.shape[1])
-    index = target.clamp(0, x.shape[1] - 1)[:, None]
-    if minus is not None:
-        x.scatter_add_(-1, index, torch.where(inside, -minus, 0)[:, None])
-    return torch.where(inside, x.gather(-1, index)[:, 0], 0)
 
 
 def _subtract_product(total: Tensor, a: Tensor, b: Tensor) -> None:

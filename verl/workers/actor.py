@@ -287,8 +287,7 @@ class Policy:
         try:
             dcp.save(self._state(), checkpoint_id=folder)
         except CheckpointException as error:  # no Exception, and too long to read
-            reasons = {f"{type(e).__name__}: {e}" for e, _ in error.failures.values()}
-            raise OSError(f"{folder}: {'; '.join(sorted(reasons))}") from None
+            raise OSError(f"{folder}: {_reasons(error)}") from None
 
     def load(self, folder: Path) -> None:
         """The inverse of `save`, for any number of ranks. The learning rate and the optimizer's
@@ -301,8 +300,7 @@ class Policy:
         try:
             dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
         except CheckpointException as error:
-            reasons = {f"{type(e).__name__}: {e}" for e, _ in error.failures.values()}
-            raise ValueError(f"{folder}: {'; '.join(sorted(reasons))}") from None
+            raise ValueError(f"{folder}: {_reasons(error)}") from None
         set_state_dict(
             self.model,
             self.optimizer,
@@ -316,6 +314,11 @@ class Policy:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         steps = self.schedule.last_epoch
         return {"model": model, "optimizer": optimizer, "training_steps": steps}
+
+
+def _reasons(error: CheckpointException) -> str:
+    """What went wrong on the ranks, each thing once."""
+    return "; ".join(sorted({f"{type(e).__name__}: {e}" for e, _ in error.failures.values()}))
 
 
 class ActorWorker(WeightExporter):

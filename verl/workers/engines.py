@@ -16,7 +16,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from verl.protocol import Prompt, Sample
 from verl.trainer.config.model_schema import ModelConfig
 from verl.trainer.config.schema import RolloutConfig
-from verl.workers.group import CONTROL, MAX_DEATHS, Slots, WorkerGroup
+from verl.workers.group import CONTROL, MAX_DEATHS, Slots, WorkerGroup, despite_deaths
 from verl.workers.rollout.base import RolloutEngine, SamplingParams, Work
 
 logger = logging.getLogger(__name__)
@@ -82,14 +82,7 @@ class EngineGroup(WorkerGroup):
 
     def call_all(self, method: str, *args: Any) -> list[Any]:
         """`call` between generations; again, should an engine die, when it is back."""
-        for deaths in count(1):
-            try:
-                return self.call(method, *args)
-            except RayActorError:
-                if deaths == MAX_DEATHS:
-                    raise
-                self.refresh_dead()
-        raise AssertionError
+        return despite_deaths(lambda: self.call(method, *args), self.refresh_dead)
 
     def refresh_dead(self) -> None:
         """Gives weights to the engines that died and were started again."""

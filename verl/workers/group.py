@@ -6,14 +6,14 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray._private.state import available_resources_per_node
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -23,6 +23,8 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.utils.device import worker_resources
+
+T = TypeVar("T")
 
 WORKER_ENV = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow down whoever shares the cores
@@ -124,6 +126,17 @@ def _free_resources(machines: list[dict[str, Any]], names: Iterable[str]) -> str
         parts = [f"{left.get(n, 0):g} of {total.get(n, 0):g} {n} free" for n in names]
         text += f"\n  {node['NodeManagerAddress']}: {', '.join(parts)}"
     return text
+
+
+def despite_deaths(action: Callable[[], T], after_death: Callable[[], Any]) -> T:
+    """`action()`; again after `after_death()`, should a worker die meanwhile. Raises: RayActorError
+    at the death number `MAX_DEATHS`."""
+    for _ in range(MAX_DEATHS - 1):
+        try:
+            return action()
+        except RayActorError:
+            after_death()
+    return action()
 
 
 Slots = list[tuple[PlacementGroup, int]]

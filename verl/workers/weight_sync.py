@@ -10,18 +10,16 @@ from __future__ import annotations
 import logging
 from collections import ChainMap
 from collections.abc import Sequence
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import RayActorError
 from torch import Tensor
 
 from verl.models.fsdp import full_weights
 from verl.utils.device import broadcast_group, default_dtype
-from verl.workers.group import MAX_DEATHS, WorkerGroup
+from verl.workers.group import WorkerGroup, despite_deaths
 
 if TYPE_CHECKING:
     from verl.workers.actor import Policy
@@ -112,13 +110,10 @@ class WeightSync:
         """Updates all engines, again should one of them die meanwhile, or `only` the one with this
         number, which was started anew."""
         with self.actor.exclusive:
-            for deaths in count(1):
-                try:
-                    return self._send(only)
-                except RayActorError:
-                    if only is not None or deaths == MAX_DEATHS:
-                        raise
-                    logger.warning("a worker died while the engines got weights")
+            if only is not None:
+                return self._send(only)
+            text = "a worker died while the engines got weights"
+            despite_deaths(lambda: self._send(None), lambda: logger.warning(text))
 
     def _send(self, only: int | None) -> None:
         way = self.way

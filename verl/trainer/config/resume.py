@@ -45,8 +45,10 @@ FREE = (
     "reward_model.math_server.max_connections",
 )
 """Beginnings of keys that change nothing but speed, memory, place or rounding; nobody is told."""
-COPIES = ("use_dr_grpo", "use_grpopp", "grpopp_config.")
-"""Keys of the actor that follow those of `algorithm`."""
+COPIES = tuple(
+    f"actor_rollout_ref.actor.{key}" for key in ("use_dr_grpo", "use_grpopp", "grpopp_config.")
+)
+"""Beginnings of the actor's keys that follow those of `algorithm`."""
 DELIBERATE = (
     "trainer.total_training_steps",
     "trainer.total_epochs",
@@ -88,7 +90,8 @@ def changed_keys(saved: Mapping[str, Any], config: Config) -> tuple[list[str], l
 
 
 def _is_free(key: str, config: Config) -> bool:
-    actor = "actor_rollout_ref.actor."
-    if key == f"{actor}ppo_micro_batch_size_per_gpu":  # which this method alone averages over
+    if (
+        key == "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    ):  # which this method alone averages over
         return config.actor_rollout_ref.actor.loss_agg_mode != "token-mean-legacy"
-    return key.startswith((*FREE, *(actor + copy for copy in COPIES)))
+    return key.startswith(FREE + COPIES)
