@@ -1,14 +1,24 @@
-"""metrics.jsonl, the console and wandb."""
+"""metrics.jsonl, the console, wandb and TensorBoard."""
 
+import html
 import json
 import math
+import re
 import resource
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 
 from verl.trainer.config.schema import TrainerConfig
-from verl.utils.tracking import Tracking, read_metrics, step_line, validation_table
+from verl.utils.tracking import (
+    Tracking,
+    generations_markdown,
+    read_metrics,
+    step_line,
+    validation_table,
+)
 
 STEP = {
     "critic/rewards/mean": 0.5,
@@ -26,6 +36,13 @@ VALIDATION = {
     "val-aux/countdown/response_length/mean": 200.0,
     "val-aux/countdown/response_length/clip_ratio": 0.125,
 }
+
+HOSTILE = """</pre><script>alert(1)</script> <!-- ![x](http://e/x.png) </td>|a|b|
+
+``` &amp; <b>
+**2**, score 1
+\r\x00\x02\u2028    **bold**"""
+GENERATIONS = [("1 + 1 =", HOSTILE, 0.0), ("1 + 2 =", "3", 1.0)]
 
 
 def tracking(run_dir, *loggers, step=0, total_steps=100):
@@ -163,6 +180,97 @@ def test_wandb_offline_and_resumed(tmp_path, monkeypatch, capfd):
             assert ((run / "wandb_run_id").read_text() == first) is same
     assert "no WANDB_API_KEY" not in capfd.readouterr().err
     assert list((run / "wandb").glob(f"offline-run-*-{first}"))
+
+
+def test_generations_are_one_growing_table_in_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with tracking(tmp_path, "wandb") as t:
+        for step in (0, 2):
+            t.log_validation(VALIDATION, step, GENERATIONS)
+            t.log(STEP, step)
+        assert t.wandb.summary["val/generations"]["nrows"] == 2
+        assert t.wandb.summary["val-core/countdown/acc/mean@4"] == 0.25
+    tables = [json.loads(path.read_text()) for path in tmp_path.rglob("generations*.table.json")]
+    assert len(tables) == 2  # each upload holds what is new
+    assert {tuple(table["columns"]) for table in tables} == {
+        ("step", "input_1", "output_1", "score_1", "input_2", "output_2", "score_2")
+    }
+    rows = sorted(row for table in tables for row in table["data"])
+    assert rows == [[step, "1 + 1 =", HOSTILE, 0.0, "1 + 2 =", "3", 1.0] for step in (0, 2)]
+
+
+def events(folder):
+    """What TensorBoard shows."""
+    return EventAccumulator(str(folder)).Reload()
+
+
+def scalars(folder, name):
+    return [(event.step, event.value) for event in events(folder).Scalars(name)]
+
+
+def test_tensorboard_shows_each_step_once(tmp_path):
+    with tracking(tmp_path, "tensorboard") as t:
+        t.log_validation(VALIDATION, 0, GENERATIONS)
+        for step in range(1, 6):
+            t.log({"actor/entropy": step, "bad": math.nan}, step)
+        seen = scalars(tmp_path / "tensorboard", "actor/entropy")  # a kill would lose nothing
+    assert seen == [(step, float(step)) for step in range(1, 6)]
+    with tracking(tmp_path, "tensorboard", step=3) as t:
+        t.log_validation({"val-core/countdown/acc/mean@4": 0.5}, 3)
+        t.log({"actor/entropy": 40}, 4)
+    board = tmp_path / "tensorboard"
+    assert scalars(board, "actor/entropy") == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert scalars(board, "val-core/countdown/acc/mean@4") == [(0, 0.25), (3, 0.5)]
+    bad = scalars(board, "bad")
+    assert [step for step, _ in bad] == [1, 2, 3] and all(math.isnan(x) for _, x in bad)
+    with tracking(tmp_path, "tensorboard") as t:  # a new run
+        t.log({"actor/entropy": 7}, 1)
+    assert scalars(board, "actor/entropy") == [(1, 7)]
+
+
+def test_the_folder_of_tensorboard_can_be_chosen(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_DIR", str(tmp_path / "elsewhere"))
+    with tracking(tmp_path / "run", "tensorboard") as t:
+        t.log({"x": 1}, 1)
+    assert scalars(tmp_path / "elsewhere", "x") == [(1, 1)]
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_generations_in_tensorboard_are_text_that_breaks_nothing(tmp_path):
+    with tracking(tmp_path, "tensorboard") as t:
+        t.log_validation({}, 4, GENERATIONS)
+    (event,) = events(tmp_path / "tensorboard").Tensors("val/generations/text_summary")
+    (written,) = event.tensor_proto.string_val
+    assert event.step == 4 and written.decode() == generations_markdown(GENERATIONS)
+    page = markdown_to_safe_html(written.decode())  # as TensorBoard makes it
+    headings = ["<strong>1</strong>, score 0", "<strong>2</strong>, score 1"]
+    assert [line for line in page.splitlines() if "strong" in line] == [
+        f"<p>{heading}</p>" for heading in headings
+    ]
+    assert page.count("<pre>") == page.count("</pre>") == 4
+    assert set(re.findall(r"<(\w+)", page)) == {"p", "strong", "pre"}
+    shown = html.unescape(re.findall(r"<pre>(.*?)</pre>", page)[1])
+    assert shown.startswith("</pre><script>alert(1)</script> <!-- ![x](http://e/x.png) </td>|a|b|")
+    assert "\n\n``` &amp; <b>\n**2**, score 1\n" in shown and shown.endswith("    **bold**")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_ends_tensorboard_alone(tmp_path, caplog):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with tracking(tmp_path, "tensorboard") as t:
+        t.log({"x": 1}, step=1)
+        written = next((tmp_path / "tensorboard").iterdir()).stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (written + 5, hard))
+        try:
+            t.log({"x": 2}, step=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        t.log({"x": 3}, step=3)
+    assert caplog.text.count("TensorBoard gets no more of this run") == 1
+    assert [r["x"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    with tracking(tmp_path, "tensorboard", step=1) as t:
+        t.log({"x": 2}, step=2)
+    assert scalars(tmp_path / "tensorboard", "x") == [(1, 1), (2, 2)]
 
 
 def test_an_error_closes_the_loggers_and_goes_on(tmp_path):

@@ -1,7 +1,8 @@
-"""Where the metrics of a run go: metrics.jsonl, the console, Weights & Biases."""
+"""Where the metrics of a run go: metrics.jsonl, console, Weights & Biases, TensorBoard."""
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ CONSOLE_COLUMNS = (  # label, key, format
 )
 RUN_ID = "wandb_run_id"
 """File in a run's folder."""
+GENERATIONS = "val/generations"
 _CORE = re.compile(r"val-core/(.+)/(?:acc|reward)/((?:mean|best|maj)@\d+)(?:/mean)?")
 
 
@@ -40,8 +42,8 @@ class Tracking:
     Example::
 
         with Tracking(config.trainer, run_dir, total_steps, config_dict, step=resumed_step) as t:
-            t.log_validation(validation, step)  # now and then
-            t.log(metrics, step)                # once a step
+            t.log_validation(validation, step, generations)  # now and then
+            t.log(metrics, step)                             # once a step
 
     * `run_dir/metrics.jsonl`, always: one JSON object a step, with the key `step`. NaN and infinity
       are written as null. A resumed run drops the lines after its step: each step stands once.
@@ -50,6 +52,9 @@ class Tracking:
       A full disk stops nothing: lines that can't be written are written later.
     * `wandb`: Weights & Biases; offline without credentials. `run_dir/wandb_run_id`, which is
       always written, keeps the id by which a resumed run continues the same one.
+    * `tensorboard`: event files in TENSORBOARD_DIR or, without that variable,
+      `run_dir/tensorboard`. TensorBoard hides the events of earlier runs there from the first step
+      on that this one logs.
     """
 
     def __init__(
@@ -76,13 +81,18 @@ class Tracking:
             id_file.write_text(uuid.uuid4().hex[:8])
         self.run_id = id_file.read_text().strip()
         self._open_file(step)
-        self.bar = self.wandb = None
+        self.bar = self.wandb = self.wandb_table = self.tensorboard = None
         if "console" in loggers:
             self.bar = tqdm(  # disable=None: no bar without a terminal
                 total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=None
             )
         if "wandb" in loggers:
             self.wandb = self._start_wandb(trainer, config)
+        if "tensorboard" in loggers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = os.environ.get("TENSORBOARD_DIR") or self.run_dir / "tensorboard"
+            self.tensorboard = SummaryWriter(folder, purge_step=step + 1 if step else 0)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Records the numbers of `step`, which is then complete, and prints its line."""
@@ -91,10 +101,24 @@ class Tracking:
             self._print(step_line(record, step, self.total_steps))
             self.bar.update(step - self.bar.n)
 
-    def log_validation(self, metrics: Mapping[str, Any], step: int) -> None:
+    def log_validation(
+        self,
+        metrics: Mapping[str, Any],
+        step: int,
+        generations: Sequence[tuple[str, str, float]] = (),
+    ) -> None:
         """Records what a validation after `step` found, before `log` completes the step, and prints
-        it as a table."""
+        it as a table.
+
+        Args:
+            generations: (prompt, response, score) of some samples, for loggers that show text.
+        """
         self._record(metrics, step, complete=False)
+        if generations and self.wandb is not None:
+            self._log_table(generations, step)
+        if generations and self.tensorboard is not None:
+            text = generations_markdown(generations)
+            self._to_tensorboard(lambda writer: writer.add_text(GENERATIONS, text, step))
         if self.bar is not None:
             self._print(f"validation at step {step}\n{validation_table(metrics)}")
 
@@ -120,6 +144,7 @@ class Tracking:
             self.bar.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=0 if kind is None else 1)
+        self._to_tensorboard(lambda writer: writer.close())
         self.file.close()
 
     def _print(self, text: str) -> None:
@@ -150,7 +175,46 @@ class Tracking:
         record = self._write({"step": step} | finite)
         if self.wandb is not None:
             self.wandb.log(floats, step=step, commit=complete)
+
+        def add_scalars(writer: Any) -> None:
+            for name, value in floats.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        self._to_tensorboard(add_scalars)
         return record
+
+    def _log_table(self, generations: Sequence[tuple[str, str, float]], step: int) -> None:
+        """Adds a row, laid out as verl does: step, input_1, output_1, score_1, input_2, …
+
+        wandb uploads only the rows that are new to a table in its mode INCREMENTAL, and continues
+        the table of a resumed run. In the others a table that grows is uploaded as a whole each
+        time, and begins anew with the process.
+        """
+        import wandb
+
+        if self.wandb_table is None:
+            names = ("input", "output", "score")
+            columns = [f"{name}_{i}" for i in range(1, len(generations) + 1) for name in names]
+            self.wandb_table = wandb.Table(columns=["step", *columns], log_mode="INCREMENTAL")
+        self.wandb_table.add_data(step, *(value for sample in generations for value in sample))
+        self.wandb.log({GENERATIONS: self.wandb_table}, step=step, commit=False)
+
+    def _to_tensorboard(self, write: Callable[[Any], None]) -> None:
+        """Writes with the SummaryWriter, if there is one. What a full disk cuts off in the middle
+        of an event file hides all that comes after it there, so nothing does."""
+        if self.tensorboard is None:
+            return
+        try:
+            write(self.tensorboard)
+        except OSError as error:
+            folder, self.tensorboard = self.tensorboard.log_dir, None
+            logger.error(
+                "%s: %s; TensorBoard gets no more of this run until it is resumed (metrics.jsonl "
+                "has everything)",
+                folder,
+                error,
+            )
 
     def _write(self, record: dict[str, Any]) -> dict[str, Any]:
         """Appends a line, or extends the last one if it is of the same step."""
@@ -240,6 +304,18 @@ def validation_table(metrics: Mapping[str, Any]) -> str:
         [source, *(row.get(label, "") for label in header[1:])] for source, row in rows.items()
     ]
     return align([header, *cells])
+
+
+def generations_markdown(generations: Sequence[tuple[str, str, float]]) -> str:
+    """(prompt, response, score) of some samples as TensorBoard's Markdown. The texts are one line
+    of HTML each, in which nothing is left that either language knows: a response can't break the
+    page, nor look like another one."""
+    parts = []
+    for number, (*texts, score) in enumerate(generations, start=1):
+        lines = (html.escape(text).splitlines() for text in texts)
+        shown = ["<pre>" + "&#10;".join(part) + "</pre>" for part in lines]
+        parts += [f"**{number}**, score {score:g}", *shown]
+    return "\n\n".join(parts)
 
 
 def align(rows: list[list[str]]) -> str:

@@ -401,7 +401,7 @@ class TrainerConfig(RunConfig):
     experiment_name: str = "gsm8k"
     """Run in wandb, and second part of default_local_dir."""
     logger: Any = field(default_factory=lambda: ["console", "wandb"])
-    """Any of console, wandb, file. metrics.jsonl is always written."""
+    """Any of console, wandb, tensorboard, file. metrics.jsonl is always written."""
     rollout_gpus_per_node: int | None = number(None, 1)
     """GPUs of each machine for engines alone, beside n_gpus_per_node for the actor; null: engines
     share the actor's."""

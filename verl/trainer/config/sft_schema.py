@@ -49,7 +49,7 @@ class SFTTrainerConfig(RunConfig):
     experiment_name: str = "warm-up"
     """Run in wandb, and second part of default_local_dir."""
     logger: Any = field(default_factory=lambda: ["console"])
-    """Any of console, wandb, file. metrics.jsonl is always written."""
+    """Any of console, wandb, tensorboard, file. metrics.jsonl is always written."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import operator
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -12,7 +13,7 @@ from verl.trainer.config.schema import Config
 from verl.trainer.config.section import Section
 from verl.trainer.config.sft_schema import SFTConfig
 
-LOGGERS = ("console", "wandb", "file")
+LOGGERS = ("console", "wandb", "tensorboard", "file")
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 LIMITS = {
     "low": (operator.ge, "at least"),
@@ -174,6 +175,11 @@ def _common(config: Config | SFTConfig, optim: OptimConfig, section: str) -> Ite
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list) or any(name not in LOGGERS for name in names):
         yield f"trainer.logger={given}: choose from {', '.join(LOGGERS)}"
+    elif "tensorboard" in names and importlib.util.find_spec("tensorboard") is None:
+        yield (
+            "trainer.logger names tensorboard, which is not installed: pip install tensorboard (or "
+            "bash setup.sh), or leave it out"
+        )
 
 
 def _files(key: str, given: Any) -> Iterator[str]:
