@@ -317,6 +317,7 @@ def test_a_mode_beside_the_flag_that_chooses_one(
         (["reward_model.overlong_buffer.len=8"], "reward_model.overlong_buffer.len"),
         (["data.gen_batch_size=2048"], "data.gen_batch_size"),
         ([f"{ROLLOUT}gpu_memory_utilization=0.8"], "gpu_memory_utilization"),
+        (["trainer.logger=console", "trainer.log_val_generations=4"], "log_val_generations"),
     ],
 )
 def test_when_a_key_has_no_effect(
@@ -333,6 +334,7 @@ def test_when_a_key_has_no_effect(
         "algorithm.filter_groups={enable:True,metric:acc}",
         "reward_model={reward_manager:dapo,overlong_buffer:{enable:True,len:8}}",
         f"{ROLLOUT}name=vllm",
+        "trainer.logger=[console,tensorboard]",
     )
     assert key not in caplog.text
 

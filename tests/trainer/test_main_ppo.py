@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import made_once
@@ -93,7 +94,12 @@ def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     return made_once(
         tmp_path_factory.getbasetemp(),
         "finished",
-        lambda folder: run(settings, f"trainer.default_local_dir={folder}"),
+        lambda folder: run(
+            settings,
+            f"trainer.default_local_dir={folder}",
+            "trainer.logger=[console,tensorboard]",
+            "trainer.log_val_generations=3",
+        ),
     )
 
 
@@ -117,6 +123,20 @@ def test_the_policy_learns_and_reports(finished: Path) -> None:
         assert isinstance(steps[1][key], float), key
     assert steps[1]["actor/grad_norm"] > 0
     assert steps[1]["actor/kl_loss"] < steps[4]["actor/kl_loss"]
+
+
+def test_tensorboard_shows_what_the_file_holds(finished: Path) -> None:
+    board = EventAccumulator(str(finished / "tensorboard")).Reload()
+    tags = board.Tags()
+    assert tags["tensors"] == ["val/generations/text_summary"]
+    texts = board.Tensors("val/generations/text_summary")
+    assert [event.step for event in texts] == [0, 2, 4]
+    assert [str(event.tensor_proto).count("score ") for event in texts] == [3, 3, 3]
+    steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert {*tags["scalars"]} == {key for line in steps for key in line} - {"step"}
+    for key in ("critic/score/mean", "val-core/pluses/acc/mean@2"):
+        shown = [(event.step, event.value) for event in board.Scalars(key)]
+        assert shown == [(s["step"], pytest.approx(s[key])) for s in steps if key in s]
 
 
 def test_the_final_model_is_the_trained_one(finished: Path, tiny_model: Path) -> None:

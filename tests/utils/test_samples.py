@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import make_samples, make_tokenizer
 from verl.protocol import Sample
 from verl.trainer.ppo.metrics import data_metrics
-from verl.utils.samples import read_samples, write_responses, write_samples
+from verl.utils.samples import read_samples, some_generations, write_responses, write_samples
 
 
 def resumed(samples: list[Sample], folder: Path) -> list[Sample]:
@@ -101,3 +101,21 @@ def test_responses_that_can_not_be_kept_stop_nothing(
     (tmp_path / "file").touch()
     write_responses(tmp_path / "file", 3, make_samples([2]), make_tokenizer())
     assert "the responses of step 3 are not kept" in caplog.text
+
+
+def test_each_validation_shows_the_same_prompts() -> None:
+    tokenizer = make_tokenizer()
+    first, second = (make_samples([2] * 12, seed=seed) for seed in (1, 2))
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        a.prompt.token_ids = b.prompt.token_ids = np.array(tokenizer.encode(f"{i} ="))
+        a.score, b.score = float(i), -float(i)
+    shown, later = (some_generations(samples, 4, tokenizer) for samples in (first, second))
+    prompts = [prompt for prompt, _, _ in shown]
+    assert prompts == [prompt for prompt, _, _ in later] and len(set(prompts)) == 4
+    assert prompts != [f"{i} =" for i in range(4)]
+    for (prompt, response, score), (_, _, negative) in zip(shown, later, strict=True):
+        i = int(prompt.split()[0])
+        assert (score, negative) == (i, -i)
+        assert response == tokenizer.decode(first[i].response_ids)
+    assert len(some_generations(first, 99, tokenizer)) == 12
+    assert some_generations(first, 0, tokenizer) == []

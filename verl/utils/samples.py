@@ -122,6 +122,17 @@ def write_responses(
         logger.error("the responses of step %d are not kept: %s", step, error)
 
 
+def some_generations(
+    samples: Sequence[Sample], number: int, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, str, float]]:
+    """(prompt, response, score) of at most `number` samples, for people to read; drawn by their
+    places alone, so that each validation shows the same prompts."""
+    places = np.random.default_rng(0).permutation(len(samples))[:number]
+    chosen = [samples[i] for i in places]
+    decode = tokenizer.decode
+    return [(decode(s.prompt.token_ids), decode(s.response_ids), float(s.score)) for s in chosen]
+
+
 def dump_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Writes all that there is about samples, prompts included, to be looked at: arrays as lists,
     and what is neither number nor text as JSON."""

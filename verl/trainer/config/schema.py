@@ -430,6 +430,9 @@ class TrainerConfig(RunConfig):
     """Folder for the responses of each training step, {step}.parquet; null: they are not kept."""
     validation_data_dir: str | None = None
     """The same for those of each validation."""
+    log_val_generations: int = number(0, 0)
+    """Responses of each validation, always to the same prompts, that wandb and tensorboard show as
+    val/generations."""
     save_hf_model: bool = True
     """Write the final model in Hugging Face format to default_local_dir/huggingface."""
     default_hdfs_dir: str | None = None

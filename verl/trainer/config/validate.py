@@ -90,6 +90,9 @@ def ignored_keys(config: Config, given: Iterable[str]) -> list[str]:
         rules["clip_ratio_low and clip_ratio_high are set"] = (f"{ACTOR}.clip_ratio=",)
     if not (actor.use_kl_loss or config.algorithm.use_kl_in_reward):
         rules["no KL term needs a reference policy"] = ("actor_rollout_ref.ref.",)
+    if not {"wandb", "tensorboard"} & set(_loggers(config)):
+        reason = "only the loggers wandb and tensorboard show them; validation_data_dir keeps all"
+        rules[reason] = ("trainer.log_val_generations",)
     if custom is not None:
         rules["custom_reward_function scores everything"] = ("reward_model.math_server.",)
     found = []
@@ -171,8 +174,7 @@ def _common(config: Config | SFTConfig, optim: OptimConfig, section: str) -> Ite
     yield from _files("data.train_files", config.data.train_files)
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         yield f"{section}.betas={optim.betas}: give two numbers from 0 to below 1"
-    given = config.trainer.logger
-    names = [given] if isinstance(given, str) else given
+    given, names = config.trainer.logger, _loggers(config)
     if not isinstance(names, list) or any(name not in LOGGERS for name in names):
         yield f"trainer.logger={given}: choose from {', '.join(LOGGERS)}"
     elif "tensorboard" in names and importlib.util.find_spec("tensorboard") is None:
@@ -180,6 +182,12 @@ def _common(config: Config | SFTConfig, optim: OptimConfig, section: str) -> Ite
             "trainer.logger names tensorboard, which is not installed: pip install tensorboard (or "
             "bash setup.sh), or leave it out"
         )
+
+
+def _loggers(config: Config | SFTConfig) -> Any:
+    """The list that trainer.logger should be."""
+    given = config.trainer.logger
+    return [given] if isinstance(given, str) else given
 
 
 def _files(key: str, given: Any) -> Iterator[str]:

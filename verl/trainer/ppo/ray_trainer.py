@@ -43,7 +43,7 @@ from verl.trainer.ppo.metrics import (
 from verl.trainer.ppo.resumable import Resumable
 from verl.utils.checkpoint import CheckpointFolder
 from verl.utils.device import default_weight_transfer
-from verl.utils.samples import write_responses
+from verl.utils.samples import some_generations, write_responses
 from verl.utils.seqlen_balancing import balanced_partitions, equal_partitions
 from verl.utils.signals import StopSignals
 from verl.utils.timer import Timer
@@ -158,7 +158,7 @@ class RayPPOTrainer(Resumable):
             (root / "config.yaml").write_text(OmegaConf.to_yaml(settings))
             new = trainer.val_before_train and not self.resumed
             if trainer.val_only or new or (self.validation_missing and self.val_prompts):
-                tracking.log_validation(self.validate(), self.step)
+                self.validate(tracking)
             self.validation_missing = False
             if trainer.val_only:
                 return
@@ -190,7 +190,7 @@ class RayPPOTrainer(Resumable):
                         self.validation_missing = self._due(trainer.test_freq)
                     elif self._due(trainer.test_freq):
                         with timer("testing"), self.saved_on_error(validation_missing=True):
-                            tracking.log_validation(self.validate(), self.step)
+                            self.validate(tracking)
                         metrics["timing_s/testing"] = timer.seconds["testing"]
                 finally:
                     tracking.log(metrics, self.step)
@@ -297,8 +297,8 @@ class RayPPOTrainer(Resumable):
         warn_of_disagreement(self.config, metrics)
         return metrics
 
-    def validate(self) -> dict[str, float]:
-        """Accuracy on the validation prompts."""
+    def validate(self, tracking: Tracking) -> None:
+        """Logs the accuracy on the validation prompts, and some of the responses."""
         self.batches.wait()
         if self.config.trainer.async_rollout:
             self.update_engines()
@@ -317,7 +317,8 @@ class RayPPOTrainer(Resumable):
         accuracy = float(np.mean(list(validation_scores(metrics).values())))
         if accuracy > self.best.get("val-core/best_acc", -np.inf):
             self.best = {"val-core/best_acc": accuracy, "val-core/best_step": self.step}
-        return metrics | self.best
+        shown = some_generations(samples, self.config.trainer.log_val_generations, self.tokenizer)
+        tracking.log_validation(metrics | self.best, self.step, shown)
 
     def close(self) -> None:
         """Ends what scores and what generates; Ray belongs to the caller."""
