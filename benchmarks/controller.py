@@ -210,7 +210,7 @@ def step(
     stages("advantages, loss_agg metrics", lambda: trainer.add_advantages(samples))
     steps = stages("mini-batches, weights", lambda: list(trainer.add_weights(samples)))
     stages("update: balance, scatter", lambda: trainer.update_actor(steps))
-    stages("metrics", lambda: trainer.step_metrics(samples, timer))
+    stages("metrics", lambda: trainer.step_metrics(samples, timer, steps))
     stages("dump of the samples", lambda: write_samples(folder / "samples.parquet", samples))
     return samples
 

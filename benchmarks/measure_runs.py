@@ -75,7 +75,7 @@ def record(file: str) -> None:
     records: list[Record] = []
 
     class Recorder(RayPPOTrainer):
-        def step_metrics(self, samples: Any, timer: Any) -> dict[str, float]:
+        def step_metrics(self, samples: Any, timer: Any, steps: Any) -> dict[str, float]:
             groups = split_groups(samples)
             records.append(
                 {
@@ -85,7 +85,7 @@ def record(file: str) -> None:
                     "keeps": [has_spread(group, "acc") for group in groups],
                 }
             )
-            return super().step_metrics(samples, timer)
+            return super().step_metrics(samples, timer, steps)
 
     runs = json.loads(Path(file).read_text())
     done = {}

@@ -57,7 +57,7 @@ run_tiny() {
   find_environment
   name_run
   # An error in the overrides shows here, before anything is made.
-  configuration=$(DRY_RUN=1 "$PYTHON" -m "$TRAINER" "${RL[@]}")
+  configuration=$(DRY_RUN=${dry_run/#0/quiet} "$PYTHON" -m "$TRAINER" "${RL[@]}")
   if [[ $dry_run != 0 ]]; then
     printf '%s\n' "$configuration"
     return

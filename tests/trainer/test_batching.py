@@ -129,7 +129,7 @@ def test_groups_come_in_the_order_of_the_prompts_with_scores():
     batches.rewards.custom = late
     timer = Timer()
     samples, metrics = batches.next(1, timer)
-    assert metrics == {}
+    assert metrics == {"train/num_gen_batches": 1}
     assert indices(samples) == [0, 1, 2, 3]
     assert [s.group for s in samples] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert [s.score for s in samples] == [1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0]

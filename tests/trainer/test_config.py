@@ -436,8 +436,14 @@ def test_entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
     monkeypatch.setenv("DRY_RUN", "1")
     entry_point(started.append, "ppo_trainer", argv=[*MINIMAL, "data.train_batch_size=512"])
-    printed = yaml.safe_load(capsys.readouterr().out)
+    output = capsys.readouterr()
+    printed = yaml.safe_load(output.out)
+    assert "memory estimate" in output.err
     assert printed["data"]["gen_batch_size"] == 512
+    monkeypatch.setenv("DRY_RUN", "quiet")
+    entry_point(started.append, "ppo_trainer", argv=MINIMAL)
+    output = capsys.readouterr()
+    assert "memory estimate" not in output.err and "data:" in output.out
     with pytest.raises(SystemExit) as exit_:
         entry_point(started.append, "ppo_trainer", argv=["data.n=1"])
     assert exit_.value.code == 2 and len(started) == 1

@@ -23,7 +23,7 @@ from verl.trainer.config import load_config
 REWARD = """
 def share_of_pluses(data_source, solution_str, ground_truth, extra_info=None):
     share = solution_str.count("+") / max(1, len(solution_str))
-    return {"score": share, "acc": share > 0.5}
+    return {"score": share, "acc": share > 0.5, "pred": solution_str[:1]}
 """
 
 
@@ -123,6 +123,63 @@ def test_the_policy_learns_and_reports(finished: Path) -> None:
         assert isinstance(steps[1][key], float), key
     assert steps[1]["actor/grad_norm"] > 0
     assert steps[1]["actor/kl_loss"] < steps[4]["actor/kl_loss"]
+
+
+SPREAD = ("mean", "max", "min")
+PHASES = ("ref", "old_log_prob", "adv", "update_actor")
+METRICS = {
+    "actor": ("pg_loss", "entropy", "ppo_kl", "pg_clipfrac", "pg_clipfrac_lower", "grad_norm")
+    + ("lr", "kl_loss", "skipped_steps"),
+    **{f"critic/{name}": SPREAD for name in ("score", "rewards", "advantages", "returns")},
+    "response_length": (*SPREAD, "clip_ratio", "cv"),
+    "prompt_length": (*SPREAD, "clip_ratio"),
+    "timing_s": ("gen", "reward", *PHASES, "update_weights", "step"),
+    "timing_per_token_ms": ("gen", *PHASES),
+    "perf": ("total_num_tokens", "time_per_step", "throughput", "mfu", "mfu/actor")
+    + ("max_memory_gb", "cpu_memory_used_gb"),
+    "train": ("num_gen_batches",),
+    "training": ("global_step", "epoch"),
+    "reward": ("acc",),
+    "rollout": ("logprob_diff_mean", "logprob_diff_max", "kl")
+    + ("policy_age_mean", "policy_age_max"),
+    "loss_agg": ("cv", "effective_batch", "cv/token-mean", "cv/seq-mean-token-mean")
+    + ("cv/seq-mean-token-sum", "cv/dr-grpo"),
+}
+"""What a training step reports, as docs/metrics.md says."""
+VALIDATION = {
+    "val-core/pluses/acc": ("mean@2", "best@2/mean", "maj@2/mean"),
+    "val-core": ("best_acc", "best_step"),
+    "val-aux/pluses": ("acc/std@2", "reward/mean@2")
+    + ("response_length/mean", "response_length/clip_ratio"),
+}
+
+
+def test_every_metric_has_verls_name_and_a_value_that_can_be(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    names, validation = (
+        {f"{section}/{name}" for section, names in table.items() for name in names}
+        for table in (METRICS, VALIDATION)
+    )
+    first, trained, both = lines[0], lines[1], lines[2]
+    assert first.keys() - {"step"} == validation
+    assert trained.keys() - {"step"} == names
+    assert both.keys() - {"step", "timing_s/testing"} == names | validation
+    assert None not in both.values()
+    for section in [name for name in METRICS if SPREAD[0] in METRICS[name]]:
+        least, mean, most = (both[f"{section}/{name}"] for name in ("min", "mean", "max"))
+        assert least <= mean + 1e-9 and mean <= most + 1e-9, section
+    assert both["critic/advantages/mean"] == pytest.approx(0, abs=1e-6)
+    assert 0 < both["actor/entropy"] < 5 and both["actor/lr"] == 3e-3
+    tokens, seconds = both["perf/total_num_tokens"], both["timing_s/step"]
+    assert tokens == 16 * 8 * (both["prompt_length/mean"] + both["response_length/mean"])
+    assert both["perf/throughput"] == pytest.approx(tokens / seconds / 2)  # ranks
+    assert both["timing_per_token_ms/ref"] == pytest.approx(1e3 * both["timing_s/ref"] / tokens)
+    assert seconds == pytest.approx(
+        sum(both[f"timing_s/{name}"] for name in METRICS["timing_s"][:-1])
+    )
+    assert 1e-5 < both["perf/mfu"] == both["perf/mfu/actor"] < 1
+    assert 0.1 < both["perf/max_memory_gb"] < 10
+    assert both["val-core/pluses/acc/mean@2"] <= both["val-core/pluses/acc/best@2/mean"]
 
 
 def test_tensorboard_shows_what_the_file_holds(finished: Path) -> None:

@@ -226,7 +226,8 @@ def test_update_metrics_of_two_ranks() -> None:
     first = {"w/pg_loss": 1.0, "entropy": 6.0, "tokens": 2, "grad_norm": 3.0, "lr": 0.1}
     second = {"w/pg_loss": 0.5, "entropy": 2.0, "tokens": 6, "grad_norm": 3.0, "lr": 0.1}
     later = {"w/pg_loss": 0.0, "entropy": 0.0, "tokens": 4, "grad_norm": 1.0, "lr": 0.1}
-    ranks = [[first, later | {"max_memory_gb": 2.0}], [second, later | {"max_memory_gb": 5.0}]]
+    memory = "perf/max_memory_gb"
+    ranks = [[first, later | {memory: 2.0}], [second, later | {memory: 5.0}]]
     assert reduce_update_metrics(ranks) == pytest.approx(
         {
             "actor/pg_loss": (1.5 + 0) / 2,
@@ -291,7 +292,8 @@ def test_generation_has_a_price_per_token_without_the_filter_only(
     for name in ("gen", "update_actor"):
         with timer(name):
             pass
-    metrics = make_trainer(tiny_model, tmp_path, rule).step_metrics(make_samples(LENGTHS), timer)
+    trainer, samples = make_trainer(tiny_model, tmp_path, rule), make_samples(LENGTHS)
+    metrics = trainer.step_metrics(samples, timer, [samples])
     assert ("timing_per_token_ms/gen" in metrics) is not enable
     assert {"timing_s/gen", "timing_per_token_ms/update_actor", "perf/throughput"} <= {*metrics}
 

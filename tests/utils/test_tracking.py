@@ -22,6 +22,7 @@ from verl.utils.tracking import (
 
 STEP = {
     "critic/rewards/mean": 0.5,
+    "reward/acc": 0.25,
     "response_length/mean": 231.44,
     "actor/entropy": 1.25,
     "actor/grad_norm": 0.125,
@@ -118,8 +119,8 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path):
 
 def test_step_line():
     assert step_line(STEP | VALIDATION, 7, 100) == (
-        "step   7/100 | reward  0.500 | length   231.4 | entropy  1.250 | grad norm   0.125"
-        " | tokens/s   1234 | seconds   10.0 | val acc 0.375"
+        "step   7/100 | reward  0.500 | acc 0.250 | length   231.4 | entropy  1.250"
+        " | grad norm   0.125 | tokens/s   1234 | seconds   10.0 | val acc 0.375"
     )
     assert step_line({"actor/grad_norm": None}, 1, 9) == "step 1/9 | grad norm     nan"
 

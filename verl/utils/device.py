@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import time
 from typing import Any
 
 import torch
@@ -85,13 +88,70 @@ def default_weight_transfer(device: str | None, engine: str, split: bool) -> str
     return "nccl" if split else "ipc"
 
 
-def max_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process in GB: allocated on the GPU, or resident on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Memory in GiB, under verl's names: ``perf/max_memory_gb``, the peak of this process
+    (allocated on the GPU, or resident on the host), on a GPU also as
+    ``perf/max_memory_allocated_gb`` beside ``perf/max_memory_reserved_gb``, what PyTorch has taken
+    for it; and ``perf/cpu_memory_used_gb``, what all processes of the machine use now."""
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    import psutil
+
+    peaks = {"max_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        allocated = torch.cuda.max_memory_allocated(device)
+        reserved = torch.cuda.max_memory_reserved(device)
+        peaks = {
+            "max_memory": allocated,
+            "max_memory_allocated": allocated,
+            "max_memory_reserved": reserved,
+        }
+    figures = peaks | {"cpu_memory_used": psutil.virtual_memory().used}
+    return {f"perf/{name}_gb": value / 2**30 for name, value in figures.items()}
+
+
+PEAK_TFLOPS = {
+    "A10": 125,
+    "A40": 150,
+    "A100": 312,
+    "A800": 312,
+    "L4": 121,
+    "L40": 181,
+    "L40S": 362,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+    "H20": 148,
+    "H100": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H800": 989,
+    "H200": 989,
+    "B200": 2250,
+}
+"""Dense bfloat16 products with float32 sums, in 10^12 operations a second, from NVIDIA's data
+sheets of each GPU, which print twice as much "with sparsity" for those since A100. The names are
+parts of what CUDA calls the GPU."""
+
+
+def gpu_peak_tflops(name: str) -> float | None:
+    """The entry of `PEAK_TFLOPS` for a GPU that CUDA calls `name`; None if there is none."""
+    found = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name)]
+    return PEAK_TFLOPS[max(found, key=len)] if found else None
+
+
+def peak_flops(device: torch.device, seconds: float = 0.1) -> float | None:
+    """Operations a second that `device` can do at most: of a GPU those of `PEAK_TFLOPS`, None for
+    one that isn't there. A CPU has no such sheet: there it is the best of the products of two
+    512×512 float32 matrices that this process's threads make in `seconds`."""
+    if device.type == "cuda":
+        tflops = gpu_peak_tflops(torch.cuda.get_device_name(device))
+        return tflops and tflops * 1e12
+    n, best, start = 512, math.inf, time.perf_counter()
+    a, result = torch.rand(n, n), torch.empty(n, n)
+    while (before := time.perf_counter()) - start < seconds:
+        torch.mm(a, a, out=result)
+        best = min(best, time.perf_counter() - before)
+    return 2 * n**3 / best
 
 
 def empty_cache(device: torch.device) -> None:

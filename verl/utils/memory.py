@@ -54,6 +54,30 @@ SETTINGS = {
 """Attribute of `Plan` → the key that it comes from."""
 
 Parts = dict[str, float]
+Shapes = list[tuple[int, int]]
+
+
+def weight_shapes(model: dict[str, Any]) -> tuple[Shapes, Shapes]:
+    """(rows, columns) of each parameter outside of the decoder layers, and of one layer, whose
+    first is that of the queries. A vector has one column.
+
+    Args:
+        model: the content of config.json.
+
+    Raises: ValueError for a model whose layers are not known here.
+    """
+    kind = model.get("model_type")
+    if kind not in KINDS:
+        raise ValueError(f"none for {kind} models, only for {', '.join(KINDS)}")
+    heads, H, V = model["num_attention_heads"], model["hidden_size"], model["vocab_size"]
+    size = model.get("head_dim") or H // heads
+    A, inner = heads * size, model["intermediate_size"]
+    K = (model.get("num_key_value_heads") or heads) * size
+    biased, norms = model.get("attention_bias", kind == "qwen2"), kind == "qwen3"
+    root = [(V, H), (H, 1)] + [(V, H)] * (not model.get("tie_word_embeddings", False))
+    layer = [(A, H), (K, H), (K, H), (H, A), (inner, H), (inner, H), (H, inner)]
+    layer += [(H, 1)] * 2 + [(A, 1), (K, 1), (K, 1)] * biased + [(size, 1)] * 2 * norms
+    return root, layer
 
 
 class Plan:
@@ -69,9 +93,7 @@ class Plan:
         self.arguments, self.changed = (config, model, device, memory), changed
         for name, key in SETTINGS.items():
             setattr(self, name, changed.get(name, attrgetter(key)(config)))
-        kind = model.get("model_type")
-        if kind not in KINDS:
-            raise ValueError(f"none for {kind} models, only for {', '.join(KINDS)}")
+        self.root, self.layer = weight_shapes(model)
         self.cuda, self.memory = device == "cuda", memory
         self.parallel = self.parallel if self.engine == "vllm" else 1
         self.reference = self.kl_loss or self.kl_reward
@@ -84,20 +106,13 @@ class Plan:
 
         self.heads = model["num_attention_heads"]
         heads, self.layers = model["num_attention_heads"], model["num_hidden_layers"]
-        self.hidden, self.vocab = H, V = model["hidden_size"], model["vocab_size"]
-        size = model.get("head_dim") or H // heads
-        self.wide, self.inner = A, inner = heads * size, model["intermediate_size"]
+        self.hidden, self.vocab = model["hidden_size"], model["vocab_size"]
+        size = model.get("head_dim") or self.hidden // heads
+        self.wide, self.inner = heads * size, model["intermediate_size"]
         kv_heads = model.get("num_key_value_heads") or heads
-        self.narrow = K = kv_heads * size
-        self.norms = kind == "qwen3"  # of queries and keys
+        self.narrow = kv_heads * size
+        self.norms = model["model_type"] == "qwen3"  # of queries and keys
         self.kv_token = 2 * self.layers * max(1, kv_heads // self.parallel) * size * self.compute
-        biased = model.get("attention_bias", kind == "qwen2")
-        self.root = [(V, H), (H, 1)] + [(V, H)] * (not model.get("tie_word_embeddings", False))
-        """(rows, columns) of each parameter outside of the decoder layers, and of one layer."""
-        self.layer = [(A, H), (K, H), (K, H), (H, A), (inner, H), (inner, H), (H, inner)]
-        self.layer += (
-            [(H, 1)] * 2 + [(A, 1), (K, 1), (K, 1)] * biased + [(size, 1)] * 2 * self.norms
-        )
         self.parameters = self._count(1)
         self.shard = self._count(self.nodes * self.ranks)
         """Parameters of a rank, padding included."""

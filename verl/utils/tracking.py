@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CONSOLE_COLUMNS = (  # label, key, format
     ("reward", "critic/rewards/mean", "6.3f"),
+    ("acc", "reward/acc", "5.3f"),
     ("length", "response_length/mean", "7.1f"),
     ("loss", "train/loss", "7.4f"),
     ("entropy", "actor/entropy", "6.3f"),

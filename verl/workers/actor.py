@@ -22,7 +22,13 @@ from verl.models.packing import Batch, pack, per_token, split_per_sample
 from verl.protocol import Ragged, Sample
 from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
 from verl.trainer.ppo.core_algos import kl_divergence, policy_loss, rollout_is_weights
-from verl.utils.device import empty_cache, get_device, max_memory_gb, process_group_backend
+from verl.utils.device import (
+    empty_cache,
+    get_device,
+    memory_metrics,
+    peak_flops,
+    process_group_backend,
+)
 from verl.utils.safe_load import SafePlanner, SafeReader
 from verl.utils.seqlen_balancing import micro_batches
 from verl.workers.weight_sync import WeightExporter
@@ -358,10 +364,14 @@ class ActorWorker(WeightExporter):
         return Ragged(getattr(self, role).log_probs(samples, temperature, limit))
 
     def update(self, mini_batches: Any, *args: Any) -> list[dict[str, float]]:
-        """`Policy.update` of the policy, with `max_memory_gb` in the last mini-batch's figures."""
+        """`Policy.update` of the policy, with `memory_metrics` in the last mini-batch's figures."""
         results = self.actor.update(mini_batches, *args)
-        results[-1]["max_memory_gb"] = max_memory_gb(self.device)
+        results[-1] |= memory_metrics(self.device)
         return results
+
+    def peak_flops(self) -> float | None:
+        """Operations a second that the device can do at most; None where that isn't known."""
+        return peak_flops(self.device)
 
     def save(self, folder: str) -> None:
         """Writes parameters, optimizer and schedule below `folder`, each rank its part."""

@@ -94,7 +94,8 @@ def entry_point(
     argv: Sequence[str] | None = None,
 ) -> None:
     """What every `python -m …` does: parse, check, and run or, with DRY_RUN=1, print the
-    configuration as YAML, and on standard error how much memory it will take.
+    configuration as YAML, and on standard error how much memory it will take (which DRY_RUN=quiet
+    leaves out).
 
     Options: `--config-name NAME`, `--config-path DIR` (as in Hydra); all else is `key=value`.
     Exits with 2 and one message for a configuration error.
@@ -114,9 +115,10 @@ def entry_point(
     except (ConfigError, HydraException) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if os.environ.get("DRY_RUN", "0") not in ("", "0"):
+    dry_run = os.environ.get("DRY_RUN", "0")
+    if dry_run not in ("", "0"):
         print(OmegaConf.to_yaml(config, resolve=True), end="")
-        if isinstance(typed, Config):
+        if isinstance(typed, Config) and dry_run != "quiet":
             from verl.utils.memory import estimate
 
             print(estimate(typed), file=sys.stderr)

@@ -69,7 +69,8 @@ class TrainBatches:
         try:
             if self.config.algorithm.filter_groups.enable:
                 return self._filtered(step, timer)
-            return [sample for group in self._round(step, 0, timer) for sample in group], {}
+            samples = [sample for group in self._round(step, 0, timer) for sample in group]
+            return samples, {"train/num_gen_batches": 1.0}
         except (RewardError, ValueError):
             self.load(before)
             raise

@@ -8,7 +8,7 @@ response tokens; here each response counts once).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import comb, sqrt
 from numbers import Real
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from verl.protocol import Sample, column, response_lengths
+from verl.utils.flops import update_flops
 
 # Phases whose cost grows with the tokens of prompt and response; `gen` only with the response.
 TOKEN_PHASES = ("ref", "old_log_prob", "adv", "update_actor")
@@ -67,6 +68,23 @@ def timing_metrics(
         if tokens.get(name)
     }
     return {f"timing_s/{name}": float(seconds) for name, seconds in timings.items()} | per_token
+
+
+def mfu_metrics(
+    model: dict[str, Any], steps: Sequence[Sequence[Sample]], seconds: float, peak_flops: float
+) -> dict[str, float]:
+    """``perf/mfu``, and the same as verl's ``perf/mfu/actor``: model flops utilization of the
+    update, the share of what all devices could have computed in its `seconds` that forward and
+    backward pass need (`verl.utils.flops.update_flops`).
+
+    Args:
+        model: the content of config.json. steps: the samples of each optimizer step.
+        peak_flops: operations a second of all devices together.
+    """
+    samples = [s for step in steps for s in step]
+    prompts, responses = [len(s.prompt.token_ids) for s in samples], response_lengths(samples)
+    mfu = update_flops(model, prompts, responses) / (seconds * peak_flops)
+    return {"perf/mfu": mfu, "perf/mfu/actor": mfu}
 
 
 def throughput_metrics(
@@ -201,7 +219,7 @@ def reduce_update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, fl
     """Ranks' sums of each mini-batch → `actor/…` and `rollout/…` means over mini-batches.
 
     Sums named `w/…` already carry the weights of the loss; the others become means over tokens,
-    those named `rollout/…` over `rollout/tokens`.
+    those named `rollout/…` over `rollout/tokens`. Of `perf/…` and `…_max` it is the largest.
     """
     totals: dict[str, list[float]] = {}
     for parts in zip(*by_rank, strict=True):  # one mini-batch, all ranks
@@ -210,7 +228,7 @@ def reduce_update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, fl
             values = [part[name] for part in parts if name in part]
             if name in ("grad_norm", "lr"):
                 value = values[0]
-            elif name == "max_memory_gb" or name.endswith("_max"):
+            elif name.startswith("perf/") or name.endswith("_max"):
                 value = max(values)
             elif name.startswith("w/"):
                 value = sum(values)
@@ -219,9 +237,7 @@ def reduce_update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, fl
                 value = sum(values) / max(1.0, count)
             if compared or not name.startswith("rollout/"):
                 totals.setdefault(name.removeprefix("w/"), []).append(value)
-    memory = totals.pop("max_memory_gb", None)
-    metrics = {
-        name if name.startswith("rollout/") else f"actor/{name}": float(np.mean(values))
+    return {
+        name if name.startswith(("rollout/", "perf/")) else f"actor/{name}": float(np.mean(values))
         for name, values in totals.items()
     }
-    return metrics | ({"perf/max_memory_gb": max(memory)} if memory else {})

@@ -35,6 +35,7 @@ from verl.trainer.ppo.guard import SkippedSteps, warn_of_disagreement
 from verl.trainer.ppo.metrics import (
     data_metrics,
     loss_agg_metrics,
+    mfu_metrics,
     reduce_update_metrics,
     throughput_metrics,
     timing_metrics,
@@ -43,6 +44,7 @@ from verl.trainer.ppo.metrics import (
 from verl.trainer.ppo.resumable import Resumable
 from verl.utils.checkpoint import CheckpointFolder
 from verl.utils.device import default_weight_transfer
+from verl.utils.memory import KINDS, read_model
 from verl.utils.samples import some_generations, write_responses
 from verl.utils.seqlen_balancing import balanced_partitions, equal_partitions
 from verl.utils.signals import StopSignals
@@ -92,6 +94,8 @@ class RayPPOTrainer(Resumable):
         self.validation_missing = False
         self.best: dict[str, float] = {}
         self.engine_metrics: dict[str, float] = {}
+        self.architecture: dict[str, Any] = {}
+        self.peak_flops: float | None = None
         self.skipped = SkippedSteps(trainer.max_skipped_steps)
         self.stop = StopSignals()
         self.resumed = self.latest = latest or self.checkpoints.find(self.run_id)
@@ -137,6 +141,7 @@ class RayPPOTrainer(Resumable):
         self.actor.call(
             "build", model.model, model.actor.fsdp_config, model.actor.optim, self.total_steps, ref
         )
+        self.find_peak_flops()
         if self.resumed:
             logger.info("resuming from %s", self.resumed)
             self.actor.call("load", str(self.resumed / "actor"))
@@ -184,7 +189,7 @@ class RayPPOTrainer(Resumable):
                         write_responses(
                             trainer.rollout_data_dir, self.step, samples, self.tokenizer
                         )
-                metrics |= self.step_metrics(samples, timer)
+                metrics |= self.step_metrics(samples, timer, steps)
                 try:
                     if self.stop.number:
                         self.validation_missing = self._due(trainer.test_freq)
@@ -336,9 +341,16 @@ class RayPPOTrainer(Resumable):
         config = self.config
         return config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
 
-    def step_metrics(self, samples: list[Sample], timer: Timer) -> dict[str, float]:
+    def step_metrics(
+        self, samples: list[Sample], timer: Timer, steps: list[list[Sample]]
+    ) -> dict[str, float]:
         """What the samples and the clock say about a step, validation and checkpoint apart."""
         seconds = sum(timer.seconds.values())
+        mfu = {}
+        if self.peak_flops:
+            mfu = mfu_metrics(
+                self.architecture, steps, timer.seconds["update_actor"], self.peak_flops
+            )
         filtering = self.config.algorithm.filter_groups.enable
         ages = self.step - 1 - column(samples, "policy_version")
         return (
@@ -352,7 +364,18 @@ class RayPPOTrainer(Resumable):
             | data_metrics(samples, self.config.data.max_prompt_length)
             | timing_metrics(samples, timer.seconds | {"step": seconds}, filtering)
             | throughput_metrics(samples, seconds, self.num_workers)
+            | mfu
         )
+
+    def find_peak_flops(self) -> None:
+        """Learns what `perf/mfu` needs; it is left out where model or GPU are not known here."""
+        model = self.config.actor_rollout_ref.model
+        self.architecture = (read_model(model.path) or {}) | model.override_config
+        peaks = self.actor.call("peak_flops")
+        if self.architecture.get("model_type") in KINDS and all(peaks):
+            self.peak_flops = sum(peaks)
+        else:
+            logger.info("perf/mfu is left out: the FLOPs of this model or of this GPU are unknown")
 
     def verify_engines(self, strict: bool) -> None:
         """Has each engine draw a few tokens, and compares their log-probabilities with the actor's.
