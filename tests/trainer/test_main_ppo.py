@@ -128,29 +128,54 @@ def test_the_policy_learns_and_reports(finished: Path) -> None:
 SPREAD = ("mean", "max", "min")
 PHASES = ("ref", "old_log_prob", "adv", "update_actor")
 METRICS = {
-    "actor": ("pg_loss", "entropy", "ppo_kl", "pg_clipfrac", "pg_clipfrac_lower", "grad_norm")
-    + ("lr", "kl_loss", "skipped_steps"),
+    "actor": (
+        "pg_loss",
+        "entropy",
+        "ppo_kl",
+        "pg_clipfrac",
+        "pg_clipfrac_lower",
+        "grad_norm",
+        "lr",
+        "kl_loss",
+        "skipped_steps",
+    ),
     **{f"critic/{name}": SPREAD for name in ("score", "rewards", "advantages", "returns")},
     "response_length": (*SPREAD, "clip_ratio", "cv"),
     "prompt_length": (*SPREAD, "clip_ratio"),
     "timing_s": ("gen", "reward", *PHASES, "update_weights", "step"),
     "timing_per_token_ms": ("gen", *PHASES),
-    "perf": ("total_num_tokens", "time_per_step", "throughput", "mfu", "mfu/actor")
-    + ("max_memory_gb", "cpu_memory_used_gb"),
+    "perf": (
+        "total_num_tokens",
+        "time_per_step",
+        "throughput",
+        "mfu",
+        "mfu/actor",
+        "max_memory_gb",
+        "cpu_memory_used_gb",
+    ),
     "train": ("num_gen_batches",),
     "training": ("global_step", "epoch"),
     "reward": ("acc",),
-    "rollout": ("logprob_diff_mean", "logprob_diff_max", "kl")
-    + ("policy_age_mean", "policy_age_max"),
-    "loss_agg": ("cv", "effective_batch", "cv/token-mean", "cv/seq-mean-token-mean")
-    + ("cv/seq-mean-token-sum", "cv/dr-grpo"),
+    "rollout": ("logprob_diff_mean", "logprob_diff_max", "kl", "policy_age_mean", "policy_age_max"),
+    "loss_agg": (
+        "cv",
+        "effective_batch",
+        "cv/token-mean",
+        "cv/seq-mean-token-mean",
+        "cv/seq-mean-token-sum",
+        "cv/dr-grpo",
+    ),
 }
 """What a training step reports, as docs/metrics.md says."""
 VALIDATION = {
     "val-core/pluses/acc": ("mean@2", "best@2/mean", "maj@2/mean"),
     "val-core": ("best_acc", "best_step"),
-    "val-aux/pluses": ("acc/std@2", "reward/mean@2")
-    + ("response_length/mean", "response_length/clip_ratio"),
+    "val-aux/pluses": (
+        "acc/std@2",
+        "reward/mean@2",
+        "response_length/mean",
+        "response_length/clip_ratio",
+    ),
 }
 
 
