@@ -103,6 +103,6 @@ def test_a_reward_server_that_is_killed_loses_nothing(
             for _ in range(number):
                 running.until_step(rng.integers(0, 6))
                 time.sleep(rng.uniform(0, LONGEST_S))
-                assert running.until(lambda: running.kill("server/math/server.py"))  # noqa: B023
+                assert running.until(lambda: running.kill("server/math/server.py"))
             running.end()
     assert lines(tmp_path / "killed") == lines(tmp_path / "alone")
