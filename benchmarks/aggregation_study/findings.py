@@ -12,15 +12,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.aggregation_study.gradients import METHODS, Measurement, coefficient_of_variation
+from benchmarks.aggregation_study.gradients import Measurement
+from benchmarks.aggregation_study.noise import NAMES, REFERENCE, Key, Noise, noise_of
 from verl.utils.tracking import read_metrics, validation_scores
 
-Key = tuple[str, int]  # (method or policy, seed)
-NAMES = [method.name for method in METHODS]
 COLORS = dict(zip(NAMES, ("C0", "C1", "C4", "C5", "#8fd18f", "C2", "#0b6b0b"), strict=True))
 BASELINES = ("DAPO Norm", "GRPO Norm", "Dr. GRPO", "Dr. GRPO Norm")
 OURS = "∆L 0.75"
-BOOTSTRAP = 2000
 T_QUANTILES = {2: 50.9, 3: 8.86, 4: 5.39, 5: 4.31, 6: 3.81, 7: 3.52, 8: 3.34, 9: 3.21, 10: 3.11}
 """Number of seeds → the |t| of a paired difference that is exceeded with probability 1.25 % where
 there is none (Student's t, two-sided): 5 % for the four baselines together (Bonferroni)."""
@@ -36,7 +34,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     curves = {key: _curve(run) for key, run in runs.items()}
     table = [_run_row(key, run, curves[key]) for key, run in runs.items()]
-    noise = [row for key, m in measurements.items() for row in _noise_rows(key, m)]
+    noise = noise_of(measurements)
     slopes = [_slope_row(key, m) for key, m in measurements.items()]
     _csv(folder / "runs.csv", table)
     _csv(
@@ -47,7 +45,7 @@ def write(
             for step, accuracy in curve
         ],
     )
-    _csv(folder / "gradients.csv", noise)
+    _csv(folder / "gradients.csv", [row for n in noise for row in n.rows()])
     _csv(folder / "lengths.csv", slopes)
     _plot_curves(folder / "accuracy.png", curves)
     _plot_noise(folder / "gradients.png", noise)
@@ -63,23 +61,6 @@ def paired(table: Sequence[Mapping[str, Any]], a: str, b: str, column: str) -> N
     values = {(row["method"], row["seed"]): row[column] for row in table}
     seeds = sorted({seed for _, seed in values})
     return np.array([values[a, s] - values[b, s] for s in seeds if {(a, s), (b, s)} <= set(values)])
-
-
-def interval(gram: NDArray[np.float64], rng: np.random.Generator) -> tuple[float, float]:
-    """95 % bootstrap interval of the coefficient of variation over batches, [K, K] → (low, high).
-
-    A batch that is drawn twice makes a pair with itself; such pairs are left out.
-    """
-    k = len(gram)
-    values = []
-    for _ in range(BOOTSTRAP):
-        chosen = rng.integers(k, size=k)
-        sub, same = gram[np.ix_(chosen, chosen)], chosen[:, None] == chosen
-        square, mean_square = np.diag(sub).mean(), sub[~same].mean()
-        good = mean_square > 0
-        values.append(np.sqrt(max(square - mean_square, 0) / mean_square) if good else np.inf)
-    low, high = np.quantile(values, [0.025, 0.975], method="nearest")
-    return float(low), float(high)
 
 
 def power_law(lengths: NDArray[Any], squares: NDArray[Any]) -> float:
@@ -124,29 +105,6 @@ def _run_row(key: Key, run: Path, curve: list[tuple[int, float]]) -> dict[str, A
     }
 
 
-def _noise_rows(key: Key, m: Measurement) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(0)
-    reference = NAMES.index("Dr. GRPO Norm")
-    measured = [coefficient_of_variation(gram) for gram in m.grams]
-    predicted = m.predicted.mean(1)
-    rows = []
-    for i, name in enumerate(NAMES):
-        low, high = interval(m.grams[i], rng)
-        rows.append(
-            {
-                "policy": key[0],
-                "seed": key[1],
-                "method": name,
-                "cv": measured[i],
-                "cv_low": low,
-                "cv_high": high,
-                "relative": measured[i] / measured[reference],
-                "predicted_relative": predicted[i] / predicted[reference],
-            }
-        )
-    return rows
-
-
 def _slope_row(key: Key, m: Measurement) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     members = [np.flatnonzero(m.batches == b) for b in np.unique(m.batches)]
@@ -172,7 +130,7 @@ def _slope_row(key: Key, m: Measurement) -> dict[str, Any]:
 
 def page(
     table: Sequence[Mapping[str, Any]],
-    noise: Sequence[Mapping[str, Any]],
+    noise: Sequence[Noise],
     slopes: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
 ) -> str:
@@ -231,37 +189,34 @@ def _verdict(differences: NDArray[np.float64], other: str) -> str:
     return f"{other}: {d.mean():+.1f} ± {spread:.1f} (standard deviation; {listed}): {word}"
 
 
-def _noise_words(noise: Sequence[Mapping[str, Any]]) -> list[str]:
+def _noise_words(noise: Sequence[Noise]) -> list[str]:
     lines = [
         "## Noise of the gradient",
         "",
-        "CV = √(E‖g − E g‖²) / ‖E g‖ of a batch's gradient on a fixed policy. *Relative* is to Dr. "
-        "GRPO Norm's on the same batches; *predicted* is the same ratio from the lengths alone, "
-        "√(Σ w² L) / Σ w. Mean over seeds (smallest–largest); the interval is the widest of the "
-        "seeds' 95 % bootstrap intervals.",
+        "CV = √(E‖g − E g‖²) / ‖E g‖ of a batch's gradient on a fixed policy, mean over the seeds. "
+        f"*Relative* is to {REFERENCE}'s on the same batches, with the 95 % interval of a "
+        "bootstrap over the batches of each seed, and the smallest and largest of the seeds; "
+        "*predicted* is the same ratio from the lengths alone, √(Σ w² L) / Σ w.",
     ]
-    for policy in dict.fromkeys(row["policy"] for row in noise):
-        lines += ["", f"Policy {policy}:", ""]
-        lines += ["| method | CV | interval | relative | predicted |", "|---|---|---|---|---|"]
-        for name in NAMES:
-            mine = [row for row in noise if (row["policy"], row["method"]) == (policy, name)]
-            low, high = min(r["cv_low"] for r in mine), max(r["cv_high"] for r in mine)
+    for mean in (n for n in noise if n.seed == "all"):
+        lines += ["", f"Policy {mean.policy}:", ""]
+        lines += [
+            "| method | CV | 95 % interval | relative | 95 % interval | seeds | predicted |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        rows = [r for n in noise if n.policy == mean.policy and n is not mean for r in n.rows()]
+        for row in mean.rows():
+            seeds = [r["relative"] for r in rows if r["method"] == row["method"]]
             cells = [
-                _spread([row["cv"] for row in mine], ".2f"),
-                f"{low:.2f}–{high:.2f}",
-                _spread([row["relative"] for row in mine], ".3f"),
-                _spread([row["predicted_relative"] for row in mine], ".3f"),
+                f"{row['cv']:.2f}",
+                f"{row['cv_low']:.2f}–{row['cv_high']:.2f}",
+                f"{row['relative']:.3f}",
+                f"{row['relative_low']:.3f}–{row['relative_high']:.3f}",
+                f"{min(seeds):.3f}–{max(seeds):.3f}",
+                f"{row['predicted_relative']:.3f}",
             ]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        best = {
-            seed: min(
-                (row for row in noise if (row["policy"], row["seed"]) == (policy, seed)),
-                key=lambda row: row["cv"],
-            )["method"]
-            for seed in sorted({row["seed"] for row in noise})
-        }
-        text = ", ".join(f"seed {seed}: {name}" for seed, name in best.items())
-        lines += ["", f"Least noise: {text}."]
+            lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+        lines += ["", mean.least()]
     return [*lines, "", "![Measured and predicted noise](gradients.png)", ""]
 
 
@@ -327,21 +282,26 @@ def _plot_curves(path: Path, curves: Mapping[Key, list[tuple[int, float]]]) -> N
     figure.savefig(path)
 
 
-def _plot_noise(path: Path, noise: Sequence[Mapping[str, Any]]) -> None:
-    policies = list(dict.fromkeys(row["policy"] for row in noise))
+def _plot_noise(path: Path, noise: Sequence[Noise]) -> None:
+    policies = list(dict.fromkeys(n.policy for n in noise))
+    rows = [row for n in noise for row in n.rows()]
     figure, panels = _figure(5.5 * len(policies), 4, len(policies))
     for axes, policy in zip(panels, policies, strict=True):
         for y, name in enumerate(reversed(NAMES)):
-            mine = [row for row in noise if (row["policy"], row["method"]) == (policy, name)]
-            values = [row["relative"] for row in mine]
-            axes.barh(y, np.mean(values), color=COLORS[name], alpha=0.5)
-            axes.plot(values, [y] * len(values), "o", color=COLORS[name], ms=4)
-            axes.plot(np.mean([row["predicted_relative"] for row in mine]), y, "kx", ms=7)
+            *seeds, mean = (row for row in rows if (row["policy"], row["method"]) == (policy, name))
+            axes.barh(y, mean["relative"], color=COLORS[name], alpha=0.5)
+            axes.plot([mean["relative_low"], mean["relative_high"]], [y, y], color=COLORS[name])
+            axes.plot(
+                [r["relative"] for r in seeds], [y] * len(seeds), "o", color=COLORS[name], ms=4
+            )
+            axes.plot(mean["predicted_relative"], y, "kx", ms=7)
         axes.set_yticks(range(len(NAMES)), list(reversed(NAMES)))
         axes.axvline(1, color="0.5", lw=1)
-        axes.set(title=f"policy {policy}", xlabel="CV of the gradient, relative to Dr. GRPO Norm")
+        axes.set(title=f"policy {policy}", xlabel=f"CV of the gradient, relative to {REFERENCE}")
     figure.suptitle(
-        "bars: mean over seeds; dots: seeds; crosses: predicted from the lengths", fontsize=10
+        "bars: mean over seeds, with its 95 % interval; dots: seeds; crosses: predicted from the "
+        "lengths",
+        fontsize=10,
     )
     figure.savefig(path)
 

@@ -26,7 +26,7 @@ def test_a_dead_actor_rank_ends_the_run_and_ctrl_c_after_the_step(
         log = running.end(1)
     assert "Traceback" not in log
     assert "a worker died, of class ActorWorker" in log
-    assert "the same command goes on from the latest checkpoint" in log
+    assert f"the same command goes on from {folder}/global_step_2\n" in log
     assert "ActorDiedError" in (folder / "error.log").read_text()
     assert damage(folder / "global_step_2") is None
     with job(settings, folder) as running:
@@ -35,7 +35,7 @@ def test_a_dead_actor_rank_ends_the_run_and_ctrl_c_after_the_step(
         log = running.end(130)
     assert f"resuming from {folder}/global_step_2" in log
     assert "stopping after this step, with a checkpoint" in log
-    assert "stopped after step 3; the same command goes on" in log
+    assert f"stopped; the same command goes on from {folder}/global_step_3\n" in log
     assert "Traceback" not in log
     assert (folder / LATEST).read_text() == "3"
     with job(settings, folder) as running:

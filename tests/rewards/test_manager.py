@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import textwrap
 
 import numpy as np
@@ -237,9 +239,10 @@ def test_dapo_without_buffer():
 
 
 @pytest.mark.parametrize("threads", [1, 8])
+@pytest.mark.parametrize("way", ["", "async "])
 @pytest.mark.parametrize("code", ["exit(3)", "raise KeyboardInterrupt"])
-def test_a_function_that_ends_the_process_is_an_error_like_any_other(tmp_path, threads, code):
-    function = custom(tmp_path, f"def compute_score(*arguments):\n    {code}\n")
+def test_a_function_that_ends_the_process_is_an_error_like_any_other(tmp_path, threads, code, way):
+    function = custom(tmp_path, f"{way}def compute_score(*arguments):\n    {code}\n")
     rewards = manager(RewardModelConfig(num_workers=threads), function)
     with pytest.raises(RewardError, match=r"SystemExit|KeyboardInterrupt"):
         rewards.submit([sample("3")]).result(timeout=60)
@@ -275,6 +278,7 @@ def test_what_cannot_be_scored_is_named_before_anything_starts(tmp_path):
 HANGING = {
     "in a thread": "time.sleep(3600)",
     "as a task": "await asyncio.sleep(3600)",
+    "in a task that blocks": "time.sleep(3600); await asyncio.sleep(0)",
 }
 
 
@@ -297,6 +301,28 @@ def test_a_function_that_hangs_is_an_error_that_names_the_prompt(tmp_path, how):
     with pytest.raises(RewardError, match=r"reward\.py.*row 7.*no answer after 1 s.*timeout_s"):
         rewards.submit([sample("8", 7)]).result(timeout=60)
     rewards.close()
+
+
+def test_a_function_that_never_gives_the_lock_back_ends_the_process(tmp_path):
+    """A regular expression that backtracks, as rewards have them; no thread of Python's runs."""
+    code = """
+    import re
+
+    def compute_score(source, text, truth, extra=None):
+        return float(bool(re.fullmatch("(x+x+)+y", "x" * 60)))
+    """
+    custom(tmp_path, code)
+    program = f"""
+    from tests.rewards.test_manager import manager, sample
+    from verl.trainer.config.schema import CustomRewardConfig
+
+    function = CustomRewardConfig(path="{tmp_path}/reward.py", name="compute_score", timeout_s=1)
+    manager(function=function).score([sample("3")])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert "Timeout (0:00:02)" in result.stderr and "reward.py" in result.stderr
 
 
 def test_a_timeout_of_the_functions_own_is_its_error(tmp_path):

@@ -22,6 +22,7 @@ def test_skipped_steps_are_counted_and_three_in_a_row_stop_the_run(tmp_path: Pat
     samples = make_samples([3, 0, 2])
     samples[0].old_log_probs[1] = np.nan
     samples[0].extras = {"acc": 1.0}
+    samples[1].prompt.ground_truth, samples[2].prompt.ground_truth = 3, "three"
     steps, dump = SkippedSteps(3), tmp_path / "dump.parquet"
     ranks = flags(1, 1, 0)
     assert steps.count(ranks, [samples], dump) == {"actor/skipped_steps": 2}
@@ -35,7 +36,14 @@ def test_skipped_steps_are_counted_and_three_in_a_row_stop_the_run(tmp_path: Pat
     assert [row["response_ids"] for row in rows] == [s.response_ids.tolist() for s in samples]
     assert np.isnan(rows[0]["old_log_probs"][1]) and rows[0]["extras"] == '{"acc": 1.0}'
     assert rows[2]["weight"] == samples[2].weight
+    assert [row["prompt_ground_truth"] for row in rows[1:]] == ["3", '"three"']
     assert rows[2]["prompt_token_ids"] == samples[2].prompt.token_ids.tolist()
+
+
+def test_a_dump_that_fails_does_not_hide_why_the_run_stops(tmp_path: Path) -> None:
+    dump = tmp_path / "missing" / "dump.parquet"
+    with pytest.raises(FloatingPointError, match=rf"not finite .*could not be written to {dump}"):
+        SkippedSteps(1).count(flags(1), [make_samples([3])], dump)
 
 
 @pytest.mark.parametrize(

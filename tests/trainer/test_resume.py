@@ -89,6 +89,28 @@ def test_micro_batches_matter_where_the_method_averages_over_them() -> None:
     assert other == [f"{micro}: 4 → 2"]
 
 
+def test_micro_batches_matter_there_with_a_token_budget_too() -> None:
+    base = [
+        BASE[1],
+        "actor_rollout_ref.actor.loss_agg_mode=token-mean-legacy",
+        "actor_rollout_ref.actor.use_dynamic_bsz=True",
+    ]
+    micro = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    saved = asdict(load_config([*base, f"{micro}=4"]))
+    other, _ = changed_keys(saved, load_config([*base, f"{micro}=2"]))
+    assert other == [f"{micro}: 4 → 2"]
+
+
+def test_the_references_type_matters_where_there_is_one() -> None:
+    key = "actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype"
+    assert changes(f"{key}=bfloat16") == ([], [])
+    base = [*BASE, "actor_rollout_ref.actor.use_kl_loss=True"]
+    saved = asdict(load_config(base))
+    offload = "actor_rollout_ref.ref.fsdp_config.param_offload=True"
+    other, _ = changed_keys(saved, load_config([*base, f"{key}=bfloat16", offload]))
+    assert other == [f"{key}: None → bfloat16"]
+
+
 def test_a_key_that_the_checkpoint_does_not_know_is_no_change() -> None:
     saved = asdict(load_config(BASE))
     del saved["data"]["seed"]
@@ -116,6 +138,7 @@ def test_another_method_is_an_error_and_may_be_taken_over(
     resumed = make_trainer(tiny_model, tmp_path)
     assert (resumed.step, resumed.kl_controller.value, resumed.skipped.in_a_row) == (3, 0.25, 1)
     assert resumed.best["val-core/best_acc"] == 0.5
+    assert resumed.how_to_resume == f"the same command goes on from {folder}"
     other = ["algorithm.use_grpopp=True", "actor_rollout_ref.actor.clip_ratio=0.1"]
     with pytest.raises(ValueError) as error:
         make_trainer(tiny_model, tmp_path, *other)
@@ -128,6 +151,16 @@ def test_another_method_is_an_error_and_may_be_taken_over(
         assert text in str(error.value)
     assert not caplog.records
     path = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={folder}"]
-    assert make_trainer(tiny_model, tmp_path, *other, *path).step == 3
+    taken = make_trainer(tiny_model, tmp_path, *other, *path)
+    assert taken.step == 3 and taken.how_to_resume.startswith("the same command goes on from")
+    taken.latest = own = taken.checkpoints.root / "global_step_4"
+    assert taken.how_to_resume.endswith(f"with trainer.resume_mode=auto goes on from {own}")
     assert "algorithm.use_grpopp: False → True" in caplog.text
     assert make_trainer(tiny_model, tmp_path, *other, "trainer.resume_mode=disable").step == 0
+
+
+def test_the_best_of_another_validation_is_forgotten(tiny_model: Path, tmp_path: Path) -> None:
+    saved_by(make_trainer(tiny_model, tmp_path))
+    greedy = "actor_rollout_ref.rollout.val_kwargs.n=2"
+    assert make_trainer(tiny_model, tmp_path, greedy).best == {}
+    assert make_trainer(tiny_model, tmp_path, "data.val_batch_size=7").best != {}

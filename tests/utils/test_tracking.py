@@ -294,6 +294,7 @@ def test_a_full_disk_loses_no_line(tmp_path, caplog):
             t.log({"x": 2}, step=2)
             t.log_validation({"val-core/a/acc/mean@1": 0.25}, step=3)
             t.log({"x": 3}, step=3)
+            assert not t.flush()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert "metrics.jsonl" in caplog.text
@@ -315,5 +316,16 @@ def test_lines_that_wait_are_written_when_there_is_room(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert read_metrics(tmp_path / "metrics.jsonl") == []
-        t.flush()
+        assert t.flush()
         assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1.0}]
+
+
+def test_lines_that_wait_at_the_end_are_written(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with tracking(tmp_path) as t:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
+        try:
+            t.log({"x": 1}, step=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1.0}]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from numbers import Real
 from pathlib import Path
 from threading import Thread
@@ -65,6 +66,7 @@ class RewardManager:
         self.timeout_s = custom.timeout_s
         self._places = asyncio.Semaphore(config.num_workers)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._calls = 0  # of the custom function, at present
 
     def connect(
         self,
@@ -118,13 +120,13 @@ class RewardManager:
             self._run(self.math.close()).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+            self._theirs.call_soon_threadsafe(self._theirs.stop)  # it may hang, so nobody waits
             self._loop = None
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = Thread(target=self._loop.run_forever, name="rewards", daemon=True)
-            self._thread.start()
+            self._loop, self._thread = _event_loop("rewards")
+            self._theirs, _ = _event_loop("custom_reward_function")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _score(self, samples: list[Sample]) -> list[Sample]:
@@ -182,18 +184,55 @@ class RewardManager:
                 return await self.math.compute_score(*arguments)
             return compute_score(*arguments)
         async with self._places:
-            if inspect.iscoroutinefunction(self.custom):
-                call = self.custom(*arguments)
-            else:
-                call = _in_thread(self.custom, *arguments)
             try:
-                async with asyncio.timeout(self.timeout_s) as limit:
-                    return await call
+                with self._watched():
+                    async with asyncio.timeout(self.timeout_s) as limit:
+                        if inspect.iscoroutinefunction(self.custom):
+                            return await _in_loop(self._theirs, self.custom(*arguments))
+                        return await _in_thread(self.custom, *arguments)
             except TimeoutError as error:
                 if not limit.expired():  # the function's own
                     raise
                 remedy = "correct the function, or raise custom_reward_function.timeout_s"
                 raise TimeoutError(f"no answer after {self.timeout_s:g} s: {remedy}") from error
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Against a function that holds Python's global lock, as a regular expression does: no time
+        limit of our own can then be kept. After twice that time a thread that needs no lock says
+        on standard error where each thread is, and ends the process."""
+        self._calls += 1
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=sys.__stderr__)
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                faulthandler.cancel_dump_traceback_later()
+
+
+def _event_loop(name: str) -> tuple[asyncio.AbstractEventLoop, Thread]:
+    """A new event loop, and the thread where it runs."""
+    loop = asyncio.new_event_loop()
+    thread = Thread(target=loop.run_forever, name=name, daemon=True)
+    thread.start()
+    return loop, thread
+
+
+async def _in_loop(loop: asyncio.AbstractEventLoop, call: Coroutine[Any, Any, Any]) -> Any:
+    """Awaits it in another thread's loop, which it may block."""
+
+    async def caught() -> tuple[Any, BaseException | None]:
+        try:
+            return await call, None
+        except BaseException as error:  # some of which would end the loop
+            return None, error
+
+    result, error = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(caught(), loop))
+    if error is not None:
+        raise error
+    return result
 
 
 def _in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:

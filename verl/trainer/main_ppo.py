@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESUME = "the same command goes on from the latest checkpoint (trainer.resume_mode=auto), if any"
-
 
 def run(config: Config) -> None:
     """Trains as `config` says; again from the latest checkpoint, `trainer.max_restarts` times, if a
@@ -45,7 +43,7 @@ def run(config: Config) -> None:
                 if error.actor_init_failed:
                     _stop(2, text)
                 if not left or trainer.stop.number:
-                    _stop(1, f"{text}\n{RESUME}")
+                    _stop(1, f"{text}\n{trainer.how_to_resume}")
                 where = f"goes on from {latest}" if latest else "starts anew"
                 logger.error("%s. The run %s; trainer.max_restarts: %d left", text, where, left - 1)
 
@@ -95,10 +93,12 @@ def _fit(trainer: RayPPOTrainer) -> None:
         trainer.fit()
     except RayActorError:
         raise
-    except (ValueError, OSError, FloatingPointError, RewardError, RayError) as error:
-        _stop(1, f"{_error(error, trainer.checkpoints.root)}\n{RESUME}")
+    except FloatingPointError as error:  # which says itself what to resume from
+        _stop(1, _error(error, trainer.checkpoints.root))
+    except (ValueError, OSError, RewardError, RayError) as error:
+        _stop(1, f"{_error(error, trainer.checkpoints.root)}\n{trainer.how_to_resume}")
     except KeyboardInterrupt:
-        _stop(128 + (trainer.stop.number or 2), f"stopped after step {trainer.step}; {RESUME}")
+        _stop(128 + (trainer.stop.number or 2), f"stopped; {trainer.how_to_resume}")
 
 
 def _error(error: Exception, folder: Path) -> str:

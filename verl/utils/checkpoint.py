@@ -78,7 +78,9 @@ class CheckpointFolder:
         self._point_to(step)
         shutil.rmtree(replaced, ignore_errors=True)
         if limit := self.trainer.max_actor_ckpt_to_keep:
-            found = sorted(self.saved(), key=lambda p: (p == final, p.stat().st_mtime))
+            named = Path(self.trainer.resume_from_path or "").expanduser().absolute()
+            others = (path for path in self.saved() if path != named)  # which is the user's
+            found = sorted(others, key=lambda p: (p == final, p.stat().st_mtime))
             for old in found[:-limit]:
                 shutil.rmtree(old, ignore_errors=True)
         return final

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
@@ -28,13 +29,17 @@ ALLOWED = {
     "_StorageInfo": "torch.distributed.checkpoint.filesystem",
     "_get_layout": "torch.serialization",
     "Size": "torch",
-    "PosixPath": "pathlib",
 }
-"""Name → module of all that `.metadata` may hold, besides torch's dtypes."""
+"""Name → module of all that `.metadata` may hold, besides torch's dtypes and a path."""
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
+    """Refuses whatever is not in `ALLOWED`."""
+
     def find_class(self, module: str, name: str) -> Any:
+        """Raises: pickle.UnpicklingError for another class or function."""
+        if name == "PosixPath" and module in ("pathlib", "pathlib._local"):  # Python 3.13's
+            return PurePosixPath
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or ALLOWED.get(name) == module:
             return super().find_class(module, name)
@@ -47,7 +52,7 @@ class SafeReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Raises: pickle.UnpicklingError for anything else in the file."""
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
-            metadata = _Unpickler(file).load()
+            metadata = Unpickler(file).load()
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id

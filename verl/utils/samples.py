@@ -135,14 +135,12 @@ def some_generations(
 
 def dump_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Writes all that there is about samples, prompts included, to be looked at: arrays as lists,
-    and what is neither number nor text as JSON."""
-    plain = (np.ndarray, str, Real, type(None))
+    ground truth and extras as JSON."""
+    theirs = ("ground_truth", "extra_info", "extras")  # of any type, which may differ by row
     rows = []
     for sample in samples:
         parts = (sample, ""), (sample.prompt, "prompt_")
         row = {p + f.name: getattr(part, f.name) for part, p in parts for f in fields(part)}
         del row["prompt"]
-        rows.append(
-            {k: v if isinstance(v, plain) else json.dumps(_plain(v)) for k, v in row.items()}
-        )
+        rows.append({k: json.dumps(_plain(v)) if k.endswith(theirs) else v for k, v in row.items()})
     pq.write_table(pa.Table.from_pylist(rows), path)

@@ -123,8 +123,8 @@ class Tracking:
         if self.bar is not None:
             self._print(f"validation at step {step}\n{validation_table(metrics)}")
 
-    def flush(self) -> None:
-        """Writes the lines that wait, and waits until the disk has them all."""
+    def flush(self) -> bool:
+        """Writes the lines that wait, and waits until the disk has them all; whether it has."""
         try:
             self.file.seek(self.end)
             left = memoryview(self.waiting)
@@ -135,6 +135,8 @@ class Tracking:
             os.fsync(self.file.fileno())
         except OSError as error:
             logger.error("%s: %s; its last lines are written later", self.file.name, error)
+            return False
+        return True
 
     def __enter__(self) -> Tracking:
         return self
@@ -146,6 +148,8 @@ class Tracking:
         if self.wandb is not None:
             self.wandb.finish(exit_code=0 if kind is None else 1)
         self._to_tensorboard(lambda writer: writer.close())
+        if self.waiting:
+            self.flush()
         self.file.close()
 
     def _print(self, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import reduce
 from typing import Any
 
@@ -24,7 +25,10 @@ FREE = (
     "actor_rollout_ref.actor.fsdp_config.param_offload",
     "actor_rollout_ref.actor.fsdp_config.optimizer_offload",
     "actor_rollout_ref.actor.fsdp_config.reshard_after_forward",
-    "actor_rollout_ref.ref.",
+    "actor_rollout_ref.ref.log_prob_",
+    "actor_rollout_ref.ref.fsdp_config.param_offload",
+    "actor_rollout_ref.ref.fsdp_config.optimizer_offload",
+    "actor_rollout_ref.ref.fsdp_config.reshard_after_forward",
     "actor_rollout_ref.rollout.max_num_seqs",
     "actor_rollout_ref.rollout.log_prob_",
     "actor_rollout_ref.rollout.tensor_model_parallel_size",
@@ -59,6 +63,8 @@ DELIBERATE = (
     "actor_rollout_ref.rollout.engine_kwargs.",
 )
 """Beginnings of keys that users change in mid-run on purpose: a warning."""
+VALIDATION = ("data.val_files", "actor_rollout_ref.rollout.val_kwargs.")
+"""Beginnings of keys without which a validation can't be compared with an earlier one."""
 
 
 def changed_keys(saved: Mapping[str, Any], config: Config) -> tuple[list[str], list[str]]:
@@ -70,23 +76,32 @@ def changed_keys(saved: Mapping[str, Any], config: Config) -> tuple[list[str], l
     Returns: keys that make it another training, and those that are changed on purpose, each as
     ``key: old → new``.
     """
-    old, new = {}, {}
-    for key, value, _ in config.walk():
-        try:
-            old[key] = reduce(operator.getitem, key.split("."), saved)
-            new[key] = json.loads(json.dumps(value))
-        except KeyError:
-            continue
-    differing = [key for key in old if old[key] != new[key]]
-    idle = {text.partition(" ")[0] for text in ignored_keys(config, differing)}
+    found = _differing(saved, config)
+    idle = {text.partition(" ")[0] for text in ignored_keys(config, found)}
     other, deliberate = [], []
-    for key in differing:
-        text = f"{key}: {old[key]} → {new[key]}"
+    for key, (old, new) in found.items():
+        text = f"{key}: {old} → {new}"
         if key.startswith(DELIBERATE):
             deliberate.append(text)
         elif not (key in idle or _is_free(key, config)):
             other.append(text)
     return other, deliberate
+
+
+def same_validation(saved: Mapping[str, Any], config: Config) -> bool:
+    """Whether what a run has validated may be compared with what the resumed one will."""
+    return not any(key.startswith(VALIDATION) for key in _differing(saved, config))
+
+
+def _differing(saved: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Key → old and new value, where both have the key and the values differ."""
+    found = {}
+    for key, value, _ in config.walk():
+        with suppress(KeyError):
+            old = reduce(operator.getitem, key.split("."), saved)
+            if old != (new := json.loads(json.dumps(value))):
+                found[key] = old, new
+    return found
 
 
 def _is_free(key: str, config: Config) -> bool:

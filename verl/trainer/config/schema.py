@@ -292,7 +292,8 @@ class CustomRewardConfig(Section):
     name: str = "compute_score"
     """Function in that file; returns a number, or a dict with `score`."""
     timeout_s: float = number(300.0, above=0)
-    """Longest time of one call, in seconds; then the run stops, with a checkpoint."""
+    """Longest time of one call, in seconds; then the run stops, with a checkpoint (after twice that
+    time, without one, if the function holds Python's global lock)."""
 
 
 @dataclass

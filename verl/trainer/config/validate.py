@@ -85,6 +85,8 @@ def ignored_keys(config: Config, given: Iterable[str]) -> list[str]:
         for reason, beginnings in IDLE.items()
         if any(setting.endswith(f".{reason}") for setting in settings)
     }
+    if actor.loss_agg_mode == "token-mean-legacy":  # which averages over micro-batches
+        rules.pop("use_dynamic_bsz=True", None)
     rules["there is no critic"] = ("critic.", "trainer.critic_warmup")
     if None not in (actor.clip_ratio_low, actor.clip_ratio_high):
         rules["clip_ratio_low and clip_ratio_high are set"] = (f"{ACTOR}.clip_ratio=",)

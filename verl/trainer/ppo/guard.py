@@ -40,11 +40,15 @@ class SkippedSteps:
         for skipped in flags:
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if self.in_a_row >= self.limit:
-                dump_samples(dump, [s for batch in batches for s in batch])
+                where = f"is in {dump}"
+                try:
+                    dump_samples(dump, [s for batch in batches for s in batch])
+                except Exception as error:  # which must not hide what is worse
+                    where = f"could not be written to {dump} ({type(error).__name__}: {error})"
                 raise FloatingPointError(
                     f"the loss or the gradient of {self.in_a_row} optimizer steps in a row was not "
                     f"finite (trainer.max_skipped_steps={self.limit}), so none was made. The batch "
-                    f"is in {dump}. Look there for log-probabilities and advantages that are not "
+                    f"{where}. Look there for log-probabilities and advantages that are not "
                     "finite; else lower the optimizer's lr or raise its warm-up, and resume from a "
                     "checkpoint before the trouble with trainer.resume_mode=resume_path"
                 )

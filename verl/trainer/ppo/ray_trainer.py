@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -190,18 +191,17 @@ class RayPPOTrainer(Resumable):
                             trainer.rollout_data_dir, self.step, samples, self.tokenizer
                         )
                 metrics |= self.step_metrics(samples, timer, steps)
-                try:
+                with self.saved_on_error(validation_missing=True), ExitStack() as complete:
+                    complete.callback(tracking.log, metrics, self.step)
                     if self.stop.number:
                         self.validation_missing = self._due(trainer.test_freq)
                     elif self._due(trainer.test_freq):
-                        with timer("testing"), self.saved_on_error(validation_missing=True):
+                        with timer("testing"):
                             self.validate(tracking)
                         metrics["timing_s/testing"] = timer.seconds["testing"]
-                finally:
-                    tracking.log(metrics, self.step)
                 stopping = self.stop.number is not None
-                if self._due(trainer.save_freq) or stopping:
-                    tracking.flush()
+                # A checkpoint is never newer than the metrics.
+                if (self._due(trainer.save_freq) or stopping) and tracking.flush():
                     self.save_checkpoint()
                 if stopping:
                     raise KeyboardInterrupt
@@ -332,6 +332,7 @@ class RayPPOTrainer(Resumable):
             self.batches.close()
         self.rewards.close()
         self.stop.restore()
+        gc.unfreeze()
 
     # ---------------------------------------------------------------------------------- details
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from verl.protocol import Prompt
 from verl.rewards.errors import RewardError
-from verl.trainer.config.resume import changed_keys
+from verl.trainer.config.resume import changed_keys, same_validation
 from verl.trainer.config.schema import Config
 from verl.trainer.ppo.ahead import BatchesAhead
 from verl.trainer.ppo.batching import TrainBatches, split_groups
@@ -43,6 +43,8 @@ class Resumable:
     saved_step: int
     latest: Path | None
     """The last checkpoint that was written or, before that, resumed from."""
+    resumed: Path | None
+    """The checkpoint that was resumed from."""
     validation_missing: bool
     best: dict[str, float]
     """Metrics of the best validation so far."""
@@ -52,6 +54,15 @@ class Resumable:
         """What tells this run from another in the same folder; wandb's id, too."""
         path = self.checkpoints.root / RUN_ID
         return path.read_text().strip() if path.is_file() else None
+
+    @property
+    def how_to_resume(self) -> str:
+        """What to tell users when the run ends too early."""
+        if self.latest is None:
+            return "no step was saved: the same command starts anew"
+        own = self.config.trainer.resume_mode != "auto" and self.latest != self.resumed
+        how = " with trainer.resume_mode=auto" if own else ""
+        return f"the same command{how} goes on from {self.latest}"
 
     def save_checkpoint(self) -> None:
         """Writes what a resumed run needs to go on as if nothing had happened. If it can't be
@@ -113,7 +124,9 @@ class Resumable:
         self.batches.load(state)
         self.validation_missing = state["validation_missing"]
         self.kl_controller.value = state["kl_coef"]
-        self.best, self.skipped.in_a_row = state["best"], state["skipped_in_a_row"]
+        self.skipped.in_a_row = state["skipped_in_a_row"]
+        if same_validation(state["config"], self.config):
+            self.best = state["best"]
 
     def _compare_config(self, folder: Path, saved: dict[str, Any]) -> None:
         trainer = self.config.trainer

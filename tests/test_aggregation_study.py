@@ -1,0 +1,70 @@
+"""What the study says about gradients whose noise is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.aggregation_study.findings import paired, power_law
+from benchmarks.aggregation_study.gradients import METHODS, Measurement, coefficient_of_variation
+from benchmarks.aggregation_study.noise import NAMES, REFERENCE, bootstrap, middle, noise_of
+
+
+def measurement(cvs: list[float], rng: np.random.Generator, same: bool = False) -> Measurement:
+    """Forty batches' gradients in 500 dimensions, whose mean has length 1."""
+    grams = []
+    noise = rng.standard_normal((40, 500))
+    for cv in cvs:
+        noise = noise if same else rng.standard_normal((40, 500))
+        g = np.eye(500)[0] + cv / np.sqrt(500) * noise
+        grams.append(g @ g.T)
+    return Measurement(np.array(grams), np.tile(np.array(cvs)[:, None], (1, 40)))
+
+
+def test_coefficient_of_variation_by_hand() -> None:
+    g = np.array([[3.0, 1.0], [3.0, -1.0]])
+    assert coefficient_of_variation(g @ g.T) == 0.5
+    opposite = np.array([[1.0], [-1.0]])
+    assert coefficient_of_variation(opposite @ opposite.T) == np.inf
+
+
+def test_known_noise_is_found_within_its_interval(rng: np.random.Generator) -> None:
+    m = measurement([1.0, 2.0], rng)
+    draws = bootstrap(m.grams, rng)
+    for i, cv in enumerate((1.0, 2.0)):
+        low, high = middle(draws[:, i])
+        assert low < cv < high < 1.5 * cv
+        assert coefficient_of_variation(m.grams[i]) == pytest.approx(cv, rel=0.15)
+    assert middle(np.array([1.0, np.nan, np.inf])) == (1.0, np.inf)
+
+
+def test_the_least_noise_is_named_with_what_is_not_told_apart(rng: np.random.Generator) -> None:
+    cvs = [3.0] * len(METHODS)
+    cvs[2], cvs[4] = 1.0, 1.001
+    seeds = {("start", seed): measurement(cvs, rng, same=True) for seed in range(3)}
+    mean = noise_of(seeds)[-1]
+    assert (mean.policy, mean.seed) == ("start", "all") and mean.least().startswith("Least")
+    cvs[4] = 1.5
+    told = noise_of({("start", 0): measurement(cvs, rng, same=True)})[-1]
+    assert told.least() == f"Least noise: {NAMES[2]}."
+    cvs[2] = cvs[4] = 1.0
+    unsure = noise_of({("start", 0): measurement(cvs, rng)})[-1].least()
+    assert unsure.count("not told apart") == 1 and NAMES[2] in unsure and NAMES[4] in unsure
+    row = {r["method"]: r for r in told.rows()}[NAMES[0]]
+    reference = NAMES.index(REFERENCE)
+    assert row["predicted_relative"] == pytest.approx(3.0 / cvs[reference])
+    assert row["relative_low"] == row["relative_high"] == pytest.approx(1)  # the same gradients
+
+
+def test_power_law_of_exact_squares() -> None:
+    lengths = np.repeat(np.arange(1, 101), 3)
+    assert power_law(lengths, 5.0 * lengths) == pytest.approx(1)
+    assert power_law(lengths, 5.0 * lengths**2) == pytest.approx(2, abs=0.1)
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    table = [
+        {"method": m, "seed": s, "x": x}
+        for m, s, x in (("a", 0, 1.0), ("b", 0, 0.5), ("a", 1, 3.0), ("b", 1, 4.0), ("a", 2, 9.0))
+    ]
+    np.testing.assert_array_equal(paired(table, "a", "b", "x"), [0.5, -1.0])
