@@ -23,8 +23,10 @@ for argument in "$@"; do
     *) names+=("$argument") ;;
   esac
 done
-((${#names[@]})) ||
-  names=(controller start rollout update logprob_memory vs_trl simulate_cluster latex_server)
+if ((!${#names[@]})); then
+  names=(controller start rollout update logprob_memory vs_trl simulate_cluster memory_model)
+  names+=(latex_server)
+fi
 
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
@@ -49,11 +51,11 @@ printf '\n== targets\n'
 "$PYTHON" - "$output" <<'PYTHON'
 import sys
 
-rows = [line.split(" | ")[1:] for line in open(sys.argv[1]) if line.startswith("ratio | ")]
+rows = [line.split(" | ") for line in open(sys.argv[1]) if line.startswith(("ratio | ", "limit | "))]
 rows = [[cell.strip() for cell in row] for row in rows]
 widths = [max(map(len, column)) for column in zip(*rows)]
 for row in rows:
-    cells = [cell.rjust(w) if i == 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+    cells = [cell.rjust(w) if i == 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
     print(" | ".join(cells).rstrip())
 PYTHON
 if ((${#failed[@]})); then
