@@ -184,7 +184,14 @@ def calibrate(runs: list[list[Record]], ranks: int) -> tuple[Engine, Trainer]:
     fixed, per_response = non_negative([[1.0, n] for n in responses], other)
     engine = Engine(float(step), float(sequence), continuous=False)
     trainer = Trainer(
-        per_token, update, 0.0, 8192, forward_token, forward, sync, fixed, per_response
+        token_s=per_token,
+        update_s=update,
+        micro_tokens=8192,
+        log_prob_s=forward_token,
+        log_prob_call_s=forward,
+        sync_s=sync,
+        other_s=fixed,
+        response_s=per_response,
     )
     return engine, trainer
 

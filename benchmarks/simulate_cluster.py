@@ -105,8 +105,9 @@ def speeds(plan: Plan, gpu: Gpu, gpus: int, split: bool) -> tuple[Engine, Traine
     trainer = Trainer(
         token_s=4 * forward / (gpu.flops * gpu.train),  # forward twice, backward like two of them
         update_s=0.5,
-        # Weights are gathered in bf16 for both passes, gradients are summed in fp32.
+        # Weights are gathered in bf16 for each pass, gradients are summed in fp32.
         micro_s=8 * plan.parameters / link,
+        log_prob_micro_s=2 * plan.parameters / link,
         micro_tokens=plan.tokens,
         log_prob_s=forward / (gpu.flops * gpu.train),
         sync_s=moved,
@@ -350,7 +351,8 @@ def main() -> None:
         if args.plot:
             plot(args.plot, strong, weak)
         return
-    rows, drift = validate(Path(tempfile.gettempdir()) / "verl-simulate-cluster", args.quick)
+    with tempfile.TemporaryDirectory() as folder:
+        rows, drift = validate(Path(folder), args.quick)
     print("| run | predicted, s | measured, s (± standard error) | predicted / measured |")
     print("|---|---:|---:|---:|")
     for name, predicted, measured, error in rows:

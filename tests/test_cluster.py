@@ -127,6 +127,12 @@ def test_micro_batches_take_their_collectives_at_least() -> None:
     assert train_seconds(trainer, 1, np.array([[25]]), 0, 1)[0] == 3 * 30
 
 
+def test_log_probabilities_take_collectives_of_their_own() -> None:
+    """Two passes over 20 tokens for log-probabilities, two for the update: 2 · 1 and 2 · 4."""
+    trainer = Trainer(token_s=0.0, micro_s=4.0, micro_tokens=10, log_prob_micro_s=1.0)
+    assert train_seconds(trainer, 1, np.array([[20]]), 0, 1, log_probs=1)[0] == 2 + 8
+
+
 def test_placements() -> None:
     """Generation takes 10 s, training 4 s, the weights 1 s."""
     draw, trainer = drawing([[10]]), Trainer(token_s=0.4, sync_s=1.0)
