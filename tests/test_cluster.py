@@ -22,6 +22,7 @@ from cluster import (
     simulate,
     train_seconds,
 )
+from simulate_cluster import Gpu, lognormal, make_plan, placements
 
 SECOND = Engine(step_s=1.0)
 """Draws a token a second, whatever else it does."""
@@ -144,6 +145,22 @@ def test_placements() -> None:
     assert split.idle_engines == pytest.approx(1 / 3)
     ahead = simulate(Run(1, 1, ahead=True, **options), SECOND, trainer, draw)
     assert ahead.step_s == 11 and ahead.idle_trainer == pytest.approx(1 - 4 / 11)
+
+
+def test_placements_are_compared_on_the_same_lengths() -> None:
+    """Colocated, and seven splits in turns and ahead; two steps each, which differ."""
+    seen: list[list[Any]] = []
+
+    def draws() -> Any:
+        draw, mine = lognormal(50, 1.0, 4, 200, 0.5, 1.0, seed=0), []
+        seen.append(mine)
+        return lambda count: mine.append(draw(count)) or mine[-1]
+
+    run = Run(0, 0, prompts=8, mini_batch=4)
+    assert len(list(placements(make_plan("3B"), Gpu(), 8, draws, run, steps=2))) == 3
+    lengths = np.array([[step[0] for step in steps] for steps in seen])
+    assert lengths.shape == (15, 2, 8, 4) and (lengths == lengths[0]).all()
+    assert (lengths[0, 0] != lengths[0, 1]).any()
 
 
 def test_log_probabilities_of_older_responses_are_known() -> None:
