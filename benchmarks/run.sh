@@ -3,11 +3,13 @@
 #
 #   bash benchmarks/run.sh [--quick] [NAME …]      NAME: controller, start, … [all]
 #
-#   --quick   fewer repeats: all together under 5 minutes
+#   --quick   fewer repeats, smaller sizes: all together under 5 minutes on two idle cores
 #
 # A target that is not met is shown. A benchmark that fails is named, and the exit status is 1.
-# rollout and the reference in it need vLLM: bash setup.sh cpu --vllm. vs_trl makes .venv-trl at its first use. latex_server runs in .venv-server, or with the interpreter
-# MATH_SERVER_PYTHON, and gets fastapi there, for the server that it compares with.
+# A peer that is not installed is left out, with a line: vLLM comes with bash setup.sh cpu --vllm, TRL
+# with .venv/bin/python benchmarks/vs_trl.py --setup (in .venv-trl, or TRL_PYTHON). latex_server runs
+# in .venv-server, or with the interpreter MATH_SERVER_PYTHON, and gets fastapi there, for the server
+# that it compares with.
 set -euo pipefail
 HERE=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 source "$HERE/../train_scripts/_common.sh"
