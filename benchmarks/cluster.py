@@ -49,7 +49,8 @@ class Engine:
 @dataclass(frozen=True, slots=True)
 class Trainer:
     """An optimizer step takes update_s + token_s for each token of the rank with most of them, and
-    at least micro_s for each micro-batch: the time of its collective operations."""
+    at least micro_s for each micro-batch: the time of its collective operations. So do passes that
+    compute log-probabilities, with times of their own."""
 
     token_s: float
     update_s: float = 0.0
@@ -58,6 +59,7 @@ class Trainer:
     log_prob_s: float = 0.0
     """Per token, of a pass that computes log-probabilities."""
     log_prob_call_s: float = 0.0
+    log_prob_micro_s: float = 0.0
     sync_s: float = 0.0
     """Of moving the weights to the engines, while both wait."""
     other_s: float = 0.0
@@ -242,19 +244,19 @@ def train_seconds(
     of the log-probabilities of the last `log_probs` groups before it."""
     seconds = working = 0.0
 
-    def add(tokens: NDArray[np.int64], token_s: float, fixed: float) -> None:
+    def add(tokens: NDArray[np.int64], token_s: float, fixed: float, micro_s: float) -> None:
         nonlocal seconds, working
         totals = [sum(tokens[i] for i in p) for p in balanced_partitions(tokens.tolist(), ranks)]
         passes = -(-max(totals) // trainer.micro_tokens)
-        seconds += fixed + passes * max(trainer.micro_s, max(totals) / passes * token_s)
+        seconds += fixed + passes * max(micro_s, max(totals) / passes * token_s)
         working += fixed + sum(totals) / ranks * token_s
 
     if log_probs:
         fresh = lengths[-log_probs:].ravel() + prompt
-        add(fresh, trainer.log_prob_s, trainer.log_prob_call_s)
+        add(fresh, trainer.log_prob_s, trainer.log_prob_call_s, trainer.log_prob_micro_s)
     for start in range(0, len(lengths), mini_batch):
         mine = lengths[start : start + mini_batch].ravel() + prompt
-        add(mine, trainer.token_s, trainer.update_s)
+        add(mine, trainer.token_s, trainer.update_s, trainer.micro_s)
     return seconds, working
 
 

@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 COMPARE = {">=": operator.ge, "<=": operator.le}
@@ -33,11 +34,16 @@ def spread(values: list[float], unit: str = "s") -> str:
     return f"{statistics.median(values):.3g} {unit} ({min(values):.3g}–{max(values):.3g})"
 
 
-def report(benchmark: str, what: str, value: float, target: str) -> bool:
+def report(benchmark: str, what: str, value: float, target: str, kind: str = "ratio") -> bool:
     """Prints the line that `benchmarks/run.sh` collects; `target` such as ``>= 5``. Returns whether
     it is met."""
     op, limit = target.split()
     met = COMPARE[op](value, float(limit))
-    state = "met" if met else "not met"
-    print(f"ratio | {benchmark} | {what} | {value:.3g} | target {target} | {state}", flush=True)
+    what += " (quick)" * ("--quick" in sys.argv)
+    cells = kind, benchmark, what, f"{value:.3g}", f"target {target}", "met" if met else "not met"
+    print(*cells, sep=" | ", flush=True)
     return met
+
+
+report_limit = partial(report, kind="limit")
+"""`report` of a figure that is held against its target alone."""

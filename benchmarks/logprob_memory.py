@@ -89,7 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         return measure(args.measure, args.sizes)
-    full = [16384, 256, 32768] if args.quick else [16384, 896, 152064]
+    full = [8192, 256, 32768] if args.quick else [16384, 896, 152064]
     fits = [1024, 256, 32768] if args.quick else [1536, 896, 152064]
 
     share = peak("chunked", full) / (4 * full[0] * full[2])

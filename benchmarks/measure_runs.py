@@ -39,11 +39,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def make_policy(folder: Path) -> Path:
-    """CountDown problems and a tiny model that answers them with ragged lengths; made once."""
-    if (folder / "done").exists():
-        return folder
-    print(f"making problems and a warmed-up tiny model in {folder}", file=sys.stderr)
+def make_policy(folder: Path, quick: bool) -> None:
+    """CountDown problems, and a tiny model that answers them with ragged lengths: a warmed-up one,
+    or in a quick run one with random weights, of whose answers none is right."""
+    print(f"making problems and a tiny model in {folder}", file=sys.stderr)
     sizes = "--min_operands 3 --max_operands 3 --max_number 10 --max_target 50 --train_size 1600"
     commands = [
         f"{ROOT}/examples/data_preprocess/countdown.py --generate --local_dir {folder} --seed 0 "
@@ -55,11 +54,14 @@ def make_policy(folder: Path) -> Path:
         "optim.lr_warmup_steps=50 optim.warmup_style=linear trainer.total_epochs=1 "
         "trainer.n_gpus_per_node=2 trainer.device=cpu",
     ]
+    if quick:
+        import policies
+
+        del commands[1:]
+        policies.make_policy(folder / "sft" / "huggingface", "0.2M", mean_length=48)
     for command in commands:
         arguments = [sys.executable, *command.split()]
         subprocess.run(arguments, env=environment(), check=True, stdout=subprocess.DEVNULL)
-    (folder / "done").touch()
-    return folder
 
 
 def record(file: str) -> None:
@@ -87,9 +89,8 @@ def record(file: str) -> None:
             )
             return super().step_metrics(samples, timer, steps)
 
-    runs = json.loads(Path(file).read_text())
-    done = {}
-    for name, settings in runs.items():
+    done: list[list[Record]] = []
+    for name, settings in json.loads(Path(file).read_text()):
         print(f"run {name}", file=sys.stderr, flush=True)
         config = load_config(settings)
         trainer = Recorder(config, load_tokenizer(config.actor_rollout_ref.model))
@@ -97,24 +98,26 @@ def record(file: str) -> None:
         trainer.fit()
         trainer.close()
         ray.shutdown()
-        done[name], records[:] = list(records), []
-        Path(file).write_text(json.dumps(done))
+        done.append(list(records))
+        records.clear()
+    Path(file).write_text(json.dumps(done))
 
 
 def measure(
-    folder: Path, runs: dict[str, dict[str, Any]], steps: int, seed: int
-) -> dict[str, list[Record]]:
-    """Runs of `steps` steps after two that don't count, with the seconds of each as `wall`."""
-    file = folder / f"runs_{seed}.json"
-    commands = {}
-    for i, (name, settings) in enumerate(runs.items()):
+    folder: Path, runs: list[tuple[str, dict[str, Any], int]], steps: int
+) -> list[list[Record]]:
+    """Runs (name, settings, seed) of `steps` steps after two that don't count, with the seconds of
+    each as `wall`; one after the other in one process."""
+    file = folder / "runs.json"
+    commands = []
+    for i, (name, settings, seed) in enumerate(runs):
         base = [
             f"data.train_files={folder}/train.parquet",
             f"actor_rollout_ref.model.path={folder}/sft/huggingface",
-            f"trainer.default_local_dir={folder}/runs/{seed + i}",
+            f"trainer.default_local_dir={folder}/runs/{i}",
             f"trainer.total_training_steps={steps + 2}",
-            f"data.seed={seed + i}",
-            f"actor_rollout_ref.rollout.seed={seed + i}",
+            f"data.seed={seed}",
+            f"actor_rollout_ref.rollout.seed={seed}",
             "data.apply_chat_template=False",
             "data.max_prompt_length=16",
             "actor_rollout_ref.model.enable_gradient_checkpointing=False",
@@ -126,20 +129,15 @@ def measure(
             "trainer.resume_mode=disable",
             "trainer.save_hf_model=False",
         ]
-        commands[name] = [*base, *overrides(settings)]
+        commands.append((name, [*base, *overrides(settings)]))
     file.write_text(json.dumps(commands))
     command = [sys.executable, __file__, str(file)]
     subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
-    return read_records(file)
-
-
-def read_records(file: Path) -> dict[str, list[Record]]:
-    """What `record` wrote."""
     done = json.loads(file.read_text())
-    for records in done.values():
+    for records in done:
         for before, after in pairwise(records):
             after["wall"] = after["at"] - before["at"]
-    return {name: records[2:] for name, records in done.items()}
+    return [records[2:] for records in done]
 
 
 def non_negative(features: list[list[float]], values: list[float]) -> NDArray[np.float64]:
@@ -184,7 +182,14 @@ def calibrate(runs: list[list[Record]], ranks: int) -> tuple[Engine, Trainer]:
     fixed, per_response = non_negative([[1.0, n] for n in responses], other)
     engine = Engine(float(step), float(sequence), continuous=False)
     trainer = Trainer(
-        per_token, update, 0.0, 8192, forward_token, forward, sync, fixed, per_response
+        token_s=per_token,
+        update_s=update,
+        micro_tokens=8192,
+        log_prob_s=forward_token,
+        log_prob_call_s=forward,
+        sync_s=sync,
+        other_s=fixed,
+        response_s=per_response,
     )
     return engine, trainer
 
@@ -301,18 +306,19 @@ def compare(
 def validate(folder: Path, quick: bool) -> tuple[list[tuple[str, float, float, float]], float]:
     """Makes what is missing, runs everything, and compares. Also returns how much longer a
     calibration run takes when it is repeated at the end, with the same seeds: 1 if the machine was
-    as fast all the time. Where it was not, the comparison says nothing about the simulator."""
-    make_policy(folder)
-    steps = 4 if quick else 10
-    calibration = {n: s for n, s in CALIBRATION.items() if not quick or n.startswith("two")}
-    chosen = {n: s for n, s in TO_PREDICT.items() if not quick or n == "colocated 2 ranks"}
-    before = measure(folder, calibration, steps, 100)
-    measured = measure(folder, chosen, steps, 200)
-    last = len(calibration) - 1
-    name = list(calibration)[last]
-    again = measure(folder, {name: calibration[name]}, steps, 100 + last)
-    walls = [float(np.median([r["wall"] for r in runs[name]])) for runs in (before, again)]
-    return compare(before, measured), walls[1] / walls[0]
+    as fast all the time. Where it was not, the comparison says nothing about the simulator; a quick
+    run doesn't repeat it, and returns NaN."""
+    make_policy(folder, quick)
+    first = {n: s for n, s in CALIBRATION.items() if not quick or n.startswith("two")}
+    rest = {n: s for n, s in TO_PREDICT.items() if not quick or n == "colocated 2 ranks"}
+    runs = [(n, s, 100 + i) for i, (n, s) in enumerate(first.items())]
+    last = [] if quick else runs[-1:]
+    runs += [(n, s, 200 + i) for i, (n, s) in enumerate(rest.items())]
+    found = measure(folder, runs + last, steps=3 if quick else 10)
+    calibration = dict(zip(first, found, strict=False))
+    rows = compare(calibration, dict(zip(rest, found[len(first) :], strict=False)))
+    walls = [float(np.median([r["wall"] for r in found[i]])) for i in (len(first) - 1, -1)]
+    return rows, float("nan") if quick else walls[1] / walls[0]
 
 
 if __name__ == "__main__":

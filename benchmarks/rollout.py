@@ -6,16 +6,19 @@ All draw from the same random policy (`policies.py`), for the same prompts, at t
 with the same limit. What they return: ours and vLLM tokens with log-probabilities, which the
 training step needs; `generate` tokens alone, as its `output_logits` would cost it memory and time.
 `generate` gets one padded batch with `num_return_sequences`, vLLM prefix caching and one process.
-Every engine is a process of its own, idle while another one runs. vLLM is taken with the better of
-one and two threads; two engines of one thread each, with half of the prompts, are how the trainer
-runs them on two cores.
+Every engine is a process of its own, idle while another one runs. vLLM runs eagerly, as the trainer
+runs it (`enforce_eager=True`, its default), and compiled by torch's inductor; the best of both with
+one and two threads counts. Two engines of one thread each, with half of the prompts, are how the
+trainer runs them on two cores. `--quick` leaves out all of vLLM but two eager threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -43,18 +46,25 @@ def workload(size: str, quick: bool) -> tuple[int, int, int]:
     return (8, 128, 32) if quick else (16 if size == "10M" else 32, 256, 64)
 
 
+def rollout_config(name: str) -> Any:
+    """The trainer's keys for one of `ENGINES`."""
+    from verl.trainer.config.schema import RolloutConfig
+
+    return RolloutConfig(name=name.split()[0], enforce_eager=name != "vllm compiled")
+
+
 # One engine, in a process of its own.
 
 
 def our_engine(name: str, folder: str, prompts: list[Any], max_tokens: int) -> Run:
-    """`hf` or `vllm` as the trainer builds them."""
+    """`hf` or vLLM as the trainer builds them."""
     from verl.protocol import Prompt
     from verl.trainer.config.model_schema import ModelConfig
-    from verl.trainer.config.schema import RolloutConfig
     from verl.workers.rollout.base import SamplingParams, engine_class
 
-    rollout = RolloutConfig(name=name)
-    engine = engine_class(name)(ModelConfig(path=folder), rollout, "cpu", 40 + max_tokens)
+    rollout = rollout_config(name)
+    model = ModelConfig(path=folder)
+    engine = engine_class(rollout.name)(model, rollout, "cpu", LONGEST_PROMPT + max_tokens)
     rows = [Prompt(i, ids, "", None) for i, ids in enumerate(prompts)]
 
     def run(seed: int) -> list[int]:
@@ -96,7 +106,7 @@ def serve(options: argparse.Namespace) -> None:
     import torch
     from policies import make_token_prompts
 
-    if options.engine != "vllm":
+    if not options.engine.startswith("vllm"):
         torch.set_num_threads(options.threads)
     count, max_tokens, _ = workload(options.size, options.quick)
     prompts = make_token_prompts(options.size, count, longest=LONGEST_PROMPT)
@@ -122,7 +132,7 @@ class Engine:
     """One or several processes that share the prompts."""
 
     def __init__(self, name: str, threads: int, parts: int, size: str, folder: Path, quick: bool):
-        """Starts them and waits for the run that doesn't count."""
+        """Starts them; `wait` before the first run."""
         self.name = f"{name}, {threads} thread{'s' * (threads > 1)}" + " x 2" * (parts > 1)
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
@@ -130,11 +140,10 @@ class Engine:
             "TRANSFORMERS_VERBOSITY": "error",
         }
         environment.pop("OMP_WAIT_POLICY", None)  # two threads on idle cores: faster for all
-        if name == "vllm":
-            from verl.trainer.config.schema import RolloutConfig
+        if name.startswith("vllm"):
             from verl.workers.rollout.vllm import VLLMEngine
 
-            environment |= VLLMEngine.environment(RolloutConfig(name="vllm"))
+            environment |= VLLMEngine.environment(rollout_config(name))
         command = [sys.executable, __file__, "--size", size, "--engine", name]
         command += ["--folder", str(folder), "--threads", str(threads), "--parts", str(parts)]
         command += ["--quick"] * quick
@@ -145,14 +154,17 @@ class Engine:
                 text=True,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL if name == "vllm" else None,
+                stderr=subprocess.DEVNULL if name.startswith("vllm") else None,
             )
             for part in range(parts)
         ]
-        print(f"starting {self.name}", file=sys.stderr)
-        self._answers()
         self.seconds: list[float] = []
         self.lengths: list[list[int]] = []
+
+    def wait(self) -> None:
+        """Until they are ready, after a run that doesn't count."""
+        print(f"starting {self.name}", file=sys.stderr)
+        self._answers()
 
     def _answers(self) -> list[Any]:
         lines = [process.stdout.readline() for process in self.processes]
@@ -182,8 +194,23 @@ class Engine:
             process.wait()
 
 
-ENGINES = [("hf", 2, 1), ("generate", 2, 1), ("vllm", 1, 1), ("vllm", 2, 1)]
-ENGINES += [("hf", 1, 2), ("vllm", 1, 2)]
+QUICK = [("hf", 2, 1), ("generate", 2, 1), ("hf", 1, 2), ("vllm eager", 2, 1)]
+ENGINES = [*QUICK, ("vllm eager", 1, 1), ("vllm eager", 1, 2)]
+ENGINES += [("vllm compiled", 1, 1), ("vllm compiled", 2, 1)]
+"""Engine, threads of each process, processes."""
+
+
+def available(small: bool, quick: bool) -> list[tuple[str, int, int]]:
+    """Those of `ENGINES` that can run here; vLLM with small models alone."""
+    missing = "" if small else "vllm"
+    if small and importlib.util.find_spec("vllm") is None:
+        print("vLLM is not installed and is left out: bash setup.sh cpu --vllm")
+        missing = "vllm"
+    elif small and not quick and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        print("there is no C++ compiler (apt-get install g++): compiled vLLM is left out")
+        missing = "vllm compiled"
+    engines = QUICK if quick else ENGINES
+    return [e for e in engines if not missing or not e[0].startswith(missing)]
 
 
 def compare(size: str, quick: bool, repeats: int) -> None:
@@ -195,9 +222,12 @@ def compare(size: str, quick: bool, repeats: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_policy(Path(folder), size, mean)
         engines = []
-        for name, threads, parts in ENGINES:
-            if small or name != "vllm":
-                engines.append(Engine(name, threads, parts, size, Path(folder), quick))
+        for name, threads, parts in available(small, quick):
+            engines.append(Engine(name, threads, parts, size, Path(folder), quick))
+            if not quick:  # else they start together
+                engines[-1].wait()
+        for engine in engines if quick else ():
+            engine.wait()
         for seed in range(1, repeats + 1):
             for engine in engines:
                 engine.run(seed)
@@ -207,7 +237,7 @@ def compare(size: str, quick: bool, repeats: int) -> None:
     for engine in engines:
         lengths = np.concatenate(engine.lengths)
         print(
-            f"{engine.name:20} {spread(engine.rates(sum), 'tokens/s'):40}"
+            f"{engine.name:24} {spread(engine.rates(sum), 'tokens/s'):40}"
             f"{spread(engine.rates(len), 'responses/s'):34} mean length {lengths.mean():.0f}, "
             f"CV {lengths.std() / lengths.mean():.2f}, peak memory {engine.peak:.0f} MiB"
         )
@@ -216,13 +246,12 @@ def compare(size: str, quick: bool, repeats: int) -> None:
     say, what = partial(report, "rollout.py"), f"{size}: tokens/s against"
     say(f"{what} generate", ours / plain, ">= 3" if small else ">= 1")
     pair = f"two engines of one thread each: {tokens['hf, 1 thread x 2'] / plain:.3g} x generate"
-    if small:
-        say(
-            f"{what} vLLM",
-            ours / max(tokens[f"vllm, {n}"] for n in ("1 thread", "2 threads")),
-            ">= 1",
-        )
-        pair += f", {tokens['hf, 1 thread x 2'] / tokens['vllm, 1 thread x 2']:.3g} x two of vLLM"
+    peers = {n: v for n, v in tokens.items() if n.startswith("vllm") and not n.endswith("x 2")}
+    if peers:
+        best = max(peers, key=peers.get)
+        say(f"{what} vLLM (best: {best})", ours / peers[best], ">= 1")
+    if two := tokens.get("vllm eager, 1 thread x 2"):
+        pair += f", {tokens['hf, 1 thread x 2'] / two:.3g} x two of vLLM, eager"
     print(pair)
 
 

@@ -3,11 +3,13 @@
 #
 #   bash benchmarks/run.sh [--quick] [NAME …]      NAME: controller, start, … [all]
 #
-#   --quick   fewer repeats: all together under 5 minutes
+#   --quick   fewer repeats, smaller sizes: all together under 5 minutes on two idle cores
 #
 # A target that is not met is shown. A benchmark that fails is named, and the exit status is 1.
-# rollout and the reference in it need vLLM: bash setup.sh cpu --vllm. vs_trl makes .venv-trl at its first use. latex_server runs in .venv-server, or with the interpreter
-# MATH_SERVER_PYTHON, and gets fastapi there, for the server that it compares with.
+# A peer that is not installed is left out, with a line: vLLM comes with bash setup.sh cpu --vllm, TRL
+# with .venv/bin/python benchmarks/vs_trl.py --setup (in .venv-trl, or TRL_PYTHON). latex_server runs
+# in .venv-server, or with the interpreter MATH_SERVER_PYTHON, and gets fastapi there, for the server
+# that it compares with.
 set -euo pipefail
 HERE=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 source "$HERE/../train_scripts/_common.sh"
@@ -23,8 +25,10 @@ for argument in "$@"; do
     *) names+=("$argument") ;;
   esac
 done
-((${#names[@]})) ||
-  names=(controller start rollout update logprob_memory vs_trl simulate_cluster latex_server)
+if ((!${#names[@]})); then
+  names=(controller start rollout update logprob_memory vs_trl simulate_cluster memory_model)
+  names+=(latex_server)
+fi
 
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
@@ -49,11 +53,11 @@ printf '\n== targets\n'
 "$PYTHON" - "$output" <<'PYTHON'
 import sys
 
-rows = [line.split(" | ")[1:] for line in open(sys.argv[1]) if line.startswith("ratio | ")]
+rows = [line.split(" | ") for line in open(sys.argv[1]) if line.startswith(("ratio | ", "limit | "))]
 rows = [[cell.strip() for cell in row] for row in rows]
 widths = [max(map(len, column)) for column in zip(*rows)]
 for row in rows:
-    cells = [cell.rjust(w) if i == 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+    cells = [cell.rjust(w) if i == 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
     print(" | ".join(cells).rstrip())
 PYTHON
 if ((${#failed[@]})); then

@@ -49,6 +49,7 @@ SMOLLM2_135M = dict(
     bos_token_id=0,
     eos_token_id=0,
 )
+QUICK = dict(num_hidden_layers=3, vocab_size=16384)
 PROMPT, CAP = 64, 4096
 CPU = torch.device("cpu")
 
@@ -68,13 +69,13 @@ def draw_lengths(cv: float, total: int, mean: int, seed: int = 0) -> list[int]:
     return draws[np.abs(found - cv).argmin()].tolist()
 
 
-def make_samples(lengths: list[int]) -> list[Sample]:
+def make_samples(lengths: list[int], vocabulary: int) -> list[Sample]:
     """Random tokens, with all that the loss asks for."""
     rng = np.random.default_rng(0)
     samples = []
     for i, length in enumerate(lengths):
-        prompt = Prompt(i, rng.integers(0, 49152, PROMPT), "random", {})
-        sample = Sample(prompt, i, rng.integers(0, 49152, length), "stop")
+        prompt = Prompt(i, rng.integers(0, vocabulary, PROMPT), "random", {})
+        sample = Sample(prompt, i, rng.integers(0, vocabulary, length), "stop")
         sample.rollout_log_probs = rng.normal(-10.8, 0.1, length).astype(np.float32)
         sample.old_log_probs = sample.rollout_log_probs
         sample.advantage, sample.weight = rng.normal(), 1 / sum(lengths)
@@ -259,19 +260,20 @@ def main() -> None:
     """The comparison on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--quick", action="store_true", help="a sixth of the layers, fewer tokens")
+    add("--quick", action="store_true", help="3 of 30 layers, a third of the words, fewer tokens")
     add("--attention", action="store_true", help="compare ways of attention instead")
     add("--tokens", type=int, help="response tokens of a pass over all micro-batches")
-    add("--mean", type=int, default=256, help="mean response length")
+    add("--mean", type=int, help="mean response length")
     add("--repeats", type=int, help="alternating timed runs")
     add("--cvs", type=float, nargs="+", help="coefficients of variation")
     args = parser.parse_args()
-    total = args.tokens or (2048 if args.quick else 4096)
-    repeats = args.repeats or 3
+    total = args.tokens or (1024 if args.quick else 4096)
+    mean = args.mean or (128 if args.quick else 256)
+    repeats = args.repeats or (2 if args.quick else 3)
     if args.attention:
-        return compare_attention(total, args.mean, repeats)
+        return compare_attention(total, mean, repeats)
     cvs = args.cvs or ([0, 1.5] if args.quick else [0, 0.5, 1, 1.5])
-    config = SMOLLM2_135M | ({"num_hidden_layers": 5} if args.quick else {})
+    config = SMOLLM2_135M | (QUICK if args.quick else {})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.manual_seed(0)
@@ -282,7 +284,7 @@ def main() -> None:
             "padded": make_policy(folder, use_remove_padding=False),
             "recompute": make_policy(folder, enable_gradient_checkpointing=True),
         }
-    compare(policies, config, total, args.mean, cvs, repeats)
+    compare(policies, config, total, mean, cvs, repeats)
     dist.destroy_process_group()
 
 
@@ -297,7 +299,8 @@ def compare(
     """Runs everything in turn and prints the targets."""
     tokens = MicroBatchLimit(None, total + PROMPT * (total // mean))  # all in one pass
     two = MicroBatchLimit(2)  # sequences: padded rows take more memory
-    workloads = {cv: make_samples(draw_lengths(cv, total, mean)) for cv in cvs}
+    words = config["vocab_size"]
+    workloads = {cv: make_samples(draw_lengths(cv, total, mean), words) for cv in cvs}
     first, last = workloads[cvs[0]], workloads[cvs[-1]]
     work = {f"packed, CV {cv}": ("packed", samples, tokens) for cv, samples in workloads.items()}
     work[f"padded, CV {cvs[-1]}"] = ("padded", last, two)

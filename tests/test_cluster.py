@@ -22,6 +22,7 @@ from cluster import (
     simulate,
     train_seconds,
 )
+from simulate_cluster import Gpu, lognormal, make_plan, placements
 
 SECOND = Engine(step_s=1.0)
 """Draws a token a second, whatever else it does."""
@@ -127,6 +128,12 @@ def test_micro_batches_take_their_collectives_at_least() -> None:
     assert train_seconds(trainer, 1, np.array([[25]]), 0, 1)[0] == 3 * 30
 
 
+def test_log_probabilities_take_collectives_of_their_own() -> None:
+    """Two passes over 20 tokens for log-probabilities, two for the update: 2 · 1 and 2 · 4."""
+    trainer = Trainer(token_s=0.0, micro_s=4.0, micro_tokens=10, log_prob_micro_s=1.0)
+    assert train_seconds(trainer, 1, np.array([[20]]), 0, 1, log_probs=1)[0] == 2 + 8
+
+
 def test_placements() -> None:
     """Generation takes 10 s, training 4 s, the weights 1 s."""
     draw, trainer = drawing([[10]]), Trainer(token_s=0.4, sync_s=1.0)
@@ -138,6 +145,22 @@ def test_placements() -> None:
     assert split.idle_engines == pytest.approx(1 / 3)
     ahead = simulate(Run(1, 1, ahead=True, **options), SECOND, trainer, draw)
     assert ahead.step_s == 11 and ahead.idle_trainer == pytest.approx(1 - 4 / 11)
+
+
+def test_placements_are_compared_on_the_same_lengths() -> None:
+    """Colocated, and seven splits in turns and ahead; two steps each, which differ."""
+    seen: list[list[Any]] = []
+
+    def draws() -> Any:
+        draw, mine = lognormal(50, 1.0, 4, 200, 0.5, 1.0, seed=0), []
+        seen.append(mine)
+        return lambda count: mine.append(draw(count)) or mine[-1]
+
+    run = Run(0, 0, prompts=8, mini_batch=4)
+    assert len(list(placements(make_plan("3B"), Gpu(), 8, draws, run, steps=2))) == 3
+    lengths = np.array([[step[0] for step in steps] for steps in seen])
+    assert lengths.shape == (15, 2, 8, 4) and (lengths == lengths[0]).all()
+    assert (lengths[0, 0] != lengths[0, 1]).any()
 
 
 def test_log_probabilities_of_older_responses_are_known() -> None:

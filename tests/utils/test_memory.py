@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+from torch.optim.optimizer import _foreach_supported_types
+from torch.profiler import ProfilerActivity, profile
 
 from tests.helpers import ROOT, free_address, make_samples, make_tiny_model
 from verl.trainer.config import load_config
@@ -47,9 +52,14 @@ OFFLOAD = [
 ]
 
 
-def plan(*overrides: str, model: dict[str, Any] = QWEN_7B, device: str = "cuda") -> Plan:
+def plan(
+    *overrides: str,
+    model: dict[str, Any] = QWEN_7B,
+    device: str = "cuda",
+    host_memory: float = math.inf,
+) -> Plan:
     """On devices of 80 GB."""
-    return Plan(load_config([*BASE, *overrides]), model, device, 79.0 * GIB)
+    return Plan(load_config([*BASE, *overrides]), model, device, 79.0 * GIB, host_memory)
 
 
 def test_parameters_are_counted() -> None:
@@ -113,6 +123,41 @@ def test_the_smallest_change_that_fits_is_named() -> None:
     larger = QWEN_7B | dict(hidden_size=8192, intermediate_size=29568, num_hidden_layers=80)
     larger |= dict(num_attention_heads=64, num_key_value_heads=8)
     assert plan(model=larger).verdict().endswith("take more devices, or a smaller model")
+
+
+def test_an_optimizer_step_takes_a_temporary_of_every_parameter() -> None:
+    """fp32 weights, gradients, two moments and AdamW's temporary; weights are sharded again."""
+    step = plan().stepping()
+    assert sum(step.values()) == (4 + 4 + 8 + 4) * plan().shard + memory.CONTEXT
+    assert plan().phases()["optimizer step"] == step | {"engine's process": memory.ASLEEP}
+    assert plan(device="cpu").stepping()["AdamW's work"] == 0
+
+
+def test_adamw_on_a_gpu_takes_as_much(tmp_path: Path) -> None:
+    """`foreach`, which is torch's own choice for FSDP's parameters on a GPU, here on the CPU."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    model = fully_shard(torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(8))))
+    assert type(next(model.parameters())) in _foreach_supported_types
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    for _ in range(2):
+        model(torch.ones(1, 256)).sum().backward()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            optimizer.step()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = max(itertools.accumulate(size for _, size in changes))
+    dist.destroy_process_group()
+    assert peak == pytest.approx(4 * 8 * (256 * 256 + 256), rel=0.01)
+
+
+def test_the_host_must_hold_what_is_offloaded() -> None:
+    """12 bytes of each parameter of four shards, 4 to load it, and 2 GiB a process."""
+    need = 16 * plan().parameters + 8 * 2 * GIB
+    assert sum(plan(*OFFLOAD).host().values()) == pytest.approx(need, rel=1e-3)
+    assert plan(*OFFLOAD, host_memory=1.01 * need).fits()
+    assert plan(*OFFLOAD, host_memory=0.99 * need).verdict().startswith("it does not fit")
+    hf = plan(*OFFLOAD, "actor_rollout_ref.rollout.name=hf").host()
+    assert hf["engines load it"] == 4 * 2 * plan().parameters  # bf16
 
 
 def test_a_gpu_without_room_for_one_sequence_does_not_fit() -> None:

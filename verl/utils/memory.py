@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -84,17 +85,24 @@ class Plan:
     """One run on devices of `memory` bytes each; for the CPU, machines of `memory` bytes."""
 
     def __init__(
-        self, config: Config, model: dict[str, Any], device: str, memory: float, **changed: Any
+        self,
+        config: Config,
+        model: dict[str, Any],
+        device: str,
+        memory: float,
+        host_memory: float = math.inf,
+        **changed: Any,
     ) -> None:
-        """`model`: the content of config.json; `changed`: settings other than those of `config`.
+        """`model`: the content of config.json; `host_memory`: bytes of a machine, where `memory` is
+        a GPU's; `changed`: settings other than those of `config`.
 
         Raises: ValueError for a model whose layers are not known here.
         """
-        self.arguments, self.changed = (config, model, device, memory), changed
+        self.arguments, self.changed = (config, model, device, memory, host_memory), changed
         for name, key in SETTINGS.items():
             setattr(self, name, changed.get(name, attrgetter(key)(config)))
         self.root, self.layer = weight_shapes(model)
-        self.cuda, self.memory = device == "cuda", memory
+        self.cuda, self.memory, self.host_memory = device == "cuda", memory, host_memory
         self.parallel = self.parallel if self.engine == "vllm" else 1
         self.reference = self.kl_loss or self.kl_reward
         self.engines = (self.engine_gpus or self.ranks) // self.parallel
@@ -149,12 +157,21 @@ class Plan:
             "process": CONTEXT,
         }
 
-    def training(self) -> Parts:
-        """Peak bytes of a rank in an update."""
-        root, layer = (sum(r * c for r, c in x) for x in (self.root, self.layer))
+    def updating(self) -> Parts:
+        """Bytes that a rank keeps on its device all through an update."""
         parts = self.resting() | {"parameters": 4 * self.shard, "optimizer": 8 * self.shard}
-        parts |= {"gradients": 4 * self.shard, "gathered": self.compute * (root + 2 * layer)}
-        return parts | {"activations": self.activations()}
+        return parts | {"gradients": 4 * self.shard}
+
+    def training(self) -> Parts:
+        """Peak bytes of a rank in the passes of an update."""
+        root, layer = (sum(r * c for r, c in x) for x in (self.root, self.layer))
+        gathered = self.compute * (root + 2 * layer)
+        return self.updating() | {"gathered": gathered, "activations": self.activations()}
+
+    def stepping(self) -> Parts:
+        """Peak bytes of a rank in an optimizer step. On a GPU, torch's AdamW goes through all
+        tensors together (`foreach`), and takes the root of all second moments at a time."""
+        return self.updating() | {"AdamW's work": 4 * self.shard * self.cuda}
 
     def generating(self) -> Parts:
         """Bytes of an engine on each of its devices. vLLM's cache gets what its share leaves."""
@@ -170,7 +187,7 @@ class Plan:
 
     def phases(self) -> dict[str, Parts]:
         """Bytes on a device in each phase of a step; for the CPU, on a machine altogether."""
-        generating, training = self.generating(), self.training()
+        generating, training, step = self.generating(), self.training(), self.stepping()
         asleep = {"engine's process": float(ASLEEP)}
         if not self.cuda:  # nothing sleeps
             ranks = {f"ranks' {k}": v * self.ranks for k, v in training.items()}
@@ -180,26 +197,29 @@ class Plan:
         sync = self.resting() | {"parameters": 4 * self.shard, "bucket": 1.5 * widest}
         if self.engine_gpus:
             engine = {"generate, engine": generating | asleep}
-            return engine | {"train": training, "new weights": sync}
+            return engine | {"train": training, "optimizer step": step, "new weights": sync}
         if self.engine == "vllm" and not self.sleeps:
             asleep |= generating
         phases = {"generate": self.resting() | generating | asleep, "train": training | asleep}
+        phases |= {"optimizer step": step | asleep}
         return phases | {"new weights": sync | asleep | weights}
 
     def host(self) -> Parts:
         """Bytes of the first node's memory, for devices other than the CPU."""
-        shards = self.shard * self.ranks
+        shards, loading = self.shard * self.ranks, self.engines * (self.engine == "hf")
         return {
             "offloaded parameters": 4 * shards * self.param_offload,
             "offloaded optimizer": 8 * shards * self.optimizer_offload,
             "offloaded reference": 4 * shards * (self.reference and self.ref_offload),
             "rank 0 loads the model": 4 * self.parameters,
+            "engines load it": self.compute * self.parameters * loading,
             "processes": 2 * GIB * (self.ranks + self.engines),
         }
 
     def fits(self) -> bool:
-        """Whether each phase does, with a cache for one sequence at least."""
+        """Whether each phase does, with a cache for one sequence at least, and the host's part."""
         enough = self.generating()["KV cache"] >= self.kv_token * self.longest
+        enough &= not self.cuda or sum(self.host().values()) <= self.host_memory
         return enough and all(sum(p.values()) <= self.memory for p in self.phases().values())
 
     def remedies(self) -> Iterator[Plan]:
@@ -279,15 +299,16 @@ def estimate(config: Config) -> str:
         return f"memory estimate: it needs config.json of {path}, which is not on this machine"
     model |= config.actor_rollout_ref.model.override_config
     device = config.trainer.device or "cuda"
+    host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if device == "cpu":
-        memory: float | None = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        origin = "this machine's"
-    else:
-        memory = gpu_memory()
-        origin = "this machine's GPU" if memory else "no GPU is visible: 80 GB are assumed"
-        memory = memory or 79.0 * GIB
+        memory, origin = host, "this machine's"
+    elif found := gpu_memory():
+        memory, origin = found, f"this machine's GPU; its host has {host / GIB:.0f}"
+    else:  # nor is the host known that will have one
+        memory, host = 79.0 * GIB, math.inf
+        origin = "no GPU is visible: 80 GB are assumed"
     try:
-        plan = Plan(config, model, device, memory)
+        plan = Plan(config, model, device, memory, host)
     except ValueError as error:
         return f"memory estimate: {error}"
     size = f"{plan.parameters / 1e9:.3g} billion parameters, {memory / GIB:.0f} GiB ({origin})"
