@@ -159,7 +159,8 @@ def make_trainer(config: Config, actor: WorkerGroup) -> RayPPOTrainer:
     trainer = RayPPOTrainer.__new__(RayPPOTrainer)
     trainer.config, trainer.actor = config, actor
     trainer.aggregation = resolve_aggregation(config)
-    trainer.num_workers, trainer.step, trainer.engine_metrics = len(actor), 1, {}
+    trainer.num_workers = trainer.num_devices = len(actor)
+    trainer.step, trainer.engine_metrics, trainer.peak_flops = 1, {}, None
     trainer.order = SimpleNamespace(epoch=0)
     trainer.checkpoints = CheckpointFolder(config.trainer)
     trainer.skipped = SkippedSteps(config.trainer.max_skipped_steps)

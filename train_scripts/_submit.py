@@ -28,7 +28,7 @@ def run_folder(command: list[str]) -> str:
     """
     dry_run = subprocess.run(
         [sys.executable, "-m", *command],
-        env=os.environ | {"DRY_RUN": "1"},
+        env=os.environ | {"DRY_RUN": "quiet"},
         stdout=subprocess.PIPE,
         text=True,
     )

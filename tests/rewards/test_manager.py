@@ -303,6 +303,44 @@ def test_a_function_that_hangs_is_an_error_that_names_the_prompt(tmp_path, how):
     rewards.close()
 
 
+def test_async_functions_that_compute_have_a_time_limit_each(tmp_path):
+    """Eight calls of 0.3 seconds, which block one another, with a limit of one second."""
+    code = """
+    import time
+
+    async def compute_score(source, text, truth, extra=None):
+        time.sleep(0.3)
+        return 1.0
+    """
+    function = custom(tmp_path, code)
+    function.timeout_s = 1.0
+    rewards = manager(RewardModelConfig(num_workers=8), function)
+    rewards.score([sample("3") for _ in range(8)])
+    rewards.close()
+
+
+@pytest.mark.parametrize("way", ["", "async "])
+def test_a_manager_that_is_closed_ends_no_process(tmp_path, way):
+    """Though calls of it still run."""
+    code = f"import time\n{way}def compute_score(*arguments):\n    time.sleep(1)\n    return 1.0\n"
+    custom(tmp_path, code)
+    program = f"""
+    import time
+    from tests.rewards.test_manager import manager, sample
+    from verl.trainer.config.schema import CustomRewardConfig
+
+    function = CustomRewardConfig(path="{tmp_path}/reward.py", name="compute_score", timeout_s=0.5)
+    rewards = manager(function=function)
+    futures = rewards.submit([sample("3"), sample("8")])
+    time.sleep(0.2)
+    rewards.close()
+    time.sleep(1.5)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_function_that_never_gives_the_lock_back_ends_the_process(tmp_path):
     """A regular expression that backtracks, as rewards have them; no thread of Python's runs."""
     code = """

@@ -92,8 +92,8 @@ def test_generation_has_no_price_per_token_where_other_responses_are_generated()
     }
 
 
-def test_throughput_is_per_worker():
-    assert throughput_metrics(BATCH, step_seconds=5.0, num_workers=2) == {
+def test_throughput_is_per_device():
+    assert throughput_metrics(BATCH, step_seconds=5.0, num_devices=2) == {
         "perf/total_num_tokens": 20.0,
         "perf/time_per_step": 5.0,
         "perf/throughput": 2.0,

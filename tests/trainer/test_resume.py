@@ -152,7 +152,14 @@ def test_another_method_is_an_error_and_may_be_taken_over(
     assert not caplog.records
     path = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={folder}"]
     taken = make_trainer(tiny_model, tmp_path, *other, *path)
-    assert taken.step == 3 and taken.how_to_resume.startswith("the same command goes on from")
+    assert (
+        taken.step == 3
+        and taken.best == {}
+        and taken.how_to_resume.startswith("the same command goes on from")
+    )
+    again = make_trainer(tiny_model, tmp_path, *other, "trainer.resume_mode=disable")
+    again.latest = folder  # as after a restart
+    assert again.how_to_resume.endswith(f"with trainer.resume_mode=auto goes on from {folder}")
     taken.latest = own = taken.checkpoints.root / "global_step_4"
     assert taken.how_to_resume.endswith(f"with trainer.resume_mode=auto goes on from {own}")
     assert "algorithm.use_grpopp: False → True" in caplog.text

@@ -67,7 +67,7 @@ def test_mfu_is_the_share_of_what_could_have_been_computed() -> None:
     lengths = [(len(s.prompt.token_ids), s.length) for step in steps for s in step]
     flops = sum(update_flops(TINY, [p], [r]) for p, r in lengths)
     metrics = mfu_metrics(TINY, steps, seconds=2.0, peak_flops=flops)
-    assert metrics == {"perf/mfu": pytest.approx(0.5), "perf/mfu/actor": pytest.approx(0.5)}
+    assert metrics == {"perf/mfu": pytest.approx(0.5)}
 
 
 def test_a_model_that_is_not_known() -> None:
@@ -84,6 +84,9 @@ def test_a_model_that_is_not_known() -> None:
         ("NVIDIA L40S", 362),
         ("NVIDIA GeForce RTX 4090", 165),
         ("NVIDIA A100X of tomorrow", None),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
     ],
 )
 def test_peak_of_a_gpu(name: str, tflops: int | None) -> None:

@@ -84,7 +84,7 @@ def test_offloaded_states_move_to_the_host() -> None:
     assert abs(quarter - here.parameters / 4) < 1000
     assert here.resting()["parameters"] == 4 * quarter and away.resting()["parameters"] == 0
     assert here.resting()["optimizer"] == 8 * quarter and away.resting()["optimizer"] == 0
-    assert here.host()["offloaded optimizer"] == 0
+    assert "offloaded optimizer" not in here.host()
     assert away.host()["offloaded optimizer"] == 4 * 8 * quarter
     assert here.training() == away.training()
 
@@ -151,8 +151,9 @@ def test_adamw_on_a_gpu_takes_as_much(tmp_path: Path) -> None:
 
 
 def test_the_host_must_hold_what_is_offloaded() -> None:
-    """12 bytes of each parameter of four shards, 4 to load it, and 2 GiB a process."""
-    need = 16 * plan().parameters + 8 * 2 * GIB
+    """12 bytes of each parameter of four shards, and 2 GiB a process; less at the start, when a
+    parameter takes 4 to be loaded and 4 in a shard, with eight bytes more for four hf engines."""
+    need = 12 * plan().parameters + 8 * 2 * GIB
     assert sum(plan(*OFFLOAD).host().values()) == pytest.approx(need, rel=1e-3)
     assert plan(*OFFLOAD, host_memory=1.01 * need).fits()
     assert plan(*OFFLOAD, host_memory=0.99 * need).verdict().startswith("it does not fit")

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -66,6 +67,7 @@ class RewardManager:
         self.timeout_s = custom.timeout_s
         self._places = asyncio.Semaphore(config.num_workers)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._theirs: asyncio.AbstractEventLoop | None = None  # of a custom function with `async`
         self._calls = 0  # of the custom function, at present
 
     def connect(
@@ -117,17 +119,27 @@ class RewardManager:
     def close(self) -> None:
         """Ends the background thread, and the LaTeX server if it was started here."""
         if self._loop is not None:
-            self._run(self.math.close()).result()
+            self._run(self._end()).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
-            self._theirs.call_soon_threadsafe(self._theirs.stop)  # it may hang, so nobody waits
-            self._loop = None
+            self._loop.close()
+            if self._theirs is not None:
+                self._theirs.call_soon_threadsafe(self._theirs.stop)  # it may hang: nobody waits
+            self._loop = self._theirs = None
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         if self._loop is None:
             self._loop, self._thread = _event_loop("rewards")
-            self._theirs, _ = _event_loop("custom_reward_function")
+            if inspect.iscoroutinefunction(self.custom):
+                self._theirs, _ = _event_loop("custom_reward_function")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _end(self) -> None:
+        await self.math.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     async def _score(self, samples: list[Sample]) -> list[Sample]:
         if not samples:  # some tokenizers decode an empty batch to one empty text
@@ -187,9 +199,14 @@ class RewardManager:
             try:
                 with self._watched():
                     async with asyncio.timeout(self.timeout_s) as limit:
-                        if inspect.iscoroutinefunction(self.custom):
-                            return await _in_loop(self._theirs, self.custom(*arguments))
-                        return await _in_thread(self.custom, *arguments)
+                        if self._theirs is None:
+                            return await _in_thread(self.custom, *arguments)
+                        limit.reschedule(None)  # until it starts: others may block its loop
+                        return await _in_loop(
+                            self._theirs,
+                            self.custom(*arguments),
+                            lambda: limit.reschedule(time.monotonic() + self.timeout_s),
+                        )
             except TimeoutError as error:
                 if not limit.expired():  # the function's own
                     raise
@@ -199,17 +216,24 @@ class RewardManager:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Against a function that holds Python's global lock, as a regular expression does: no time
-        limit of our own can then be kept. After twice that time a thread that needs no lock says
-        on standard error where each thread is, and ends the process."""
+        limit of our own can then be kept. After twice that time without a sign of life from this
+        loop, a thread that needs no lock says on standard error where each thread is, and ends the
+        process."""
         self._calls += 1
-        if sys.__stderr__ is not None:
-            faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=sys.__stderr__)
+        if self._calls == 1:
+            self._live()
         try:
             yield
         finally:
             self._calls -= 1
             if not self._calls:
+                self._next_sign.cancel()
                 faulthandler.cancel_dump_traceback_later()
+
+    def _live(self) -> None:
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=sys.__stderr__)
+        self._next_sign = asyncio.get_running_loop().call_later(self.timeout_s / 4, self._live)
 
 
 def _event_loop(name: str) -> tuple[asyncio.AbstractEventLoop, Thread]:
@@ -220,23 +244,42 @@ def _event_loop(name: str) -> tuple[asyncio.AbstractEventLoop, Thread]:
     return loop, thread
 
 
-async def _in_loop(loop: asyncio.AbstractEventLoop, call: Coroutine[Any, Any, Any]) -> Any:
-    """Awaits it in another thread's loop, which it may block."""
+def _in_loop(
+    loop: asyncio.AbstractEventLoop, call: Coroutine[Any, Any, Any], begin: Callable[[], None]
+) -> asyncio.Future[Any]:
+    """Runs it in another thread's loop, which it may block; calls `begin` here when it starts."""
+    here = asyncio.get_running_loop()
+    future, answer = _future()
 
-    async def caught() -> tuple[Any, BaseException | None]:
+    async def work() -> None:
+        here.call_soon_threadsafe(begin)
         try:
-            return await call, None
+            answer(await call)
         except BaseException as error:  # some of which would end the loop
-            return None, error
+            answer(error=error)
 
-    result, error = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(caught(), loop))
-    if error is not None:
-        raise error
-    return result
+    asyncio.run_coroutine_threadsafe(work(), loop)
+    return future
 
 
 def _in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
     """Calls it in a thread of its own, which nobody has to wait for: the process can end."""
+    future, answer = _future()
+
+    def work() -> None:
+        try:
+            answer(function(*arguments))
+        except StopIteration as error:  # which no future takes
+            answer(error=RuntimeError(f"StopIteration: {error}"))
+        except BaseException as error:
+            answer(error=error)
+
+    Thread(target=work, daemon=True).start()
+    return future
+
+
+def _future() -> tuple[asyncio.Future[Any], Callable[..., None]]:
+    """A future of this loop, and what another thread calls with its result or error."""
     loop = asyncio.get_running_loop()
     future = loop.create_future()
 
@@ -244,19 +287,11 @@ def _in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[
         if not future.done():  # nobody waits any more
             future.set_result(result) if error is None else future.set_exception(error)
 
-    def work() -> None:
-        result, error = None, None
-        try:
-            result = function(*arguments)
-        except StopIteration as raised:  # which no future takes
-            error = RuntimeError(f"StopIteration: {raised}")
-        except BaseException as raised:
-            error = raised
+    def answer(result: Any = None, error: BaseException | None = None) -> None:
         with suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(settle, result, error)
 
-    Thread(target=work, daemon=True).start()
-    return future
+    return future, answer
 
 
 def overlong_penalty(length: int, max_response_length: int, buffer: OverlongBufferConfig) -> float:

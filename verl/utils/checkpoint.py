@@ -39,6 +39,9 @@ class CheckpointFolder:
     def __init__(self, trainer: TrainerConfig) -> None:
         self.trainer = trainer
         self.root = Path(trainer.default_local_dir).expanduser().absolute()
+        named = trainer.resume_from_path
+        self.named = Path(named).expanduser().absolute() if named else None
+        """What resume_mode=resume_path resumes from."""
 
     def make_root(self) -> None:
         """Raises: ValueError if the folder can't be made, or nothing can be written there."""
@@ -78,8 +81,8 @@ class CheckpointFolder:
         self._point_to(step)
         shutil.rmtree(replaced, ignore_errors=True)
         if limit := self.trainer.max_actor_ckpt_to_keep:
-            named = Path(self.trainer.resume_from_path or "").expanduser().absolute()
-            others = (path for path in self.saved() if path != named)  # which is the user's
+            kept = self.named and self.named.resolve()  # the user's
+            others = (path for path in self.saved() if path.resolve() != kept)
             found = sorted(others, key=lambda p: (p == final, p.stat().st_mtime))
             for old in found[:-limit]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -101,7 +104,7 @@ class CheckpointFolder:
         if self.trainer.resume_mode == "disable":
             return None
         if self.trainer.resume_mode == "resume_path":
-            folder = Path(self.trainer.resume_from_path or "").expanduser().absolute()
+            folder = self.named or Path()
             if problem := damage(folder):
                 text = f"trainer.resume_from_path={folder}: there is no whole checkpoint"
                 raise ValueError(f"{text} ({problem}); name another folder called global_step_N")

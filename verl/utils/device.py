@@ -125,7 +125,9 @@ PEAK_TFLOPS = {
     "H100 PCIe": 756,
     "H100 NVL": 835,
     "H800": 989,
+    "H800 PCIe": 756,
     "H200": 989,
+    "H200 NVL": 835,
     "B200": 2250,
 }
 """Dense bfloat16 products with float32 sums, in 10^12 operations a second, from NVIDIA's data
@@ -135,6 +137,8 @@ parts of what CUDA calls the GPU."""
 
 def gpu_peak_tflops(name: str) -> float | None:
     """The entry of `PEAK_TFLOPS` for a GPU that CUDA calls `name`; None if there is none."""
+    if re.search(r"\b(MIG|Laptop|Ti|D|Max-Q)\b", name):  # a part, or another one
+        return None
     found = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name)]
     return PEAK_TFLOPS[max(found, key=len)] if found else None
 

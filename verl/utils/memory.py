@@ -205,16 +205,19 @@ class Plan:
         return phases | {"new weights": sync | asleep | weights}
 
     def host(self) -> Parts:
-        """Bytes of the first node's memory, for devices other than the CPU."""
-        shards, loading = self.shard * self.ranks, self.engines * (self.engine == "hf")
+        """Bytes of the first node's memory, for devices other than the CPU, when it is fullest: at
+        the start, or from the first optimizer step on."""
+        shards, engines = self.shard * self.ranks, self.engines * (self.engine == "hf")
+        start = {
+            "rank 0 loads the model": 4 * self.parameters,
+            "engines load it": self.compute * self.parameters * engines,
+        }
+        trained = {"offloaded optimizer": 8 * shards * self.optimizer_offload}
         return {
             "offloaded parameters": 4 * shards * self.param_offload,
-            "offloaded optimizer": 8 * shards * self.optimizer_offload,
             "offloaded reference": 4 * shards * (self.reference and self.ref_offload),
-            "rank 0 loads the model": 4 * self.parameters,
-            "engines load it": self.compute * self.parameters * loading,
             "processes": 2 * GIB * (self.ranks + self.engines),
-        }
+        } | max(start, trained, key=lambda parts: sum(parts.values()))
 
     def fits(self) -> bool:
         """Whether each phase does, with a cache for one sequence at least, and the host's part."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import operator
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -179,11 +178,6 @@ def _common(config: Config | SFTConfig, optim: OptimConfig, section: str) -> Ite
     given, names = config.trainer.logger, _loggers(config)
     if not isinstance(names, list) or any(name not in LOGGERS for name in names):
         yield f"trainer.logger={given}: choose from {', '.join(LOGGERS)}"
-    elif "tensorboard" in names and importlib.util.find_spec("tensorboard") is None:
-        yield (
-            "trainer.logger names tensorboard, which is not installed: pip install tensorboard (or "
-            "bash setup.sh), or leave it out"
-        )
 
 
 def _loggers(config: Config | SFTConfig) -> Any:

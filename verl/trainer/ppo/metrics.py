@@ -73,9 +73,8 @@ def timing_metrics(
 def mfu_metrics(
     model: dict[str, Any], steps: Sequence[Sequence[Sample]], seconds: float, peak_flops: float
 ) -> dict[str, float]:
-    """``perf/mfu``, and the same as verl's ``perf/mfu/actor``: model flops utilization of the
-    update, the share of what all devices could have computed in its `seconds` that forward and
-    backward pass need (`verl.utils.flops.update_flops`).
+    """``perf/mfu``: model flops utilization of the update, the share of what all devices could have
+    computed in its `seconds` that forward and backward pass need (`verl.utils.flops.update_flops`).
 
     Args:
         model: the content of config.json. steps: the samples of each optimizer step.
@@ -84,20 +83,21 @@ def mfu_metrics(
     samples = [s for step in steps for s in step]
     prompts, responses = [len(s.prompt.token_ids) for s in samples], response_lengths(samples)
     mfu = update_flops(model, prompts, responses) / (seconds * peak_flops)
-    return {"perf/mfu": mfu, "perf/mfu/actor": mfu}
+    return {"perf/mfu": mfu}
 
 
 def throughput_metrics(
-    samples: list[Sample], step_seconds: float, num_workers: int
+    samples: list[Sample], step_seconds: float, num_devices: int
 ) -> dict[str, float]:
     """``perf/total_num_tokens`` (prompts and responses), ``perf/time_per_step`` in seconds, and
-    ``perf/throughput`` in tokens per second per worker (GPU): those that are trained on, over the
-    whole step. What `algorithm.filter_groups` drops takes time and doesn't count."""
+    ``perf/throughput`` in tokens per second per device, those of the engines included: tokens that
+    are trained on, over the whole step. What `algorithm.filter_groups` drops takes time and doesn't
+    count."""
     tokens = sum(s.num_tokens for s in samples)
     return {
         "perf/total_num_tokens": float(tokens),
         "perf/time_per_step": float(step_seconds),
-        "perf/throughput": tokens / (step_seconds * num_workers),
+        "perf/throughput": tokens / (step_seconds * num_devices),
     }
 
 

@@ -90,6 +90,7 @@ class RayPPOTrainer(Resumable):
         if trainer.async_rollout:
             self.batches = BatchesAhead(batches, self.total_steps, self.update_engines)
         self.num_workers = trainer.nnodes * trainer.n_gpus_per_node
+        self.num_devices = self.num_workers + trainer.nnodes * (trainer.rollout_gpus_per_node or 0)
         self.checkpoints = CheckpointFolder(trainer)
         self.step = self.saved_step = 0
         self.validation_missing = False
@@ -161,10 +162,11 @@ class RayPPOTrainer(Resumable):
         if not self.resumed:
             self.checkpoints.forget()
         with Tracking(trainer, root, self.total_steps, settings, self.step) as tracking:
+            self.tracking = tracking
             (root / "config.yaml").write_text(OmegaConf.to_yaml(settings))
             new = trainer.val_before_train and not self.resumed
             if trainer.val_only or new or (self.validation_missing and self.val_prompts):
-                self.validate(tracking)
+                self.validate()
             self.validation_missing = False
             if trainer.val_only:
                 return
@@ -197,11 +199,10 @@ class RayPPOTrainer(Resumable):
                         self.validation_missing = self._due(trainer.test_freq)
                     elif self._due(trainer.test_freq):
                         with timer("testing"):
-                            self.validate(tracking)
+                            self.validate()
                         metrics["timing_s/testing"] = timer.seconds["testing"]
                 stopping = self.stop.number is not None
-                # A checkpoint is never newer than the metrics.
-                if (self._due(trainer.save_freq) or stopping) and tracking.flush():
+                if self._due(trainer.save_freq) or stopping:
                     self.save_checkpoint()
                 if stopping:
                     raise KeyboardInterrupt
@@ -302,7 +303,7 @@ class RayPPOTrainer(Resumable):
         warn_of_disagreement(self.config, metrics)
         return metrics
 
-    def validate(self, tracking: Tracking) -> None:
+    def validate(self) -> None:
         """Logs the accuracy on the validation prompts, and some of the responses."""
         self.batches.wait()
         if self.config.trainer.async_rollout:
@@ -323,7 +324,7 @@ class RayPPOTrainer(Resumable):
         if accuracy > self.best.get("val-core/best_acc", -np.inf):
             self.best = {"val-core/best_acc": accuracy, "val-core/best_step": self.step}
         shown = some_generations(samples, self.config.trainer.log_val_generations, self.tokenizer)
-        tracking.log_validation(metrics | self.best, self.step, shown)
+        self.tracking.log_validation(metrics | self.best, self.step, shown)
 
     def close(self) -> None:
         """Ends what scores and what generates; Ray belongs to the caller."""
@@ -364,7 +365,7 @@ class RayPPOTrainer(Resumable):
             | self.engine_metrics
             | data_metrics(samples, self.config.data.max_prompt_length)
             | timing_metrics(samples, timer.seconds | {"step": seconds}, filtering)
-            | throughput_metrics(samples, seconds, self.num_workers)
+            | throughput_metrics(samples, seconds, self.num_devices)
             | mfu
         )
 

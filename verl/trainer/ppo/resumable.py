@@ -19,7 +19,7 @@ from verl.trainer.ppo.core_algos import KLController
 from verl.trainer.ppo.guard import SkippedSteps
 from verl.utils.checkpoint import CheckpointFolder
 from verl.utils.samples import read_samples, write_samples
-from verl.utils.tracking import RUN_ID
+from verl.utils.tracking import RUN_ID, Tracking
 from verl.workers.group import WorkerGroup
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,7 @@ class Resumable:
     saved_step: int
     latest: Path | None
     """The last checkpoint that was written or, before that, resumed from."""
-    resumed: Path | None
-    """The checkpoint that was resumed from."""
+    tracking: Tracking
     validation_missing: bool
     best: dict[str, float]
     """Metrics of the best validation so far."""
@@ -60,8 +59,9 @@ class Resumable:
         """What to tell users when the run ends too early."""
         if self.latest is None:
             return "no step was saved: the same command starts anew"
-        own = self.config.trainer.resume_mode != "auto" and self.latest != self.resumed
-        how = " with trainer.resume_mode=auto" if own else ""
+        mode = self.config.trainer.resume_mode
+        named = mode == "resume_path" and self.latest == self.checkpoints.named
+        how = "" if mode == "auto" or named else " with trainer.resume_mode=auto"
         return f"the same command{how} goes on from {self.latest}"
 
     def save_checkpoint(self) -> None:
@@ -85,6 +85,8 @@ class Resumable:
             write_samples(folder / DRAWN, drawn)
 
         try:
+            if not self.tracking.flush():  # a checkpoint is never newer than the metrics
+                raise OSError(f"{self.tracking.file.name} can't be written")
             self.latest = self.checkpoints.save(self.step, state, write)
             self.saved_step = self.step
         except OSError as error:
@@ -117,7 +119,7 @@ class Resumable:
         take it all the same.
         """
         state = self.checkpoints.read_state(folder)
-        self._compare_config(folder, state["config"])
+        same = self._compare_config(folder, state["config"])
         self.step = self.saved_step = state["step"]
         state["carried"] = split_groups(read_samples(folder / CARRIED, self.prompts))
         state["drawn"] = read_samples(folder / DRAWN, self.prompts)
@@ -125,10 +127,11 @@ class Resumable:
         self.validation_missing = state["validation_missing"]
         self.kl_controller.value = state["kl_coef"]
         self.skipped.in_a_row = state["skipped_in_a_row"]
-        if same_validation(state["config"], self.config):
+        if same:  # else its validations can't be compared with what comes
             self.best = state["best"]
 
-    def _compare_config(self, folder: Path, saved: dict[str, Any]) -> None:
+    def _compare_config(self, folder: Path, saved: dict[str, Any]) -> bool:
+        """Whether it is the same training, validated in the same way."""
         trainer = self.config.trainer
         other, deliberate = changed_keys(saved, self.config)
         if other and trainer.resume_mode == "auto" and not trainer.val_only:
@@ -140,3 +143,4 @@ class Resumable:
             )
         for text in other + deliberate:
             logger.warning("changed since the checkpoint was written: %s", text)
+        return not other and same_validation(saved, self.config)
