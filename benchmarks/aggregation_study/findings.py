@@ -193,7 +193,7 @@ def _noise_words(noise: Sequence[Noise]) -> list[str]:
     lines = [
         "## Noise of the gradient",
         "",
-        "CV = √(E‖g − E g‖²) / ‖E g‖ of a batch's gradient on a fixed policy, mean over the seeds. "
+        "CV = √(E‖g − E g‖²) / ‖E g‖ of a batch's gradient on a fixed policy, over all seeds. "
         f"*Relative* is to {REFERENCE}'s on the same batches, with the 95 % interval of a "
         "bootstrap over the batches of each seed, and the smallest and largest of the seeds; "
         "*predicted* is the same ratio from the lengths alone, √(Σ w² L) / Σ w.",
@@ -217,6 +217,7 @@ def _noise_words(noise: Sequence[Noise]) -> list[str]:
             ]
             lines.append(f"| {row['method']} | {' | '.join(cells)} |")
         lines += ["", mean.least()]
+    lines = [line.replace("inf", "∞") if line.startswith("|") else line for line in lines]
     return [*lines, "", "![Measured and predicted noise](gradients.png)", ""]
 
 
@@ -299,8 +300,7 @@ def _plot_noise(path: Path, noise: Sequence[Noise]) -> None:
         axes.axvline(1, color="0.5", lw=1)
         axes.set(title=f"policy {policy}", xlabel=f"CV of the gradient, relative to {REFERENCE}")
     figure.suptitle(
-        "bars: mean over seeds, with its 95 % interval; dots: seeds; crosses: predicted from the "
-        "lengths",
+        "bars: all seeds, with the 95 % interval; dots: seeds; crosses: predicted from the lengths",
         fontsize=10,
     )
     figure.savefig(path)

@@ -85,20 +85,6 @@ class Measurement:
             return cls(**arrays)
 
 
-def coefficient_of_variation(gram: NDArray[np.float64]) -> float:
-    """sqrt(E‖g − E g‖²) / ‖E g‖ from the inner products of K independent gradients, [K, K].
-
-    Two different batches have E⟨g_k, g_l⟩ = ‖E g‖², without bias. inf where the batches don't
-    suffice to tell the mean from 0.
-
-    Example: gradients (3, 1) and (3, −1) have ‖E g‖² = 8, E‖g‖² = 10, and so sqrt(2 / 8) = 0.5.
-    """
-    k = len(gram)
-    square = np.trace(gram) / k
-    mean_square = (gram.sum() - np.trace(gram)) / (k * (k - 1))
-    return float(np.sqrt(max(square - mean_square, 0) / mean_square)) if mean_square > 0 else np.inf
-
-
 def batch_gradients(
     policy: PolicyModel, samples: list[Sample], max_response_length: int
 ) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
