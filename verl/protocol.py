@@ -146,7 +146,7 @@ def _samples(columns: dict[str, list[Any]]) -> list[Sample]:
 
 def response_lengths(samples: Iterable[Sample]) -> NDArray[np.int64]:
     """Response lengths in tokens, int64 [N]."""
-    return np.array([s.length for s in samples], dtype=np.int64)
+    return np.fromiter((len(s.response_ids) for s in samples), np.int64)
 
 
 def column(samples: Iterable[Sample], name: str) -> NDArray[np.float64]:
