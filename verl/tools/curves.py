@@ -16,6 +16,7 @@ PALETTE = (  # light, dark; told apart with any colour vision, and dashes and ma
     ("#a8457e", "#eb9cc9"),
     ("#8a6d00", "#e3c64a"),
     ("#5b6470", "#aab4c0"),
+    ("#6a4fc4", "#b3a2ff"),
 )
 CHARTS = (  # title, metric, unit
     ("Reward", "critic/rewards/mean", ""),

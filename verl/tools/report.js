@@ -200,7 +200,11 @@
   }
   new ResizeObserver(() => all.forEach((chart) => chart.width !== chart.place.clientWidth && chart.draw())).observe(document.body);
   const raw = document.getElementById("raw");
-  if (raw) raw.addEventListener("change", () => root.classList.toggle("no-raw", !raw.checked));
+  if (raw) {
+    const show = () => root.classList.toggle("no-raw", !raw.checked);
+    raw.addEventListener("change", show);
+    show();
+  }
 
   const theme = document.getElementById("theme");
   const preferred = () => matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
