@@ -85,6 +85,8 @@ def _distinct(ranked: list[int], prompts: list[Any], count: int) -> list[int]:
 def _read(title: str, path: Path) -> Dump:
     file = pq.ParquetFile(path)
     wanted = [name for name in (*TEXTS, *FACTS) if name in file.schema_arrow.names]
+    if title == "Validation":  # where there is neither
+        wanted = [name for name in wanted if name not in ("advantage", "weight")]
     table = file.read(columns=wanted)
     rows = table.num_rows
     columns = {name: table[name].to_pylist() for name in ("score", "prompt") if name in wanted}
