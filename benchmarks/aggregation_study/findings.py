@@ -167,6 +167,12 @@ def page(
         ]
         lines.append(f"| {name} | {' | '.join([*percent, *cells])} |")
     lines += ["", "![Validation accuracy](accuracy.png)", ""]
+    lines += [
+        "A difference counts as *ahead* or *behind* if its mean is more than "
+        f"{_quantile(seeds)} times its standard error from 0 (Student's t, two-sided 1.25 %: 5 % "
+        "for the four comparisons together, Bonferroni). *No difference shown* is no proof that there is none.",
+        "",
+    ]
     for label, column in (
         ("After the last step", "accuracy_after"),
         ("Over all validations", "accuracy_mean"),
@@ -184,9 +190,13 @@ def _verdict(differences: NDArray[np.float64], other: str) -> str:
     listed = ", ".join(f"{x:+.1f}" for x in d)
     spread = d.std(ddof=1) if len(d) > 1 else float("nan")
     t = d.mean() / (spread / np.sqrt(len(d))) if len(d) > 1 else 0.0
-    shown = len(d) > 1 and abs(t) > T_QUANTILES.get(len(d), 3.11)
+    shown = len(d) > 1 and abs(t) > _quantile(len(d))
     word = ("ahead" if t > 0 else "behind") if shown else "no difference shown"
     return f"{other}: {d.mean():+.1f} ± {spread:.1f} (standard deviation; {listed}): {word}"
+
+
+def _quantile(seeds: int) -> float:
+    return T_QUANTILES.get(seeds, 3.11)
 
 
 def _noise_words(noise: Sequence[Noise]) -> list[str]:
@@ -196,7 +206,9 @@ def _noise_words(noise: Sequence[Noise]) -> list[str]:
         "CV = √(E‖g − E g‖²) / ‖E g‖ of a batch's gradient on a fixed policy, over all seeds. "
         f"*Relative* is to {REFERENCE}'s on the same batches, with the 95 % interval of a "
         "bootstrap over the batches of each seed, and the smallest and largest of the seeds; "
-        "*predicted* is the same ratio from the lengths alone, √(Σ w² L) / Σ w.",
+        "*predicted* is the same ratio from the lengths alone, √(Σ w² L) / Σ w. A CV of 4 "
+        "says that the noise of one batch's gradient is four times as long as its mean. DAPO Norm "
+        "weighs all responses of a batch alike, as Dr. GRPO Norm does: their gradients differ by one factor per batch.",
     ]
     for mean in (n for n in noise if n.seed == "all"):
         lines += ["", f"Policy {mean.policy}:", ""]
@@ -225,8 +237,11 @@ def _slope_words(slopes: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         "## Does the variance of a response's gradient grow like its length?",
         "",
-        "Exponent b of E‖Σ_t ∇ log π(a_t)‖² ∝ L^b, over the responses with an advantage; the "
-        "method rests on b = 1.",
+        "Exponent b of E‖Σ_t ∇ log π(a_t)‖² ∝ L^b, over the responses with an advantage. The "
+        "method supposes b = 1, and that the expected gradient of a response doesn't depend on its "
+        "length; weights L^(−b) would then have the least noise. Where another alpha than b has it "
+        "(see above), not all of this holds. The fit is one line through means of bins, also where "
+        "these are not on a line.",
         "",
         "| policy | seed | responses | mean length | length CV | b | 95 % interval |",
         "|---|---|---|---|---|---|---|",

@@ -128,8 +128,9 @@ def _noise(groups: list[Group], window: int) -> Section:
             lines.append(_points(legend.index(label), mean) | {"bold": used in names})
         charts.append({"title": group.label, "unit": "", "lines": lines})
     note = (
-        "loss_agg/cv: how large the noise of the gradient is beside the gradient, as the lengths "
-        "of each step's responses predict it, for each aggregation. Thick: the one in use."
+        "loss_agg/cv: the noise of the gradient beside the gradient, as the lengths of each step's "
+        "responses predict it, for each aggregation, up to a factor that the policy decides: "
+        "compare the aggregations of a step, not the steps. Thick: the one in use."
     )
     return Section("Gradient noise by aggregation", note, legend, _filled(charts))
 
