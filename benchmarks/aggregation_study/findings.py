@@ -170,7 +170,8 @@ def page(
     lines += [
         "A difference counts as *ahead* or *behind* if its mean is more than "
         f"{_quantile(seeds)} times its standard error from 0 (Student's t, two-sided 1.25 %: 5 % "
-        "for the four comparisons together, Bonferroni). *No difference shown* is no proof that there is none.",
+        "for the four comparisons together, Bonferroni). *No difference shown* is no proof "
+        "that there is none.",
         "",
     ]
     for label, column in (
@@ -208,7 +209,8 @@ def _noise_words(noise: Sequence[Noise]) -> list[str]:
         "bootstrap over the batches of each seed, and the smallest and largest of the seeds; "
         "*predicted* is the same ratio from the lengths alone, √(Σ w² L) / Σ w. A CV of 4 "
         "says that the noise of one batch's gradient is four times as long as its mean. DAPO Norm "
-        "weighs all responses of a batch alike, as Dr. GRPO Norm does: their gradients differ by one factor per batch.",
+        "weighs all responses of a batch alike, as Dr. GRPO Norm does: their gradients differ "
+        "by one factor per batch.",
     ]
     for mean in (n for n in noise if n.seed == "all"):
         lines += ["", f"Policy {mean.policy}:", ""]
