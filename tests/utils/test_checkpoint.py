@@ -6,6 +6,9 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,24 @@ def test_the_one_just_saved_is_never_deleted(tmp_path):
     saved = checkpoints.save(20, STATE, save_actor())
     assert steps(tmp_path) == [20]
     assert checkpoints.find() == saved
+
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path):
+    """Another process can't, the same one may again, and one that is over is not in the way."""
+    program = f"""
+    from verl.trainer.config.schema import TrainerConfig
+    from verl.utils.checkpoint import CheckpointFolder
+
+    CheckpointFolder(TrainerConfig(default_local_dir={str(tmp_path)!r})).make_root()
+    """
+    other = [sys.executable, "-c", textwrap.dedent(program)]
+    assert subprocess.run(other).returncode == 0
+    for _ in range(2):
+        folder(tmp_path).make_root()
+    failed = subprocess.run(other, capture_output=True, text=True)
+    assert failed.returncode and f"another run writes to trainer.default_local_dir={tmp_path}" in (
+        failed.stderr
+    )
 
 
 class Killed(BaseException):

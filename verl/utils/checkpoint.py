@@ -12,6 +12,7 @@ default_local_dir/
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from verl.trainer.config.schema import TrainerConfig
 
@@ -31,6 +32,10 @@ MANIFEST = "manifest.json"
 CHECKED_BYTES = 2**20
 """Of each file the first and the last so many bytes are compared with the manifest, beside its
 size: that takes no time for any size of model, and finds what a crash leaves behind."""
+
+
+LOCKS: dict[Path, TextIO] = {}
+"""Of the folders that this process writes to; a killed one's are gone with it."""
 
 
 class CheckpointFolder:
@@ -44,7 +49,10 @@ class CheckpointFolder:
         """What resume_mode=resume_path resumes from."""
 
     def make_root(self) -> None:
-        """Raises: ValueError if the folder can't be made, or nothing can be written there."""
+        """Makes the folder, and locks it until this process ends.
+
+        Raises: ValueError if nothing can be written there, or another run does so.
+        """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             (self.root / ".writable").touch()
@@ -53,6 +61,18 @@ class CheckpointFolder:
             raise ValueError(
                 f"trainer.default_local_dir={self.root} can't be written: {error}"
             ) from None
+        if self.root not in LOCKS:
+            file = (self.root / ".lock").open("a")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another run writes to trainer.default_local_dir={self.root}: wait for its "
+                    "end, or give this one a trainer.experiment_name of its own"
+                ) from None
+            except OSError as error:  # file systems without locks
+                logger.info("%s can't be locked: %s", self.root, error)
+            LOCKS[self.root] = file
 
     def save(self, step: int, state: dict[str, Any], write: Callable[[Path], Any]) -> Path:
         """Writes a checkpoint of `step`. Until the last rename, the one before it is the latest.
