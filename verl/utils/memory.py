@@ -112,13 +112,11 @@ class Plan:
         self.compute = 2 if half and self.cuda else 4  # bytes of a number
         self.reduce = 4 if self.precision.reduce_dtype == "float32" else 2
 
-        self.heads = model["num_attention_heads"]
-        heads, self.layers = model["num_attention_heads"], model["num_hidden_layers"]
+        self.heads, self.layers = model["num_attention_heads"], model["num_hidden_layers"]
         self.hidden, self.vocab = model["hidden_size"], model["vocab_size"]
-        size = model.get("head_dim") or self.hidden // heads
-        self.wide, self.inner = heads * size, model["intermediate_size"]
-        kv_heads = model.get("num_key_value_heads") or heads
-        self.narrow = kv_heads * size
+        (self.wide, _), (self.narrow, _), _, _, (self.inner, _), *_ = self.layer
+        size = self.wide // self.heads  # of a head
+        kv_heads = self.narrow // size
         self.norms = model["model_type"] == "qwen3"  # of queries and keys
         self.kv_token = 2 * self.layers * max(1, kv_heads // self.parallel) * size * self.compute
         self.parameters = self._count(1)

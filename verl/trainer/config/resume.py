@@ -105,8 +105,7 @@ def _differing(saved: Mapping[str, Any], config: Config) -> dict[str, tuple[Any,
 
 
 def _is_free(key: str, config: Config) -> bool:
-    if (
-        key == "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
-    ):  # which this method alone averages over
+    # One method alone averages over micro-batches.
+    if key == "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu":
         return config.actor_rollout_ref.actor.loss_agg_mode != "token-mean-legacy"
     return key.startswith(FREE + COPIES)
