@@ -5,6 +5,7 @@ import json
 import math
 import re
 import resource
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -257,15 +258,11 @@ def test_generations_in_tensorboard_are_text_that_breaks_nothing(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_ends_tensorboard_alone(tmp_path, caplog):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with tracking(tmp_path, "tensorboard") as t:
         t.log({"x": 1}, step=1)
         written = next((tmp_path / "tensorboard").iterdir()).stat().st_size
-        resource.setrlimit(resource.RLIMIT_FSIZE, (written + 5, hard))
-        try:
+        with longest_file(written + 5):
             t.log({"x": 2}, step=2)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         t.log({"x": 3}, step=3)
     assert caplog.text.count("TensorBoard gets no more of this run") == 1
     assert [r["x"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
@@ -282,21 +279,28 @@ def test_an_error_closes_the_loggers_and_goes_on(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "x": 1.0}
 
 
+@contextmanager
+def longest_file(size):
+    """No file may grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_full_disk_loses_no_line(tmp_path, caplog):
     """The file may not grow beyond some bytes, then it may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     path = tmp_path / "metrics.jsonl"
     with tracking(tmp_path) as t:
         t.log({"x": 1}, step=1)
         t.log_validation({"val-core/a/acc/mean@1": 0.5}, step=2)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
-        try:
+        with longest_file(path.stat().st_size + 5):
             t.log({"x": 2}, step=2)
             t.log_validation({"val-core/a/acc/mean@1": 0.25}, step=3)
             t.log({"x": 3}, step=3)
             assert not t.flush()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert "metrics.jsonl" in caplog.text
         t.log({"x": 4}, step=4)
     assert read_metrics(path) == [
@@ -308,24 +312,15 @@ def test_a_full_disk_loses_no_line(tmp_path, caplog):
 
 
 def test_lines_that_wait_are_written_when_there_is_room(tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with tracking(tmp_path) as t:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
-        try:
+        with longest_file(5):
             t.log({"x": 1}, step=1)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert read_metrics(tmp_path / "metrics.jsonl") == []
         assert t.flush()
         assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1.0}]
 
 
 def test_lines_that_wait_at_the_end_are_written(tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with tracking(tmp_path) as t:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
-        try:
-            t.log({"x": 1}, step=1)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with tracking(tmp_path) as t, longest_file(5):
+        t.log({"x": 1}, step=1)
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1.0}]
