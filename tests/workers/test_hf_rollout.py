@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import VOCABULARY, make_tiny_model
+from verl.models.packed_linear import pack_linears
 from verl.protocol import Prompt, Sample
 from verl.trainer.config.model_schema import ModelConfig
 from verl.trainer.config.schema import RolloutConfig
@@ -142,20 +143,52 @@ def test_company_does_not_matter(engine: HFEngine, tiny_model: Path) -> None:
     assert mine == sorted(s.response_ids.tolist() for s in together if s.group == 2)
 
 
-def test_new_weights_are_used(tiny_model: Path, tmp_path: Path) -> None:
-    engine = build(tiny_model)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("intermediate_size", [96, 4096])
+def test_new_weights_are_used(tmp_path: Path, intermediate_size: int, tied: bool) -> None:
+    """Also those of large layers, which are packed."""
+    shape = dict(intermediate_size=intermediate_size, tie_word_embeddings=tied)
+    first = make_tiny_model(tmp_path / "first", **shape)
+    other = make_tiny_model(tmp_path / "other", **shape, initializer_range=0.2)
+    engine = build(first)
+    layer = engine.model.model.layers[0].mlp.down_proj
+    assert ("forward" in vars(layer)) == (intermediate_size == 4096)
     params, prompts = SamplingParams(2, 20), make_prompts([4, 4])
     before = generate(engine, prompts, params)
-    other = make_tiny_model(tmp_path / "other", initializer_range=0.2)
+    for s in before:
+        np.testing.assert_allclose(s.rollout_log_probs, plain_log_probs(first, s, 1.0), atol=1e-4)
     weights = dict(AutoModelForCausalLM.from_pretrained(other).named_parameters())
+    engine.start_update()
     for name, value in weights.items():
         engine.load_weights({"weights": {name: value}})
+    engine.finish_update(1)
     after = generate(engine, prompts, params)
     assert [s.response_ids.tolist() for s in before] != [s.response_ids.tolist() for s in after]
     for s in after:
         np.testing.assert_allclose(s.rollout_log_probs, plain_log_probs(other, s, 1.0), atol=1e-4)
     with pytest.raises(KeyError, match="no such weight"):
         engine.load_weights({"weights": {"no such weight": torch.zeros(1)}})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_products_are_the_plain_ones(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(384, 512, bias), torch.nn.Linear(512, 8, bias))
+    rows = [torch.randn(n, 3, 384) for n in (1, 16, 100)]
+    with torch.inference_mode():
+        expected = [model(x) for x in rows]
+        pack_linears(model)
+        assert ["forward" in vars(layer) for layer in model] == [True, False]  # the second is small
+        for x, y in zip(rows, expected, strict=True):
+            torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+        model[0].weight *= 2
+        pack_linears(model)
+        torch.testing.assert_close(
+            model[0](rows[0]),
+            torch.nn.functional.linear(rows[0], model[0].weight, model[0].bias),
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 def test_tokens_are_drawn_with_their_probabilities() -> None:

@@ -61,6 +61,13 @@ def default_packed_attention(device: torch.device, dtype: torch.dtype) -> str:
     return "packed_varlen" if device.type == "cuda" and dtype.itemsize == 2 else "packed_sdpa"
 
 
+def multiplies_faster_packed(weight: torch.Tensor) -> bool:
+    """Whether `verl.models.packed_linear` pays for this weight of a linear layer. A call of oneDNN
+    takes 10 µs more than PyTorch's own: too much for a small one."""
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return fits and weight.numel() >= 2**17 and torch.backends.mkldnn.is_available()
+
+
 def default_tile(device: torch.device) -> tuple[int, int]:
     """Rows and vocabulary entries whose logits exist at a time (`verl.models.logprobs`): on a CPU
     so few that they stay in its cache between the steps on them, on a GPU so many that its kernels

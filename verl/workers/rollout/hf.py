@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from verl.models.hf import load_hf_model, stop_token_ids
+from verl.models.packed_linear import pack_linears
 from verl.protocol import Prompt, Sample
 from verl.trainer.config.model_schema import ModelConfig
 from verl.trainer.config.schema import RolloutConfig
@@ -114,6 +115,7 @@ class HFEngine(RolloutEngine):
         self.model = load_hf_model(model, dtype).to(self.device).eval()
         if self.model.config._attn_implementation == "sdpa":
             self.model.set_attn_implementation("sdpa_decode")
+        pack_linears(self.model)
         self.stop_ids = torch.tensor(stop_token_ids(model), device=self.device)
 
     def start_update(self) -> None:
@@ -126,6 +128,11 @@ class HFEngine(RolloutEngine):
         params = dict(self.model.named_parameters())
         for name, value in bucket["weights"].items():
             params[name].copy_(value)
+
+    def finish_update(self, version: int) -> None:
+        """See `RolloutEngine.finish_update`."""
+        pack_linears(self.model)
+        super().finish_update(version)
 
     def sleep(self) -> None:
         """Moves the weights to host memory."""
