@@ -14,7 +14,7 @@ set -euo pipefail
 HERE=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 source "$HERE/../train_scripts/_common.sh"
 cd "$REPO"
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} HF_HUB_DISABLE_PROGRESS_BARS=1
 server=${MATH_SERVER_PYTHON:-$REPO/.venv-server/bin/python}
 
 quick=() names=()
