@@ -11,7 +11,8 @@ ranks and two `hf` engines. TRL: one process with two threads, transformers' `ge
 a step are those from the end of the step before; the first step doesn't count. Runs alternate.
 
 TRL without gradient checkpointing (its default, slower), in fp32 (its default, bf16, is slower on a
-CPU), with the micro-batch that was fastest here. vLLM and Liger kernels are for GPUs; it pads.
+CPU), with the micro-batch that was fastest here, padded. TRL with two processes, or with vLLM for
+CPU, was not tried; Liger kernels are for GPUs.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def make_trl_environment() -> None:
     """Installs TRL beside ours."""
     subprocess.run([sys.executable, "-m", "venv", str(TRL)], check=True)
     pip = [str(TRL / "bin" / "python"), "-m", "pip", "install"]
-    subprocess.run([*pip, "torch==2.13.0", "trl==1.16.*"], check=True)
+    subprocess.run([*pip, "torch==2.13.0", "trl==1.16.*", "transformers==5.24.*"], check=True)
 
 
 # Ours.
@@ -179,9 +180,7 @@ def main() -> None:
         rates[who] = statistics.median(rate)
         shown = {p: statistics.median(step[p] for step in found) for p in (*PHASES, "length", "cv")}
         print(f"{who:5} {spread(rate, 'responses/s')}", *(f"{k} {v:.3g}" for k, v in shown.items()))
-    report(
-        "vs_trl.py", "responses/s of whole steps against TRL", rates["ours"] / rates["TRL"], ">= 5"
-    )
+    report("vs_trl", "responses/s of whole steps against TRL", rates["ours"] / rates["TRL"], ">= 5")
 
 
 if __name__ == "__main__":
