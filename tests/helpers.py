@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from filelock import FileLock  # comes with torch
 
 from verl.protocol import Prompt, Sample
 
 ROOT = Path(__file__).parents[1]
+needs_onednn = pytest.mark.skipif(
+    "not __import__('torch').backends.mkldnn.is_available()", reason="PyTorch without oneDNN"
+)
 VOCABULARY = ["<eos>", "<pad>", "<unk>", *map(str, range(100)), "+", "-", "*", "/", "(", ")", "="]
 
 

@@ -18,13 +18,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim.optimizer import _foreach_supported_types
 from torch.profiler import ProfilerActivity, profile
 
-from tests.helpers import ROOT, free_address, make_samples, make_tiny_model
+from tests.helpers import ROOT, free_address, make_samples, make_tiny_model, needs_onednn
 from verl.trainer.config import load_config
 from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
+from verl.trainer.config.schema import RolloutConfig
 from verl.utils import memory
-from verl.utils.device import default_tile
+from verl.utils.device import REORDERED_FROM, default_tile
 from verl.utils.memory import GIB, Plan
 from verl.workers.actor import LossConfig, MicroBatchLimit, Policy
+from verl.workers.rollout.hf import HFEngine
 from verl.workers.weight_sync import BUCKET_BYTES
 
 QWEN_7B = dict(
@@ -183,6 +185,21 @@ def test_sizes_of_buffers_are_those_of_the_code() -> None:
     tiles = [default_tile(torch.device(device)) for device in ("cpu", "cuda")]
     assert tuple(rows * width for rows, width in tiles) == memory.LOGITS
     assert memory.BUCKET == BUCKET_BYTES
+    assert memory.REORDERED_FROM == REORDERED_FROM
+
+
+@needs_onednn
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_hf_engine_on_a_cpu_holds_large_weights_twice(tied: bool, tmp_path: Path) -> None:
+    shape = dict(vocab_size=2048, intermediate_size=2048, tie_word_embeddings=tied)
+    folder = make_tiny_model(tmp_path / "model", **shape)
+    engine = HFEngine(ModelConfig(path=str(folder)), RolloutConfig(), "cpu", 100)
+    copies = [m.forward.args[0] for m in engine.model.modules() if "forward" in vars(m)]
+    assert len(copies) == 2 * 3 + 1  # of two layers' MLP, and the head
+    held = sum(4 * w.numel() for w in [*copies, *engine.model.parameters()])
+    model = json.loads((folder / "config.json").read_text())
+    hf = plan("actor_rollout_ref.rollout.name=hf", model=model, device="cpu").generating()
+    assert hf["engine's weights"] == held
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

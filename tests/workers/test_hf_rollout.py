@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import VOCABULARY, make_tiny_model
-from verl.models.packed_linear import pack_linears
+from tests.helpers import VOCABULARY, make_tiny_model, needs_onednn
+from verl.models.onednn import reorder_linears
 from verl.protocol import Prompt, Sample
 from verl.trainer.config.model_schema import ModelConfig
 from verl.trainer.config.schema import RolloutConfig
@@ -144,15 +144,16 @@ def test_company_does_not_matter(engine: HFEngine, tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("intermediate_size", [96, 4096])
-def test_new_weights_are_used(tmp_path: Path, intermediate_size: int, tied: bool) -> None:
-    """Also those of large layers, which are packed."""
-    shape = dict(intermediate_size=intermediate_size, tie_word_embeddings=tied)
+@pytest.mark.parametrize("large", [False, pytest.param(True, marks=needs_onednn)])
+def test_new_weights_are_used(tmp_path: Path, large: bool, tied: bool) -> None:
+    """Also those of large layers, of which there are reordered copies."""
+    shape = dict(vocab_size=2048, intermediate_size=4096) if large else {}
+    shape["tie_word_embeddings"] = tied
     first = make_tiny_model(tmp_path / "first", **shape)
     other = make_tiny_model(tmp_path / "other", **shape, initializer_range=0.2)
     engine = build(first)
-    layer = engine.model.model.layers[0].mlp.down_proj
-    assert ("forward" in vars(layer)) == (intermediate_size == 4096)
+    for layer in (engine.model.model.layers[1].mlp.down_proj, engine.model.lm_head):
+        assert ("forward" in vars(layer)) == large
     params, prompts = SamplingParams(2, 20), make_prompts([4, 4])
     before = generate(engine, prompts, params)
     for s in before:
@@ -170,19 +171,20 @@ def test_new_weights_are_used(tmp_path: Path, intermediate_size: int, tied: bool
         engine.load_weights({"weights": {"no such weight": torch.zeros(1)}})
 
 
+@needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
-def test_packed_products_are_the_plain_ones(bias: bool) -> None:
+def test_reordered_products_are_the_plain_ones(bias: bool) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(384, 512, bias), torch.nn.Linear(512, 8, bias))
     rows = [torch.randn(n, 3, 384) for n in (1, 16, 100)]
     with torch.inference_mode():
         expected = [model(x) for x in rows]
-        pack_linears(model)
+        reorder_linears(model)
         assert ["forward" in vars(layer) for layer in model] == [True, False]  # the second is small
         for x, y in zip(rows, expected, strict=True):
             torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
         model[0].weight *= 2
-        pack_linears(model)
+        reorder_linears(model)
         torch.testing.assert_close(
             model[0](rows[0]),
             torch.nn.functional.linear(rows[0], model[0].weight, model[0].bias),

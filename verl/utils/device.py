@@ -61,11 +61,17 @@ def default_packed_attention(device: torch.device, dtype: torch.dtype) -> str:
     return "packed_varlen" if device.type == "cuda" and dtype.itemsize == 2 else "packed_sdpa"
 
 
-def multiplies_faster_packed(weight: torch.Tensor) -> bool:
-    """Whether `verl.models.packed_linear` pays for this weight of a linear layer. A call of oneDNN
-    takes 10 µs more than PyTorch's own: too much for a small one."""
+REORDERED_FROM = 2**17
+"""Elements from which on a weight multiplies faster as oneDNN orders it: its calls take about 10 µs
+more than PyTorch's (two cores of an AMD EPYC, benchmarks/LOG.md)."""
+
+
+def multiplies_faster_reordered(weight: torch.Tensor) -> bool:
+    """Whether `verl.models.onednn` pays for this weight of a linear layer, and can be had."""
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return fits and weight.numel() >= 2**17 and torch.backends.mkldnn.is_available()
+    there = torch.backends.mkldnn.is_available()
+    there = there and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return fits and weight.numel() >= REORDERED_FROM and there
 
 
 def default_tile(device: torch.device) -> tuple[int, int]:

@@ -27,6 +27,8 @@ LOGITS = 2**22, 2**25
 """Numbers of a tile (`verl.utils.device.default_tile`) on a CPU, on a GPU."""
 BUCKET = 2**28
 """`verl.workers.weight_sync.BUCKET_BYTES`."""
+REORDERED_FROM = 2**17
+"""That of `verl.utils.device`, which imports torch."""
 
 SETTINGS = {
     "nodes": "trainer.nnodes",
@@ -174,6 +176,10 @@ class Plan:
     def generating(self) -> Parts:
         """Bytes of an engine on each of its devices. vLLM's cache gets what its share leaves."""
         weights = self.compute * self.parameters / self.parallel
+        if self.engine == "hf" and not self.cuda:  # copies of verl.models.onednn, the head's first
+            layers = [rows * columns for rows, columns in self.layer if columns > 1] * self.layers
+            large = [n for n in (self.vocab * self.hidden, *layers) if n >= REORDERED_FROM]
+            weights += self.compute * sum(large)
         rows = self.max_num_seqs if self.engine == "hf" else self.batched_tokens
         work = 8.0 * self.max_num_seqs * self.vocab
         work += rows * self.compute * (2 * self.hidden + 3 * self.inner / self.parallel)

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from verl.models.hf import load_hf_model, stop_token_ids
-from verl.models.packed_linear import pack_linears
+from verl.models.onednn import reorder_linears
 from verl.protocol import Prompt, Sample
 from verl.trainer.config.model_schema import ModelConfig
 from verl.trainer.config.schema import RolloutConfig
@@ -115,7 +115,7 @@ class HFEngine(RolloutEngine):
         self.model = load_hf_model(model, dtype).to(self.device).eval()
         if self.model.config._attn_implementation == "sdpa":
             self.model.set_attn_implementation("sdpa_decode")
-        pack_linears(self.model)
+        reorder_linears(self.model)
         self.stop_ids = torch.tensor(stop_token_ids(model), device=self.device)
 
     def start_update(self) -> None:
@@ -131,7 +131,7 @@ class HFEngine(RolloutEngine):
 
     def finish_update(self, version: int) -> None:
         """See `RolloutEngine.finish_update`."""
-        pack_linears(self.model)
+        reorder_linears(self.model)
         super().finish_update(version)
 
     def sleep(self) -> None:
