@@ -2,7 +2,7 @@
 
 Engine and trainer speeds come from four colocated runs (one and two ranks, small and large
 batches). The other runs differ in batch size, lengths, n, placement and filter; their lengths are
-drawn from those of the first four, not looked up.
+drawn from those of the two with long responses, not looked up.
 """
 
 from __future__ import annotations

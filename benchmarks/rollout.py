@@ -266,9 +266,11 @@ def main() -> None:
     from policies import SIZES
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the smallest model, few tokens")
+    parser.add_argument(
+        "--quick", action="store_true", help="few tokens; the smallest model, but for --size"
+    )
     parser.add_argument("--size", choices=SIZES, help="this one alone")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, help="timed runs of each [3; with --quick 2]")
     for name in ("engine", "folder"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     for name, value in {"threads": 2, "part": 0, "parts": 1}.items():
@@ -277,7 +279,7 @@ def main() -> None:
     if options.engine:
         return serve(options)
     for size in [options.size] if options.size else list(SIZES)[: 1 if options.quick else None]:
-        compare(size, options.quick, 2 if options.quick else options.repeats)
+        compare(size, options.quick, options.repeats or (2 if options.quick else 3))
 
 
 if __name__ == "__main__":

@@ -341,9 +341,13 @@ def main() -> None:
     add("--mean", type=float, default=2000, help="mean length of the lognormal distribution [2000]")
     add("--cv", type=float, default=1.0, help="its standard deviation over the mean [1.0]")
     add("--shared", type=float, default=0.5, help="variance that a prompt's responses share [0.5]")
-    add("--response_s", type=float, default=3e-4, help="driver's seconds per response [0.0003]")
+    add("--response-s", type=float, default=3e-4, help="driver's seconds per response [0.0003]")
     add("--host-memory-gb", type=float, default=1000, help="memory of a node's host [1000]")
     args = parser.parse_args()
+    for_tables = "plot", "lengths", "mean", "cv", "shared", "response_s", "host_memory_gb"
+    idle = [name for name in for_tables if getattr(args, name) != parser.get_default(name)]
+    if idle and not args.tables:
+        parser.error(f"--{idle[0].replace('_', '-')} goes with --tables")
     if args.tables:
         strong = {model: scaling(model, args, weak=False) for model in ("3B", "7B")}
         weak = {model: scaling(model, args, weak=True) for model in ("3B", "7B")}
@@ -369,7 +373,7 @@ def main() -> None:
         what = f"relative error of the predicted step time, {name}"
         report("simulate_cluster", what, abs(predicted / measured - 1), "<= 0.15")
     if not math.isnan(drift):
-        what = "change of the machine's speed from the first runs to the last, of the same work"
+        what = "change of the machine's speed from the last calibration run to its repetition"
         report("simulate_cluster", what, abs(drift - 1), "<= 0.1")
 
 

@@ -154,8 +154,8 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one run of two short steps")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a run, with the first")
+    parser.add_argument("--rounds", type=int, help="runs of each [2; with --quick 1]")
+    parser.add_argument("--steps", type=int, help="steps of a run [4; with --quick 2]")
     parser.add_argument("--micro-batch", type=int, default=32, help="TRL's, in responses")
     parser.add_argument("--setup", action="store_true", help="make .venv-trl, and nothing else")
     options = parser.parse_args()
@@ -164,7 +164,8 @@ def main() -> None:
     if not TRL_PYTHON.exists():
         print(f"left out: TRL is not there; {sys.executable} {__file__} --setup makes .venv-trl")
         return
-    rounds, steps, limit = (1, 2, 32) if options.quick else (options.rounds, options.steps, 256)
+    rounds, steps, limit = (1, 2, 32) if options.quick else (2, 4, 256)
+    rounds, steps = options.rounds or rounds, options.steps or steps
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     runs: dict[str, list[Step]] = {"ours": [], "TRL": []}
     with tempfile.TemporaryDirectory() as name:
