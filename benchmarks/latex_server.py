@@ -8,8 +8,8 @@ generator beside them on the same cores. Each cell has pairs of its own, so that
 the cache of another. Where the plain one's share of right verdicts falls, it has stopped waiting
 and answers "not equal", which counts as an answer in its pairs/s.
 
-* rl: 1,280 pairs over 128 reference answers; four of ten identical to the reference, half of the rest
-  repeated
+* rl: 1,280 pairs over 128 reference answers; four of ten identical to the reference, each of the
+  others twice
 * cold: distinct pairs
 * hostile: 5 % of the requests are expressions that nobody can evaluate; latency of the honest ones
 """
@@ -121,7 +121,7 @@ def make_pair(rng: random.Random) -> Pair:
 
 
 def rl_workload(seed: str, count: int) -> list[Pair]:
-    """Ten answers to each reference: four identical, half of the others repeated."""
+    """Ten answers to each reference: four identical, each of the others twice."""
     rng, pairs = random.Random(seed), []
     for _ in range(count // 10):
         gold, right, equal = make_pair(rng)

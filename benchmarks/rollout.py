@@ -7,10 +7,11 @@ with the same limit. What they return: ours and vLLM tokens with log-probabiliti
 training step needs; `generate` tokens alone, as its `output_logits` would cost it memory and time.
 `generate` gets one padded batch with `num_return_sequences`, vLLM prefix caching and one process.
 Every engine is a process of its own, idle while another one runs, and keeps the memory that it
-frees. vLLM runs eagerly, as the trainer
-runs it (`enforce_eager=True`, its default), and compiled by torch's inductor; the best of both with
-one and two threads counts. Two engines of one thread each, with half of the prompts, are how the
-trainer runs them on two cores. `--quick` leaves out all of vLLM but two eager threads.
+frees. vLLM runs eagerly, as the trainer runs it (`enforce_eager=True`, its default), and compiled
+by torch's inductor; the best of both with one and two threads counts. As in the trainer, each of
+its requests has a seed of its own, which its sampler draws for in a loop. Two engines of one thread
+each, with half of the prompts, are how the trainer runs them on two cores. `--quick` leaves out all
+of vLLM but two eager threads.
 """
 
 from __future__ import annotations
