@@ -45,7 +45,7 @@ check "ruff format" "$PYTHON" -m ruff format --check .
 check mypy "$PYTHON" -m mypy
 check shellcheck find . \( -name '.venv*' -o -name outputs \) -prune -o \
   \( -name '*.sh' -o -path ./.ci/run \) -exec "$shellcheck" -x -P SCRIPTDIR {} +
-check pytest "$PYTHON" -m pytest "${selection[@]}" "$@"
+check pytest "$PYTHON" -m pytest "${selection[@]}" --durations=15 "$@"
 check "pytest of vLLM" "$PYTHON" -m pytest tests/vllm
 check "pytest of the LaTeX server" "$MATH_SERVER_PYTHON" -m pytest \
   --confcutdir=tests/server tests/server
