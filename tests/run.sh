@@ -5,24 +5,28 @@
 # the trainer needs. The LaTeX server's is MATH_SERVER_PYTHON, else that of .venv-server.
 set -euo pipefail
 HERE=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
+
+# The tests of the report's page want a browser, and are skipped without one. It comes while the
+# environments are made.
+browser() {
+  command -v chromium chromium-browser google-chrome >/dev/null && return
+  [[ $EUID == 0 ]] && command -v apt-get >/dev/null || return 0
+  echo "run.sh: installing Chromium"
+  { timeout 60 apt-get update -q && DEBIAN_FRONTEND=noninteractive timeout 180 \
+    apt-get install -qy --no-install-recommends chromium; } >/dev/null ||
+    echo "run.sh: Chromium can't be installed; its tests are skipped" >&2
+}
+browser &
 if [[ -z ${VERL_PYTHON:-${PYTHON:-}} ]]; then
   bash "$HERE/../setup.sh" cpu --vllm ${MATH_SERVER_PYTHON:+--trainer-only}
 fi
+wait
 source "$HERE/../train_scripts/_common.sh"
 cd "$REPO"
 export MATH_SERVER_PYTHON=${MATH_SERVER_PYTHON:-$REPO/.venv-server/bin/python}
 if ! "$MATH_SERVER_PYTHON" -c 'import math_verify, pytest' 2>/dev/null; then
   echo "run.sh: $MATH_SERVER_PYTHON lacks the LaTeX server's packages: bash setup.sh --server-only" >&2
   exit 1
-fi
-
-# The tests of the report's page want a browser, and are skipped without one. Half a minute, once.
-if ! command -v chromium chromium-browser google-chrome >/dev/null &&
-  [[ $EUID == 0 ]] && command -v apt-get >/dev/null; then
-  echo "run.sh: installing Chromium"
-  { timeout 60 apt-get update -q && DEBIAN_FRONTEND=noninteractive timeout 180 \
-    apt-get install -qy --no-install-recommends chromium; } >/dev/null ||
-    echo "run.sh: Chromium can't be installed; its tests are skipped" >&2
 fi
 
 failed=()
