@@ -21,8 +21,12 @@ quick=() names=()
 for argument in "$@"; do
   case $argument in
     --quick) quick=(--quick) ;;
+    -h | --help) sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//; p;};}' "$0" && exit ;;
     -*) echo "run.sh: unknown option $argument; bash benchmarks/run.sh [--quick] [NAME …]" >&2 && exit 2 ;;
-    *) names+=("$argument") ;;
+    *)
+      [[ -e benchmarks/$argument.py ]] || { echo "run.sh: there is no benchmarks/$argument.py" >&2 && exit 2; }
+      names+=("$argument")
+      ;;
   esac
 done
 if ((!${#names[@]})); then
@@ -37,6 +41,10 @@ for name in "${names[@]}"; do
   python=$PYTHON
   if [[ $name == latex_server ]]; then
     python=$server
+    if [[ ! -x $python ]]; then
+      failed+=("$name: there is no $python (bash setup.sh --server-only)")
+      continue
+    fi
     if ! "$python" -c 'import fastapi' 2>/dev/null &&
       ! "$python" -m pip install -q fastapi -c server/math/requirements.txt; then
       failed+=("$name: $python can't get fastapi (bash setup.sh --server-only)")
