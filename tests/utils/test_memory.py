@@ -253,10 +253,11 @@ def test_dry_run_estimates_on_standard_error(tmp_path: Path) -> None:
 
 def test_dry_run_without_the_model(tmp_path: Path) -> None:
     _, err = dry_run("actor_rollout_ref.model.path=someone/some-model")
-    line = (
-        "memory estimate: it needs config.json of someone/some-model, which is not on this machine"
-    )
-    assert err.strip().splitlines()[-1] == line
+    line = "memory estimate: it needs config.json of {}, which is not on this machine"
+    hub = line.format("someone/some-model") + ": hf download someone/some-model config.json"
+    assert err.strip().splitlines()[-1] == hub
+    _, err = dry_run("actor_rollout_ref.model.path=./nowhere")
+    assert err.strip().splitlines()[-1] == line.format("./nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     _, err = dry_run(f"actor_rollout_ref.model.path={tmp_path}")
     assert err.strip().splitlines()[-1].startswith("memory estimate: none for mamba models")

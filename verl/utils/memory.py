@@ -303,7 +303,9 @@ def estimate(config: Config) -> str:
     """What DRY_RUN=1 says about memory; takes neither torch nor the network."""
     model = read_model(path := config.actor_rollout_ref.model.path)
     if model is None:
-        return f"memory estimate: it needs config.json of {path}, which is not on this machine"
+        line = f"memory estimate: it needs config.json of {path}, which is not on this machine"
+        hub = path.count("/") == 1 and path[0] not in "/.~"
+        return line + f": hf download {path} config.json" * hub
     model |= config.actor_rollout_ref.model.override_config
     device = config.trainer.device or "cuda"
     host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
