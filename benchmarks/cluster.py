@@ -1,10 +1,11 @@
 """A step of training on any number of devices, by simulation: what `simulate_cluster.py` runs.
 
-It follows the code: prompts wait in one queue, and an engine gets the next ones as it has room
-(`verl.workers.engines`); vLLM takes new prompts at any step, the engine `hf` works batch by batch;
+It follows the code, but for one thing: prompts wait in one queue, and an engine gets the next ones
+as it has room, where `verl.rollout.pool` deals them out beforehand; vLLM takes new prompts at any
+step, the engine `hf` works batch by batch;
 ranks get balanced shares of each optimizer step (`verl.utils.seqlen_balancing`); dynamic sampling
 ends a round as soon as enough groups are kept, in the order of the prompts
-(`verl.trainer.ppo.batching`). Times are in seconds, lengths in tokens.
+(`verl.trainer.ppo.batches`). Times are in seconds, lengths in tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from verl.utils.seqlen_balancing import balanced_partitions
 
 KEEP_SHARE = 0.85
-"""`verl.workers.rollout.hf.KEEP_SHARE`."""
+"""`verl.rollout.hf.KEEP_SHARE`."""
 
 Draw = Callable[[int], tuple[NDArray[np.int64], NDArray[np.bool_]]]
 """Number of prompts P → lengths of their responses [P, n], and which the filter keeps [P]."""

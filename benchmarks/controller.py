@@ -32,20 +32,29 @@ import ray
 import torch
 from common import alternate, report, report_limit, spread
 
-from verl.protocol import ARRAYS, Parcel, Prompt, Ragged, Sample, response_lengths
-from verl.rewards.manager import RewardManager
-from verl.trainer.config import load_config
-from verl.trainer.config.schema import Config, resolve_aggregation
-from verl.trainer.ppo.batching import has_spread, split_groups
+from verl.algorithms.weights import resolve_aggregation
+from verl.cluster import WorkerGroup, reserve_devices, start_ray
+from verl.config.load import load_config
+from verl.config.schema import Config
+from verl.protocol import (
+    ARRAYS,
+    OptimizerStep,
+    Prompt,
+    Sample,
+    SampleBatch,
+    WeightChunk,
+    response_lengths,
+)
+from verl.rewards.scorer import RewardManager
+from verl.rollout.engine import RolloutEngine, SamplingParams, rows_of
+from verl.rollout.pool import EnginePool
+from verl.trainer.ppo.batches import BatchesState, has_spread, split_groups
+from verl.trainer.ppo.checkpoint import CheckpointFolder, TrainState
 from verl.trainer.ppo.core_algos import advantages, response_weights
-from verl.trainer.ppo.guard import SkippedSteps
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.utils.checkpoint import CheckpointFolder
+from verl.trainer.ppo.workers import Workers
 from verl.utils.samples import write_samples
 from verl.utils.timer import Timer
-from verl.workers.engines import EngineGroup
-from verl.workers.group import WorkerGroup, place, start_ray
-from verl.workers.rollout.base import RolloutEngine, SamplingParams
 
 NAME = "controller"
 PER_PROMPT = 10
@@ -73,54 +82,47 @@ def make_prompts(count: int) -> list[Prompt]:
 class Engine(RolloutEngine):
     """Answers at once, a prompt's responses at a time."""
 
-    continuous = True
-
-    def __init__(self, model: Any, rollout: Any, device: Any, max_model_len: int) -> None:
-        super().__init__(rollout)
+    def build(self, *_: Any) -> None:
         rng = np.random.default_rng(0)
         self.tokens = rng.integers(VOCABULARY, size=POOL)
         self.log_probs = -rng.random(POOL, np.float32)
 
-    def _generate(self, params: SamplingParams) -> Iterator[list[Sample]]:
-        while work := self._take(1, wait=True):
-            for prompt, group in work:
-                rng = np.random.default_rng(group)
-                lengths = draw_lengths(params.n, rng)
-                starts = rng.integers(POOL - LONGEST, size=params.n)
-                yield [
-                    Sample(
-                        prompt=prompt,
-                        group=group,
-                        draw=draw,
-                        response_ids=self.tokens[start : start + length].copy(),
-                        finish_reason="length" if length == LONGEST else "stop",
-                        rollout_log_probs=self.log_probs[start : start + length].copy(),
-                    )
-                    for draw, (start, length) in enumerate(zip(starts, lengths, strict=True))
-                ]
+    def generate(
+        self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
+    ) -> Iterator[list[Sample]]:
+        for prompt, group in zip(prompts, groups, strict=True):
+            rng = np.random.default_rng(group)
+            lengths = draw_lengths(params.n, rng)
+            starts = rng.integers(POOL - LONGEST, size=params.n)
+            rows = rows_of([prompt], [group], params.n)
+            parts = [slice(i, i + n) for i, n in zip(starts, lengths, strict=True)]
+            yield SampleBatch(
+                self.to_sample(row, self.tokens[part], self.log_probs[part])
+                for row, part in zip(rows, parts, strict=True)
+            )
 
-    def load_weights(self, bucket: dict[str, Any]) -> None:
+    def load_weights(self, chunk: WeightChunk) -> None:
         pass
 
 
 class Actor:
     """Takes samples, and answers with as many numbers as the real one."""
 
-    def log_probs(self, samples: Sequence[Sample], *_: Any) -> list[np.ndarray]:
-        return Ragged(np.full(s.length, -1, np.float32) for s in samples)
+    def log_probs(self, samples: Sequence[Sample], *_: Any) -> np.ndarray:
+        return np.full(sum(s.length for s in samples), -1, np.float32)
 
-    def update(self, mini_batches: Sequence[Sequence[Sample]], *_: Any) -> list[dict[str, float]]:
+    def update(self, steps: Sequence[OptimizerStep], *_: Any) -> list[dict[str, float]]:
         names = ("w/pg_loss", "ppo_kl", "pg_clipfrac", "entropy", "rollout/logprob_diff_mean")
         sums = dict.fromkeys(names, 0.5)
         return [
             sums
             | {
-                "tokens": sum(s.length for s in samples),
+                "tokens": sum(s.length for s in step.samples),
                 "grad_norm": 1.0,
                 "lr": 1e-6,
                 "skipped": 0.0,
             }
-            for samples in mini_batches
+            for step in steps
         ]
 
 
@@ -157,13 +159,13 @@ def configure(responses: int, ranks: int) -> Config:
 def make_trainer(config: Config, actor: WorkerGroup) -> RayPPOTrainer:
     """A trainer with workers, and without model and data."""
     trainer = RayPPOTrainer.__new__(RayPPOTrainer)
-    trainer.config, trainer.actor = config, actor
-    trainer.aggregation = resolve_aggregation(config)
-    trainer.num_workers = trainer.num_devices = len(actor)
-    trainer.step, trainer.engine_metrics, trainer.peak_flops = 1, {}, None
-    trainer.order = SimpleNamespace(epoch=0)
-    trainer.checkpoints = CheckpointFolder(config.trainer)
-    trainer.skipped = SkippedSteps(config.trainer.max_skipped_steps)
+    trainer.config, trainer.aggregation = config, resolve_aggregation(config)
+    trainer.state, trainer.engine_metrics = TrainState(BatchesState({}), step=1), {}
+    trainer.batches = SimpleNamespace(order=SimpleNamespace(epoch=0))
+    trainer.checkpoints = CheckpointFolder(config)
+    trainer.workers = workers = Workers.__new__(Workers)
+    workers.config, workers.actor, workers.num_devices = config, actor, len(actor)
+    workers.model_size = workers.peak_flops = None
     return trainer
 
 
@@ -184,7 +186,7 @@ class Stages:
 
 def step(
     trainer: RayPPOTrainer,
-    engines: EngineGroup,
+    engines: EnginePool,
     rewards: RewardManager,
     prompts: list[Prompt],
     folder: Path,
@@ -195,7 +197,9 @@ def step(
     timer = Timer()
     numbers = list(range(len(prompts)))
     chunks = stages("receive samples", lambda: list(engines.generate(prompts, numbers, params)))
-    samples = sorted((s for chunk in chunks for s in chunk), key=lambda s: (s.group, s.draw))
+    samples = sorted(
+        (s for chunk in chunks for s in chunk), key=lambda s: (s.group, s.response_index)
+    )
     groups = split_groups(samples)
     stages(
         "score: countdown's reward, not decoding",
@@ -210,9 +214,9 @@ def step(
     )
     stages("old log-probs: scatter, gather", lambda: trainer.add_log_probs(samples, timer))
     stages("advantages, loss_agg metrics", lambda: trainer.add_advantages(samples))
-    steps = stages("mini-batches, weights", lambda: list(trainer.add_weights(samples)))
+    steps = stages("mini-batches, weights", lambda: trainer.optimizer_steps(samples))
     stages("update: balance, scatter", lambda: trainer.update_actor(steps))
-    stages("metrics", lambda: trainer.step_metrics(samples, timer, steps))
+    stages("metrics", lambda: trainer.step_metrics(samples, steps, timer))
     stages("dump of the samples", lambda: write_samples(folder / "samples.parquet", samples))
     return samples
 
@@ -221,11 +225,11 @@ def run_steps(responses: int, ranks: int, repeats: int) -> None:
     """The table of stages for one batch size, and its targets."""
     config = configure(responses, ranks)
     prompts = make_prompts(responses // PER_PROMPT)
-    slots = place(1, ranks, "cpu")
+    slots = reserve_devices(1, ranks, "cpu")
     actor = WorkerGroup(Actor, slots, "cpu", [()] * ranks)
     model = config.actor_rollout_ref
-    engines = EngineGroup(Engine, slots, "cpu", 0.5, model.model, model.rollout, 2 * LONGEST)
-    engines.find_restarted()
+    engines = EnginePool(Engine, slots, "cpu", 0.5, model.model, model.rollout, 2 * LONGEST)
+    engines.wait_ready()
     trainer = make_trainer(config, actor)
     rewards = RewardManager(
         config.reward_model, config.custom_reward_function, Tokenizer(), LONGEST
@@ -340,12 +344,12 @@ def run_bytes(samples: list[Sample]) -> None:
     print(f"\n{'message':38}{'MB':>10}{'MB of arrays':>14}")
     total = needed = 0
     for name, fields in arrays.items():
-        moved = message_bytes(Parcel(samples, [f for f in ARRAYS if f not in fields]))
+        moved = message_bytes(SampleBatch(samples, [f for f in ARRAYS if f not in fields]))
         own = prompts + sum(getattr(s, f).nbytes for s in samples for f in fields)
         total, needed = total + moved, needed + own
         print(f"{name:38}{moved / 1e6:10.1f}{own / 1e6:14.1f}")
-    log_probs = [s.old_log_probs for s in samples]
-    moved, own = message_bytes(Ragged(log_probs)), sum(x.nbytes for x in log_probs)
+    log_probs = np.concatenate([s.old_log_probs for s in samples])
+    moved, own = message_bytes(log_probs), log_probs.nbytes
     print(f"{'rank → driver, old log-probs':38}{moved / 1e6:10.1f}{own / 1e6:14.1f}")
     ratio = (total + moved) / (needed + own)
     report(NAME, f"bytes sent per byte of arrays, {len(samples):,} responses", ratio, "<= 1.05")

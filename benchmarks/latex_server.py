@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from common import report
 
-SERVER = Path(__file__).parents[1] / "server" / "math" / "server.py"
+ROOT = Path(__file__).parents[1]
 WORKERS = max(2, os.cpu_count() or 1)
 PORTS = {"ours": 6391, "plain": 6392}
 BATCH = 16
@@ -219,10 +219,10 @@ async def load(port: int, pairs: list[Pair], concurrency: int, batch: int) -> di
 def serving(name: str) -> Iterator[int]:
     """The server `ours` or `plain` in a process group of its own; its port."""
     port = PORTS[name]
-    command = [sys.executable, str(SERVER), "--port", str(port), "--workers", str(WORKERS)]
+    command = [sys.executable, "-m", "server.math", "--port", str(port), "--workers", str(WORKERS)]
     if name == "plain":
         command = [sys.executable, __file__, "--serve-plain"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         for _ in range(300):
             with contextlib.suppress(OSError):

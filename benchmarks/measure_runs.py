@@ -69,15 +69,15 @@ def record(file: str) -> None:
     what each step took."""
     import ray
 
+    from verl.config.load import load_config
     from verl.models.hf import load_tokenizer
-    from verl.trainer.config import load_config
-    from verl.trainer.ppo.batching import has_spread, split_groups
+    from verl.trainer.ppo.batches import has_spread, split_groups
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     records: list[Record] = []
 
     class Recorder(RayPPOTrainer):
-        def step_metrics(self, samples: Any, timer: Any, steps: Any) -> dict[str, float]:
+        def step_metrics(self, samples: Any, steps: Any, timer: Any) -> dict[str, float]:
             groups = split_groups(samples)
             records.append(
                 {
@@ -87,7 +87,7 @@ def record(file: str) -> None:
                     "keeps": [has_spread(group, "acc") for group in groups],
                 }
             )
-            return super().step_metrics(samples, timer, steps)
+            return super().step_metrics(samples, steps, timer)
 
     done: list[list[Record]] = []
     for name, settings in json.loads(Path(file).read_text()):

@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 from common import report, report_limit
 
-from verl.protocol import Prompt, Sample
-from verl.trainer.config import load_config
-from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
-from verl.utils.memory import Plan
-from verl.workers.actor import LossConfig, MicroBatchLimit, Policy
+from verl.algorithms.losses import LossConfig
+from verl.config.load import load_config
+from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig
+from verl.models.policy import MicroBatchLimit, TrainedPolicy
+from verl.protocol import OptimizerStep, Prompt, Sample
+from verl.tools.memory_plan import Plan
 
 RESPONSE, PROMPT = 448, 64
 
@@ -58,7 +59,7 @@ def local_bytes(tensors: Any) -> int:
 def measure(folder: Path, checkpointing: bool, responses: int) -> dict[str, int]:
     """Bytes that a rank holds after an update, and the peak of an update beside them."""
     model = ModelConfig(path=str(folder), enable_gradient_checkpointing=checkpointing)
-    policy = Policy(model, FSDPConfig(), torch.device("cpu"), OptimConfig())
+    policy = TrainedPolicy(model, FSDPConfig(), torch.device("cpu"), OptimConfig(), total_steps=1)
     rng = np.random.default_rng(0)
     samples = []
     for i in range(
@@ -66,11 +67,13 @@ def measure(folder: Path, checkpointing: bool, responses: int) -> dict[str, int]
     ):  # two micro-batches: the second one meets the first one's gradient
         prompt = Prompt(i, rng.integers(3, 100, PROMPT), "countdown", {})
         sample = Sample(prompt, i, rng.integers(3, 100, RESPONSE), "length")
-        sample.advantage, sample.weight = 1.0, 1 / (2 * responses * RESPONSE)
+        sample.advantage = 1.0
         samples.append(sample)
+    weights = np.full(len(samples), 1 / (len(samples) * RESPONSE), np.float32)
+    step = OptimizerStep(samples, weights)
     limit = MicroBatchLimit(size=responses)
-    policy.update([samples], LossConfig(), limit, 1.0)
-    peak = peak_bytes(lambda: policy.accumulate_gradient(samples, LossConfig(), limit))
+    policy.update([step], LossConfig(), limit, 1.0)
+    peak = peak_bytes(lambda: policy.accumulate_gradient(step, LossConfig(), limit))
     parameters = list(policy.model.parameters())
     moments = [
         state[k] for state in policy.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")

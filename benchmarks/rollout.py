@@ -50,7 +50,7 @@ def workload(size: str, quick: bool) -> tuple[int, int, int]:
 
 def rollout_config(name: str) -> Any:
     """The trainer's keys for one of `ENGINES`."""
-    from verl.trainer.config.schema import RolloutConfig
+    from verl.config.schema import RolloutConfig
 
     return RolloutConfig(name=name.split()[0], enforce_eager=name != "vllm compiled")
 
@@ -60,19 +60,19 @@ def rollout_config(name: str) -> Any:
 
 def our_engine(name: str, folder: str, prompts: list[Any], max_tokens: int) -> Run:
     """`hf` or vLLM as the trainer builds them."""
+    from verl.config.schema import ModelConfig
     from verl.protocol import Prompt
-    from verl.trainer.config.model_schema import ModelConfig
-    from verl.workers.rollout.base import SamplingParams, engine_class
+    from verl.rollout.engine import SamplingParams, engine_class
 
     rollout = rollout_config(name)
     model = ModelConfig(path=folder)
-    engine = engine_class(rollout.name)(model, rollout, "cpu", LONGEST_PROMPT + max_tokens)
+    engine = engine_class(rollout.name)()
+    engine.build(model, rollout, "cpu", LONGEST_PROMPT + max_tokens)
     rows = [Prompt(i, ids, "", None) for i, ids in enumerate(prompts)]
 
     def run(seed: int) -> list[int]:
         params = SamplingParams(N, max_tokens, seed=(seed,))
-        batches = engine.generate(rows, list(range(len(rows))), params)
-        return [s.length for batch in batches for s in batch]
+        return [s.length for s in engine.generate_all(rows, list(range(len(rows))), params)]
 
     return run
 
@@ -147,10 +147,6 @@ class Engine:
         }
         environment |= KEEP_MEMORY
         environment.pop("OMP_WAIT_POLICY", None)  # two threads on idle cores: faster for all
-        if name.startswith("vllm"):
-            from verl.workers.rollout.vllm import VLLMEngine
-
-            environment |= VLLMEngine.environment(rollout_config(name))
         command = [sys.executable, __file__, "--size", size, "--engine", name]
         command += ["--folder", str(folder), "--threads", str(threads), "--parts", str(parts)]
         command += ["--quick"] * quick

@@ -21,7 +21,7 @@ quick=() names=()
 for argument in "$@"; do
   case $argument in
     --quick) quick=(--quick) ;;
-    -h | --help) sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//; p;};}' "$0" && exit ;;
+    -h | --help) first_comment "$0" && exit ;;
     -*) echo "run.sh: unknown option $argument; bash benchmarks/run.sh [--quick] [NAME …]" >&2 && exit 2 ;;
     *)
       [[ -e benchmarks/$argument.py ]] || { echo "run.sh: there is no benchmarks/$argument.py" >&2 && exit 2; }

@@ -26,8 +26,8 @@ from common import report
 from measure_runs import validate
 from numpy.typing import NDArray
 
-from verl.trainer.config import load_config
-from verl.utils.memory import Plan
+from verl.config.load import load_config
+from verl.tools.memory_plan import Plan
 
 QWEN: dict[str, dict[str, Any]] = {
     "3B": dict(

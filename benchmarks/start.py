@@ -105,7 +105,7 @@ def first_step(overrides: list[str]) -> None:
 
         return ray_trainer
 
-    from verl.trainer.config import load_config
+    from verl.config.load import load_config
 
     config = timed("configuration", load_config)(overrides)
     module = timed("imports", load_everything)()
@@ -116,9 +116,9 @@ def first_step(overrides: list[str]) -> None:
     trainer = module.RayPPOTrainer(config, tokenizer)
     parts["tokenizer, data"] = time.perf_counter() - begin
     module.start_ray = timed("Ray", module.start_ray)
-    module.place = timed("placement", module.place)
-    workers = module.EngineGroup
-    workers.find_restarted = timed("processes, engines", workers.find_restarted)
+    module.reserve_devices = timed("placement", module.reserve_devices)
+    workers = module.EnginePool
+    workers.wait_ready = timed("processes, engines", workers.wait_ready)
     workers = module.WorkerGroup
     workers.connect = timed("actor ranks meet", workers.connect)
     trainer_start = time.perf_counter()

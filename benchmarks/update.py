@@ -30,10 +30,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from verl.algorithms.losses import LossConfig
+from verl.config.schema import FSDPConfig, ModelConfig
 from verl.models.packing import packed_sdpa
-from verl.protocol import Prompt, Sample
-from verl.trainer.config.model_schema import FSDPConfig, ModelConfig
-from verl.workers.actor import LossConfig, MicroBatchLimit, Policy
+from verl.models.policy import MicroBatchLimit, Policy
+from verl.protocol import OptimizerStep, Prompt, Sample
 
 SMOLLM2_135M = dict(
     vocab_size=49152,
@@ -69,7 +70,7 @@ def draw_lengths(cv: float, total: int, mean: int, seed: int = 0) -> list[int]:
     return draws[np.abs(found - cv).argmin()].tolist()
 
 
-def make_samples(lengths: list[int], vocabulary: int) -> list[Sample]:
+def make_step(lengths: list[int], vocabulary: int) -> OptimizerStep:
     """Random tokens, with all that the loss asks for."""
     rng = np.random.default_rng(0)
     samples = []
@@ -78,9 +79,9 @@ def make_samples(lengths: list[int], vocabulary: int) -> list[Sample]:
         sample = Sample(prompt, i, rng.integers(0, vocabulary, length), "stop")
         sample.rollout_log_probs = rng.normal(-10.8, 0.1, length).astype(np.float32)
         sample.old_log_probs = sample.rollout_log_probs
-        sample.advantage, sample.weight = rng.normal(), 1 / sum(lengths)
+        sample.advantage = rng.normal()
         samples.append(sample)
-    return samples
+    return OptimizerStep(samples, np.full(len(samples), 1 / sum(lengths), np.float32))
 
 
 def make_policy(folder: Path, **model: bool) -> Policy:
@@ -128,7 +129,8 @@ def discarded(policy: Policy, samples: list[Sample], limit: MicroBatchLimit, con
     """Prints what is computed and not needed; returns its share of all floating-point operations of
     the forward pass (the backward pass has twice as many of each kind)."""
     rows = needed = heads = pairs = needed_pairs = 0
-    for _, part in policy.micro_batches(samples, limit):
+    for indices in policy.micro_batches(samples, limit):
+        part = [samples[i] for i in indices]
         batch = policy.pack(part)
         rows += batch.input_ids.numel()
         heads += len(batch.predictors)
@@ -300,23 +302,23 @@ def compare(
     tokens = MicroBatchLimit(None, total + PROMPT * (total // mean))  # all in one pass
     two = MicroBatchLimit(2)  # sequences: padded rows take more memory
     words = config["vocab_size"]
-    workloads = {cv: make_samples(draw_lengths(cv, total, mean), words) for cv in cvs}
+    workloads = {cv: make_step(draw_lengths(cv, total, mean), words) for cv in cvs}
     first, last = workloads[cvs[0]], workloads[cvs[-1]]
-    work = {f"packed, CV {cv}": ("packed", samples, tokens) for cv, samples in workloads.items()}
+    work = {f"packed, CV {cv}": ("packed", step, tokens) for cv, step in workloads.items()}
     work[f"padded, CV {cvs[-1]}"] = ("padded", last, two)
     work[f"recompute, CV {cvs[0]}"] = ("recompute", first, tokens)
-    for cv, samples in workloads.items():
-        found = [s.length for s in samples]
+    for cv, step in workloads.items():
+        found = [s.length for s in step.samples]
         print(f"CV {cv}: {len(found)} responses of {min(found)} to {max(found)} tokens, "
               f"coefficient of variation {np.std(found) / np.mean(found):.3f}")  # fmt: skip
 
-    def update(policy: str, samples: list[Sample], limit: MicroBatchLimit) -> None:
-        policies[policy].accumulate_gradient(samples, LossConfig(), limit)
+    def update(policy: str, step: OptimizerStep, limit: MicroBatchLimit) -> None:
+        policies[policy].accumulate_gradient(step, LossConfig(), limit)
 
     runs = {name: partial(update, *what) for name, what in work.items()}
     layers = config["num_hidden_layers"]
     timed = min(5, layers)  # a layer's products are timed five times, not for each layer
-    rows = sum(s.num_tokens - 1 for s in first)
+    rows = sum(s.num_tokens - 1 for s in first.samples)
     shapes = [(k, n, count * timed) for k, n, count in layer_shapes(config)]
     runs["products of layers"] = products(rows, shapes)
     runs["products of the head"] = products(
@@ -325,7 +327,7 @@ def compare(
     cpu: dict[str, list[float]] = {name: [] for name in runs}
     seconds = alternate({n: partial(with_cpu_time, f, cpu[n]) for n, f in runs.items()}, repeats)
 
-    real = sum(s.num_tokens for s in first)
+    real = sum(s.num_tokens for s in first.samples)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     cpu_median = {name: statistics.median(values[1:]) for name, values in cpu.items()}
     for name in work:
@@ -341,9 +343,9 @@ def compare(
     same, varied = f"packed, CV {cvs[0]}", f"packed, CV {cvs[-1]}"
     print(f"CPU time, CV {cvs[0]} / CV {cvs[-1]}: {cpu_median[same] / cpu_median[varied]:.3g}")
     print("packed", end=" ")
-    waste = discarded(policies["packed"], last, tokens, config)
+    waste = discarded(policies["packed"], last.samples, tokens, config)
     print("padded", end=" ")
-    discarded(policies["padded"], last, two, config)
+    discarded(policies["padded"], last.samples, two, config)
 
     what = f"real tokens per second, CV {cvs[-1]} / CV {cvs[0]}"
     report("update", what, median[same] / median[varied], ">= 0.9")

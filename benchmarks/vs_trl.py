@@ -71,7 +71,7 @@ def make_trl_environment() -> None:
 
 def our_steps(folder: Path, steps: int, max_tokens: int, number: int) -> list[Step]:
     """The steps of a run of `verl.trainer.main_ppo`, the first one left out."""
-    from verl.utils.tracking import read_metrics  # not in TRL's environment
+    from verl.trainer.ppo.tracking import read_metrics  # not in TRL's environment
 
     out = folder / f"run{number}"
     settings = {

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from filelock import FileLock  # comes with torch
 
-from verl.protocol import Prompt, Sample
+from verl.algorithms.weights import response_weights
+from verl.protocol import OptimizerStep, Prompt, Sample, response_lengths
 
 ROOT = Path(__file__).parents[1]
 needs_onednn = pytest.mark.skipif(
@@ -70,7 +71,7 @@ def make_tiny_model(folder: Path, kind: str = "Qwen3", **overrides: Any) -> Path
 def make_samples(
     lengths: list[int], seed: int = 0, prompt_length: int = 5, **fields: Any
 ) -> list[Sample]:
-    """Samples with random tokens, log-probabilities, advantages and weights, two a group."""
+    """Samples with random tokens, log-probabilities and advantages, two a group."""
     rng = np.random.default_rng(seed)
     samples = []
     for i, length in enumerate(lengths):
@@ -78,11 +79,18 @@ def make_samples(
         log_probs = rng.normal(-4.5, 0.3, (3, length)).astype(np.float32)
         sample = Sample(prompt, i // 2, rng.integers(3, 100, length), "stop")
         sample.rollout_log_probs, sample.old_log_probs, sample.ref_log_probs = log_probs
-        sample.advantage, sample.weight = rng.normal(), rng.uniform(0.01, 0.1)
+        sample.advantage = rng.normal()
         for name, value in fields.items():
             setattr(sample, name, value)
         samples.append(sample)
     return samples
+
+
+def make_step(samples: list[Sample], mode: str = "token-mean", **options: Any) -> OptimizerStep:
+    """These samples with the weights of an aggregation; `options`: those of `response_weights`."""
+    options = {"max_response_length": 100} | options
+    weights = response_weights(response_lengths(samples), mode, **options)
+    return OptimizerStep(samples, weights.numpy())
 
 
 def free_address() -> str:

@@ -18,14 +18,15 @@ browser() {
 }
 browser &
 if [[ -z ${VERL_PYTHON:-${PYTHON:-}} ]]; then
-  bash "$HERE/../setup.sh" cpu --vllm ${MATH_SERVER_PYTHON:+--trainer-only}
+  bash "$HERE/../setup.sh" cpu --vllm --dev ${MATH_SERVER_PYTHON:+--trainer-only}
 fi
 wait
 source "$HERE/../train_scripts/_common.sh"
 cd "$REPO"
 export MATH_SERVER_PYTHON=${MATH_SERVER_PYTHON:-$REPO/.venv-server/bin/python}
 if ! "$MATH_SERVER_PYTHON" -c 'import math_verify, pytest' 2>/dev/null; then
-  echo "run.sh: $MATH_SERVER_PYTHON lacks the LaTeX server's packages: bash setup.sh --server-only" >&2
+  echo "run.sh: $MATH_SERVER_PYTHON lacks what the LaTeX server's tests need:" \
+    "bash setup.sh --dev --server-only" >&2
   exit 1
 fi
 

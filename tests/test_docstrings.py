@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-FILES = sorted(path for top in ("verl", "recipe") for path in (ROOT / top).rglob("*.py"))
+FILES = sorted(path for top in ("verl", "recipe", "server") for path in (ROOT / top).rglob("*.py"))
 
 
 def definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
@@ -52,6 +53,16 @@ def i():
 
 def test_there_are_files():
     assert len(FILES) > 20
+
+
+def test_the_server_names_its_modules_and_imports_none_of_them():
+    init = ROOT / "server" / "math" / "__init__.py"
+    docstring, *rest = ast.parse(init.read_text()).body
+    assert rest == []
+    named = re.findall(r"^ {4}(\w+) |`(\w+)`", docstring.value.value, re.MULTILINE)
+    assert sorted(a or b for a, b in named) == sorted(
+        path.stem for path in init.parent.glob("[a-z]*.py")
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -16,11 +16,18 @@
 # shellcheck shell=bash
 set -euo pipefail
 
+# asks_for_help ARGUMENT…: whether they hold --help or -h.
+asks_for_help() { [[ " $* " == *' --help '* || " $* " == *' -h '* ]]; }
+
+# first_comment SCRIPT: its --help.
+first_comment() { sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//; p;};}' "$1"; }
+
 REPO=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)
 PYTHON=${VERL_PYTHON:-${PYTHON:-}}
 [[ -n $PYTHON || ! -x $REPO/.venv/bin/python ]] || PYTHON=$REPO/.venv/bin/python
-# Looked for, not imported: that would take as long as a dry run.
-if ! "${PYTHON:=python3}" -c 'from importlib.util import find_spec as f; f("hydra").name, f("omegaconf").name' \
+PYTHON=${PYTHON:-python3}
+# Looked for, not imported: that would take as long as a dry run. --help needs none of them.
+if ! asks_for_help "$@" && ! "$PYTHON" -c 'from importlib.util import find_spec as f; f("hydra").name, f("omegaconf").name' \
   2>/dev/null; then
   printf 'error: %s lacks the packages that verl needs: run bash setup.sh gpu (or cpu) first\n' \
     "$PYTHON" >&2
@@ -143,15 +150,13 @@ math() {
 
 # launch MODULE OVERRIDE…: prints the configuration, sends the run to a cluster, or runs it.
 launch() {
-  case " ${*:2} " in
-    *' --help '* | *' -h '*)
-      printf '  bash %s [key=value …]\n\n' "$0"
-      sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//; p;};}' "$0"
-      echo
-      sed -n '4,/^# shellcheck/{/^# shellcheck/d; s/^# \{0,1\}//; p;}' "${BASH_SOURCE[0]}"
-      return
-      ;;
-  esac
+  if asks_for_help "$@"; then
+    printf '  bash %s [key=value …]\n\n' "$0"
+    first_comment "$0"
+    echo
+    sed -n '4,/^# shellcheck/{/^# shellcheck/d; s/^# \{0,1\}//; p;}' "${BASH_SOURCE[0]}"
+    return
+  fi
   if [[ ${DRY_RUN:-0} == 0 ]]; then
     [[ ${SUBMIT:-0} == 0 ]] || exec "$PYTHON" "$REPO/train_scripts/_submit.py" "$@"
     if [[ ${RAY_ADDRESS:-} == http* ]]; then

@@ -6,5 +6,4 @@
 #
 # It draws the problems, warms a tiny model up on search traces (kept for the next time), trains it
 # with RL, and ends with a table and a report.
-source "$(dirname -- "${BASH_SOURCE[0]}")/_tiny_countdown.sh"
-run_tiny "$@"
+source "$(dirname -- "${BASH_SOURCE[0]}")/_tiny.sh" countdown "$@"

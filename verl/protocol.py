@@ -1,7 +1,6 @@
-"""What travels between the stages of a training step: prompts, and one `Sample` per response.
+"""What travels between the stages of a training step: prompts, responses, and optimizer steps.
 
-Everything is ragged numpy. Padded or packed tensors exist only inside a worker
-(`verl.models.packing`).
+All is ragged numpy; padded or packed tensors exist only inside a worker (`verl.models.packing`).
 """
 
 from __future__ import annotations
@@ -19,11 +18,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(slots=True)
 class Prompt:
-    """One row of a dataset, tokenized.
-
-    Example: ``Prompt(index=7, token_ids=np.array([5, 9]), data_source="countdown",
-    ground_truth={"target": 24, "numbers": [4, 6]}, extra_info={})``
-    """
+    """One row of a dataset, tokenized."""
 
     index: int
     """Row number in the dataset (over all its files, before filtering)."""
@@ -32,34 +27,32 @@ class Prompt:
     data_source: str
     """Chooses the reward function, and names the validation metrics."""
     ground_truth: Any
-    """What the reward function compares the response with."""
+    """What the reward function compares with, such as ``{"target": 24, "numbers": [4, 6]}``."""
     extra_info: dict[str, Any] = field(default_factory=dict)
     """Passed to the reward function."""
 
 
 @dataclass(slots=True)
 class Sample:
-    """One response, and all that the step learns about it. Each stage fills the fields it owns.
-
-    Example: two tokens were sampled and the second one ended the sequence::
-
-        Sample(prompt=prompt, group=0, response_ids=np.array([17, 2]), finish_reason="stop",
-               rollout_log_probs=np.array([-0.3, -0.1], np.float32))
-    """
+    """One response of R tokens, and all that the step learns about it. Each stage fills the fields
+    it owns."""
 
     prompt: Prompt
     group: int
-    """Samples of the same prompt in one rollout batch share this number."""
+    """Responses to the same prompt in one rollout batch share this number."""
     response_ids: NDArray[np.int64]
-    """Sampled tokens with the end-of-sequence token, if there was one, [L]."""
+    """With the end-of-sequence token, if there was one, [R]."""
     finish_reason: FinishReason
     """`length`: the response hit the limit without an end-of-sequence token (truncated)."""
-    draw: int = 0
-    """Which of the responses to its prompt this is, from 0."""
+    response_index: int = 0
+    """Which of the n responses to its prompt this is, from 0."""
     policy_version: int = 0
-    """Training steps that the policy had made when it drew the response."""
+    """Training steps of the policy that generated the response."""
+    loss_mask: NDArray[np.bool_] | None = None
+    """True for the tokens that the policy generated, [R]; None: all of them. The others (a tool's
+    answer) are only read: they have no part in lengths, weights and losses."""
     rollout_log_probs: NDArray[np.float32] | None = None
-    """Log-probability of each sampled token under the distribution it was drawn from, [L]."""
+    """Log-probability of each token under the distribution it was sampled from, [R]."""
     score: float = 0.0
     """What the reward function returned."""
     reward: float = 0.0
@@ -67,22 +60,20 @@ class Sample:
     extras: dict[str, Any] = field(default_factory=dict)
     """Everything else the reward function returned, such as `acc`."""
     old_log_probs: NDArray[np.float32] | None = None
-    """Log-probabilities under the policy before this step's updates, [L]."""
+    """Log-probabilities under the policy before this step's updates, [R]."""
     ref_log_probs: NDArray[np.float32] | None = None
-    """Log-probabilities under the reference policy, [L]."""
+    """Log-probabilities under the reference policy, [R]."""
     advantage: float = 0.0
     """One number per response: rewards are outcome rewards."""
-    weight: float = 0.0
-    """w_i of `loss = Σ_i w_i Σ_t ℓ_it` (`verl.trainer.ppo.core_algos.response_weights`)."""
 
     @property
     def length(self) -> int:
-        """Response length in tokens, L."""
-        return len(self.response_ids)
+        """Tokens of the response that count, L."""
+        return len(self.response_ids) if self.loss_mask is None else int(self.loss_mask.sum())
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and response together: what the sample costs in a forward pass, in tokens."""
+        """Tokens of prompt and response together."""
         return len(self.prompt.token_ids) + len(self.response_ids)
 
     @property
@@ -90,71 +81,76 @@ class Sample:
         """Whether the response hit the length limit without an end-of-sequence token."""
         return self.finish_reason == "length"
 
+    def counted(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Of one value per token of the response, [R], those that count, [L]."""
+        return values if self.loss_mask is None else values[self.loss_mask]
+
 
 ARRAYS: dict[str, np.dtype[Any]] = {
     "response_ids": np.dtype(np.int64),
+    "loss_mask": np.dtype(np.bool_),
     **dict.fromkeys(("rollout_log_probs", "old_log_probs", "ref_log_probs"), np.dtype(np.float32)),
 }
-"""Fields of `Sample` that hold one number per token."""
+"""Fields of `Sample` that hold one value per token of the response."""
 
 
-class Parcel(list[Sample]):
-    """Samples on their way to another process, where they arrive as a plain list.
+class SampleBatch(list[Sample]):
+    """Samples that are sent to another process, where they arrive as a plain list.
 
-    Their arrays are copied once, into the message; those that arrive are read-only views of it.
-    Pickled field by field, which is several times faster than sample by sample.
-
-    `without`: arrays that stay behind; they arrive as None.
+    Pickled field by field, which is several times faster than sample by sample: arrays are copied
+    once, into the message, and arrive as read-only views of it; those in `omit` as None.
     """
 
-    def __init__(self, samples: Iterable[Sample], without: Sequence[str] = ()) -> None:
+    def __init__(self, samples: Iterable[Sample], omit: Sequence[str] = ()) -> None:
         super().__init__(samples)
-        self.without = without
+        self.omit = omit
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         columns: dict[str, list[Any]] = {}
         for f in fields(Sample):
-            stays = f.name in self.without
-            values = [None] * len(self) if stays else [getattr(s, f.name) for s in self]
-            columns[f.name] = _buffers(values, ARRAYS[f.name]) if f.name in ARRAYS else values
+            values = [None if f.name in self.omit else getattr(s, f.name) for s in self]
+            if dtype := ARRAYS.get(f.name):
+                arrays = [None if v is None else np.ascontiguousarray(v, dtype) for v in values]
+                values = [None if a is None else PickleBuffer(a.data) for a in arrays]
+            columns[f.name] = values
         return _samples, (columns,)
-
-
-class Ragged(list[NDArray[np.float32]]):
-    """Arrays [L_i] on their way to another process: as those of a `Parcel`."""
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        dtype: np.dtype[Any] = np.dtype(np.float32)
-        return _views, (_buffers(self, dtype), dtype)
-
-
-def _buffers(arrays: Iterable[Any], dtype: np.dtype[Any]) -> list[PickleBuffer | None]:
-    return [
-        None if a is None else PickleBuffer(np.ascontiguousarray(a, dtype).data) for a in arrays
-    ]
-
-
-def _views(buffers: Iterable[Any], dtype: np.dtype[Any]) -> list[Any]:
-    return [None if b is None else np.frombuffer(b, dtype) for b in buffers]
 
 
 def _samples(columns: dict[str, list[Any]]) -> list[Sample]:
     for name, dtype in ARRAYS.items():
-        columns[name] = _views(columns[name], dtype)
+        columns[name] = [None if b is None else np.frombuffer(b, dtype) for b in columns[name]]
     return list(map(Sample, *(columns[f.name] for f in fields(Sample))))
 
 
+@dataclass(slots=True)
+class OptimizerStep:
+    """The responses of one optimizer step, each with its weight in the loss Σ_i w_i Σ_t ℓ_it. A
+    response that is used in several epochs has another weight in each step."""
+
+    samples: list[Sample]
+    weights: NDArray[np.float32]
+    """w_i, [N] (`verl.algorithms.weights.response_weights`)."""
+
+    def share(self, indices: Sequence[int]) -> OptimizerStep:
+        """These responses with their weights, for one rank or micro-batch."""
+        samples = SampleBatch(self.samples[i] for i in indices)
+        return OptimizerStep(samples, self.weights[list(indices)])
+
+
 def response_lengths(samples: Iterable[Sample]) -> NDArray[np.int64]:
-    """Response lengths in tokens, int64 [N]."""
-    return np.fromiter((len(s.response_ids) for s in samples), np.int64)
+    """Tokens of each response that count, int64 [N]."""
+    return np.fromiter(  # the property takes twice as long
+        (len(s.response_ids) if s.loss_mask is None else s.length for s in samples), np.int64
+    )
 
 
-def column(samples: Iterable[Sample], name: str) -> NDArray[np.float64]:
-    """One number per response: the field `name` of each sample, float64 [N]."""
-    return np.array([getattr(s, name) for s in samples], dtype=np.float64)
+@dataclass(slots=True)
+class WeightChunk:
+    """W of the policy's weights on their way to the engines. A chunk with neither tensors nor
+    handles announces a broadcast."""
 
-
-def fill(samples: Sequence[Sample], name: str, values: Iterable[Any]) -> None:
-    """Sets the field `name` of each sample; ValueError if the numbers of both differ."""
-    for sample, value in zip(samples, values, strict=True):
-        setattr(sample, name, value)
+    names: list[str]  # in the checkpoint, [W]
+    dtype: str  # PyTorch's name of their type, such as bfloat16
+    shapes: list[list[int]]  # [W]
+    tensors: list[Any] | None = None  # on the host, [W]
+    ipc_handles: list[dict[str, Any]] | None = None  # to those on a GPU, by the GPU's id, [W]

@@ -18,16 +18,17 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from verl.algorithms.advantages import advantages
+from verl.algorithms.weights import response_weights
+from verl.config.schema import Config
 from verl.data.dataset import load_prompts
-from verl.models.fsdp import PolicyModel
 from verl.models.hf import load_hf_model, load_tokenizer
+from verl.models.logprobs import PolicyModel
 from verl.models.packing import pack
-from verl.protocol import Sample, column, response_lengths
-from verl.rewards.manager import RewardManager
-from verl.trainer.config.schema import Config
-from verl.trainer.ppo.core_algos import advantages, response_weights
-from verl.workers.rollout.base import SamplingParams
-from verl.workers.rollout.hf import HFEngine
+from verl.protocol import Sample, response_lengths
+from verl.rewards.scorer import RewardManager
+from verl.rollout.engine import SamplingParams
+from verl.rollout.hf import HFEngine
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Method:
 
     name: str
     mode: str
-    """A key of `verl.trainer.ppo.core_algos.WEIGHTS`."""
+    """A key of `verl.algorithms.weights.WEIGHTS`."""
     script: tuple[str, ...]
     """Arguments of the quick start."""
     alpha: float = 0.0
@@ -97,7 +98,7 @@ def batch_gradients(
     coefficients, predicted = [], []
     for method in METHODS:
         w = response_weights(lengths, method.mode, max_response_length, method.alpha).numpy()
-        rewards, groups = column(samples, "reward"), column(samples, "group").astype(np.int64)
+        rewards, groups = [s.reward for s in samples], [s.group for s in samples]
         a = advantages(rewards, groups, lengths, "grpo", method.norm_by_std).numpy()
         coefficients.append(w * a)
         predicted.append(np.sqrt(w**2 @ lengths) / w.sum())
@@ -129,7 +130,8 @@ def measure(config_yaml: str, model_path: str, batches: int, seed: int, name: st
     tokenizer = load_tokenizer(model)
     prompts = load_prompts(data.train_files, data, tokenizer)
     longest = data.max_prompt_length + data.max_response_length
-    engine = HFEngine(model, rollout, "cpu", longest)
+    engine = HFEngine()
+    engine.build(model, rollout, "cpu", longest)
     policy = PolicyModel(load_hf_model(model, torch.float32))
     rewards = RewardManager(
         config.reward_model, config.custom_reward_function, tokenizer, data.max_response_length
@@ -142,9 +144,9 @@ def measure(config_yaml: str, model_path: str, batches: int, seed: int, name: st
             rollout.n, data.max_response_length, rollout.temperature, seed=(seed, 3, number)
         )
         work = [prompts[i] for i in chosen]
-        samples = [s for part in engine.generate(work, range(len(work)), params) for s in part]
-        rewards.score(samples)
-        return sorted(samples, key=lambda s: (s.group, s.draw))
+        samples = engine.generate_all(work, range(len(work)), params)
+        rewards.submit(samples).result()
+        return sorted(samples, key=lambda s: (s.group, s.response_index))
 
     def rows() -> Iterator[tuple[Any, ...]]:
         for k in tqdm(range(batches), desc=name, mininterval=5):

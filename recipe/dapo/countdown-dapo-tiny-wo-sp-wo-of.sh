@@ -5,6 +5,5 @@
 #                                    [--seed N] [--out DIR] [--fresh] [key=value …]
 #
 # It uses the quick start's problems and warmed-up model, makes them where they are missing, trains
-# with RL, and ends with a table and a picture.
-source "$(dirname -- "${BASH_SOURCE[0]}")/../../train_scripts/_tiny_countdown.sh"
-METHOD=dapo-norm run_tiny_dapo "$@"
+# with RL, and ends with a table and a report.
+source "$(dirname -- "${BASH_SOURCE[0]}")/../../train_scripts/_tiny.sh" countdown-dapo "$@"

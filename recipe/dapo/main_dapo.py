@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from verl.trainer.config import entry_point
+from verl.config.load import entry_point
 from verl.trainer.main_ppo import run
 
 if __name__ == "__main__":

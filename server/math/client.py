@@ -1,4 +1,4 @@
-"""Ask the LaTeX server, from the command line or from Python; needs only the standard library.
+"""The client of the LaTeX server, for Python and the command line; needs only the standard library.
 
 python client.py '\\frac{3}{5}' 0.6          prints the verdict; exit status 0 equal, 1 not equal
 python client.py --pairs pairs.jsonl         one {"gold", "pred"} a line in, one verdict a line out

@@ -16,13 +16,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import structures
-from evaluate import TooLarge, Undecided, exact
-from normalise import normalise, words
-from tokens import ParseError, TooComplex
-from tree import Node, parse
-from units import split_units
-from values import same_values
+from . import structures, symbolic
+from .evaluate import TooLarge, Undecided, exact
+from .normalise import normalise, words
+from .tokens import ParseError, TooComplex
+from .tree import Node, parse
+from .units import split_units
+from .values import same_values
 
 MAX_QUICK = 200  # characters of a normalised answer that are parsed on the event loop
 MAX_LENGTH = 5_000  # characters of an answer that are read at all
@@ -66,7 +66,7 @@ def judge(gold: str, pred: str) -> Verdict:
     except (ParseError, Undecided):
         pass
     try:
-        equal = _symbolic(gold, pred)
+        equal = symbolic.equal(gold, pred)
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception:  # the library raises anything on input it can't handle
@@ -107,7 +107,7 @@ def cache_key(gold: str, pred: str) -> tuple[str, str]:
 
 def preload() -> None:
     """Import what the expensive stages need, so that no task pays for it."""
-    _symbolic("1", r"\int_0^1 1 dx")
+    symbolic.equal("1", r"\int_0^1 1 dx")
 
 
 def _numeric(gold: str, pred: str) -> Verdict | None:
@@ -162,9 +162,3 @@ def _as_decimals(
     if _DECIMAL_COMMA.fullmatch(pred) and exact(gold_tree) is not None:
         return gold_tree, parse(pred.replace(",", "."))
     return None
-
-
-def _symbolic(gold: str, pred: str) -> bool | None:
-    import symbolic
-
-    return symbolic.equal(gold, pred)

@@ -15,7 +15,8 @@ from math import ceil, comb, factorial, isqrt
 
 import mpmath
 from mpmath.libmp.libhyper import NoConvergence
-from tree import Node
+
+from .tree import Node
 
 MAX_BITS = 4_096
 MAX_EXPONENT = 1_000_000  # of two: what may come out of a power or a factorial

@@ -1,4 +1,4 @@
-"""What the server knows about a pair: quick stages, cache, and the job that is already running."""
+"""The shortest way to a verdict: quick stages, cache, a job that already runs, a new job."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import math
 import time
 from collections.abc import Sequence
 
-import equivalence
-from equivalence import Verdict
-from pool import Outcome, Pool, PoolFull
+from . import equivalence
+from .equivalence import Verdict
+from .pool import Outcome, Pool, PoolFull
 
 log = logging.getLogger("uvicorn.error")
 LIMITS = {

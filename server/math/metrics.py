@@ -1,16 +1,17 @@
-"""What the server tells Prometheus."""
+"""The server's metrics, in the text format of Prometheus."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 
-from judge import Judge
-from pool import Pool
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .judge import Judge
+from .pool import Pool
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 
-from phrases import number_in_words, phrase, without_article
-from units import UNITS
-from vocabulary import FUNCTIONS
+from .phrases import number_in_words, phrase, without_article
+from .units import UNITS
+from .vocabulary import FUNCTIONS
 
 _WORDS = {"and": r"\land ", "or": r"\lor "} | {
     word: sign

@@ -1,6 +1,6 @@
 """A process pool for asyncio whose jobs can be killed.
 
-    pool = Pool("equivalence:judge", workers=2, time_limit=2.0)
+    pool = Pool("server.math.equivalence:judge", workers=2, time_limit=2.0)
     await pool.start()
     outcome = await pool.submit(r"\\frac{1}{2}", "0.5")   # Outcome("ok", {"equal": True, …})
     await pool.close()
@@ -31,9 +31,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from worker import COMMAND, FORK
+from .worker import COMMAND, FORK
 
-WORKER_SCRIPT = Path(__file__).with_name("worker.py")
+ROOT = Path(__file__).parents[2]
 START_LIMIT_S = 60.0
 """The template has to import and warm up everything within this time."""
 RESPAWN_DELAY_S = 0.5
@@ -80,8 +80,9 @@ class Pool:
     """Runs the function `target` ("module:function") in worker processes; see the module's text.
 
     Args:
-        target: Imported by the template from its `sys.path`, where the module's `preload()` is
-            called. Takes and returns what JSON can carry; a dataclass becomes an object.
+        target: Imported by the template from the repository's root, where the module's
+            `preload()` is called. Takes and returns what JSON can carry; a dataclass becomes an
+            object.
         workers: Number of processes that work at the same time.
         time_limit: Seconds of wall-clock time for a job once it has started.
         memory_limit: Bytes of address space for each worker.
@@ -268,7 +269,8 @@ class Pool:
         arguments = theirs.fileno(), self.target, self.memory_limit
         with theirs:
             self._template = subprocess.Popen(
-                [sys.executable, WORKER_SCRIPT, *map(str, arguments)],
+                [sys.executable, "-m", f"{__package__}.worker", *map(str, arguments)],
+                cwd=ROOT,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # parsers print

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from evaluate import NEGLIGIBLE, Undecided, crossings, symbols, value
-from tree import Node
+from .evaluate import NEGLIGIBLE, Undecided, crossings, symbols, value
+from .tree import Node
 
 OPERATIONS = ("cup", "cap", "minus", "such")
 MAX_ENDS, MAX_SIDES = 200, 4

@@ -1,6 +1,6 @@
 """HTTP server that judges whether two LaTeX answers are equal.
 
-    python server.py [--host 127.0.0.1] [--port 6284] [--workers N] …      (--help lists all)
+    python -m server.math [--host 127.0.0.1] [--port 6284] [--workers N] …      (--help lists all)
 
     POST /is_equal  {"str1": gold, "str2": pred}         → {"equal": true}
     POST /verify    {"pairs": [{"gold": …, "pred": …}]}  → {"results": [{"equal", "how", "status"}]}
@@ -25,16 +25,17 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import openapi
 import uvicorn
-from judge import Judge
-from metrics import CONTENT_TYPE, Metrics
-from pool import Pool, PoolClosed, PoolFull
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+
+from . import openapi
+from .judge import Judge
+from .metrics import CONTENT_TYPE, Metrics
+from .pool import Pool, PoolClosed, PoolFull
 
 log = logging.getLogger("uvicorn.error")
 BODY_TIMEOUT_S = 30.0
@@ -81,7 +82,7 @@ class Settings:
 def parse_settings(arguments: Sequence[str]) -> Settings:
     """Settings from the command line, else from the environment, else the defaults."""
     about, epilog = __doc__.splitlines()[0], "Each option has a variable: MATH_SERVER_MAX_PAIRS=64."
-    parser = argparse.ArgumentParser(description=about, epilog=epilog)
+    parser = argparse.ArgumentParser("python -m server.math", description=about, epilog=epilog)
     for field in dataclasses.fields(Settings):
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
@@ -148,7 +149,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.pool = Pool(
-            "equivalence:judge",
+            "server.math.equivalence:judge",
             workers=settings.workers,
             time_limit=settings.time_limit,
             memory_limit=settings.memory_limit_mb << 20,
@@ -294,10 +295,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             listener.listen(config.backlog)  # two sockets may be bound to a port, one may listen
         except OSError as error:
-            sys.exit(f"server.py: {settings.host}:{settings.port}: {error.strerror}")
+            sys.exit(f"server.math: {settings.host}:{settings.port}: {error.strerror}")
         server.run([listener])
     sys.exit(0 if server.started else 1)
-
-
-if __name__ == "__main__":
-    main()

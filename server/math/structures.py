@@ -1,4 +1,4 @@
-r"""Comparing trees: lists, tuples, intervals, sets, matrices, relations, down to expressions.
+r"""Two trees, compared part by part: lists, tuples, intervals, sets, matrices, relations.
 
 Conventions, all of them common in public answer checkers:
 
@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fractions import Fraction
 
-import regions
-from evaluate import Undecided, equal, exact, has, symbols, value
-from tidy import COLLECTIONS, is_numbered, name_of, tidy, value_of
-from tree import Node
-from values import same_values
+from . import regions
+from .evaluate import Undecided, equal, exact, has, symbols, value
+from .tidy import COLLECTIONS, is_numbered, name_of, tidy, value_of
+from .tree import Node
+from .values import same_values
 
 MAX_ITEMS = 64
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "==": "=="}

@@ -2,9 +2,9 @@ r"""One tree for what answers write in several ways, and the names that answers 
 
 from __future__ import annotations
 
-from evaluate import find
-from tree import Node
-from vocabulary import word_set
+from .evaluate import find
+from .tree import Node
+from .vocabulary import word_set
 
 COLLECTIONS = ("list", "set", "group", "matrix", "det")
 _NAMES = word_set("apply fn abs div ratio degree pow mul matrix row cap cup")

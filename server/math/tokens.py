@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from vocabulary import FUNCTIONS, GREEK
+from .vocabulary import FUNCTIONS, GREEK
 
 MAX_TOKENS = 4_000
 _TOKEN = re.compile(

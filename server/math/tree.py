@@ -11,9 +11,9 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-import vocabulary
-from tokens import ParseError, TooComplex, tokens
-from vocabulary import CLOSERS, FUNCTIONS, NOT_A_FACTOR, RELATIONS, TIMES
+from . import vocabulary
+from .tokens import ParseError, TooComplex, tokens
+from .vocabulary import CLOSERS, FUNCTIONS, NOT_A_FACTOR, RELATIONS, TIMES
 
 MAX_DEPTH = 40
 MAX_DIGITS = 400

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from phrases import PARTS, POWERS, VALUES
-from vocabulary import word_set
+from .phrases import PARTS, POWERS, VALUES
+from .vocabulary import word_set
 
 UNITS = word_set(
     "mm cm dm km kg mg lb lbs oz ft mi yd hr hrs min mins sec secs ms mph kmh km/h m/s "

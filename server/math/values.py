@@ -1,4 +1,4 @@
-"""Comparing two expressions by value, with the conventions of per cent signs and decimals.
+"""Two expressions, compared by value, with the conventions of per cent signs and decimals.
 
 * ``75%`` equals both ``75`` and ``0.75``; a degree sign may be missing on one side.
 * A decimal of at least six significant digits equals the exact value it abbreviates, that is,
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from evaluate import CONSTANTS, Undecided, equal, exact, has, symbols, value
-from tree import Node
+from .evaluate import CONSTANTS, Undecided, equal, exact, has, symbols, value
+from .tree import Node
 
 MIN_SIGNIFICANT, MIN_PLACES = 6, 4
 FLOAT_DIGITS = 16  # the last one of a printed float is rounding

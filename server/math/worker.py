@@ -6,7 +6,9 @@ The template has imported and warmed up all that a job needs, holds one thread a
 server's sockets, so that a new worker is ready within milliseconds and inherits nothing. It dies
 with the server (its control socket closes), a worker dies with it (`PR_SET_PDEATHSIG`).
 
-Started by `pool.Pool`, not by hand:  python worker.py CONTROL_FD MODULE:FUNCTION MEMORY_LIMIT
+Started by `pool.Pool`, not by hand:
+
+    python -m server.math.worker CONTROL_FD MODULE:FUNCTION MEMORY_LIMIT
 """
 
 from __future__ import annotations

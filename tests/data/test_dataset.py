@@ -11,9 +11,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from verl.config.base import SFTDataConfig
+from verl.config.schema import DataConfig
 from verl.data.dataset import PromptOrder, load_prompts, load_sft_rows
-from verl.trainer.config.schema import DataConfig
-from verl.trainer.config.sft_schema import SFTDataConfig
 
 WORDS = ["<unk>", "<eos>", "a", "b", "c", "d", "e", "<user>", "<system>", "<assistant>"]
 UNK, EOS, A, B, C, D, E, USER, SYSTEM, ASSISTANT = range(10)
@@ -262,7 +262,7 @@ def test_sft_rows_end_with_eos(tmp_path):
     assert sample.prompt.token_ids.tolist() == [A, B]
     assert sample.response_ids.tolist() == [C, EOS]
     assert sample.response_ids.dtype == np.int64
-    assert (sample.finish_reason, sample.weight) == ("stop", 0.0)
+    assert sample.finish_reason == "stop"
 
 
 def test_sft_rows_that_are_too_long(tmp_path, caplog):

@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset
 
 from tests.helpers import make_tokenizer
+from verl.config.schema import DataConfig
 from verl.data.dataset import load_prompts
-from verl.trainer.config.schema import DataConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "data_preprocess"))
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl.rewards.math_answer import compare
+from verl.rewards.math import compare
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 

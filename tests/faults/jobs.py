@@ -16,7 +16,7 @@ import psutil
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.test_main_ppo import command
-from verl.utils.tracking import read_metrics
+from verl.trainer.ppo.tracking import read_metrics
 
 PATIENCE_S = 300
 
@@ -62,7 +62,7 @@ class Job:
 
     def until_workers(self) -> Any:
         """Waits until there are actor ranks, which engines follow."""
-        return self.until(lambda: self.find("ray::ActorWorker"), pause=0.2)
+        return self.until(lambda: self.find("ray::PolicyWorker"), pause=0.2)
 
     def processes(self) -> list[psutil.Process]:
         """All that belong to it and live."""

@@ -11,9 +11,9 @@ import pytest
 import ray
 
 from tests.faults.jobs import job, lines
+from verl.config.load import load_config
 from verl.trainer import main_ppo
-from verl.trainer.config import load_config
-from verl.utils.checkpoint import LATEST
+from verl.trainer.ppo.checkpoint import LATEST
 
 ROW: dict[str, Any] = {
     "data_source": "countdown",
@@ -30,7 +30,7 @@ def refused(
     capsys: pytest.CaptureFixture[str],
     *overrides: str,
 ) -> str:
-    """What a run on these rows says when it ends, before Ray starts."""
+    """What a run on these rows says when it ends with status 2."""
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     settings = [
         f"data.train_files={folder}/train.parquet",
@@ -103,6 +103,7 @@ def test_a_key_that_vllm_does_not_know_is_named(
         capsys,
         "actor_rollout_ref.rollout.name=vllm",
         "actor_rollout_ref.rollout.engine_kwargs.vllm.block_sizes=16",
+        "trainer.n_gpus_per_node=1",
     )
     if "not installed" in error:
         pytest.skip("needs vLLM")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.jobs import assert_same, job
-from verl.utils.checkpoint import LATEST, damage
+from verl.trainer.ppo.checkpoint import LATEST, damage
 
 
 def test_a_dead_actor_rank_ends_the_run_and_ctrl_c_after_the_step(
@@ -22,10 +22,10 @@ def test_a_dead_actor_rank_ends_the_run_and_ctrl_c_after_the_step(
     folder = tmp_path / "run"
     with job(settings, folder) as running:
         running.until(lambda: (folder / LATEST).exists())
-        running.kill("ray::ActorWorker")
+        running.kill("ray::PolicyWorker")
         log = running.end(1)
     assert "Traceback" not in log
-    assert "a worker died, of class ActorWorker" in log
+    assert "a worker died, of class PolicyWorker" in log
     assert f"the same command goes on from {folder}/global_step_2\n" in log
     assert "ActorDiedError" in (folder / "error.log").read_text()
     assert damage(folder / "global_step_2") is None

@@ -40,7 +40,7 @@ def kill_engine(running: Job, rng: np.random.Generator) -> bool:
 
 
 def kill_actor(running: Job, rng: np.random.Generator) -> bool:
-    return running.kill("ray::ActorWorker", rng.choice)
+    return running.kill("ray::PolicyWorker", rng.choice)
 
 
 KILLS: dict[str, Callable[[Job, np.random.Generator], bool]] = {
@@ -103,6 +103,6 @@ def test_a_reward_server_that_is_killed_loses_nothing(
             for _ in range(number):
                 running.until_step(rng.integers(0, 6))
                 time.sleep(rng.uniform(0, LONGEST_S))
-                assert running.until(lambda: running.kill("server/math/server.py"))
+                assert running.until(lambda: running.kill("-m server.math "))
             running.end()
     assert lines(tmp_path / "killed") == lines(tmp_path / "alone")

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers import free_address, make_samples
+from tests.helpers import free_address, make_samples, make_step
 from tests.trainer.test_main_ppo import read, run, settings  # noqa: F401  a fixture
-from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
-from verl.workers.actor import ActorWorker, LossConfig, MicroBatchLimit
+from verl.algorithms.losses import LossConfig
+from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig
+from verl.models.policy import MicroBatchLimit, PolicyWorker
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,22 +30,21 @@ def one_rank() -> Iterator[None]:
 
 
 def test_packed_is_padded(one_rank: None, tiny_model: Path) -> None:
-    samples = make_samples([3, 9, 0, 1, 20, 7], weight=0.05)
+    step = make_step(make_samples([3, 9, 0, 1, 20, 7]))
     gradients, log_probs = [], []
     for remove_padding in (True, False):
-        worker = ActorWorker("cuda")
+        worker = PolicyWorker("cuda")
         offload = FSDPConfig(param_offload=True, optimizer_offload=True)
         model = ModelConfig(path=str(tiny_model), use_remove_padding=remove_padding)
         worker.build(model, offload, OptimConfig(lr=1e-3), 10)
-        log_probs.append(worker.log_probs(samples, "actor", 1.0, MicroBatchLimit(4)))
+        log_probs.append(worker.log_probs(step.samples, "actor", 1.0, MicroBatchLimit(4)))
         worker.actor.onload()
-        worker.actor.accumulate_gradient(samples, LossConfig(), MicroBatchLimit(4))
+        worker.actor.accumulate_gradient(step, LossConfig(), MicroBatchLimit(4))
         grads = [p.grad.full_tensor().flatten() for p in worker.actor.model.parameters()]
         gradients.append(torch.cat(grads))
     packed, padded = gradients
     assert ((packed - padded).norm() / padded.norm()).item() < 2e-2  # bfloat16
-    for a, b in zip(*log_probs, strict=True):
-        np.testing.assert_allclose(a, b, atol=5e-2)
+    np.testing.assert_allclose(*log_probs, atol=5e-2)
 
 
 def test_main_job(settings: list[str], tmp_path: Path) -> None:  # noqa: F811

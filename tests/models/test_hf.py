@@ -9,9 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from tests.helpers import free_address, make_tiny_model, make_tokenizer
+from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig
 from verl.models.hf import check_model, stop_token_ids
-from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
-from verl.workers.actor import ActorWorker
+from verl.models.policy import PolicyWorker
 
 
 def test_stop_tokens_are_those_of_the_generation_config_and_the_tokenizer(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_recurrent_layers_are_refused_where_sequences_are_packed(tmp_path: Path)
     dist.init_process_group("gloo", init_method=free_address(), rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match=r"conv.*use_remove_padding=False"):
-            ActorWorker("cpu").build(ModelConfig(str(tmp_path)), FSDPConfig(), OptimConfig(), 1)
+            PolicyWorker("cpu").build(ModelConfig(str(tmp_path)), FSDPConfig(), OptimConfig(), 1)
     finally:
         dist.destroy_process_group()
 
@@ -66,7 +66,7 @@ def test_the_generation_config_is_kept(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [0, 5]}))
     dist.init_process_group("gloo", init_method=free_address(), rank=0, world_size=1)
     try:
-        worker = ActorWorker("cpu")
+        worker = PolicyWorker("cpu")
         worker.build(ModelConfig(str(folder)), FSDPConfig(), OptimConfig(), 1)
         worker.save_hf(str(tmp_path / "after"), make_tokenizer())
     finally:

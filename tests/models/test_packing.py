@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers import make_samples
 from verl.models.packing import (
+    loss_inputs,
     pack,
     packed_sdpa,
-    per_token,
+    per_token_of_response,
     register_packed_attention,
-    split_per_sample,
 )
-from verl.protocol import Prompt, Sample
+from verl.protocol import OptimizerStep, Prompt, Sample
 
 CPU = torch.device("cpu")
 
@@ -87,22 +87,39 @@ def test_no_samples_are_one_token_that_predicts_nothing(remove_padding):
     assert hidden[batch.predictors].shape == (0, 8)
 
 
-def test_fields_per_token_and_back():
+def test_what_the_loss_sees_and_back():
     samples = make_samples([3, 0, 2, 1])
-    values = per_token(samples, "old_log_probs", CPU)
-    assert values.dtype == torch.float32
-    for s, part in zip(samples, split_per_sample(values, samples), strict=True):
+    step = OptimizerStep(samples, np.array([0.1, 0.2, 0.3, 0.4], np.float32))
+    log_probs = entropy = torch.zeros(6)
+    x = loss_inputs(step, log_probs, entropy)
+    assert x.log_probs is log_probs and x.lengths.tolist() == [3, 0, 2, 1]
+    for s, part in zip(samples, per_token_of_response(x.old_log_probs, samples), strict=True):
         assert part.dtype == np.float32
         np.testing.assert_array_equal(part, s.old_log_probs)
-    weights = per_token(samples, "weight", CPU)
-    expected = [samples[i].weight for i in (0, 0, 0, 2, 2, 3)]
-    torch.testing.assert_close(weights, torch.tensor(expected))
-    assert per_token([], "weight", CPU).shape == (0,)
+    owner = [0, 0, 0, 2, 2, 3]
+    np.testing.assert_array_equal(x.weights, step.weights[owner])
+    np.testing.assert_array_equal(x.advantages, np.float32([samples[i].advantage for i in owner]))
+    samples[0].ref_log_probs = None
+    assert loss_inputs(step, log_probs, entropy).ref_log_probs is None
+    empty = loss_inputs(step.share([]), log_probs[:0], entropy[:0])
+    assert len(empty.weights) == len(empty.lengths) == len(empty.old_log_probs) == 0
+
+
+def test_masked_tokens_are_read_but_not_predicted():
+    s = sample([5, 6], [1, 2, 3, 4])
+    s.loss_mask = np.array([True, False, False, True])
+    s.old_log_probs = np.array([-1.0, np.nan, np.nan, -4.0], np.float32)
+    batch = pack([s, sample([7], [9])], CPU)
+    assert batch.input_ids.tolist() == [[5, 6, 1, 2, 3, 7]]
+    assert batch.predictors.tolist() == [1, 4, 5] and batch.targets.tolist() == [1, 4, 9]
+    x = loss_inputs(OptimizerStep([s], np.ones(1, np.float32)), torch.zeros(2), torch.zeros(2))
+    assert x.old_log_probs.tolist() == [-1, -4] and x.weights.tolist() == [1, 1]
+    assert per_token_of_response(torch.tensor([-2.0, -3.0]), [s])[0].tolist() == [-2, 0, 0, -3]
 
 
 def test_results_with_a_gradient_in_a_short_type_are_split():
     values = torch.tensor([0.5, -0.25, 2.0], dtype=torch.bfloat16, requires_grad=True)
-    parts = split_per_sample(values, make_samples([1, 2]))
+    parts = per_token_of_response(values, make_samples([1, 2]))
     assert [part.tolist() for part in parts] == [[0.5], [-0.25, 2.0]]
 
 

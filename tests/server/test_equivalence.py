@@ -6,19 +6,18 @@ import time
 
 import pytest
 
-from tests.server.pairs import EQUAL, UNEQUAL
-
 pytest.importorskip("math_verify")
 
-import equivalence
-import evaluate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from normalise import normalise
-from phrases import number_in_words
-from tree import parse
-from units import split_unit
-from vocabulary import word_set
+
+from server.math import equivalence, evaluate
+from server.math.normalise import normalise
+from server.math.phrases import number_in_words
+from server.math.tree import parse
+from server.math.units import split_unit
+from server.math.vocabulary import word_set
+from tests.server.pairs import EQUAL, UNEQUAL
 
 HOSTILE = [
     "9^{9^{9^{9}}}", "(10^{9})!", "10^{10^{10}}", "2^{2^{2^{49}}}", "1e999999999", "{" * 5000,

@@ -13,16 +13,13 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1] / "server" / "math"))
-
-from pool import Outcome, Pool, PoolClosed, PoolFull  # noqa: E402
+from server.math.pool import Outcome, Pool, PoolClosed, PoolFull
 
 
 @asynccontextmanager
 async def running(**settings: float) -> AsyncIterator[Pool]:
     """A started pool for `jobs.run`, closed at the end."""
-    pool = Pool("jobs:run", **{"time_limit": 0.5, "memory_limit": 1 << 30, **settings})
+    pool = Pool("tests.server.jobs:run", **{"time_limit": 0.5, "memory_limit": 1 << 30, **settings})
     await pool.start()
     try:
         yield pool
@@ -31,9 +28,8 @@ async def running(**settings: float) -> AsyncIterator[Pool]:
 
 
 @pytest.fixture
-def pooled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def pooled() -> Callable[..., None]:
     """Runs a test's coroutine `body(pool)` with a pool of the given settings."""
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
 
     def run(body: Callable[[Pool], Awaitable[None]], **settings: float) -> None:
         async def main() -> None:
@@ -247,7 +243,7 @@ def test_closing_leaves_no_process_and_no_caller(pooled):
     pooled(body, workers=2)
 
 
-def test_a_target_that_can_not_be_imported(monkeypatch):
+def test_a_target_that_can_not_be_imported():
     async def main():
         await Pool("no_such_module:run").start()
 

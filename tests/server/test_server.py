@@ -142,8 +142,8 @@ def free_port() -> int:
 def serving(*options: str, port: int = 0, **environment: str) -> Iterator[Running]:
     """A server that answers; killed at the end if it still runs."""
     port = port or free_port()
-    command = [sys.executable, "server.py", "--port", str(port), *options]
-    process = subprocess.Popen(command, cwd=FOLDER, env={**os.environ, **environment}, text=True)
+    command = [sys.executable, "-m", "server.math", "--port", str(port), *options]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, text=True)
     server = Running(process, port)
     try:
         wait_for(lambda: process.poll() is not None or answers(server), 60)
@@ -441,8 +441,8 @@ def test_a_killed_server_leaves_no_process():
 def test_a_port_in_use_is_an_error_at_once():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        command = [sys.executable, "server.py", "--port", str(port)]
-        result = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=20)
+        command = [sys.executable, "-m", "server.math", "--port", str(port)]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert result.returncode > 0
     assert "Address already in use" in result.stderr
 
@@ -456,13 +456,14 @@ def test_a_port_in_use_is_an_error_at_once():
     ],
 )
 def test_impossible_settings(options, message):
-    command = [sys.executable, "server.py", *options]
-    result = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=20)
+    command = [sys.executable, "-m", "server.math", *options]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert result.returncode == 2
     assert message in result.stderr
 
 
-def test_start_script_and_environment():
+@pytest.mark.parametrize("folder", [Path("/"), FOLDER.parent], ids=["root", "beside math"])
+def test_start_script_and_environment(folder):
     port = free_port()
     environment = {
         **os.environ,
@@ -471,7 +472,7 @@ def test_start_script_and_environment():
         "MATH_SERVER_WORKERS": "1",
     }
     command = ["bash", str(FOLDER / "start.sh"), "--max-chars", "3"]
-    process = subprocess.Popen(command, env=environment, cwd="/")
+    process = subprocess.Popen(command, env=environment, cwd=folder)
     server = Running(process, port)
     try:
         wait_for(lambda: answers(server), 60)

@@ -11,9 +11,10 @@ import pytest
 pytest.importorskip("math_verify")
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
-import equivalence
 import tiny_math
 from tiny_math import LIMIT, UNITS, Problem
+
+from server.math import equivalence
 
 
 def blank_problems() -> list[Problem]:

@@ -16,8 +16,8 @@ import ray
 from transformers import AutoTokenizer
 
 from tests.trainer.test_main_ppo import read
-from verl.trainer.config import load_config
-from verl.trainer.ppo.batching import train_sampling
+from verl.config.load import load_config
+from verl.trainer.ppo.batches import train_sampling
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 REWARD = """
@@ -137,13 +137,17 @@ def test_closing_a_generation_frees_the_engines(settings: list[str], tmp_path: P
     prompts = trainer.batches.prompts
     try:
         trainer.start_workers()
-        list(trainer.generate(prompts[:2], [0, 1], params))  # warm
+        list(trainer.batches.generate(prompts[:2], [0, 1], params))  # warm
         began = time.monotonic()
-        stream = trainer.generate(prompts, list(range(96)), params)  # each engine: 48 times 8
+        stream = trainer.batches.generate(
+            prompts, list(range(96)), params
+        )  # each engine: 48 times 8
         assert len(next(stream)) == 8
         one_of_48 = time.monotonic() - began
         stream.close()
-        samples = [s for part in trainer.generate(prompts[:2], [0, 1], params) for s in part]
+        samples = [
+            s for part in trainer.batches.generate(prompts[:2], [0, 1], params) for s in part
+        ]
         assert len(samples) == 16
         assert time.monotonic() - began < 20 * one_of_48
     finally:

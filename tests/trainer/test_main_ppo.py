@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import made_once
+from verl.config.load import load_config
 from verl.trainer import main_ppo
-from verl.trainer.config import load_config
 
 REWARD = """
 def share_of_pluses(data_source, solution_str, ground_truth, extra_info=None):
@@ -101,6 +102,46 @@ def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
             "trainer.log_val_generations=3",
         ),
     )
+
+
+def export(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "verl.trainer.main_export", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_any_checkpoint_becomes_a_hugging_face_folder(finished: Path, tmp_path: Path) -> None:
+    """Of the run's folder it is the latest, which is the model that training ended with."""
+    run_folder = tmp_path / "run"  # may have been moved since
+    shutil.copytree(finished, run_folder)
+    shutil.rmtree(run_folder / "huggingface")
+    done = export(run_folder)
+    assert done.returncode == 0, done.stderr
+    assert f"the model of global_step_4 is in {run_folder}/huggingface" in done.stdout
+    expected, found = weights_of(finished / "huggingface"), weights_of(run_folder / "huggingface")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert export(run_folder / "global_step_2", "-o", tmp_path / "two").returncode == 0
+    two = weights_of(tmp_path / "two")
+    assert any(not torch.equal(two[name], expected[name]) for name in two)
+    files = {path.name for path in (finished / "huggingface").iterdir()}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == files
+
+
+def test_what_cannot_be_exported_is_one_line(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "global_step_2", tmp_path / "global_step_2")
+    (tmp_path / "global_step_2" / "trainer.json").unlink()
+    for path, text in (
+        (tmp_path, "holds no checkpoint"),
+        (tmp_path / "global_step_2", "trainer.json is missing"),
+        (tmp_path / "global_step_3", "is no whole checkpoint"),
+    ):
+        done = export(path)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.splitlines()[-1].startswith("error: ") and text in done.stderr
 
 
 def test_the_policy_learns_and_reports(finished: Path) -> None:
@@ -291,10 +332,7 @@ def test_input_that_cannot_be_used_is_named_before_anything_starts(
 def test_an_engine_that_is_not_installed_is_named(
     settings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name)
-    )
+    monkeypatch.setattr("verl.rollout.engine.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stopped:
         main_ppo.run(load_config([*settings, "actor_rollout_ref.rollout.name=vllm"]))
     assert stopped.value.code == 2

@@ -14,8 +14,8 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from verl.config.load import load_config
 from verl.trainer import main_sft
-from verl.trainer.config import load_config
 
 
 def settings(model: Path, folder: Path, *overrides: str) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,18 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from tests.helpers import free_address, make_samples
-from tests.workers.test_actor import distance, gradient
-from verl.protocol import Sample, column, fill
-from verl.trainer.config import load_config
-from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
-from verl.trainer.config.schema import LOSS_AGG_MODES
-from verl.trainer.ppo.core_algos import response_weights
-from verl.trainer.ppo.metrics import reduce_update_metrics
-from verl.trainer.ppo.ray_trainer import (
-    RayPPOTrainer,
-    loss_config,
-)
+from tests.helpers import free_address, make_samples, make_step
+from tests.models.test_policy import distance, gradient
+from verl.algorithms.weights import response_weights
+from verl.config.load import load_config
+from verl.config.schema import LOSS_AGG_MODES, Config, FSDPConfig, ModelConfig, OptimConfig
+from verl.models.policy import MicroBatchLimit, PolicyWorker
+from verl.protocol import OptimizerStep, Sample
+from verl.trainer.ppo.batches import TrainBatch
+from verl.trainer.ppo.metrics import update_metrics
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.trainer.ppo.workers import Workers, loss_config
 from verl.utils.timer import Timer
-from verl.workers.actor import ActorWorker, MicroBatchLimit
 
 LENGTHS = [2, 4, 5, 10, 1, 1, 3, 4]  # four prompts, two responses each
 TRUNCATED = (3, 4)
@@ -72,10 +71,16 @@ def make_trainer(model: Path, folder: Path, *overrides: str) -> RayPPOTrainer:
 
 
 def weights(trainer: RayPPOTrainer, samples: list[Sample]) -> list[list[float]]:
-    fill(samples, "weight", [0.0] * len(samples))
-    steps = list(trainer.add_weights(samples))
-    assert sum(len(step) for step in steps) == sum(s.weight > 0 for s in samples)
-    return [[s.weight for s in samples[:4]], [s.weight for s in samples[4:]]]
+    """The weights in both optimizer steps; 0 for a response that is not in them."""
+    steps = trainer.optimizer_steps(samples)
+    assert all((step.weights > 0).all() for step in steps)
+    found = [
+        {id(s): w for s, w in zip(step.samples, step.weights.tolist(), strict=True)}
+        for step in steps
+    ]
+    assert not found[0].keys() & found[1].keys()
+    halves = samples[:4], samples[4:]
+    return [[f.get(id(s), 0.0) for s in half] for f, half in zip(found, halves, strict=True)]
 
 
 def weights_of_used(trainer: RayPPOTrainer, used: list[int]) -> list[float]:
@@ -88,18 +93,29 @@ def weights_of_used(trainer: RayPPOTrainer, used: list[int]) -> list[float]:
 
 
 class InProcess:
-    """A worker group whose ranks are one worker of this process."""
+    """A worker group whose two ranks are one worker of this process."""
 
-    def __init__(self, worker: ActorWorker) -> None:
-        self.worker = worker
+    def __init__(self, worker: PolicyWorker) -> None:
+        self.worker, self.exclusive = worker, nullcontext()
+
+    def __len__(self) -> int:
+        return 2
 
     def scatter(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         return [getattr(self.worker, method)(*args) for args in arguments]
 
 
+def in_process(config: Config, worker: PolicyWorker) -> Workers:
+    """What the driver sees of a run with that worker alone, and without engines."""
+    workers = object.__new__(Workers)
+    workers.config, workers.actor = config, InProcess(worker)
+    workers.num_devices, workers.model_size, workers.peak_flops = 2, None, None
+    return workers
+
+
 @pytest.fixture(scope="module")
-def worker(tiny_model: Path) -> Iterator[ActorWorker]:
-    worker = ActorWorker("cpu")
+def worker(tiny_model: Path) -> Iterator[PolicyWorker]:
+    worker = PolicyWorker("cpu")
     worker.connect(0, 1, free_address())
     worker.build(ModelConfig(path=str(tiny_model)), FSDPConfig(), OptimConfig(), 10)
     yield worker
@@ -110,6 +126,29 @@ def test_weights_are_those_of_each_optimizer_step(tiny_model: Path, tmp_path: Pa
     trainer = make_trainer(tiny_model, tmp_path)
     first, second = weights(trainer, make_samples(LENGTHS))
     assert first == pytest.approx([1 / 21] * 4) and second == pytest.approx([1 / 9] * 4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_step_of_several_shuffled_epochs_has_its_own_weights(
+    name: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The same response has another weight in each epoch: none may take the place of another."""
+    shuffled = ["actor_rollout_ref.actor.ppo_epochs=4", "actor_rollout_ref.actor.shuffle=True"]
+    trainer = make_trainer(tiny_model, tmp_path, *METHODS[name], *shuffled)
+    samples = make_samples(LENGTHS)
+    a, differ = trainer.aggregation, set()
+    steps = trainer.optimizer_steps(samples)
+    assert len(steps) == 8
+    for step in steps:
+        lengths = [s.length for s in step.samples]
+        rollout_lengths = LENGTHS if a.scope == "batch" else lengths
+        expected = response_weights(lengths, a.mode, 10, a.alpha, rollout_lengths, a.group_size)
+        np.testing.assert_array_equal(step.weights, expected)
+        if name == "token-mean":
+            assert step.weights @ lengths == pytest.approx(1)
+        differ |= set(zip(map(id, step.samples), step.weights.tolist(), strict=True))
+    if name in ("token-mean", "delta-l over mini_batch"):
+        assert len(differ) > len(samples)
 
 
 @pytest.mark.parametrize("scope", ["batch", "mini_batch"])
@@ -153,9 +192,10 @@ def test_truncated_responses_leave_every_denominator(
     alone = make_trainer(tiny_model, tmp_path, *METHODS[name]).add_advantages(used_only)
     assert reported == pytest.approx(alone) and len(reported) >= 5
     # Nothing is left: nothing to report, nothing to divide by.
-    fill(samples, "finish_reason", ["length"] * 8)
+    for sample in samples:
+        sample.finish_reason = "length"
     assert weights(trainer, samples) == [[0.0] * 4, [0.0] * 4]
-    assert list(trainer.add_weights(samples)) == [[], []]
+    assert [step.samples for step in trainer.optimizer_steps(samples)] == [[], []]
     assert trainer.add_advantages(samples) == {}
 
 
@@ -170,15 +210,15 @@ def test_truncated_responses_leave_the_mean_over_tokens(tiny_model: Path, tmp_pa
 
 @pytest.mark.parametrize("name", METHODS)
 def test_truncated_responses_change_no_other_gradient_beyond_the_denominators(
-    name: str, worker: ActorWorker, tiny_model: Path, tmp_path: Path
+    name: str, worker: PolicyWorker, tiny_model: Path, tmp_path: Path
 ) -> None:
     trainer, samples = some_truncated(name, tiny_model, tmp_path)
-    for step, used in zip(trainer.add_weights(samples), USED, strict=True):
+    for step, used in zip(trainer.optimizer_steps(samples), USED, strict=True):
         found = gradient(worker.actor, step, MicroBatchLimit(3))
         expected = torch.zeros_like(found)
         for i, weight in zip(used, weights_of_used(trainer, used), strict=True):
-            alone = replace(make_samples(LENGTHS)[i], weight=1.0)
-            expected += weight * gradient(worker.actor, [alone], MicroBatchLimit(1))
+            alone = OptimizerStep([make_samples(LENGTHS)[i]], np.ones(1, np.float32))
+            expected += weight * gradient(worker.actor, alone, MicroBatchLimit(1))
         assert distance(found, expected) < 1e-5
 
 
@@ -199,13 +239,14 @@ def test_every_method_is_compared_with_its_own_exponent(tiny_model: Path, tmp_pa
 
 def test_advantages_compare_responses_to_one_prompt(tiny_model: Path, tmp_path: Path) -> None:
     samples = make_samples(LENGTHS)
-    fill(samples, "reward", [1, 0, 0, 0, 3, 1, 1, 1])
+    for sample, reward in zip(samples, [1, 0, 0, 0, 3, 1, 1, 1], strict=True):
+        sample.reward = reward
     make_trainer(tiny_model, tmp_path).add_advantages(samples)
     half = np.sqrt(0.5)
     expected = [half, -half, 0, 0, half, -half, 0, 0]
-    np.testing.assert_allclose(column(samples, "advantage"), expected, atol=1e-5)
+    np.testing.assert_allclose([s.advantage for s in samples], expected, atol=1e-5)
     make_trainer(tiny_model, tmp_path, "algorithm.use_dr_grpo=True").add_advantages(samples)
-    assert column(samples, "advantage").tolist() == [0.5, -0.5, 0, 0, 1, -1, 0, 0]
+    assert [s.advantage for s in samples] == [0.5, -0.5, 0, 0, 1, -1, 0, 0]
 
 
 def test_kl_is_subtracted_from_the_reward(tiny_model: Path, tmp_path: Path) -> None:
@@ -215,8 +256,8 @@ def test_kl_is_subtracted_from_the_reward(tiny_model: Path, tmp_path: Path) -> N
     samples[0].old_log_probs = np.array([-1.0, -2.0], np.float32)
     samples[0].ref_log_probs = np.array([-1.5, -2.5], np.float32)
     samples[1].old_log_probs = samples[1].ref_log_probs
-    metrics = trainer._subtract_kl(samples)
-    assert column(samples, "reward").tolist() == [0.5, 1.0]  # 1 − 0.5·(0.5 + 0.5), 1 − 0
+    metrics = trainer.subtract_kl(samples)
+    assert [s.reward for s in samples] == [0.5, 1.0]  # 1 − 0.5·(0.5 + 0.5), 1 − 0
     assert metrics["actor/reward_kl_penalty"] == 0.25  # means over tokens of 0.5 and 0
     assert metrics["actor/reward_kl_penalty_coeff"] == 0.5
 
@@ -228,7 +269,7 @@ def test_update_metrics_of_two_ranks() -> None:
     later = {"w/pg_loss": 0.0, "entropy": 0.0, "tokens": 4, "grad_norm": 1.0, "lr": 0.1}
     memory = "perf/max_memory_gb"
     ranks = [[first, later | {memory: 2.0}], [second, later | {memory: 5.0}]]
-    assert reduce_update_metrics(ranks) == pytest.approx(
+    assert update_metrics(ranks) == pytest.approx(
         {
             "actor/pg_loss": (1.5 + 0) / 2,
             "actor/entropy": (8 / 8 + 0) / 2,
@@ -254,17 +295,17 @@ def test_clip_ratio_stands_in_for_the_bounds(tiny_model: Path, tmp_path: Path) -
 def test_engines_are_compared_over_the_tokens_that_tell() -> None:
     told = {"tokens": 4, "rollout/tokens": 2, "rollout/kl": 1.0, "rollout/logprob_diff_max": 0.5}
     others = {"tokens": 6, "rollout/tokens": 3, "rollout/kl": 1.5, "rollout/logprob_diff_max": 2.0}
-    assert reduce_update_metrics([[told], [others], [{"tokens": 5}]]) == {
+    assert update_metrics([[told], [others], [{"tokens": 5}]]) == {
         "rollout/kl": 0.5,
         "rollout/logprob_diff_max": 2.0,
     }
     silent = {"tokens": 4, "rollout/tokens": 0, "rollout/kl": 0.0, "rollout/logprob_diff_max": 0.0}
-    assert reduce_update_metrics([[silent]]) == {}
+    assert update_metrics([[silent]]) == {}
 
 
 def test_bypass_takes_the_engines_log_probs(tiny_model: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model, tmp_path, "algorithm.bypass_old_log_prob=True")
-    trainer.step = 1
+    trainer.state.step = 1
     samples = make_samples(LENGTHS, old_log_probs=None)  # two optimizer steps
     assert trainer.add_log_probs(samples, Timer()) == {}  # without asking the actor
     assert all(sample.old_log_probs is sample.rollout_log_probs for sample in samples)
@@ -274,7 +315,7 @@ def test_responses_of_an_older_policy_keep_the_log_probs_they_were_drawn_with(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     trainer = make_trainer(tiny_model, tmp_path, "data.train_batch_size=2")
-    trainer.step = 2
+    trainer.state.step = 2
     carried, fresh = (make_samples([3, 2], old_log_probs=None, policy_version=v) for v in (0, 1))
     assert trainer.add_log_probs(carried, Timer()) == {}  # without asking the actor
     for sample in carried:
@@ -285,7 +326,7 @@ def test_responses_of_an_older_policy_keep_the_log_probs_they_were_drawn_with(
 
 @pytest.mark.parametrize("enable", [True, False])
 def test_generation_has_a_price_per_token_without_the_filter_only(
-    enable: bool, tiny_model: Path, tmp_path: Path
+    enable: bool, worker: PolicyWorker, tiny_model: Path, tmp_path: Path
 ) -> None:
     rule = f"algorithm.filter_groups={{enable:{enable},metric:acc}}"
     timer = Timer()
@@ -293,17 +334,18 @@ def test_generation_has_a_price_per_token_without_the_filter_only(
         with timer(name):
             pass
     trainer, samples = make_trainer(tiny_model, tmp_path, rule), make_samples(LENGTHS)
-    metrics = trainer.step_metrics(samples, timer, [samples])
+    trainer.workers = in_process(trainer.config, worker)
+    metrics = trainer.step_metrics(samples, [make_step(samples)], timer)
     assert ("timing_per_token_ms/gen" in metrics) is not enable
     assert {"timing_s/gen", "timing_per_token_ms/update_actor", "perf/throughput"} <= {*metrics}
 
 
 def test_fresh_responses_beside_them_get_the_actors(
-    worker: ActorWorker, tiny_model: Path, tmp_path: Path
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
 ) -> None:
     two_ranks = "trainer.n_gpus_per_node=2"
     trainer = make_trainer(tiny_model, tmp_path, "data.train_batch_size=2", two_ranks)
-    trainer.step, trainer.actor = 2, InProcess(worker)
+    trainer.state.step, trainer.workers = 2, in_process(trainer.config, worker)
     carried = make_samples([3, 2], seed=1, old_log_probs=None, policy_version=0)
     fresh = make_samples([4, 1, 6, 3], seed=2, old_log_probs=None, policy_version=1)
     timer = Timer()
@@ -311,7 +353,29 @@ def test_fresh_responses_beside_them_get_the_actors(
     assert set(timer.seconds) == {"old_log_prob"}
     for sample in carried:
         assert sample.old_log_probs is sample.rollout_log_probs
-    actors = worker.log_probs(fresh, "actor", 1.0, MicroBatchLimit(1))
+    actors = worker.actor.log_probs(fresh, 1.0, MicroBatchLimit(1))
     for sample, expected in zip(fresh, actors, strict=True):
         np.testing.assert_allclose(sample.old_log_probs, expected, atol=1e-5)
         assert np.abs(sample.old_log_probs - sample.rollout_log_probs).max() > 0.01
+
+
+def test_a_signal_during_a_validation_ends_the_run_with_a_checkpoint(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """However it comes: the steps since the last checkpoint are not lost."""
+    overrides = ["trainer.test_freq=1", f"data.val_files={tmp_path}/data.parquet"]
+    trainer = make_trainer(tiny_model, tmp_path, *overrides)
+    trainer.workers = in_process(trainer.config, worker)
+    trainer.workers.save_policy = lambda folder: folder.mkdir()
+    trainer.workers.free_devices = trainer.batches.policy_updated = lambda: None
+    trainer.batches.next = lambda step, timer: TrainBatch(make_samples(LENGTHS), {})
+
+    def validation(step: int) -> list[Sample]:
+        trainer.stop.number = signal.SIGTERM
+        return make_samples([2, 3], extras={"acc": 1.0})
+
+    trainer.batches.validation = validation
+    trainer.fit()
+    assert trainer.state.step == 1
+    assert trainer.checkpoints.latest == tmp_path / "global_step_1"
+    assert not trainer.state.validation_due

@@ -11,9 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers import make_samples, make_tokenizer
-from verl.protocol import Sample
+from verl.protocol import OptimizerStep, Sample
 from verl.trainer.ppo.metrics import data_metrics
-from verl.utils.samples import read_samples, some_generations, write_responses, write_samples
+from verl.utils.samples import (
+    dump_samples,
+    read_samples,
+    some_generations,
+    write_responses,
+    write_samples,
+)
 
 
 def resumed(samples: list[Sample], folder: Path) -> list[Sample]:
@@ -61,14 +67,17 @@ def test_token_arrays_are_the_same_after_a_resume(tmp_path: Path) -> None:
     samples = make_samples([3, 0, 5, 2])
     samples[0].response_ids = np.array([2**31 + 7, 0, -1])
     samples[2].rollout_log_probs = None
+    samples[0].loss_mask = np.array([True, False, True])
+    samples[1].loss_mask = np.array([], bool)
     for before, after in zip(samples, resumed(samples, tmp_path), strict=True):
         np.testing.assert_array_equal(after.response_ids, before.response_ids)
         assert after.response_ids.dtype == np.int64
-        if before.rollout_log_probs is None:
-            assert after.rollout_log_probs is None
-        else:
-            np.testing.assert_array_equal(after.rollout_log_probs, before.rollout_log_probs)
-            assert after.rollout_log_probs.dtype == np.float32
+        for name, dtype in (("rollout_log_probs", np.float32), ("loss_mask", np.bool_)):
+            old, new = getattr(before, name), getattr(after, name)
+            assert (old is None) == (new is None)
+            if old is not None:
+                np.testing.assert_array_equal(new, old)
+                assert new.dtype == dtype
     assert resumed([], tmp_path) == []
 
 
@@ -78,8 +87,9 @@ def test_responses_for_people_are_texts(tmp_path: Path) -> None:
     sample.prompt.token_ids = np.array(tokenizer.encode("7 * 3"))
     sample.prompt.ground_truth = {"target": np.int64(21)}
     sample.response_ids = np.array(tokenizer.encode("21 <eos>"))
-    sample.extras, sample.score, sample.weight = {"acc": 1.0, "pred": 21}, 1.0, 0.25
-    write_responses(tmp_path / "new", 3, [sample], tokenizer)
+    sample.extras, sample.score = {"acc": 1.0, "pred": 21}, 1.0
+    steps = [OptimizerStep([sample], np.array([w], np.float32)) for w in (0.25, 0.5)]
+    write_responses(tmp_path / "new", 3, [sample], tokenizer, steps)
     (row,) = pq.read_table(tmp_path / "new" / "3.parquet").to_pylist()
     assert (row["step"], row["prompt"], row["response"]) == (3, "7 * 3", "21 <eos>")
     assert (row["answer"], row["ground_truth"], row["extras"]) == (
@@ -93,6 +103,33 @@ def test_responses_for_people_are_texts(tmp_path: Path) -> None:
         3,
         2,
     )
+
+
+def test_responses_have_a_weight_where_a_step_gave_them_one(tmp_path: Path) -> None:
+    first, second, unused = make_samples([2, 3, 4])
+    steps = [OptimizerStep([second, first], np.array([0.5, 0.25], np.float32))]
+    write_responses(tmp_path, 1, [first, second, unused], make_tokenizer(), steps)
+    assert pq.read_table(tmp_path / "1.parquet")["weight"].to_pylist() == [0.25, 0.5, None]
+    write_responses(tmp_path, 2, [first], make_tokenizer())
+    assert "weight" not in pq.read_table(tmp_path / "2.parquet").column_names
+
+
+def test_a_dump_has_a_row_for_each_response_of_each_step(tmp_path: Path) -> None:
+    first, second = make_samples([2, 3])
+    first.loss_mask = np.array([True, False])
+    first.prompt.ground_truth, first.extras = {"target": 3}, {"acc": np.float32(1)}
+    steps = [
+        OptimizerStep([first, second], np.array([0.5, 0.25], np.float32)),
+        OptimizerStep([first], np.array([1.0], np.float32)),
+    ]
+    dump_samples(tmp_path / "dump.parquet", steps)
+    rows = pq.read_table(tmp_path / "dump.parquet").to_pylist()
+    assert [(row["optimizer_step"], row["weight"]) for row in rows] == [(0, 0.5), (0, 0.25), (1, 1)]
+    assert rows[0]["loss_mask"] == rows[2]["loss_mask"] == [True, False]
+    assert rows[1]["loss_mask"] is None
+    assert rows[1]["old_log_probs"] == second.old_log_probs.tolist()
+    assert rows[0]["prompt_token_ids"] == first.prompt.token_ids.tolist()
+    assert (rows[0]["prompt_ground_truth"], rows[0]["extras"]) == ('{"target": 3}', '{"acc": 1.0}')
 
 
 def test_responses_that_can_not_be_kept_stop_nothing(

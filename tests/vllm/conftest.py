@@ -5,10 +5,7 @@ import importlib.util
 import os
 import sys
 
-from verl.trainer.config.schema import RolloutConfig
-from verl.workers.rollout.vllm import VLLMEngine
-
-os.environ.update(VLLMEngine.environment(RolloutConfig()), OMP_NUM_THREADS="1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 if not importlib.util.find_spec("vllm") or not any("tests/vllm" in arg for arg in sys.argv):
     collect_ignore_glob = ["test_*.py"]

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import make_samples, make_tiny_model
-from verl.protocol import Prompt, Sample
-from verl.trainer.config.model_schema import FSDPConfig, ModelConfig, OptimConfig
-from verl.trainer.config.schema import EngineKwargs, RolloutConfig
-from verl.workers.actor import ActorWorker, LossConfig, MicroBatchLimit
-from verl.workers.rollout.base import RolloutEngine, SamplingParams
-from verl.workers.rollout.hf import HFEngine
-from verl.workers.rollout.vllm import VLLMEngine
+from verl.algorithms.losses import LossConfig
+from verl.config.schema import EngineKwargs, FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
+from verl.models.policy import MicroBatchLimit, PolicyWorker
+from verl.protocol import OptimizerStep, Prompt, Sample
+from verl.rollout.engine import RolloutEngine, SamplingParams
+from verl.rollout.hf import HFEngine
+from verl.rollout.vllm import VLLMEngine, check_names, environment
 
 MODELS = {
     "qwen2-tied": ("Qwen2", True),
@@ -40,16 +40,17 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def engine(model: ModelConfig) -> Iterator[VLLMEngine]:
     kwargs = EngineKwargs(vllm={"block_size": 32})  # prompts of more than a block are cached
     rollout = RolloutConfig(name="vllm", max_num_seqs=24, engine_kwargs=kwargs)
-    engine = VLLMEngine(model, rollout, "cpu", 160)
+    engine = VLLMEngine()
+    engine.build(model, rollout, "cpu", 160)
     yield engine
     del engine.engine
     gc.collect()
 
 
 @pytest.fixture(scope="module")
-def actor(model: ModelConfig, engine: VLLMEngine) -> ActorWorker:
+def actor(model: ModelConfig, engine: VLLMEngine) -> PolicyWorker:
     """One rank, in the process group that vLLM has made."""
-    worker = ActorWorker("cpu")
+    worker = PolicyWorker("cpu")
     worker.build(model, FSDPConfig(), OptimConfig(lr=3e-3), 10)
     return worker
 
@@ -63,32 +64,40 @@ PROMPTS = make_prompts([3, 70, 5, 40])
 
 
 def generate(engine: RolloutEngine, prompts: list[Prompt], params: SamplingParams) -> list[Sample]:
-    batches = engine.generate(prompts, list(range(len(prompts))), params)
-    return sorted((s for b in batches for s in b), key=lambda s: (s.group, s.draw))
+    samples = engine.generate_all(prompts, list(range(len(prompts))), params)
+    return sorted(samples, key=lambda s: (s.group, s.response_index))
 
 
-def transfer(actor: ActorWorker, engine: RolloutEngine) -> dict[str, torch.Tensor]:
-    """Gives the engine the actor's weights in small buckets, and returns them."""
-    version, buckets = actor.start_export("host", None, 20_000)
+def update(actor: PolicyWorker, seed: int) -> None:
+    """One optimizer step on random responses."""
+    samples = make_samples([20, 30, 25, 10], seed=seed, old_log_probs=None)
+    step = OptimizerStep(samples, np.full(4, 0.1, np.float32))
+    actor.update([step], LossConfig(), LIMIT, 1.0)
+
+
+def transfer(actor: PolicyWorker, engine: RolloutEngine) -> dict[str, torch.Tensor]:
+    """Gives the engine the actor's weights in small chunks, and returns them."""
+    version, chunks = actor.plan_export(None, 20_000)
     engine.start_update()
     weights = {}
-    for bucket in buckets:
-        exported = actor.export(bucket["names"])
+    for chunk in chunks:
+        exported = actor.export(chunk, "host")
         engine.load_weights(exported)
-        weights |= exported["weights"]
+        weights |= dict(zip(exported.names, exported.tensors, strict=True))
     actor.finish_export()
     engine.finish_update(version)
-    assert len(buckets) > 3
+    assert len(chunks) > 3
     return weights
 
 
-def difference(actor: ActorWorker, samples: list[Sample], temperature: float) -> float:
+def difference(actor: PolicyWorker, samples: list[Sample], temperature: float) -> float:
     """Largest difference of log-probabilities."""
     actual = actor.log_probs(samples, "actor", temperature, LIMIT)
-    return max(np.abs(s.rollout_log_probs - a).max() for s, a in zip(samples, actual, strict=True))
+    ours = np.concatenate([s.rollout_log_probs for s in samples])
+    return float(np.abs(ours - actual).max())
 
 
-def check(actor: ActorWorker, engine: RolloutEngine, plain: torch.nn.Module) -> None:
+def check(actor: PolicyWorker, engine: RolloutEngine, plain: torch.nn.Module) -> None:
     """Tokens and log-probabilities are those of the actor and of `plain`, with its weights."""
     for temperature in (1.0, 0.7):
         samples = generate(engine, PROMPTS, SamplingParams(4, 30, temperature))
@@ -104,33 +113,32 @@ def check(actor: ActorWorker, engine: RolloutEngine, plain: torch.nn.Module) -> 
 
 
 def test_it_is_the_actors_model_before_and_after_updates(
-    model: ModelConfig, engine: VLLMEngine, actor: ActorWorker
+    model: ModelConfig, engine: VLLMEngine, actor: PolicyWorker
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(model.path)
-    engines = [engine, HFEngine(model, RolloutConfig(), "cpu", 160)]
+    engines: list[RolloutEngine] = [engine, HFEngine()]
+    engines[1].build(model, RolloutConfig(), "cpu", 160)
     for one in engines:
         check(actor, one, plain)
-    for update in range(1, 4):
-        samples = make_samples([20, 30, 25, 10], seed=update, old_log_probs=None, weight=0.1)
-        actor.update([samples], LossConfig(), LIMIT, 1.0)
+    for version in range(1, 4):
+        update(actor, version)
         stale = generate(engine, PROMPTS, SamplingParams(4, 30))
         assert difference(actor, stale, 1.0) > 1e-2  # an engine without the update would show
         for one in engines:
             plain.load_state_dict(transfer(actor, one), strict=False)
-            assert one.version == update
+            assert one.version == version
             check(actor, one, plain)
 
 
 def test_what_is_stale_would_show(
-    engine: VLLMEngine, actor: ActorWorker, monkeypatch: pytest.MonkeyPatch
+    engine: VLLMEngine, actor: PolicyWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.model_executor.layers import vocab_parallel_embedding as layers
 
     params = SamplingParams(4, 30)
 
-    def mismatch(update: int) -> float:
-        samples = make_samples([20, 30, 25, 10], seed=update, old_log_probs=None, weight=0.1)
-        actor.update([samples], LossConfig(), LIMIT, 1.0)
+    def mismatch(seed: int) -> float:
+        update(actor, seed)
         generate(engine, PROMPTS, params)  # fills the prefix cache
         transfer(actor, engine)
         return difference(actor, generate(engine, PROMPTS, params), 1.0)
@@ -152,7 +160,7 @@ ONE = pytest.mark.parametrize("model", ["qwen3-tied"], indirect=True)
 
 @ONE
 def test_top_k_and_top_p_are_in_the_log_probs(
-    model: ModelConfig, engine: VLLMEngine, actor: ActorWorker
+    model: ModelConfig, engine: VLLMEngine, actor: PolicyWorker
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(model.path)
     plain.load_state_dict(transfer(actor, engine), strict=False)
@@ -176,10 +184,10 @@ def test_top_k_and_top_p_are_in_the_log_probs(
 def test_draws_depend_on_their_seed_alone(engine: VLLMEngine) -> None:
     params = SamplingParams(3, 30, seed=(7, 1))
     together = generate(engine, PROMPTS, params)
-    alone = [s for b in engine.generate(PROMPTS[2:3], [2], params) for s in b]
-    assert {s.draw for s in alone} == {0, 1, 2}
+    alone = engine.generate_all(PROMPTS[2:3], [2], params)
+    assert {s.response_index for s in alone} == {0, 1, 2}
     for s in alone:
-        (twin,) = [t for t in together if (t.group, t.draw) == (2, s.draw)]
+        (twin,) = [t for t in together if (t.group, t.response_index) == (2, s.response_index)]
         assert s.response_ids.tolist() == twin.response_ids.tolist()
     assert len({tuple(s.response_ids) for s in together if s.group == 2}) == 3
     other = generate(engine, PROMPTS, SamplingParams(3, 30, seed=(7, 2)))
@@ -201,23 +209,28 @@ def test_ends_and_limits(engine: VLLMEngine) -> None:
     on = generate(engine, make_prompts([3] * 4), SamplingParams(8, 30, ignore_eos=True))
     assert {s.length for s in on} == {30}
     many = generate(engine, make_prompts([3]), SamplingParams(30, 5))
-    assert [s.draw for s in many] == list(range(30))  # more than max_num_seqs
+    assert [s.response_index for s in many] == list(range(30))  # more than max_num_seqs
 
 
 @ONE
-def test_later_prompts_and_a_stop(engine: VLLMEngine) -> None:
-    params = SamplingParams(2, 40)
-    engine.add([(PROMPTS[1], 1)], call=3)
-    engine.add([(PROMPTS[0], 0)], call=2)  # of another call: not answered
-    engine.add([(PROMPTS[2], 2)], call=3)
-    engine.add([], call=3)
-    later = engine.generate(PROMPTS[:1], [0], params, call=3, more=True)
-    found = sorted((s.group, s.draw, s.response_ids.tolist()) for batch in later for s in batch)
-    whole = generate(engine, PROMPTS[:3], params)
-    assert found == [(s.group, s.draw, s.response_ids.tolist()) for s in whole]
+def test_a_stop_ends_what_runs_and_not_what_comes_after(engine: VLLMEngine) -> None:
+    engine.stop()
     stream = engine.generate(PROMPTS, [0, 1, 2, 3], SamplingParams(8, 60))
     first = next(stream)
     engine.stop()
     assert len(first) + sum(map(len, stream)) < 32
     assert not engine.engine.has_unfinished_requests()
-    assert len(generate(engine, PROMPTS, params)) == 8
+    assert len(generate(engine, PROMPTS, SamplingParams(2, 40))) == 8
+
+
+def test_an_unknown_argument_is_named() -> None:
+    check_names(["seed"], ["seed", "block_size"])
+    with pytest.raises(ValueError, match=r"vllm\.block_sizes: .* the nearest one is block_size"):
+        check_names(["block_sizes"], ["seed", "block_size"])
+
+
+def test_the_workers_of_a_parallel_engine_get_its_bundles() -> None:
+    names = {"VLLM_RAY_PER_WORKER_GPUS": "0.5", "VLLM_RAY_BUNDLE_INDICES": "2,3"}
+    rollout = RolloutConfig(tensor_model_parallel_size=2)
+    assert environment(rollout, 0.5, range(2, 4)).items() >= names.items()
+    assert not environment(RolloutConfig(), 0.5, [2]).keys() & names.keys()

@@ -1,17 +1,14 @@
-"""Parquet files → prompts (or supervised samples), and the resumable order in which they are used.
-
-Row numbers in messages count from 0 within their file.
-"""
+"""Parquet files → prompts or supervised samples, and the order in which they are used."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,68 +16,80 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from verl.config.base import SFTDataConfig
+from verl.config.schema import DataConfig
 from verl.protocol import FinishReason, Prompt, Sample
-from verl.trainer.config.schema import DataConfig
-from verl.trainer.config.sft_schema import SFTDataConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 logger = logging.getLogger(__name__)
 
-Files = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-
-Row = tuple[str, dict[str, Any]]  # (file and row number, values)
+Files = str | Path | Sequence[str | Path]
 
 TOKENIZE_BATCH = 1000  # texts of one tokenizer call: enough to keep its threads busy
-KINDS = {str: "a string", list: "chat messages", dict: "a struct"}
+KINDS: dict[type, str] = {str: "a string", list: "chat messages", dict: "a struct"}
 EMPTY = "the text is empty: write one, or drop the row"
+REWARD_MODEL = 'write {"style": "rule", "ground_truth": …}, as examples/data_preprocess does'
 
 
-def load_prompts(
-    files: Files, config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[Prompt]:
+class Row(NamedTuple):
+    """One row of a file: plain Python values by column."""
+
+    location: str
+    values: dict[str, Any]
+
+    def error(self, key: str, problem: str) -> ValueError:
+        """One wording for all that is wrong in a row."""
+        return ValueError(f"{self.location}, key {key!r}: {problem}")
+
+    def typed(self, key: str, kind: type = str, remedy: str = "write it anew") -> Any:
+        """The value in this column, which must be of this type."""
+        value = self.values[key]
+        if not isinstance(value, kind):
+            shown = "null" if value is None else repr(value)
+            raise self.error(key, f"must be {KINDS[kind]}, not {shown:.60}: {remedy}")
+        return value
+
+
+def load_prompts(files: Files, config: DataConfig, tokenizer: Tokenizer) -> list[Prompt]:
     """Tokenized prompts of all files, in file order; `Prompt.index` counts rows before filtering.
 
     Columns: `config.prompt_key` (chat messages, or a string with apply_chat_template=False),
     `config.reward_fn_key`, `reward_model` (struct with `ground_truth`), `extra_info` (optional).
-    No special tokens are added to the text: a chat template writes its own.
 
-    Raises: FileNotFoundError, and ValueError for anything in a file that can't be used. The message
-    names the file, the row, the key and the remedy.
+    Raises: FileNotFoundError, and ValueError for anything in a file that can't be used.
     """
     required = {
-        config.prompt_key: "data.prompt_key names the column of prompts",
-        config.reward_fn_key: "data.reward_fn_key names the column that chooses the reward",
-        "reward_model": "write a struct with ground_truth, as examples/data_preprocess does",
+        config.prompt_key: "set data.prompt_key",
+        config.reward_fn_key: "set data.reward_fn_key",
+        "reward_model": REWARD_MODEL,
     }
-    rows = _read_rows(files, required, optional=["extra_info"])
+    rows = _read_rows(files, required)
     tokens = _tokenize(tokenizer, rows, config.prompt_key, partial(_render, config, tokenizer))
     prompts, overlong, limit = [], 0, config.max_prompt_length
-    for index, ((where, row), ids) in enumerate(zip(rows, tokens, strict=True)):
+    for index, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
         if len(ids) > limit:
             overlong += 1
             if config.filter_overlong_prompts:
                 continue
             if config.truncation == "error":
-                raise _error(
-                    where,
-                    config.prompt_key,
-                    f"the prompt has {len(ids)} tokens, more than data.max_prompt_length={limit}: "
-                    "raise it, drop such prompts with data.filter_overlong_prompts=True, or cut "
-                    "them with data.truncation=left or right",
-                )
+                problem = f"the prompt has {len(ids)} tokens, but data.max_prompt_length={limit}"
+                remedy = "raise it, or set data.filter_overlong_prompts=True or data.truncation"
+                raise row.error(config.prompt_key, f"{problem}: {remedy}")
             ids = ids[-limit:] if config.truncation == "left" else ids[:limit]
-        prompts.append(_prompt(index, ids, where, row, config))
+        source = row.typed(config.reward_fn_key, str, "write the name that chooses the reward")
+        model, info = row.typed("reward_model", dict, REWARD_MODEL), row.values.get("extra_info")
+        if model.get("ground_truth") is None:
+            raise row.error("reward_model", f"has no ground_truth: {REWARD_MODEL}")
+        info = {} if info is None else row.typed("extra_info", dict)
+        prompts.append(Prompt(index, ids, source, model["ground_truth"], info))
+    count = f"{overlong} of {len(rows)} prompts are longer than data.max_prompt_length={limit}"
+    if not prompts:
+        names = ", ".join(map(str, _paths(files)))
+        remedy = "so data.filter_overlong_prompts=True leaves none: raise the limit"
+        raise ValueError(f"{names}: {count}, {remedy}")
     if overlong:
-        few = f"{overlong} of {len(rows)} prompts"
-        count = f"{few} are longer than data.max_prompt_length={limit} tokens"
-        if not prompts:
-            names = ", ".join(map(str, _paths(files)))
-            raise ValueError(
-                f"{names}: {count}, so data.filter_overlong_prompts=True leaves none: raise "
-                "data.max_prompt_length"
-            )
         fate = "dropped" if config.filter_overlong_prompts else f"cut on the {config.truncation}"
         logger.info("%s: %s", count, fate)
     return prompts
@@ -96,86 +105,65 @@ def locate(files: Files, index: int) -> str:
     raise IndexError(index)
 
 
-def load_sft_rows(config: SFTDataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+def load_sft_rows(config: SFTDataConfig, tokenizer: Tokenizer) -> list[Sample]:
     """One sample per row of `config.train_files`: prompt, and response with end-of-sequence token.
-
-    Both strings are tokenized separately, without special tokens. With truncation=right a response
-    that doesn't fit into max_length loses its last tokens, the end-of-sequence token included, and
-    its finish_reason is `length`. Weights are left at 0.
+    With truncation=right a response that doesn't fit into max_length loses its last tokens, this
+    one included, and its finish_reason is `length`.
 
     Raises: as `load_prompts`, also for a tokenizer without end-of-sequence token and for a prompt
     that leaves no room for a response.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError(
-            "the tokenizer has no end-of-sequence token, so no response could learn to end: set "
-            "eos_token in its tokenizer_config.json, or choose another one with data.tokenizer"
-        )
-    required = {
-        config.prompt_key: "data.prompt_key names the column of prompts",
-        config.response_key: "data.response_key names the column of responses",
-    }
-    rows = _read_rows(config.train_files, required)
-    prompts = _tokenize(tokenizer, rows, config.prompt_key, _typed)
-    responses = _tokenize(tokenizer, rows, config.response_key, _typed)
-    samples = []
-    for (where, _), prompt_ids, ids in zip(rows, prompts, responses, strict=True):
+    if (eos := tokenizer.eos_token_id) is None:
+        problem = "the tokenizer has no end-of-sequence token, so no response could learn to end"
+        remedy = "set eos_token in its tokenizer_config.json, or choose another with data.tokenizer"
+        raise ValueError(f"{problem}: {remedy}")
+    keys = {config.prompt_key: "set data.prompt_key", config.response_key: "set data.response_key"}
+    rows = _read_rows(config.train_files, keys)
+    prompts = _tokenize(tokenizer, rows, config.prompt_key, Row.typed)
+    responses = _tokenize(tokenizer, rows, config.response_key, Row.typed)
+    samples: list[Sample] = []
+    for row, prompt_ids, ids in zip(rows, prompts, responses, strict=True):
         response_ids = np.append(ids, eos)
         room = config.max_length - len(prompt_ids)
         cut = len(response_ids) > room
         if cut and (config.truncation == "error" or room < 1):
-            raise _error(
-                where,
-                config.response_key,
-                f"{len(prompt_ids)} prompt tokens and {len(response_ids)} response tokens are more "
-                f"than data.max_length={config.max_length}: raise it"
-                + (", or set data.truncation=right to cut responses" if room >= 1 else ""),
-            )
+            count = f"{len(prompt_ids)} prompt tokens and {len(response_ids)} response tokens"
+            remedy = ", or set data.truncation=right to cut responses" if room >= 1 else ""
+            problem = f"{count} are more than data.max_length={config.max_length}: raise it{remedy}"
+            raise row.error(config.response_key, problem)
         prompt = Prompt(len(samples), prompt_ids, data_source="sft", ground_truth=None)
         reason: FinishReason = "length" if cut else "stop"
         samples.append(Sample(prompt, prompt.index, response_ids[:room], reason))
     if num_cut := sum(sample.truncated for sample in samples):
-        limit = f"data.max_length={config.max_length} tokens"
-        logger.info("%d of %d responses were cut to fit into %s", num_cut, len(samples), limit)
+        count = f"{num_cut} of {len(samples)} responses"
+        logger.info("%s were cut to fit into data.max_length=%d", count, config.max_length)
     return samples
 
 
+@dataclass
 class PromptOrder:
-    """The endless order of training prompts, in batches. Resumes exactly.
+    """The endless order of training prompts, in batches of `batch_size`. Resumes exactly.
 
     Epoch e is a permutation drawn from `np.random.default_rng([seed, e])`, or the order of the file
-    with shuffle=False. What is left of an epoch when fewer than `batch_size` prompts remain is
-    skipped, so every batch has the same size and no prompt occurs twice in it.
+    with shuffle=False. Its last prompts, too few for a batch, are skipped.
 
     Example: ``PromptOrder(5, batch_size=2, shuffle=False)`` gives [0, 1], [2, 3], [0, 1], …
     """
 
-    def __init__(
-        self,
-        num_prompts: int,
-        batch_size: int,
-        seed: int = 1,
-        shuffle: bool = True,
-        batch_key: str = "data.train_batch_size",
-    ) -> None:
-        """`batch_key`: what messages call `batch_size`. Raises: ValueError if no batch is full."""
-        if batch_size < 1:
-            raise ValueError(f"{batch_key}={batch_size} must be at least 1")
-        if batch_size > num_prompts:
-            raise ValueError(
-                f"{batch_key}={batch_size} is more than the {num_prompts} training prompts: lower "
-                "it, or give more prompts in data.train_files"
-            )
-        self.num_prompts, self.batch_size = num_prompts, batch_size
-        self.seed, self.shuffle = seed, shuffle
-        self._batches_taken = 0
-        self._identity = {  # attribute → what messages call it
-            "num_prompts": "the number of training prompts",
-            "batch_size": batch_key,
-            "seed": "data.seed",
-            "shuffle": "data.shuffle",
-        }
+    num_prompts: int
+    batch_size: int
+    seed: int = 1
+    shuffle: bool = True
+    batch_key: str = "data.train_batch_size"
+    """What messages call `batch_size`."""
+    batches_taken: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError if no batch is full."""
+        if self.batch_size > self.num_prompts:
+            size = f"{self.batch_key}={self.batch_size}"
+            hint = "lower it, or give more prompts in data.train_files"
+            raise ValueError(f"{size} is more than the {self.num_prompts} training prompts: {hint}")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -185,59 +173,49 @@ class PromptOrder:
     @property
     def epoch(self) -> int:
         """Epoch of the next batch, from 0: the number of epochs that are over."""
-        return self._batches_taken // self.steps_per_epoch
+        return self.batches_taken // self.steps_per_epoch
 
     def next_batch(self) -> list[int]:
         """Positions of the next `batch_size` prompts, each in [0, num_prompts)."""
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(self.num_prompts) if self.shuffle else np.arange(self.num_prompts)
-        start = self._batches_taken % self.steps_per_epoch * self.batch_size
-        self._batches_taken += 1
+        start = self.batches_taken % self.steps_per_epoch * self.batch_size
+        self.batches_taken += 1
         return order[start : start + self.batch_size].tolist()
 
     def state_dict(self) -> dict[str, int | bool]:
         """Where the order is, and what it is made of: JSON-able, for `load_state_dict`."""
-        identity = {name: getattr(self, name) for name in self._identity}
-        return {"batches_taken": self._batches_taken, **identity}
+        return {name: value for name, value in asdict(self).items() if name != "batch_key"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` was taken.
-
-        Raises: ValueError, which names what changed, if `state` belongs to another order.
-        """
-        changed = [
-            f"{words} was {state.get(name)} and is {getattr(self, name)}"
-            for name, words in self._identity.items()
-            if state.get(name) != getattr(self, name)
-        ]
+        """Goes on where `state` was taken. Raises: ValueError if it belongs to another order."""
+        names = {"num_prompts": "the number of training prompts", "batch_size": self.batch_key}
+        changed = []
+        for key in ("num_prompts", "batch_size", "seed", "shuffle"):
+            before, now = state.get(key), getattr(self, key)
+            if before != now:
+                changed.append(f"{names.get(key, f'data.{key}')} was {before} and is {now}")
         if changed:
-            raise ValueError(
-                f"the checkpoint's order of prompts can't go on: {'; '.join(changed)}. Resume with "
-                "the same data and settings, or start anew with trainer.resume_mode=disable"
-            )
-        self._batches_taken = int(state["batches_taken"])
+            remedy = "resume with the same data and settings, or set trainer.resume_mode=disable"
+            raise ValueError(f"the order of prompts can't go on: {'; '.join(changed)}: {remedy}")
+        self.batches_taken = int(state["batches_taken"])
 
 
 def _paths(files: Files) -> list[Path]:
-    """One path or many, `~` expanded."""
-    many = [files] if isinstance(files, str | os.PathLike) else files
+    many = [files] if isinstance(files, str | Path) else files
     return [Path(file).expanduser() for file in many]
 
 
-def _read_rows(
-    files: Files, required: Mapping[str, str], optional: Sequence[str] = ()
-) -> list[Row]:
-    """All rows, with plain Python values. `required`: column → what to do when it is missing."""
+def _read_rows(files: Files, required: dict[str, str]) -> list[Row]:
+    """All rows. `required`: column → what to do when it is missing."""
     paths = _paths(files)
     if not paths:
         raise ValueError("no data files: set data.train_files (or data.val_files) to parquet files")
     rows = []
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(
-                f"{path}: no such file. Check data.train_files and data.val_files, or write it "
-                "with one of examples/data_preprocess/"
-            )
+            remedy = "check the path, or write it with one of examples/data_preprocess/"
+            raise FileNotFoundError(f"{path}: no such file: {remedy}")
         try:
             # Opened here: given a folder, pyarrow would read whatever lies below it.
             with path.open("rb") as file:
@@ -245,97 +223,51 @@ def _read_rows(
                 columns = parquet.schema_arrow.names
                 for key, remedy in required.items():
                     if key not in columns:
-                        has = ", ".join(columns)
-                        raise _error(str(path), key, f"no such column, only {has}: {remedy}")
-                wanted = [*required, *(key for key in optional if key in columns)]
-                values = parquet.read(columns=wanted).to_pylist()
+                        problem = f"no such column, only {', '.join(columns)}: {remedy}"
+                        raise Row(str(path), {}).error(key, problem)
+                values = parquet.read(columns=[*required, "extra_info"]).to_pylist()
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{path}: not a readable parquet file ({error}): check the path, or write it anew"
-            ) from error
+            problem = f"not a readable parquet file ({error}): check the path, or write it anew"
+            raise ValueError(f"{path}: {problem}") from error
         if not values:
             raise ValueError(f"{path}: no rows: write it anew, or leave it out of the data files")
-        rows += [(f"{path}, row {number}", row) for number, row in enumerate(values)]
+        rows += [Row(f"{path}, row {number}", row) for number, row in enumerate(values)]
     return rows
 
 
-def _render(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str, key: str, prompt: Any
-) -> str:
+def _render(config: DataConfig, tokenizer: Tokenizer, row: Row, key: str) -> str:
     """The text that the model continues."""
     if not config.apply_chat_template:
-        remedy = "render chat messages with data.apply_chat_template=True"
-        return _typed(where, key, prompt, str, remedy)
-    _typed(where, key, prompt, list, "for plain strings set data.apply_chat_template=False")
-    if not prompt:
-        raise _error(where, key, EMPTY)
-    for message in prompt:
+        return row.typed(key, str, "render chat messages with data.apply_chat_template=True")
+    messages = row.typed(key, list, "for plain strings set data.apply_chat_template=False")
+    if not messages:
+        raise row.error(key, EMPTY)
+    for message in messages:
         if not isinstance(message, dict) or None in map(message.get, ("role", "content")):
             shape = '{"role": …, "content": …}'
-            raise _error(where, key, f"each message must be {shape}, not {_describe(message)}")
+            raise row.error(key, f"each message must be {shape}, not {message!r:.60}")
     if getattr(tokenizer, "chat_template", None) is None:
-        raise _error(
-            where,
-            key,
-            "can't render chat messages: the tokenizer has no chat template. Choose one that has, "
-            "with data.tokenizer, or use plain string prompts and data.apply_chat_template=False",
-        )
+        problem = "can't render chat messages: the tokenizer has no chat template"
+        remedy = "Choose one that has, with data.tokenizer, or use plain string prompts"
+        raise row.error(key, f"{problem}. {remedy} and data.apply_chat_template=False")
     # A parquet struct has every field in every row; templates expect absent ones to be absent.
-    messages = [{k: v for k, v in message.items() if v is not None} for message in prompt]
+    chat = [{k: v for k, v in message.items() if v is not None} for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
     except Exception as error:  # templates raise what they like, Jinja's own errors included
-        raise _error(where, key, f"the tokenizer's chat template rejects it: {error}") from error
+        raise row.error(key, f"the tokenizer's chat template rejects it: {error}") from error
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[Row],
-    key: str,
-    text_of: Callable[[str, str, Any], str],
+    tokenizer: Tokenizer, rows: list[Row], key: str, read: Callable[[Row, str], str]
 ) -> Iterator[NDArray[np.int64]]:
     """Token ids of each row's text, int64 [T], T ≥ 1, without special tokens."""
     remaining = iter(tqdm(rows, desc=f"tokenizing {key}", delay=2, disable=None))
+    # Lengths are checked by the callers; verbose would warn about the model's own limit.
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     while batch := list(islice(remaining, TOKENIZE_BATCH)):
-        texts = [text_of(where, key, row[key]) for where, row in batch]
-        # Lengths are checked by the callers; verbose would warn about the model's own limit.
-        encoded = tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        for (where, _), ids in zip(batch, encoded["input_ids"], strict=True):
+        encoded = tokenizer([read(row, key) for row in batch], **options)
+        for row, ids in zip(batch, encoded["input_ids"], strict=True):
             if not len(ids):
-                raise _error(where, key, EMPTY)
+                raise row.error(key, EMPTY)
             yield np.asarray(ids, dtype=np.int64)
-
-
-def _prompt(
-    index: int, ids: NDArray[np.int64], where: str, row: Mapping[str, Any], config: DataConfig
-) -> Prompt:
-    key, model, info = config.reward_fn_key, row["reward_model"], row.get("extra_info")
-    source = _typed(where, key, row[key], str, "write the name that chooses the reward function")
-    if not isinstance(model, dict) or model.get("ground_truth") is None:
-        remedy = 'write {"style": "rule", "ground_truth": …}'
-        raise _error(where, "reward_model", f"has no ground_truth: {remedy}")
-    info = {} if info is None else _typed(where, "extra_info", info, dict)
-    return Prompt(index, ids, source, model["ground_truth"], info)
-
-
-def _typed(where: str, key: str, value: Any, kind: type = str, remedy: str = "") -> Any:
-    """`value`, which must be of this type."""
-    if isinstance(value, kind):
-        return value
-    problem = f"must be {KINDS[kind]}, not {_describe(value)}"
-    raise _error(where, key, f"{problem}: {remedy}" if remedy else problem)
-
-
-def _describe(value: Any) -> str:
-    """A value in a message: its type, and the beginning of it."""
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
-
-
-def _error(where: str, key: str, problem: str) -> ValueError:
-    """One wording for all that is wrong in a file."""
-    return ValueError(f"{where}, key {key!r}: {problem}")

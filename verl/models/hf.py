@@ -1,21 +1,22 @@
-"""Hugging Face models: configuration, weights, end-of-sequence tokens."""
+"""Hugging Face models: configuration, weights, end-of-sequence tokens, size, inference on a CPU."""
 
 from __future__ import annotations
 
 import logging
+from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from verl.trainer.config.model_schema import ModelConfig
+from verl.config.schema import ModelConfig
+from verl.utils.device import multiplies_faster_reordered
+from verl.utils.flops import ModelSize
 
 logger = logging.getLogger(__name__)
-
-# Heads that scale or cap their logits need more than a matrix product.
-UNSUPPORTED_HEADS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def load_hf_config(model: ModelConfig) -> Any:
@@ -24,9 +25,9 @@ def load_hf_config(model: ModelConfig) -> Any:
 
     Raises: ValueError if there is no such model, or its head isn't a plain matrix product.
     """
+    path, trusted = expanduser(model.path), model.trust_remote_code
     try:
-        path = _path(model.path)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
     except OSError as error:
         raise ValueError(
             f"actor_rollout_ref.model.path={model.path}: no Hugging Face model there; name a "
@@ -35,7 +36,7 @@ def load_hf_config(model: ModelConfig) -> Any:
     config.update(model.override_config)
     for name in [n for n in vars(config) if n.endswith(("dropout", "_pdrop"))]:
         setattr(config, name, 0.0)
-    for name in UNSUPPORTED_HEADS:
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"{model.path}: models with {name} are not supported")
     return config
@@ -43,33 +44,29 @@ def load_hf_config(model: ModelConfig) -> Any:
 
 def load_hf_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """The whole model with its weights, on the host."""
+    path, config, trusted = expanduser(model.path), load_hf_config(model), model.trust_remote_code
     return AutoModelForCausalLM.from_pretrained(
-        _path(model.path),
-        config=load_hf_config(model),
-        dtype=dtype,
-        trust_remote_code=model.trust_remote_code,
+        path, config=config, dtype=dtype, trust_remote_code=trusted
     )
 
 
 def load_generation_config(model: ModelConfig) -> Any:
     """The model's generation_config.json, or what its config.json says where there is none."""
     try:
-        return GenerationConfig.from_pretrained(_path(model.path))
+        return GenerationConfig.from_pretrained(expanduser(model.path))
     except OSError:
         return GenerationConfig.from_model_config(load_hf_config(model))
 
 
 def load_tokenizer(model: ModelConfig, path: str | None = None) -> Any:
     """The tokenizer at `path`; None: the model's own."""
-    path = _path(path or model.path)
+    path = expanduser(path or model.path)
     return AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
 
 
 def stop_token_ids(model: ModelConfig) -> list[int]:
-    """End-of-sequence tokens: those of the generation configuration and the tokenizer's.
-
-    Raises: ValueError if neither names one.
-    """
+    """End-of-sequence tokens: those of the generation configuration and the tokenizer's. Raises:
+    ValueError if neither names one."""
     named = load_generation_config(model).eos_token_id
     named = named if isinstance(named, list) else [named]
     stop = {*named, load_tokenizer(model).eos_token_id} - {None}
@@ -81,10 +78,25 @@ def stop_token_ids(model: ModelConfig) -> list[int]:
     return sorted(stop)
 
 
+def model_size(lm: Any) -> ModelSize | None:
+    """The model's matrix products; None if a token doesn't go through all of them (experts), or
+    they are no linear layers and attention."""
+    config = lm.config.get_text_config()
+    linears = [m for m in lm.get_decoder().modules() if isinstance(m, nn.Linear)]
+    heads = getattr(config, "num_attention_heads", None)
+    if not (linears and heads) or any("expert" in name for name, _ in lm.named_parameters()):
+        return None
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return ModelSize(
+        decoder=sum(m.weight.numel() for m in linears),
+        head=lm.get_output_embeddings().weight.numel(),
+        attention=config.num_hidden_layers * heads * head_size,
+    )
+
+
 def check_model(model: ModelConfig, longest: int) -> None:
     """Raises ValueError for what would stop the workers later: no model, no weights, no
-    end-of-sequence token. Warns if `longest`, the tokens of prompt and response together, is more
-    than the model has positions for."""
+    end-of-sequence token. Warns if sequences of `longest` tokens have too few positions."""
     config = load_hf_config(model)
     folder = Path(model.path).expanduser()
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
@@ -98,5 +110,20 @@ def check_model(model: ModelConfig, longest: int) -> None:
         )
 
 
-def _path(path: str) -> str:
-    return str(Path(path).expanduser())
+REORDERED_ROWS = 32
+"""oneDNN chooses the layout for inputs of so many rows; good for 1 to 128 (benchmarks/LOG.md)."""
+
+
+@torch.no_grad()
+def reorder_linears(model: nn.Module) -> None:
+    """Makes the linear layers that gain by it multiply with a reordered copy of their weight. Call
+    it again when weights have changed."""
+    for module in model.modules():
+        if type(module) is nn.Linear and multiplies_faster_reordered(module.weight):
+            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight, REORDERED_ROWS)
+            forward = partial(_linear, weight, module.bias)
+            module.forward = forward  # type: ignore[method-assign]  # an instance's own
+
+
+def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -1,4 +1,5 @@
-"""Log-probability and entropy of given tokens, without ever holding [tokens, vocabulary]."""
+"""A model that gives log-probability and entropy of given tokens, without ever holding
+[tokens, vocabulary]."""
 
 from __future__ import annotations
 
@@ -6,9 +7,26 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from verl.models.packing import Batch
 from verl.utils.device import default_tile
+
+
+class PolicyModel(nn.Module):
+    """Decoder and output embedding with one forward pass."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+        """(log_probs, entropy) of `batch.targets`, float32 [T] each."""
+        decoder, options = self.lm.get_decoder(), batch.model_kwargs | {"use_cache": False}
+        output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, **options)
+        hidden = output.last_hidden_state.flatten(0, 1)[batch.predictors]  # [T, H]
+        head = self.lm.get_output_embeddings()
+        return chunked_log_probs(hidden, head.weight, batch.targets, temperature, head.bias)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -19,21 +37,13 @@ class _ChunkedLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        tile: tuple[int, int],
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        hidden, weight, bias, targets, *options = args
         zeros = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
         chosen, total, moment = zeros, zeros.clone(), zeros.clone()
         # Σ_j e^(x_j − peak) and Σ_j e^(x_j − peak) (x_j − peak); peak finite, or −inf − −inf is NaN
         peak = torch.full_like(zeros, torch.finfo(torch.float32).min)
-        for rows, columns, place, inside in _tiles(targets, len(weight), tile):
-            x = _logits(hidden[rows], weight, bias, columns, temperature)
+        for rows, _, x, place, inside in _tiles(*args):
             chosen[rows] += torch.where(inside, x.gather(-1, place[:, None])[:, 0], 0)
             before, peak[rows] = peak[rows].clone(), torch.maximum(peak[rows], x.amax(-1))
             x -= peak[rows, None]
@@ -46,20 +56,20 @@ class _ChunkedLogProbs(torch.autograd.Function):
         log_total = total.log()
         normalizer, entropy = peak + log_total, log_total - moment / total
         ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropy)
-        ctx.temperature, ctx.tile = temperature, tile
+        ctx.options = options
         return chosen - normalizer, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
-        grad_log_probs, grad_entropy = (grad / ctx.temperature for grad in grads)
+        grad_log_probs, grad_entropy = (grad / ctx.options[0] for grad in grads)
         both = grad_log_probs + grad_entropy * entropy
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for rows, columns, place, inside in _tiles(targets, len(weight), ctx.tile):
+        tiles = _tiles(hidden, weight, bias, targets, *ctx.options)
+        for rows, columns, log_p, place, inside in tiles:
             # d log p(a) / d logit_j = [j = a] − p_j;  d H / d logit_j = −p_j (log p_j + H)
-            log_p = _logits(hidden[rows], weight, bias, columns, ctx.temperature)
             log_p -= normalizer[rows, None]
             p = log_p.exp()
             log_p.clamp_(min=-1e4)  # where p is 0; -inf would make it 0 · inf = NaN
@@ -71,29 +81,22 @@ class _ChunkedLogProbs(torch.autograd.Function):
             loss = loss.to(hidden.dtype)  # minus the gradient of the logits
             _subtract_product(grad_hidden[rows], loss, weight[columns])
             _subtract_product(grad_weight[columns], loss.T, hidden[rows])
-        if grad_bias is not None:
-            grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias, *(None,) * 3
+        # autograd gives each gradient the type of its input
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-def _tiles(
-    targets: Tensor, vocabulary: int, tile: tuple[int, int]
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Rows and vocabulary entries; where in the tile each row's target is, and whether it is there
-    at all (if not, the place is the nearest one), [n] each."""
+def _tiles(*args: Any) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
+    """Rows, vocabulary entries and their logits; the place of each row's target in the tile, and
+    whether it is there at all (if not, the place is the nearest one), [n] each."""
+    hidden, weight, bias, targets, temperature, tile = args  # as of `chunked_log_probs`
     for i in range(0, len(targets), tile[0]):
-        for j in range(0, vocabulary, tile[1]):
-            rows, columns = slice(i, i + tile[0]), slice(j, min(j + tile[1], vocabulary))
+        for j in range(0, len(weight), tile[1]):
+            rows, columns = slice(i, i + tile[0]), slice(j, min(j + tile[1], len(weight)))
+            part = None if bias is None else bias[columns]
+            logits = torch.nn.functional.linear(hidden[rows], weight[columns], part).float()
+            logits = logits if temperature == 1 else logits.div_(temperature)
             place = targets[rows].clamp(columns.start, columns.stop - 1)
-            yield rows, columns, place - j, place == targets[rows]
-
-
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice, temperature: float
-) -> Tensor:
-    bias = None if bias is None else bias[columns]
-    logits = torch.nn.functional.linear(hidden, weight[columns], bias).float()
-    return logits if temperature == 1 else logits.div_(temperature)
+            yield rows, columns, logits, place - j, place == targets[rows]
 
 
 def _subtract_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -112,15 +115,13 @@ def chunked_log_probs(
     bias: Tensor | None = None,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of its distribution, in nats.
+    """Log-probability of each target and entropy of its distribution, in nats: float32 [R] each,
+    differentiable.
 
     Args:
         hidden: final hidden states, [R, H]. weight: output embedding, [V, H]. bias: [V] or None.
         targets: token ids, [R]. temperature: logits are divided by it.
-        tile: rows and vocabulary entries whose logits exist at a time; default: what the device
-            likes best.
-
-    Returns: (log_probs, entropy), float32 [R] each, differentiable.
+        tile: rows and vocabulary entries whose logits exist at a time; default: the device's best.
     """
     tile = tile or default_tile(hidden.device)
     return _ChunkedLogProbs.apply(hidden, weight, bias, targets, temperature, tile)

@@ -12,46 +12,39 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from verl.protocol import Sample
+from verl.algorithms.losses import LossInputs
+from verl.protocol import OptimizerStep, Sample
 
 
 @dataclass(slots=True)
 class Batch:
     """Sequences of a micro-batch, packed into one row or padded into many.
 
-    Example: prompts [5, 6] and [7], responses [1, 2] and [3], packed. The last token of a sequence
+    Prompts [5, 6] and [7] with responses [1, 2] and [3], packed; the last token of a sequence
     predicts nothing, so it stays out::
 
         input_ids    [[5, 6, 1, 7]]       position_ids [[0, 1, 2, 0]]
         predictors   [1, 2, 3]            targets      [1, 2, 3]
     """
 
-    input_ids: Tensor
-    """[1, T] packed, [B, W] padded on the right."""
-    position_ids: Tensor
-    """Same shape; starts at 0 in each sequence."""
-    predictors: Tensor
-    """Where, in the flattened input, the hidden states are that predict response tokens, [R]."""
-    targets: Tensor
-    """Those response tokens, sample after sample, [R]."""
-    model_kwargs: dict[str, Any]
-    """What the attention needs to know: a padding mask, or the sequences' bounds."""
+    input_ids: Tensor  # all but the last tokens: [1, S] packed, [B, W] padded on the right
+    position_ids: Tensor  # same shape; starts at 0 in each sequence
+    targets: Tensor  # the response tokens that count, sample after sample, [T]
+    predictors: Tensor  # where, in the flattened input, the hidden states are that predict them
+    model_kwargs: dict[str, Any]  # for the attention: a padding mask, or the sequences' bounds
 
 
 def pack(samples: Sequence[Sample], device: torch.device, remove_padding: bool = True) -> Batch:
-    """The tensors of one forward pass over prompts and responses.
-
-    Without samples there is one token that predicts nothing: a rank that has run out of sequences
-    still takes part in the collective operations of the others.
-    """
+    """The tensors of one forward pass. Without samples there is one token that predicts nothing: a
+    rank that has run out of sequences still takes part in collective operations."""
     rows = [np.concatenate([s.prompt.token_ids, s.response_ids])[:-1] for s in samples]
-    rows = [row if len(row) else np.zeros(1, np.int64) for row in rows or [()]]
+    rows = [row if len(row) else np.zeros(1, np.int64) for row in rows or [np.zeros(0)]]
     lengths = np.array([len(row) for row in rows])
     tensor = partial(torch.as_tensor, device=device)
     if remove_padding:
@@ -65,116 +58,112 @@ def pack(samples: Sequence[Sample], device: torch.device, remove_padding: bool =
         }
     else:
         starts = np.arange(len(rows)) * lengths.max()
-        input_ids = pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True)
+        input_ids = pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True).numpy()
         position_ids = np.tile(np.arange(lengths.max()), (len(rows), 1))
         model_kwargs = {"attention_mask": tensor(position_ids < lengths[:, None])}
     predictors, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for s, start in zip(samples, starts, strict=False):
-        predictors.append(start + len(s.prompt.token_ids) - 1 + np.arange(s.length))
-        targets.append(s.response_ids)
+        before = start + len(s.prompt.token_ids) - 1 + np.arange(len(s.response_ids))
+        predictors.append(s.counted(before))
+        targets.append(s.counted(s.response_ids))
     return Batch(
-        input_ids=tensor(input_ids),
-        position_ids=tensor(position_ids),
-        predictors=tensor(np.concatenate(predictors)),
+        tensor(input_ids),
+        tensor(position_ids),
         targets=tensor(np.concatenate(targets)),
+        predictors=tensor(np.concatenate(predictors)),
         model_kwargs=model_kwargs,
     )
 
 
-def per_token(samples: Sequence[Sample], name: str, device: torch.device) -> Tensor:
-    """The field `name`, one float32 number per response token in the order of `Batch.targets`, [R].
+def loss_inputs(step: OptimizerStep, log_probs: Tensor, entropy: Tensor) -> LossInputs:
+    """What the loss sees of a micro-batch. `log_probs`, `entropy`: of `Batch.targets`, [T]."""
+    samples, device = step.samples, log_probs.device
+    lengths = [s.length for s in samples]
 
-    A field that holds one number per response is repeated for each of its tokens.
-    """
-    assert all(getattr(s, name) is not None for s in samples), f"{name} has not been computed"
-    values = [np.broadcast_to(getattr(s, name), s.length) for s in samples]
-    joined = np.concatenate(values or [np.zeros(0)])
-    return torch.as_tensor(joined.astype(np.float32), device=device)
+    def of_response(values: Sequence[float] | np.ndarray) -> Tensor:
+        return torch.as_tensor(np.repeat(np.asarray(values, np.float32), lengths), device=device)
+
+    def of_token(name: str) -> Tensor | None:
+        if any(getattr(s, name) is None for s in samples):
+            return None
+        counted = [s.counted(getattr(s, name)) for s in samples]
+        return torch.as_tensor(np.concatenate([np.zeros(0, np.float32), *counted]), device=device)
+
+    return LossInputs(
+        log_probs,
+        entropy,
+        lengths=torch.as_tensor(lengths, dtype=torch.int64, device=device),
+        weights=of_response(step.weights),
+        advantages=of_response([s.advantage for s in samples]),
+        old_log_probs=of_token("old_log_probs"),
+        ref_log_probs=of_token("ref_log_probs"),
+        rollout_log_probs=of_token("rollout_log_probs"),
+    )
 
 
-def split_per_sample(values: Tensor, samples: Sequence[Sample]) -> list[np.ndarray]:
-    """The inverse of `per_token` for results: [R] → one float32 array [L_i] per sample."""
+def per_token_of_response(values: Tensor, samples: Sequence[Sample]) -> list[np.ndarray]:
+    """Results for `Batch.targets`, [T] → one float32 array [R] per sample, 0 for other tokens."""
     ends = np.cumsum([s.length for s in samples])
-    return np.split(values.detach().float().cpu().numpy(), ends)[:-1]
+    arrays = np.split(values.detach().float().cpu().numpy(), ends)[:-1]
+    for i, s in enumerate(samples):
+        if s.loss_mask is not None:
+            counted, arrays[i] = arrays[i], np.zeros(len(s.response_ids), np.float32)
+            arrays[i][s.loss_mask] = counted
+    return arrays
 
 
 def packed_sdpa(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    sequence_lengths: list[int],
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **others: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a packed row, one call per sequence: no work on
-    other sequences' tokens, on any device.
+    other sequences' tokens, on any device. Arguments are those of transformers' attention
+    functions, with `Batch.model_kwargs` among the options.
 
-    Args (as Hugging Face attention functions): query [1, heads, T, D], key and value
-    [1, key-value heads, T, D]. Returns: [1, T, heads, D].
+    query [1, heads, T, D], key and value [1, key-value heads, T, D] → [1, T, heads, D].
     """
-    _refuse(others)
+    window = _sliding_window(options)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    parts = zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
+    parts = (x.split(options["sequence_lengths"], dim=2) for x in (query, key, value))
     outputs = []
-    for q, k, v in parts:
+    for q, k, v in zip(*parts, strict=True):
         mask = None
-        if sliding_window is not None and q.shape[2] > sliding_window:
+        if window is not None and q.shape[2] > window:
             t = torch.arange(q.shape[2], device=q.device)
             age = t[:, None] - t[None]
-            mask = (age >= 0) & (age < sliding_window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling
-            )
-        )
+            mask = (age >= 0) & (age < window)
+        outputs.append(sdpa(q, k, v, mask, is_causal=mask is None, scale=options.get("scaling")))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def packed_varlen(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    sequence_lengths: list[int],
-    sequence_bounds: Tensor,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **others: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
 ) -> tuple[Tensor, None]:
     """The same in one call: `torch.nn.attention.varlen`, for GPUs (16-bit types)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    _refuse(others)
-    longest = max(sequence_lengths)
+    window = _sliding_window(options)
+    visible = (-1 if window is None else window - 1, 0)  # tokens before and after
+    bounds, longest = options["sequence_bounds"], max(options["sequence_lengths"])
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale, gqa = options.get("scaling"), query.shape[1] != key.shape[1]
     output = varlen_attn(
-        *(x[0].transpose(0, 1) for x in (query, key, value)),
-        sequence_bounds,
-        sequence_bounds,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=visible, enable_gqa=gqa
     )
+    assert isinstance(output, Tensor)  # the only thing that was asked for
     return output[None], None
 
 
-def _refuse(others: dict[str, Any]) -> None:
+def _sliding_window(options: dict[str, Any]) -> int | None:
     """Raises ValueError for attention that is more than softmax of scaled products."""
     for name in ("s_aux", "softcap"):
-        if others.get(name) is not None:
+        if options.get(name) is not None:
             raise ValueError(
                 f"attention with {name} can't run packed: set "
                 "actor_rollout_ref.model.use_remove_padding=False"
             )
+    return options.get("sliding_window")
 
 
 PACKED_ATTENTION = {"packed_sdpa": packed_sdpa, "packed_varlen": packed_varlen}

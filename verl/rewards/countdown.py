@@ -1,26 +1,24 @@
 """CountDown: combine all given numbers with + - * / so that they make the target.
 
-The response is hostile input: it is tokenized and evaluated here with exact fractions, never by
-Python's own parser, and an answer too long to be honest isn't even tokenized.
+The response is hostile input: it is evaluated here with exact fractions, never by Python's parser.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+PRECEDENCE = {")": 1, "+": 1, "-": 1, "*": 2, "/": 2}
 ALLOWED = frozenset("0123456789+-*/() \t\r\f\v")
 TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 # What a prompt ends with; responses alone hold neither.
 ASSISTANT_MARKS = ("Assistant:", "<|im_start|>assistant")
-OPEN, CLOSE = "<answer>", "</answer>"
 
 
 def compute_score(solution_str: str, ground_truth: Any) -> dict[str, float]:
@@ -28,9 +26,7 @@ def compute_score(solution_str: str, ground_truth: Any) -> dict[str, float]:
 
     The answer is the last ``<answer>…</answer>`` on the last line, after the first ``Assistant:``
     (or ``<|im_start|>assistant``) if there is one. It holds nothing but ASCII digits, + - * / ( )
-    and whitespace; signs, leading zeros and ``= target`` are wrong.
-
-    `solution_str`: the decoded response, with or without the prompt. Raises ValueError unless
+    and whitespace; signs, leading zeros and ``= target`` are wrong. Raises: ValueError unless
     `ground_truth` is ``{"target": int, "numbers": sequence or array of int >= 0}``.
 
     >>> compute_score("<answer> 8 * 3 </answer>", {"target": 24, "numbers": [3, 8]})
@@ -43,60 +39,43 @@ def compute_score(solution_str: str, ground_truth: Any) -> dict[str, float]:
 
 
 def extract_answer(solution_str: str) -> str | None:
-    """The text within the last ``<answer>…</answer>`` on the last line; None without one.
-
-    That is the last match of the regular expression ``<answer>(.*?)</answer>``, which a search
-    from the end finds in linear time, however many tags the text has.
-    """
+    """The text within the last ``<answer>…</answer>`` on the last line; None without one."""
     for mark in ASSISTANT_MARKS:
         _, found, rest = solution_str.partition(mark)
         if found:
             solution_str = rest
             break
     line = solution_str.strip().rpartition("\n")[2]
-    last_open = line.rfind(OPEN, 0, max(line.rfind(CLOSE), 0))
-    if last_open < 0:
-        return None
-    # Of several opening tags in a row the first one counts, so that the answer holds the others.
-    start = line.find(OPEN, max(line.rfind(CLOSE, 0, last_open), 0)) + len(OPEN)
-    return line[start : line.find(CLOSE, last_open)].strip()
+    # As the regular expression <answer>(.*?)</answer> has it, but always in linear time.
+    for text in reversed(line.split("</answer>")[:-1]):
+        _, found, answer = text.partition("<answer>")
+        if found:
+            return answer.strip()
+    return None
 
 
 def evaluate(tokens: Sequence[str]) -> Fraction | None:
-    """Exact value of an infix expression; None if it is malformed or divides by zero.
-
-    Two stacks instead of recursion: nesting costs memory, not Python frames.
-
-    >>> evaluate(["(", "1", "+", "2", ")", "/", "6"])
-    Fraction(1, 2)
-    """
+    """Exact value of an infix expression; None if it is malformed or divides by zero. Two stacks
+    instead of recursion: nesting costs memory, not Python frames."""
     values: list[Fraction] = []
     pending = ["("]  # operators and brackets still open; this one is closed by the final ")"
-
-    def apply() -> None:
-        right, left = values.pop(), values.pop()
-        values.append(OPERATIONS[pending.pop()](left, right))
-
     operand_next = True
     try:
         for token in (*tokens, ")"):
             is_operand = token == "(" or token.isdigit()
             if is_operand != operand_next or not pending:
                 return None
-            if token == "(":
-                pending.append(token)
-            elif token == ")":
-                while pending[-1] != "(":
-                    apply()
-                pending.pop()
-            elif is_operand:
+            operand_next = token == "(" or token in OPERATIONS
+            if token.isdigit():
                 values.append(Fraction(int(token)))
-                operand_next = False
+                continue
+            while token != "(" and PRECEDENCE.get(pending[-1], 0) >= PRECEDENCE[token]:
+                right, left = values.pop(), values.pop()
+                values.append(OPERATIONS[pending.pop()](left, right))
+            if token == ")":
+                pending.pop()
             else:
-                while PRECEDENCE.get(pending[-1], 0) >= PRECEDENCE[token]:
-                    apply()
                 pending.append(token)
-                operand_next = True
     except ZeroDivisionError:
         return None
     return None if pending else values[0]
@@ -116,19 +95,13 @@ def _is_solution(answer: str, target: int, numbers: list[int]) -> bool:
 def _read_ground_truth(ground_truth: Any) -> tuple[int, list[int]]:
     try:
         target, numbers = ground_truth["target"], ground_truth["numbers"]
-        valid = (
-            isinstance(ground_truth, Mapping)
-            and isinstance(numbers, (Sequence, np.ndarray))
-            and not isinstance(numbers, (str, bytes, bytearray))
-            and len(numbers) > 0
-            and not any(isinstance(n, bool) for n in (target, *numbers))
-        )
+        ordered = isinstance(numbers, (Sequence, np.ndarray)) and not isinstance(numbers, bytes)
+        plain = not any(isinstance(n, bool) for n in (target, *numbers))
         target, numbers = operator.index(target), [operator.index(n) for n in numbers]
+        valid = ordered and plain and min(numbers, default=-1) >= 0
     except (TypeError, KeyError, IndexError):
         valid = False
-    if not valid or min(numbers) < 0:
-        raise ValueError(
-            "the ground truth of countdown must be {'target': int, 'numbers': non-empty sequence "
-            f"of int >= 0}}, but is {ground_truth!r:.200}"
-        )
+    if not valid:
+        form = "{'target': int, 'numbers': non-empty sequence of int >= 0}"
+        raise ValueError(f"the ground truth of countdown must be {form}, not {ground_truth!r:.200}")
     return target, numbers

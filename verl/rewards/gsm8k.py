@@ -7,9 +7,7 @@ from fractions import Fraction
 from numbers import Real
 from typing import Any
 
-# The response is searched in its last characters only, as in verl: the answer stands at the end,
-# and the cost doesn't depend on what comes before.
-WINDOW = 300
+WINDOW = 300  # last characters of the response, as in verl, so that the cost has a limit
 # An exponent belongs to the number (and makes it unreadable); the lookbehind keeps a search from
 # starting inside a number, also inside one that begins before the window.
 _NUMBER = r"(?<![0-9])(?<![0-9][.,])(\$?-?\$?\.?[0-9][0-9.,]*(?:[eE][-+]?[0-9]+)?)"
@@ -23,12 +21,8 @@ def compute_score(solution_str: str, ground_truth: Any, method: str = "strict") 
     >>> compute_score("20 - 2 = 18\\n#### 18", "18")
     {'score': 1.0, 'acc': 1.0}
 
-    Args:
-        solution_str: the decoded response; its last 300 characters are searched.
-        ground_truth: plain decimal notation as text (``"18"``, ``"1,000"``), or a number.
-        method: ``strict`` takes the last ``#### <number>``, ``flexible`` the last number.
-
-    Raises: ValueError for an unknown method, or a ground truth that is not such a number.
+    `method`: ``strict`` takes the last ``#### <number>``, ``flexible`` the last number. Raises:
+    ValueError for another, or a ground truth that is no number (also as text, ``"1,000"``).
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: choose one of {', '.join(METHODS)}")
@@ -36,22 +30,15 @@ def compute_score(solution_str: str, ground_truth: Any, method: str = "strict") 
     if isinstance(ground_truth, (str, Real)) and not isinstance(ground_truth, bool):
         expected = parse_number(str(ground_truth).strip())
     if expected is None:
-        raise ValueError(
-            "the ground truth of gsm8k must be a number in plain decimal notation such as '18' or "
-            f"'1,000.5', but is {ground_truth!r:.200}"
-        )
+        form = "a number in plain decimal notation such as '18' or '1,000.5'"
+        raise ValueError(f"the ground truth of gsm8k must be {form}, not {ground_truth!r:.200}")
     found = METHODS[method].findall(solution_str, max(len(solution_str) - WINDOW, 0))
     correct = float(bool(found) and parse_number(found[-1]) == expected)
     return {"score": correct, "acc": correct}
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Exact value of plain decimal notation; None for anything else (exponents are never raised).
-
-    Commas, ``$`` and the full stop of a sentence are dropped.
-
-    >>> parse_number("$1,234.50")
-    Fraction(2469, 2)
-    """
+    """Exact value of plain decimal notation, ``$1,234.50``, also with the full stop of a sentence;
+    None for anything else (exponents are never raised)."""
     text = text.replace(",", "").replace("$", "").removesuffix(".")
     return Fraction(text) if _PLAIN.fullmatch(text) else None

@@ -160,9 +160,9 @@ def _times(groups: list[Group], window: int) -> Section:
     legend = [PHASES.get(name, name) for name in large] + ["other"]
     charts = []
     for group, table in zip(groups, tables, strict=True):
-        columns = [table[name] if name in table else 0 * table.sum(axis=1) for name in large]
-        columns.append(table[[name for name in table if name not in large]].sum(axis=1))
-        lines = [_points(key, column) for key, column in enumerate(columns)]
+        parts = [table[name] if name in table else 0 * table.sum(axis=1) for name in large]
+        parts.append(table[[name for name in table if name not in large]].sum(axis=1))
+        lines = [_points(key, part) for key, part in enumerate(parts)]
         charts.append({"title": group.label, "unit": "s", "lines": lines, "stack": True})
     return Section(
         "Time per step", f"Seconds by phase, means over {window} steps.", legend, _filled(charts)

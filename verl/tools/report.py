@@ -31,7 +31,7 @@ from verl.tools.runs import (
     shown,
 )
 from verl.tools.samples import dumps
-from verl.utils.tracking import align
+from verl.trainer.ppo.tracking import align
 
 HERE = Path(__file__).parent
 DASHES = ("", "7 3", "2 2.5", "9 3 2 3", "4 2")
@@ -188,10 +188,9 @@ def _card(group: Group) -> dict[str, Any]:
     lengths = _mean_ends([run.series("response_length/mean") for run in group.runs])
     if lengths:
         facts["mean length"] = "{:.0f} → {:.0f}".format(*lengths)
-    ends = [form.format(end) for end in ends]
-    return {"label": group.label, "kind": kind, "runs": len(group.runs), "ends": ends} | {
-        "facts": facts
-    }
+    shown_ends = [form.format(end) for end in ends]
+    card = {"label": group.label, "kind": kind, "runs": len(group.runs)}
+    return card | {"ends": shown_ends, "facts": facts}
 
 
 def _mean_ends(curves: list[pd.Series]) -> list[float]:
@@ -202,7 +201,7 @@ def _mean_ends(curves: list[pd.Series]) -> list[float]:
 
 def _table(groups: list[Group]) -> tuple[list[str], list[dict[str, Any]]]:
     """A row for each run: labels of the columns, and the rows' cells."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, group in enumerate(groups):
         for run in group.runs:
             cells = {}
@@ -211,11 +210,10 @@ def _table(groups: list[Group]) -> tuple[list[str], list[dict[str, Any]]]:
                     f"{form.format(first)} → {form.format(last)}",
                     f"best {form.format(best[0])} at step {best[1]}" if best else "",
                 )
-            rows.append({"index": index, "group": group.label, "run": run, "cells": cells})
-            rows[-1] |= {
-                "tokens": f"{run.tokens / 1e6:.3g} M",
-                "hours": f"{run.seconds / 3600:.2f}",
-            }
+            row = {"index": index, "group": group.label, "run": run, "cells": cells}
+            rows.append(
+                row | {"tokens": _millions(run.tokens), "hours": f"{run.seconds / 3600:.2f}"}
+            )
     return list(dict.fromkeys(label for row in rows for label in row["cells"])), rows
 
 

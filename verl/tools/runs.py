@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from verl.utils.tracking import read_metrics, validation_scores
+from verl.trainer.ppo.tracking import read_metrics, validation_scores
 
 METHODS = {
     "token-mean": "DAPO Norm",
@@ -166,9 +166,9 @@ def group_runs(runs: list[Run]) -> list[Group]:
     """
     by_settings: dict[Any, list[Run]] = {}
     for run in runs:
-        alike = tuple(sorted(comparable(run.settings).items())) or run.folder
-        by_settings.setdefault((alike, tuple(accuracy_columns(run.frame))), []).append(run)
-    groups = [Group(mine[0].method, mine) for mine in by_settings.values()]
+        identity = tuple(sorted(comparable(run.settings).items())) or run.folder
+        by_settings.setdefault((identity, tuple(accuracy_columns(run.frame))), []).append(run)
+    groups = [Group(alike[0].method, alike) for alike in by_settings.values()]
     for same in _by_label(groups):
         for key, values in list(differences(same).items())[:2]:
             for group, value in zip(same, values, strict=True):
@@ -183,9 +183,9 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 def differences(groups: list[Group]) -> dict[str, list[str]]:
     """The settings that aren't the same in all groups: key → a value for each group."""
-    settings = [comparable(group.runs[0].settings) for group in groups]
-    keys = dict.fromkeys(key for mine in settings for key in mine)
-    rows = {key: [mine.get(key, "–") for mine in settings] for key in keys}
+    all_settings = [comparable(group.runs[0].settings) for group in groups]
+    keys = dict.fromkeys(key for settings in all_settings for key in settings)
+    rows = {key: [settings.get(key, "–") for settings in all_settings] for key in keys}
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
 

@@ -62,17 +62,19 @@ def dumps(run: Run) -> list[Dump]:
     return found
 
 
-def pick(scores: list[float | None], prompts: list[Any], count: int = COUNT) -> tuple[list, list]:
+def pick(
+    scores: list[float | None], prompts: list[Any], count: int = COUNT
+) -> tuple[list[int], list[int]]:
     """Rows of the best and of the worst responses, of different prompts as far as there are.
 
     Of equal scores the first row counts. What scores like the best is no bad one, so that there may
     be none.
     """
-    known = [i for i, s in enumerate(scores) if s is not None and not math.isnan(s)]
-    best = _distinct(sorted(known, key=lambda i: -scores[i]), prompts, count)
-    top = max((scores[i] for i in known), default=0)
-    lower = [i for i in known if scores[i] < top and i not in best]
-    worst = _distinct(sorted(lower, key=lambda i: scores[i]), prompts, count)
+    known = {i: s for i, s in enumerate(scores) if s is not None and not math.isnan(s)}
+    best = _distinct(sorted(known, key=lambda i: -known[i]), prompts, count)
+    top = max(known.values(), default=0)
+    lower = [i for i in known if known[i] < top and i not in best]
+    worst = _distinct(sorted(lower, key=lambda i: known[i]), prompts, count)
     return best, worst
 
 
@@ -93,8 +95,7 @@ def _read(title: str, path: Path) -> Dump:
     prompts = columns.get("prompt", [None] * rows)
     best, worst = pick(columns.get("score", [0.0] * rows), prompts)
     shown = [
-        [_sample(row) for row in table.take(part).to_pylist()] if part else []
-        for part in (best, worst)
+        list(map(_sample, table.take(part).to_pylist())) if part else [] for part in (best, worst)
     ]
     return Dump(title, int(path.stem), rows, *shown)
 

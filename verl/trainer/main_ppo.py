@@ -10,8 +10,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from verl.trainer.config import entry_point
-from verl.trainer.config.schema import Config
+from verl.config.load import entry_point
+from verl.config.schema import Config
 
 if TYPE_CHECKING:
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
@@ -36,27 +36,28 @@ def run(config: Config) -> None:
             trainer = _trainer(config, latest)
             ending.callback(trainer.close)
             try:
-                _start(trainer)
-                return _fit(trainer)
+                return _train(trainer)
             except RayActorError as error:
-                text, latest = _error(error, trainer.checkpoints.root), trainer.latest
+                text, latest = _error(error, trainer.checkpoints.root), trainer.checkpoints.latest
                 if error.actor_init_failed:
                     _stop(2, text)
                 if not left or trainer.stop.number:
-                    _stop(1, f"{text}\n{trainer.how_to_resume}")
-                where = f"goes on from {latest}" if latest else "starts anew"
-                logger.error("%s. The run %s; trainer.max_restarts: %d left", text, where, left - 1)
+                    _stop(1, f"{text}\n{trainer.checkpoints.how_to_resume}")
+                action = f"goes on from {latest}" if latest else "starts anew"
+                logger.error(
+                    "%s. The run %s; trainer.max_restarts: %d left", text, action, left - 1
+                )
 
 
 def _trainer(config: Config, latest: Path | None) -> RayPPOTrainer:
     """A trainer whose input is good; nothing is started."""
     from verl.models.hf import check_model, load_tokenizer
+    from verl.rollout.engine import engine_class
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-    from verl.workers.rollout.base import engine_class
 
-    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    model = config.actor_rollout_ref.model
     try:
-        engine_class(rollout.name).check(rollout)
+        engine_class(config.actor_rollout_ref.rollout.name)  # its package may be missing
         check_model(model, config.data.max_prompt_length + config.data.max_response_length)
         return RayPPOTrainer(config, load_tokenizer(model, config.data.tokenizer), latest)
     except (ValueError, OSError) as error:
@@ -65,50 +66,42 @@ def _trainer(config: Config, latest: Path | None) -> RayPPOTrainer:
         _stop(130, "stopped")
 
 
-def _start(trainer: RayPPOTrainer) -> None:
-    """Starts its workers. Raises: RayActorError if one dies."""
+def _train(trainer: RayPPOTrainer) -> None:
+    """Starts the workers and trains. Raises: RayActorError if a worker dies."""
     from ray.exceptions import RayActorError, RayError
 
-    from verl.rewards.errors import RewardError
+    from verl.rewards import RewardError
 
+    checkpoints, started = trainer.checkpoints, False
     try:
         trainer.start_workers()
-    except RayActorError:
-        raise
-    except RayError as error:  # of a worker, though it may be a ValueError, too
-        _stop(2, _error(error, trainer.checkpoints.root))
-    except (ValueError, OSError, RewardError) as error:
-        _stop(2, f"error: {error}")
-    except KeyboardInterrupt:
-        _stop(128 + (trainer.stop.number or 2), "stopped")
-
-
-def _fit(trainer: RayPPOTrainer) -> None:
-    """Trains. Raises: RayActorError if a worker dies."""
-    from ray.exceptions import RayActorError, RayError
-
-    from verl.rewards.errors import RewardError
-
-    try:
+        started = True
         trainer.fit()
+        if not trainer.stop.number:
+            return
     except RayActorError:
         raise
-    except FloatingPointError as error:  # which says itself what to resume from
-        _stop(1, _error(error, trainer.checkpoints.root))
-    except (ValueError, OSError, RewardError, RayError) as error:
-        _stop(1, f"{_error(error, trainer.checkpoints.root)}\n{trainer.how_to_resume}")
+    except (ValueError, OSError, FloatingPointError, RewardError, RayError) as error:
+        if not started and not isinstance(error, RayError):
+            _stop(2, f"error: {error}")
+        text = _error(error, checkpoints.root)
+        if not isinstance(error, FloatingPointError):  # which says itself what to resume from
+            text += f"\n{checkpoints.how_to_resume}" if started else ""
+        _stop(1 if started else 2, text)
     except KeyboardInterrupt:
-        _stop(128 + (trainer.stop.number or 2), f"stopped; {trainer.how_to_resume}")
+        if not started:
+            _stop(128 + (trainer.stop.number or 2), "stopped")
+    _stop(128 + (trainer.stop.number or 2), f"stopped; {checkpoints.how_to_resume}")
 
 
 def _error(error: Exception, folder: Path) -> str:
     """One line about an error, whose traceback goes to `error.log` in the run's folder."""
     from ray.exceptions import RayActorError, RayError, RayTaskError
 
-    where = ""
+    details = ""
     with suppress(OSError):  # the disk may be what is wrong
         (folder / "error.log").write_text("".join(traceback.format_exception(error)))
-        where = f" (details: {folder / 'error.log'})"
+        details = f" (details: {folder / 'error.log'})"
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause
     text = str(error)
@@ -120,7 +113,7 @@ def _error(error: Exception, folder: Path) -> str:
             name := re.search(r"class_name: (\w+)", str(error))
         ):
             text = f"a worker died, of class {name[1]}: {text}"
-    return f"error: {text or type(error).__name__}{where}"
+    return f"error: {text or type(error).__name__}{details}"
 
 
 def _stop(status: int, message: str) -> NoReturn:

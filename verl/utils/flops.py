@@ -1,42 +1,54 @@
-"""Floating-point operations of an update, for `perf/mfu`."""
+"""Floating-point operations of an update, and how many a GPU does at most, for `perf/mfu`."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from verl.utils.memory import weight_shapes
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """What decides the operations of a decoder: its matrix products."""
+
+    decoder: int  # weights of all linear layers before the head
+    head: int  # weights of the head: vocabulary × hidden
+    attention: int  # layers × heads × size of a head
 
 
-def update_flops(model: dict[str, Any], prompts: ArrayLike, responses: ArrayLike) -> float:
-    """Of a forward and a backward pass over sequences of these many tokens of prompt and response.
+def update_flops(size: ModelSize, prompts: ArrayLike, responses: ArrayLike) -> float:
+    """Of a forward and a backward pass over sequences of these lengths in tokens, [N].
 
     A matrix product costs 2 operations for each of its weights and tokens, and its backward pass
-    twice that. A sequence of P + R tokens goes through the decoder layers without its last one, T =
-    P + R − 1 tokens, and its R hidden states that predict a response token go through the head:
+    twice that. Of P + R tokens T = P + R − 1 go through the decoder, and R hidden states through
+    the head; each causal pair of tokens costs a product with a key and one with a value:
 
-        6·(weights of all layers)·T + 6·(vocabulary × hidden)·R + 12·layers·heads·head_dim·T(T+1)/2
+        6·decoder·T + 6·head·R + 12·attention·T(T+1)/2
 
-    The last term is attention: each of the T(T+1)/2 causal pairs costs a product with a key and one
-    with a value. Not counted: what is no matrix product (embedding, norms, rotary, softmax), and
-    what gradient checkpointing computes again, which is no progress. A sliding window isn't looked
-    at.
-
-    Args:
-        model: the content of config.json. prompts, responses: lengths in tokens, [N].
-
-    Raises: ValueError for a model whose layers are not known here.
-
-    Example: one layer, hidden and inner size 2, one head, vocabulary 5, P = 1, R = 2: 28 weights in
-    the layer, so 6·28·2 + 6·10·2 + 12·1·2·3 = 528.
+    Not counted: what is no matrix product, and what gradient checkpointing computes again. A
+    sliding window isn't looked at.
     """
-    _, layer = weight_shapes(model)
-    layers, wide = model["num_hidden_layers"], layer[0][0]
-    weights = layers * sum(rows * columns for rows, columns in layer if columns > 1)
-    head = model["vocab_size"] * model["hidden_size"]
     R = np.asarray(responses, np.float64)
     T = np.asarray(prompts, np.float64) + R - 1
     pairs = T * (T + 1) / 2
-    return float((6 * weights * T + 6 * head * R + 12 * layers * wide * pairs).sum())
+    return float((6 * size.decoder * T + 6 * size.head * R + 12 * size.attention * pairs).sum())
+
+
+AMPERE = {"A10": 125, "A40": 150, "A100": 312, "A800": 312, "RTX 3090": 71}
+ADA = {"L4": 121, "L40": 181, "L40S": 362, "RTX 4090": 165}
+HOPPER = {"H20": 148, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H200": 989, "H200 NVL": 835}
+HOPPER |= {"H800": 989, "H800 PCIe": 756}
+PEAK_TFLOPS = AMPERE | ADA | HOPPER | {"B200": 2250}
+"""Part of what CUDA calls a GPU → dense bfloat16 products with float32 sums, in 10^12 operations a
+second, from NVIDIA's data sheets (which print twice as much "with sparsity" for those since A100).
+"""
+
+
+def gpu_peak_tflops(name: str) -> float | None:
+    """The entry of `PEAK_TFLOPS` for a GPU that CUDA calls `name`; None if there is none."""
+    if re.search(r"\b(MIG|Laptop|Ti|D|Max-Q)\b", name):  # a part, or another one
+        return None
+    found = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name)]
+    return PEAK_TFLOPS[max(found, key=len)] if found else None

@@ -11,12 +11,8 @@ from itertools import pairwise
 def balanced_partitions(
     lengths: Sequence[int], parts: int, capacity: float = math.inf
 ) -> list[list[int]]:
-    """Splits indices into `parts` lists of nearly equal total length (longest first, always into
-    the emptiest part). Some lists are empty if there are fewer sequences than parts. Each list is
-    in ascending order.
-
-    Whatever would fill the emptiest part beyond `capacity` opens one more; a sequence that is
-    longer than that stands alone.
+    """Splits indices into `parts` ascending lists of nearly equal total length (longest first,
+    always into the emptiest part). What would fill it beyond `capacity` opens one more.
 
     Example: ``balanced_partitions([5, 1, 4, 2], 2)`` is ``[[0, 1], [2, 3]]``.
     """
@@ -42,13 +38,8 @@ def equal_partitions(count: int, parts: int) -> list[list[int]]:
 def micro_batches(
     lengths: Sequence[int], size: int | None = None, max_tokens: int | None = None
 ) -> list[list[int]]:
-    """Splits indices into micro-batches, by count or by token budget.
-
-    `size`: sequences of a micro-batch, in the given order. `max_tokens`, where `size` is None: the
-    largest number of tokens of a micro-batch; a sequence that is longer stands alone.
-
-    Returns: non-empty lists of indices, few of them and of about equal length.
-    """
+    """Splits indices into non-empty micro-batches: of `size` sequences in the given order, or else
+    few of about equal length with at most `max_tokens` (a longer sequence stands alone)."""
     if size is not None:
         return [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
     assert max_tokens is not None

@@ -11,17 +11,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Knows whether somebody wants the run to end.
+    """Knows whether somebody wants the run to end: `number` is the signal that came.
 
-    Example: ``stop.install(); stop.patient = True; …; if stop.number: …``
+    Whoever looks at it sets `patient`; without that a signal raises KeyboardInterrupt at once, as
+    the second one always does.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
-        """The signal that came; None: none."""
         self.patient = False
-        """Whether whoever runs looks at `number`; else a signal raises KeyboardInterrupt at once,
-        as the second one always does."""
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:

@@ -25,7 +25,7 @@ class Timer:
             yield
         finally:
             spent = time.perf_counter() - start
-            own = spent - self._inner.pop()
-            self.seconds[name] = self.seconds.get(name, 0.0) + own
+            self_time = spent - self._inner.pop()
+            self.seconds[name] = self.seconds.get(name, 0.0) + self_time
             if self._inner:
                 self._inner[-1] += spent

@@ -1,12 +1,8 @@
-"""What a training step and a validation report, under verl's metric names.
-
-Pure functions from `list[Sample]` to ``{name: float}``. Everything is per response: outcome rewards
-make score, reward and advantage one number each (verl averages advantages and returns over
-response tokens; here each response counts once).
-"""
+"""What a training step and a validation report, under verl's names (docs/metrics.md)."""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import comb, sqrt
@@ -16,36 +12,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from verl.protocol import Sample, column, response_lengths
-from verl.utils.flops import update_flops
+from verl.protocol import OptimizerStep, Sample, response_lengths
+from verl.utils.flops import ModelSize, update_flops
+
+VAL_CORE = re.compile(r"val-core/(.+)/(?:acc|reward)/((?:mean|best|maj)@\d+)(?:/mean)?")
+"""Data source, and figure, of a validation metric."""
 
 # Phases whose cost grows with the tokens of prompt and response; `gen` only with the response.
 TOKEN_PHASES = ("ref", "old_log_prob", "adv", "update_actor")
 
 
 def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, float]:
-    """Statistics of one train batch.
-
-    * ``critic/{score,rewards,advantages,returns}/{mean,max,min}``; an outcome reward's return is
-      its advantage.
-    * ``{response,prompt}_length/{mean,max,min}`` in tokens. ``response_length/clip_ratio`` is the
-      share of truncated responses (a response that ends with its end-of-sequence token in the last
-      place is not one), ``prompt_length/clip_ratio`` the share of prompts of `max_prompt_length`
-      tokens, ``response_length/cv`` the standard deviation over the mean.
-    * ``reward/{name}``: mean of every numeric value that the reward function returned.
-    """
+    """Statistics of one train batch, lengths in tokens. An outcome reward's return is its
+    advantage."""
     lengths = response_lengths(samples)
     prompt_lengths = np.array([len(s.prompt.token_ids) for s in samples])
-    advantages = column(samples, "advantage")
+    advantages = np.array([s.advantage for s in samples])
+    values: dict[str, NDArray[Any]] = {
+        "critic/score": np.array([s.score for s in samples]),
+        "critic/rewards": np.array([s.reward for s in samples]),
+        "critic/advantages": advantages,
+        "critic/returns": advantages,
+        "response_length": lengths,
+        "prompt_length": prompt_lengths,
+    }
+    figures = ("mean", "max", "min")
     return {
-        **_spread("critic/score", column(samples, "score")),
-        **_spread("critic/rewards", column(samples, "reward")),
-        **_spread("critic/advantages", advantages),
-        **_spread("critic/returns", advantages),
-        **_spread("response_length", lengths),
+        **{f"{k}/{f}": float(getattr(x, f)()) for k, x in values.items() for f in figures},
         "response_length/clip_ratio": float(np.mean([s.truncated for s in samples])),
         "response_length/cv": float(lengths.std() / max(lengths.mean(), 1e-12)),
-        **_spread("prompt_length", prompt_lengths),
         "prompt_length/clip_ratio": float(np.mean(prompt_lengths >= max_prompt_length)),
         **_extras_means(samples),
     }
@@ -54,45 +49,34 @@ def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, flo
 def timing_metrics(
     samples: list[Sample], timings: Mapping[str, float], filtering: bool = False
 ) -> dict[str, float]:
-    """``timing_s/{phase}`` as measured (seconds), and ``timing_per_token_ms/{phase}``.
-
-    The latter only for phases that process tokens: `gen` per response token, the others
-    (`TOKEN_PHASES`) per token of prompt and response. With `algorithm.filter_groups` (`filtering`)
-    not for `gen`: other responses are generated than those that are trained on.
-    """
+    """``timing_s/…`` in seconds, and ``timing_per_token_ms/…``. With `algorithm.filter_groups`
+    (`filtering`) `gen` has none: other responses are generated than those that are trained on."""
     tokens = dict.fromkeys(TOKEN_PHASES, sum(s.num_tokens for s in samples))
     tokens["gen"] = 0 if filtering else sum(s.length for s in samples)
-    per_token = {
-        f"timing_per_token_ms/{name}": 1000 * seconds / tokens[name]
-        for name, seconds in timings.items()
-        if tokens.get(name)
-    }
-    return {f"timing_s/{name}": float(seconds) for name, seconds in timings.items()} | per_token
+    metrics = {f"timing_s/{name}": float(seconds) for name, seconds in timings.items()}
+    for name in tokens.keys() & timings.keys():
+        if tokens[name]:
+            metrics[f"timing_per_token_ms/{name}"] = 1000 * timings[name] / tokens[name]
+    return metrics
 
 
 def mfu_metrics(
-    model: dict[str, Any], steps: Sequence[Sequence[Sample]], seconds: float, peak_flops: float
+    size: ModelSize | None, steps: Sequence[OptimizerStep], seconds: float, peak: float | None
 ) -> dict[str, float]:
-    """``perf/mfu``: model flops utilization of the update, the share of what all devices could have
-    computed in its `seconds` that forward and backward pass need (`verl.utils.flops.update_flops`).
-
-    Args:
-        model: the content of config.json. steps: the samples of each optimizer step.
-        peak_flops: operations a second of all devices together.
-    """
-    samples = [s for step in steps for s in step]
-    prompts, responses = [len(s.prompt.token_ids) for s in samples], response_lengths(samples)
-    mfu = update_flops(model, prompts, responses) / (seconds * peak_flops)
-    return {"perf/mfu": mfu}
+    """``perf/mfu``: the share of what all devices could have computed in the update's `seconds`, at
+    `peak` operations a second, that its passes need. Left out where size or peak is not known."""
+    if size is None or peak is None:
+        return {}
+    samples = [s for step in steps for s in step.samples]
+    responses = response_lengths(samples)
+    others = np.array([s.num_tokens for s in samples]) - responses  # which are only read
+    return {"perf/mfu": update_flops(size, others, responses) / (seconds * peak)}
 
 
 def throughput_metrics(
     samples: list[Sample], step_seconds: float, num_devices: int
 ) -> dict[str, float]:
-    """``perf/total_num_tokens`` (prompts and responses), ``perf/time_per_step`` in seconds, and
-    ``perf/throughput`` in tokens per second per device, those of the engines included: tokens that
-    are trained on, over the whole step. What `algorithm.filter_groups` drops takes time and doesn't
-    count."""
+    """Tokens that are trained on, over the whole step and all devices."""
     tokens = sum(s.num_tokens for s in samples)
     return {
         "perf/total_num_tokens": float(tokens),
@@ -102,20 +86,8 @@ def throughput_metrics(
 
 
 def validation_metrics(samples: list[Sample]) -> dict[str, float]:
-    """Accuracy of each data source: mean over its prompts of a figure of the prompt's N responses.
-
-    The variable is `acc` if the reward function returns one, else `reward` (the score).
-
-    * ``val-core/{source}/acc/mean@N``; for N > 1 also ``best@N/mean`` (the best of N), and
-      ``maj@N/mean`` if every response has an extra `pred`: the accuracy of the most frequent
-      answer, the one that came first if several are. An answer of None votes like any other.
-    * ``val-aux/{source}/acc/``: ``std@N``, and ``best@k/mean`` for k = 2, 4, 8, … < N.
-    * ``val-aux/{source}/reward/mean@N`` next to acc, and
-      ``val-aux/{source}/response_length/{mean,clip_ratio}`` as in `data_metrics`.
-
-    The names are verl's, which estimates best@k from 1000 draws with replacement; here it is the
-    exact mean over all subsets of k responses (`best_of`).
-    """
+    """Accuracy of each data source: mean over its prompts of a figure of the prompt's N
+    responses."""
     by_source: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_source[sample.prompt.data_source].append(sample)
@@ -129,11 +101,9 @@ def validation_metrics(samples: list[Sample]) -> dict[str, float]:
 
 
 def best_of(values: ArrayLike, k: int) -> float:
-    """Mean of the maximum over all subsets of k of the N `values`, 1 ≤ k ≤ N, exactly.
-
-    The i-th smallest value (from 0) is the maximum of C(i, k−1) of the C(N, k) subsets. For values
-    of 0 and 1 this is the unbiased pass@k of Chen et al. (arXiv 2107.03374, eq. 1).
-    """
+    """Mean of the maximum over all subsets of k of the N `values`, 1 ≤ k ≤ N, exactly. For values
+    of 0 and 1 this is the unbiased pass@k of Chen et al. (arXiv 2107.03374, eq. 1)."""
+    # The i-th smallest value (from 0) is the maximum of C(i, k−1) of the C(N, k) subsets.
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     n = len(ordered)
     return float(sum(v * (comb(i, k - 1) / comb(n, k)) for i, v in enumerate(ordered)))
@@ -142,18 +112,11 @@ def best_of(values: ArrayLike, k: int) -> float:
 def loss_agg_metrics(
     lengths: ArrayLike, weights_by_method: Mapping[str, ArrayLike], method: str
 ) -> dict[str, float]:
-    """How noisy the gradient Σ_i w_i g_i is, for the aggregation in use and for the others.
+    """How noisy the gradient Σ_i w_i g_i is, for the aggregation in use and for the others:
+    sqrt(Σ w_i² L_i) / Σ w_i, as the variance of g_i grows like the length L_i and its expectation
+    doesn't (arXiv 2509.07558). Methods whose weights are all 0 are left out.
 
-    The variance of a response's gradient g_i grows like its length L_i and its expectation doesn't
-    depend on it, so the standard deviation of the sum over its mean is proportional to
-    sqrt(Σ w_i² L_i) / Σ w_i (arXiv 2509.07558). A weight of 0 leaves a response out; a
-    method whose weights are all 0 is left out itself.
-
-    Args:
-        lengths: in tokens, [N]. weights_by_method: the weights w on these responses, [N] each.
-
-    Returns: ``loss_agg/cv`` of `method`, the one in use, ``loss_agg/cv/{name}`` of each other one,
-    and ``loss_agg/effective_batch`` = (Σ w_i)² / Σ w_i² of `method`, in responses.
+    `lengths`: in tokens, [N]. `weights_by_method`: [N] each. `method`: the one in use.
     """
     metrics = {}
     for name, weights in weights_by_method.items():
@@ -166,6 +129,12 @@ def loss_agg_metrics(
         if name == method:
             metrics["loss_agg/effective_batch"] = float(total**2 / (w_N @ w_N))
     return metrics
+
+
+def validation_scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The accuracy of each data source: ``val-core/{source}/{acc or reward}/mean@N``."""
+    matches = ((VAL_CORE.fullmatch(key), value) for key, value in metrics.items())
+    return {m[1]: value for m, value in matches if m and m[2].startswith("mean@")}
 
 
 def _accuracy_metrics(source: str, samples: list[Sample]) -> dict[str, float]:
@@ -182,7 +151,7 @@ def _accuracy_metrics(source: str, samples: list[Sample]) -> dict[str, float]:
     for group in groups.values():
         n = len(group)
         section = core if n == n_max else aux
-        scores = column(group, "score")
+        scores = np.array([s.score for s in group])
         values = np.array([s.extras["acc"] for s in group], np.float64) if has_acc else scores
         per_prompt[f"{section}/mean@{n}"].append(values.mean())
         if has_acc:
@@ -201,10 +170,6 @@ def _accuracy_metrics(source: str, samples: list[Sample]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in per_prompt.items()}
 
 
-def _spread(name: str, values: NDArray[Any]) -> dict[str, float]:
-    return {f"{name}/{f}": float(getattr(values, f)()) for f in ("mean", "max", "min")}
-
-
 def _extras_means(samples: list[Sample]) -> dict[str, float]:
     """Means over the responses that have the extra. `pred` is an answer, no score."""
     values: dict[str, list[float]] = defaultdict(list)
@@ -215,29 +180,31 @@ def _extras_means(samples: list[Sample]) -> dict[str, float]:
     return {name: float(np.mean(v)) for name, v in values.items()}
 
 
-def reduce_update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, float]:
+def update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, float]:
     """Ranks' sums of each mini-batch → `actor/…` and `rollout/…` means over mini-batches.
 
     Sums named `w/…` already carry the weights of the loss; the others become means over tokens,
     those named `rollout/…` over `rollout/tokens`. Of `perf/…` and `…_max` it is the largest.
+    `actor/skipped_steps` counts the mini-batches that a rank skipped.
     """
-    totals: dict[str, list[float]] = {}
+    by_name: dict[str, list[float]] = defaultdict(list)
     for parts in zip(*by_rank, strict=True):  # one mini-batch, all ranks
         tokens, compared = (sum(p.get(k, 0) for p in parts) for k in ("tokens", "rollout/tokens"))
         for name in {name for part in parts for name in part} - {"tokens", "rollout/tokens"}:
+            engines = name.startswith("rollout/")
+            if engines and not compared:
+                continue
             values = [part[name] for part in parts if name in part]
             if name in ("grad_norm", "lr"):
                 value = values[0]
-            elif name.startswith("perf/") or name.endswith("_max"):
+            elif name == "skipped" or name.startswith("perf/") or name.endswith("_max"):
                 value = max(values)
             elif name.startswith("w/"):
                 value = sum(values)
             else:
-                count = compared if name.startswith("rollout/") else tokens
-                value = sum(values) / max(1.0, count)
-            if compared or not name.startswith("rollout/"):
-                totals.setdefault(name.removeprefix("w/"), []).append(value)
-    return {
-        name if name.startswith(("rollout/", "perf/")) else f"actor/{name}": float(np.mean(values))
-        for name, values in totals.items()
-    }
+                value = sum(values) / max(1.0, compared if engines else tokens)
+            key = name.removeprefix("w/")
+            by_name[key if key.startswith(("rollout/", "perf/")) else f"actor/{key}"].append(value)
+    skipped = by_name.pop("actor/skipped", None)
+    means = {name: float(np.mean(values)) for name, values in by_name.items()}
+    return means | ({"actor/skipped_steps": sum(skipped)} if skipped else {})

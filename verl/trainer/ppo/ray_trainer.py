@@ -1,491 +1,268 @@
-"""The training loop. `fit` is the algorithm."""
+"""The training loop: `RayPPOTrainer.fit` is the algorithm, and its stages follow below it."""
 
 from __future__ import annotations
 
-import gc
-import logging
-from collections.abc import Generator, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from omegaconf import OmegaConf
 
-from verl.data.dataset import load_prompts, locate
-from verl.protocol import ARRAYS, Parcel, Prompt, Sample, column, fill, response_lengths
-from verl.rewards.manager import RewardManager
-from verl.trainer.config.schema import Config, resolve_aggregation
-from verl.trainer.ppo.ahead import BatchesAhead
-from verl.trainer.ppo.batching import (
-    TrainBatches,
-    mini_batches,
-    score_while_generating,
-    validation_sampling,
-)
-from verl.trainer.ppo.core_algos import (
-    WEIGHTS,
-    KLController,
-    advantages,
-    kl_divergence,
-    response_weights,
-)
-from verl.trainer.ppo.guard import SkippedSteps, warn_of_disagreement
-from verl.trainer.ppo.metrics import (
-    data_metrics,
-    loss_agg_metrics,
-    mfu_metrics,
-    reduce_update_metrics,
-    throughput_metrics,
-    timing_metrics,
-    validation_metrics,
-)
-from verl.trainer.ppo.resumable import Resumable
-from verl.utils.checkpoint import CheckpointFolder
-from verl.utils.device import default_weight_transfer
-from verl.utils.memory import KINDS, read_model
-from verl.utils.samples import some_generations, write_responses
-from verl.utils.seqlen_balancing import balanced_partitions, equal_partitions
+from verl.algorithms import advantages, kl, weights
+from verl.config.schema import Config
+from verl.protocol import OptimizerStep, Sample, response_lengths
+from verl.trainer.ppo import checks, metrics
+from verl.trainer.ppo.batches import BATCH_ERRORS, Batches, mini_batches
+from verl.trainer.ppo.checkpoint import CheckpointFolder, TrainState
+from verl.trainer.ppo.tracking import Tracking
+from verl.trainer.ppo.workers import Workers, needs_reference
 from verl.utils.signals import StopSignals
 from verl.utils.timer import Timer
-from verl.utils.tracking import Tracking, validation_scores
-from verl.workers.actor import ActorWorker, LossConfig, MicroBatchLimit
-from verl.workers.engines import EngineGroup
-from verl.workers.group import WORKERS_PER_DEVICE, WorkerGroup, place, start_ray
-from verl.workers.rollout.base import SamplingParams, engine_class
-from verl.workers.weight_sync import WeightSync
 
-logger = logging.getLogger(__name__)
+COMPARED_WEIGHTS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "dr-grpo", "delta-l")
+"""Aggregations whose gradient noise is predicted from the lengths of every step."""
 
 
-class RayPPOTrainer(Resumable):
-    """Trains one policy. Everything that can be wrong with the input is found before Ray starts."""
+class RayPPOTrainer:
+    """Trains one policy. What can be wrong with the input is found before Ray starts, but for
+    arguments of the engine's own."""
 
     def __init__(self, config: Config, tokenizer: Any, latest: Path | None = None) -> None:
-        """Reads the data and finds the checkpoint to resume from; starts no process.
-
-        `latest`: the checkpoint that this run wrote before a worker died.
-
-        Raises: ValueError or FileNotFoundError for data or keys that can't be used.
-        """
+        """Reads the data and finds the checkpoint to resume from (`latest`: what this run wrote
+        before a worker died). Raises: ValueError or OSError for input that can't be used."""
         self.config, self.tokenizer = config, tokenizer
-        data, trainer = config.data, config.trainer
-        self.engine = engine_class(config.actor_rollout_ref.rollout.name)
-        self.aggregation = resolve_aggregation(config)
-        self.kl_controller = KLController(**asdict(config.algorithm.kl_ctrl))
-        self.rewards = RewardManager(
-            config.reward_model, config.custom_reward_function, tokenizer, data.max_response_length
-        )
-        validates = trainer.val_before_train or trainer.val_only or trainer.test_freq > 0
-        self.val_prompts = load_prompts(data.val_files, data, tokenizer) if validates else []
-        self.prompts = load_prompts(data.train_files, data, tokenizer)
-        batches = TrainBatches(config, self.prompts, self.generate, self.rewards)
-        self.order = batches.order
-        self.total_steps = (
-            trainer.total_training_steps or trainer.total_epochs * self.order.steps_per_epoch
-        )
-        self.batches: TrainBatches | BatchesAhead = batches
-        if trainer.async_rollout:
-            self.batches = BatchesAhead(batches, self.total_steps, self.update_engines)
-        self.num_workers = trainer.nnodes * trainer.n_gpus_per_node
-        self.num_devices = self.num_workers + trainer.nnodes * (trainer.rollout_gpus_per_node or 0)
-        self.checkpoints = CheckpointFolder(trainer)
-        self.step = self.saved_step = 0
-        self.validation_missing = False
-        self.best: dict[str, float] = {}
-        self.engine_metrics: dict[str, float] = {}
-        self.architecture: dict[str, Any] = {}
-        self.peak_flops: float | None = None
-        self.skipped = SkippedSteps(trainer.max_skipped_steps)
-        self.stop = StopSignals()
-        self.resumed = self.latest = latest or self.checkpoints.find(self.run_id)
+        self.aggregation = weights.resolve_aggregation(config)
+        self.batches = Batches.from_config(config, tokenizer)
+        self.total_steps = self.batches.total_steps
+        self.checkpoints = CheckpointFolder(config)
+        self.state = TrainState(self.batches.state(), kl_coef=config.algorithm.kl_ctrl.kl_coef)
+        self.resumed = latest or self.checkpoints.find()
         if self.resumed:
-            self.load_state(self.resumed)
+            self.state = self.checkpoints.load(self.resumed, self.batches.prompts)
+            self.batches.load(self.state.batches)
+        self.engine_metrics: dict[str, float] = {}
+        self.stop = StopSignals()
 
     def start_workers(self) -> None:
-        """Starts Ray, the actor ranks and the engines, with the weights to begin from.
-
-        Raises: ValueError or RewardServerError, before that, if the data can't be scored.
-        """
-        trainer, model, data = self.config.trainer, self.config.actor_rollout_ref, self.config.data
+        """Starts Ray, the actor ranks and the engines, with the weights to begin from. Raises:
+        ValueError or RewardServerError if data can't be scored, or the cluster lacks devices."""
         self.checkpoints.make_root()
-        validated = {id(prompt) for prompt in self.val_prompts}
-        self.rewards.connect(
-            [*self.prompts, *self.val_prompts],
-            self.checkpoints.root,
-            lambda p: locate(data.val_files if id(p) in validated else data.train_files, p.index),
-        )
-        device, own = trainer.device, trainer.n_gpus_per_node
-        per_node = own + (trainer.rollout_gpus_per_node or 0)
-        start_ray(trainer.nnodes * per_node, self.config.ray_init.num_cpus)
-        self.stop.install()  # Ray takes SIGTERM
-        slots = place(trainer.nnodes, per_node, device)
-        share, engine_slots = 1 / WORKERS_PER_DEVICE, slots
-        if trainer.rollout_gpus_per_node:
-            share = 1.0
-            engine_slots = [slot for i, slot in enumerate(slots) if i % per_node >= own]
-            slots = [slot for i, slot in enumerate(slots) if i % per_node < own]
-        self.actor = WorkerGroup(ActorWorker, slots, device, [(device,)] * len(slots), share)
-        longest = data.max_prompt_length + data.max_response_length
-        self.rollout = EngineGroup(
-            self.engine, engine_slots, device, share, model.model, model.rollout, longest
-        )
-        way = model.rollout.weight_transfer or default_weight_transfer(
-            device, model.rollout.name, bool(trainer.rollout_gpus_per_node)
-        )
-        self.weight_sync = WeightSync(self.actor, self.rollout, way, model.rollout.dtype)
-        self.rollout.on_restart = self.weight_sync
-        self.rollout.find_restarted()  # waits for them: vLLM measures how much memory is free
-        self.actor.connect()
-        ref = model.ref.fsdp_config if self.needs_reference else None
-        self.actor.call(
-            "build", model.model, model.actor.fsdp_config, model.actor.optim, self.total_steps, ref
-        )
-        self.find_peak_flops()
-        if self.resumed:
-            logger.info("resuming from %s", self.resumed)
-            self.actor.call("load", str(self.resumed / "actor"))
-        verify = model.rollout.verify_weights
-        if self.resumed or verify:
-            self.weight_sync()
-        if verify:
-            self.verify_engines(strict=True)
-        # What is here now stays: walking it again for garbage takes longer than a step's samples.
-        gc.freeze()
+        self.batches.connect_rewards(self.checkpoints.root)
+        self.workers = Workers(self.config, self.stop.install)
+        self.workers.build(self.total_steps, self.resumed)
+        self.batches.connect_engines(self.workers.engines.generate, self.update_engines)
+        self.verify_engines(strict=True)
 
     def fit(self) -> None:
-        """Trains from the current step to the last one."""
-        trainer, settings = self.config.trainer, asdict(self.config)
-        root = self.checkpoints.root
+        """Trains from the current step to the last one, or until a signal asks for an end."""
+        trainer, state, root = self.config.trainer, self.state, self.checkpoints.root
         if not self.resumed:
             self.checkpoints.forget()
-        with Tracking(trainer, root, self.total_steps, settings, self.step) as tracking:
-            self.tracking = tracking
-            (root / "config.yaml").write_text(OmegaConf.to_yaml(settings))
-            new = trainer.val_before_train and not self.resumed
-            if trainer.val_only or new or (self.validation_missing and self.val_prompts):
+        tracking = Tracking(self.config, root, self.total_steps, state.step, self.tokenizer)
+        with tracking as self.tracking:
+            if trainer.val_only or (trainer.val_before_train and not self.resumed):
+                state.validation_due = True
+            if state.validation_due and self.batches.val_prompts:
                 self.validate()
-            self.validation_missing = False
             if trainer.val_only:
                 return
             self.stop.patient = True
-            while self.step < self.total_steps:
+            while state.step < self.total_steps and not self.stop.number:
                 timer = Timer()
-                with self.saved_on_error():
-                    samples, metrics = self.batches.next(self.step + 1, timer)
-                self.step += 1
-                if not trainer.rollout_gpus_per_node:
-                    self.rollout.call_all("sleep")
-                metrics |= self.add_log_probs(samples, timer)
+                try:
+                    batch = self.batches.next(state.step + 1, timer)
+                except BATCH_ERRORS:
+                    self.save_before_stopping()
+                    raise
+                state.step += 1
+                samples = batch.samples
+                self.workers.free_devices()
+                record = batch.metrics | self.add_log_probs(samples, timer)
                 with timer("adv"):
-                    metrics |= self.add_advantages(samples)
-                    steps = list(self.add_weights(samples))
+                    record |= self.add_advantages(samples)
+                    steps = self.optimizer_steps(samples)
                 with timer("update_actor"):
-                    metrics |= self.update_actor(steps)
-                if not trainer.async_rollout:
-                    with timer("update_weights"):
-                        self.update_engines()
+                    record |= self.update_actor(steps)
+                with timer("update_weights"):
+                    self.batches.policy_updated()
                 if trainer.rollout_data_dir:
                     with timer("dump"):
-                        write_responses(
-                            trainer.rollout_data_dir, self.step, samples, self.tokenizer
-                        )
-                metrics |= self.step_metrics(samples, timer, steps)
-                with self.saved_on_error(validation_missing=True), ExitStack() as complete:
-                    complete.callback(tracking.log, metrics, self.step)
-                    if self.stop.number:
-                        self.validation_missing = self._due(trainer.test_freq)
-                    elif self._due(trainer.test_freq):
-                        with timer("testing"):
-                            self.validate()
-                        metrics["timing_s/testing"] = timer.seconds["testing"]
-                stopping = self.stop.number is not None
-                if self._due(trainer.save_freq) or stopping:
-                    self.save_checkpoint()
-                if stopping:
-                    raise KeyboardInterrupt
-        self.stop.patient = False
-        if trainer.save_hf_model:
-            self.save_hf_model()
+                        self.tracking.dump(samples, state.step, steps)
+                record |= self.step_metrics(samples, steps, timer)
+                self.end_step(record)
+            if self.stop.number:
+                self.save_before_stopping()
+            self.stop.patient = False
+        if trainer.save_hf_model and not self.stop.number:
+            self.workers.save_hf_model(root / "huggingface", self.tokenizer)
 
     # ------------------------------------------------------------------------------- the stages
 
-    def generate(
-        self, prompts: list[Prompt], groups: list[int], params: SamplingParams
-    ) -> Generator[list[Sample], None, None]:
-        """Samples from all engines, as they are finished. Closing it stops the engines."""
-        return self.rollout.generate(prompts, groups, params)
-
-    def update_engines(self) -> None:
-        """Gives the engines the policy's weights and, on request, checks that they have them."""
-        self.weight_sync()
-        if self.config.actor_rollout_ref.rollout.verify_weights:
-            self.verify_engines(strict=False)
-
     def add_log_probs(self, samples: list[Sample], timer: Timer) -> dict[str, float]:
-        """Log-probabilities under the policy before its update and under the reference.
+        """Log-probabilities under the policy before its update, and under the reference.
 
-        The policy's are left out where one optimizer step on its own responses follows: they are
-        those of its forward pass.
+        A response of an older policy keeps those that it was sampled with. Where one optimizer step
+        on fresh responses follows, the policy's stay None: the loss takes those of its own forward
+        pass, which are the same.
         """
-        model, algorithm = self.config.actor_rollout_ref, self.config.algorithm
-        rollout, actor = model.rollout, model.actor
-        prompts = actor.ppo_mini_batch_size * rollout.n
-        metrics: dict[str, float] = {}
-        # A response of an older policy keeps the log-probabilities it was drawn with.
-        bypass = algorithm.bypass_old_log_prob
-        known = [s for s in samples if bypass or s.policy_version < self.step - 1]
-        fresh = [s for s in samples if not bypass and s.policy_version >= self.step - 1]
-        several_updates = len(samples) > prompts or actor.ppo_epochs > 1
-        size = rollout.log_prob_micro_batch_size_per_gpu or actor.ppo_micro_batch_size_per_gpu
-        ref_size = model.ref.log_prob_micro_batch_size_per_gpu or size
-        if several_updates or algorithm.use_kl_in_reward or known:
-            fill(known, "old_log_probs", [s.rollout_log_probs for s in known])
-            if fresh:
-                with timer("old_log_prob"):
-                    fill(fresh, "old_log_probs", self._log_probs(fresh, "actor", size))
-        if self.needs_reference:
+        config, actor = self.config.algorithm, self.config.actor_rollout_ref.actor
+        before = self.state.step - 1  # the version of the policy that is about to be updated
+        bypass = config.bypass_old_log_prob
+        sampled_with = [s for s in samples if bypass or s.policy_version < before]
+        fresh = [s for s in samples if not bypass and s.policy_version == before]
+        one_step = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+        several_steps = len(samples) > one_step or actor.ppo_epochs > 1
+        for sample in sampled_with:
+            sample.old_log_probs = sample.rollout_log_probs
+        if fresh and (several_steps or sampled_with or config.use_kl_in_reward):
+            with timer("old_log_prob"):
+                self.workers.add_log_probs(fresh, "actor")
+        if needs_reference(self.config):
             with timer("ref"):
-                fill(samples, "ref_log_probs", self._log_probs(samples, "ref", ref_size))
-        if algorithm.use_kl_in_reward:
-            metrics |= self._subtract_kl(samples)
-        return metrics
+                self.workers.add_log_probs(samples, "ref")
+        return self.subtract_kl(samples) if config.use_kl_in_reward else {}
+
+    def subtract_kl(self, samples: list[Sample]) -> dict[str, float]:
+        """reward_i −= β Σ_t kl_it, with the estimator `algorithm.kl_penalty`; moves β if it is
+        adaptive."""
+        config, beta, divergences = self.config.algorithm, self.state.kl_coef, []
+        for s in samples:
+            assert s.old_log_probs is not None and s.ref_log_probs is not None
+            old, ref = s.counted(s.old_log_probs), s.counted(s.ref_log_probs)
+            divergences.append(kl.kl_of_response(old, ref, config.kl_penalty))
+            s.reward -= beta * divergences[-1]
+        per_token = float(np.mean(divergences / response_lengths(samples).clip(min=1)))
+        if config.kl_ctrl.type == "adaptive":
+            horizon, target = config.kl_ctrl.horizon, config.kl_ctrl.target_kl
+            self.state.kl_coef = kl.adapted_kl_coef(beta, per_token, len(samples), horizon, target)
+        return {"actor/reward_kl_penalty": per_token, "actor/reward_kl_penalty_coeff": beta}
 
     def add_advantages(self, samples: list[Sample]) -> dict[str, float]:
-        """One advantage per response; metrics of rewards and aggregation."""
-        lengths = response_lengths(samples)
-        values = advantages(
-            column(samples, "reward"),
-            column(samples, "group").astype(np.int64),
-            lengths,
+        """One advantage per response; metrics of the aggregation."""
+        values = advantages.advantages(
+            [s.reward for s in samples],
+            [s.group for s in samples],
+            response_lengths(samples),
             self.config.algorithm.adv_estimator,
             self.aggregation.norm_by_std,
         )
-        fill(samples, "advantage", values.tolist())
-        used = response_lengths(s for s in samples if self._counts(s))
-        modes = dict.fromkeys((*WEIGHTS_TO_COMPARE, self.aggregation.mode))
-        weights = {mode: self._weights(used, mode, used).numpy() for mode in modes}
-        return loss_agg_metrics(used, weights, self.aggregation.mode)
+        for sample, value in zip(samples, values.tolist(), strict=True):
+            sample.advantage = value
+        lengths = response_lengths(filter(self.counts, samples))
+        modes = dict.fromkeys((*COMPARED_WEIGHTS, self.aggregation.mode))
+        by_method = {mode: self.aggregation.weights(lengths, mode=mode) for mode in modes}
+        return metrics.loss_agg_metrics(lengths, by_method, self.aggregation.mode)
 
-    def add_weights(self, samples: list[Sample]) -> Iterator[list[Sample]]:
-        """The samples of each optimizer step, with the weights w_i of its loss."""
-        used = response_lengths(s for s in samples if self._counts(s))
-        scope = used if self.aggregation.scope == "batch" else None
-        steps = list(mini_batches(self.config, samples, self.step))
-        for step in steps:
-            counting = [s for s in step if self._counts(s)]
-            weights = self._weights(response_lengths(counting), self.aggregation.mode, scope)
-            fill(counting, "weight", weights.tolist())
-            yield [s for s in counting if s.weight > 0]
+    def optimizer_steps(self, samples: list[Sample]) -> list[OptimizerStep]:
+        """The responses of each optimizer step that have a part in its loss, with their weights."""
+        rollout_lengths = response_lengths(s for s in samples if self.counts(s))
+        steps = []
+        for mini_batch in mini_batches(self.config, samples, self.state.step):
+            counting = [s for s in mini_batch if self.counts(s)]
+            w = self.aggregation.weights(response_lengths(counting), rollout_lengths)
+            kept = np.flatnonzero(w)
+            steps.append(OptimizerStep([counting[i] for i in kept], w[kept]))
+        return steps
 
-    def update_actor(self, steps: list[list[Sample]]) -> dict[str, float]:
-        """One optimizer step per element of `steps`; means over them."""
-        actor = self.config.actor_rollout_ref.actor
-        limit = MicroBatchLimit(
-            None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
-            actor.ppo_max_token_len_per_gpu,
-        )
-        shares = [self._partition(samples) for samples in steps]  # [step][rank] → indices
-        arguments = []
-        for rank in range(self.num_workers):
-            mine = [
-                Parcel(samples[i] for i in share[rank])
-                for samples, share in zip(steps, shares, strict=True)
-            ]
-            arguments.append((mine, loss_config(self.config), limit, actor.grad_clip))
-        with self.actor.exclusive:  # else an engine that starts again could get half an update
-            by_rank = self.actor.scatter("update", arguments)
-        dump = self.checkpoints.root / f"skipped_step_{self.step}.parquet"
-        skipped = self.skipped.count(by_rank, steps, dump)
-        metrics = reduce_update_metrics(by_rank) | skipped
-        warn_of_disagreement(self.config, metrics)
-        return metrics
-
-    def validate(self) -> None:
-        """Logs the accuracy on the validation prompts, and some of the responses."""
-        self.batches.wait()
-        if self.config.trainer.async_rollout:
-            self.update_engines()
-        size = self.config.data.val_batch_size or len(self.val_prompts)
-        params = validation_sampling(self.config, self.step)
-        samples: list[Sample] = []
-        for start in range(0, len(self.val_prompts), size):
-            prompts = self.val_prompts[start : start + size]
-            generated = self.generate(prompts, list(range(start, start + len(prompts))), params)
-            for _, scores in score_while_generating(generated, self.rewards, Timer()):
-                samples += scores.result()
-        samples.sort(key=lambda s: (s.group, s.draw))
-        if folder := self.config.trainer.validation_data_dir:
-            write_responses(folder, self.step, samples, self.tokenizer)
-        metrics = validation_metrics(samples)
-        accuracy = float(np.mean(list(validation_scores(metrics).values())))
-        if accuracy > self.best.get("val-core/best_acc", -np.inf):
-            self.best = {"val-core/best_acc": accuracy, "val-core/best_step": self.step}
-        shown = some_generations(samples, self.config.trainer.log_val_generations, self.tokenizer)
-        self.tracking.log_validation(metrics | self.best, self.step, shown)
-
-    def close(self) -> None:
-        """Ends what scores and what generates; Ray belongs to the caller."""
-        if isinstance(self.batches, BatchesAhead) and hasattr(self, "rollout"):
-            self.rollout.cancelled = True
-            self.batches.close()
-        self.rewards.close()
-        self.stop.restore()
-        gc.unfreeze()
-
-    # ---------------------------------------------------------------------------------- details
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether a KL term needs the reference policy."""
-        config = self.config
-        return config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
-
-    def step_metrics(
-        self, samples: list[Sample], timer: Timer, steps: list[list[Sample]]
-    ) -> dict[str, float]:
-        """What the samples and the clock say about a step, validation and checkpoint apart."""
-        seconds = sum(timer.seconds.values())
-        mfu = {}
-        if self.peak_flops:
-            mfu = mfu_metrics(
-                self.architecture, steps, timer.seconds["update_actor"], self.peak_flops
-            )
-        filtering = self.config.algorithm.filter_groups.enable
-        ages = self.step - 1 - column(samples, "policy_version")
-        return (
-            {
-                "training/global_step": self.step,
-                "training/epoch": self.order.epoch,
-                "rollout/policy_age_mean": float(ages.mean()),
-                "rollout/policy_age_max": float(ages.max()),
-            }
-            | self.engine_metrics
-            | data_metrics(samples, self.config.data.max_prompt_length)
-            | timing_metrics(samples, timer.seconds | {"step": seconds}, filtering)
-            | throughput_metrics(samples, seconds, self.num_devices)
-            | mfu
-        )
-
-    def find_peak_flops(self) -> None:
-        """Learns what `perf/mfu` needs; it is left out where model or GPU are not known here."""
-        model = self.config.actor_rollout_ref.model
-        self.architecture = (read_model(model.path) or {}) | model.override_config
-        peaks = self.actor.call("peak_flops")
-        if self.architecture.get("model_type") in KINDS and all(peaks):
-            self.peak_flops = sum(peaks)
-        else:
-            logger.info("perf/mfu is left out: the FLOPs of this model or of this GPU are unknown")
-
-    def verify_engines(self, strict: bool) -> None:
-        """Has each engine draw a few tokens, and compares their log-probabilities with the actor's.
-
-        Raises: ValueError, if `strict`, for a mean difference above `verify_weights_tolerance`.
-        """
-        rollout = self.config.actor_rollout_ref.rollout
-        params = SamplingParams(1, 8, rollout.temperature, seed=(rollout.seed, 2, self.step))
-        drawn = self.rollout.call("draw", self.prompts[0], params)
-        samples = [sample for samples in drawn for sample in samples]
-        actual = self._log_probs(samples, "actor", len(samples))
-        means = [
-            float(np.abs(s.rollout_log_probs - a).mean())
-            for s, a in zip(samples, actual, strict=True)
-        ]
-        worst, limit = max(means), rollout.verify_weights_tolerance
-        self.engine_metrics["rollout/verify_logprob_diff"] = worst
-        if worst > limit:
-            text = (
-                f"engine {means.index(worst)} is not the actor's model: their log-probabilities "
-                f"differ by {worst:.3g} nats a token (verify_weights_tolerance={limit:g})"
-            )
-            if strict:
-                raise ValueError(text)
-            logger.warning(text)
-
-    def save_hf_model(self) -> None:
-        """Writes the policy in Hugging Face format."""
-        folder = self.checkpoints.root / "huggingface"
-        self.rollout.call_all("sleep")
-        self.actor.call("save_hf", str(folder), self.tokenizer)
-        logger.info("the model is in %s", folder)
-
-    def _due(self, every: int) -> bool:
-        return every > 0 and (self.step % every == 0 or self.step == self.total_steps)
-
-    def _counts(self, sample: Sample) -> bool:
+    def counts(self, sample: Sample) -> bool:
         """Whether a response takes part in the loss and its denominators."""
         return not (self.config.algorithm.filter_overlong_response.enable and sample.truncated)
 
-    def _weights(
-        self, lengths: np.ndarray, mode: str, rollout_lengths: np.ndarray | None
-    ) -> torch.Tensor:
-        a = self.aggregation
-        return response_weights(
-            lengths, mode, a.max_response_length, a.alpha, rollout_lengths, a.group_size
+    def update_actor(self, steps: list[OptimizerStep]) -> dict[str, float]:
+        """Makes the optimizer steps; metrics are means over them. Raises: FloatingPointError if too
+        many in a row were not finite."""
+        by_rank, state = self.workers.update(steps), self.state
+        dump = self.checkpoints.root / f"skipped_step_{state.step}.parquet"
+        state.skipped_in_a_row = checks.count_skipped(
+            by_rank, state.skipped_in_a_row, self.config.trainer.max_skipped_steps, steps, dump
         )
+        record = metrics.update_metrics(by_rank)
+        checks.warn_of_disagreement(self.config, record)
+        return record
 
-    def _partition(self, samples: list[Sample]) -> list[list[int]]:
-        if self.config.trainer.balance_batch:
-            return balanced_partitions([s.num_tokens for s in samples], self.num_workers)
-        return equal_partitions(len(samples), self.num_workers)
+    def update_engines(self) -> None:
+        """Gives the engines the policy's weights and, on request, checks that they have them."""
+        self.workers.update_engines()
+        self.verify_engines(strict=False)
 
-    def _log_probs(
-        self, samples: list[Sample], role: str, size: int | None
-    ) -> list[np.ndarray | None]:
-        rollout = self.config.actor_rollout_ref.rollout
-        limit = MicroBatchLimit(
-            None if rollout.log_prob_use_dynamic_bsz else size,
-            rollout.log_prob_max_token_len_per_gpu,
-        )
-        shares = self._partition(samples)
-        unread = [name for name in ARRAYS if name != "response_ids"]
-        arguments = [
-            (Parcel((samples[i] for i in share), unread), role, rollout.temperature, limit)
-            for share in shares
-        ]
-        results: list[np.ndarray | None] = [None] * len(samples)
-        for share, values in zip(shares, self.actor.scatter("log_probs", arguments), strict=True):
-            for i, value in zip(share, values, strict=True):
-                results[i] = value
-        return results
+    def verify_engines(self, strict: bool) -> None:
+        """What `rollout.verify_weights` asks for."""
+        if self.config.actor_rollout_ref.rollout.verify_weights:
+            prompt = self.batches.prompts[0]
+            self.engine_metrics = self.workers.verify_engines(prompt, self.state.step, strict)
 
-    def _subtract_kl(self, samples: list[Sample]) -> dict[str, float]:
-        """reward_i −= β Σ_t kl_it, with the estimator `algorithm.kl_penalty`."""
-        estimator = self.config.algorithm.kl_penalty
-        per_response = []
-        for sample in samples:
-            old, ref = torch.tensor(sample.old_log_probs), torch.tensor(sample.ref_log_probs)
-            per_response.append(kl_divergence(old, ref, estimator).double().sum().item())
-        beta = self.kl_controller.value
-        lengths = response_lengths(samples).clip(min=1)
-        for sample, kl in zip(samples, per_response, strict=True):
-            sample.reward -= beta * kl
-        per_token = float(np.mean(per_response / lengths))
-        self.kl_controller.update(per_token, len(samples))
-        return {"actor/reward_kl_penalty": per_token, "actor/reward_kl_penalty_coeff": beta}
+    def step_metrics(
+        self, samples: list[Sample], steps: list[OptimizerStep], timer: Timer
+    ) -> dict[str, float]:
+        """What the samples and the clock say about a step, validation and checkpoint apart."""
+        seconds = timer.seconds | {"step": sum(timer.seconds.values())}
+        filtering, workers = self.config.algorithm.filter_groups.enable, self.workers
+        ages = [self.state.step - 1 - s.policy_version for s in samples]
+        return {
+            "training/global_step": self.state.step,
+            "training/epoch": self.batches.order.epoch,
+            "rollout/policy_age_mean": float(np.mean(ages)),
+            "rollout/policy_age_max": float(max(ages)),
+            **self.engine_metrics,
+            **metrics.data_metrics(samples, self.config.data.max_prompt_length),
+            **metrics.timing_metrics(samples, seconds, filtering),
+            **metrics.throughput_metrics(samples, seconds["step"], workers.num_devices),
+            **metrics.mfu_metrics(
+                workers.model_size, steps, seconds["update_actor"], workers.peak_flops
+            ),
+        }
 
+    # ------------------------------------------------------- validation, checkpoints, the end
 
-WEIGHTS_TO_COMPARE = tuple(
-    mode for mode in WEIGHTS if mode not in ("token-mean-legacy", "seq-mean-token-sum-norm")
-)
-"""Methods whose gradient noise is predicted from the lengths of every step."""
+    def end_step(self, record: dict[str, float]) -> None:
+        """Validates if that is due (for a run that is to stop, the resumed one makes up for it),
+        logs the step, and writes a checkpoint if that is due."""
+        trainer = self.config.trainer
+        self.state.validation_due = self.is_due(trainer.test_freq)
+        timer = Timer()
+        try:
+            try:
+                if self.state.validation_due and not self.stop.number:
+                    with timer("testing"):
+                        self.validate()
+                    record |= {"timing_s/testing": timer.seconds["testing"]}
+            finally:  # whatever happens to the validation, the step is complete
+                self.tracking.log(record, self.state.step)
+        except BATCH_ERRORS:
+            self.save_before_stopping()
+            raise
+        if self.is_due(trainer.save_freq):
+            self.save_checkpoint()
 
+    def validate(self) -> None:
+        """Logs the accuracy on the validation prompts, and some of the responses."""
+        step = self.state.step
+        samples = self.batches.validation(step)
+        record = metrics.validation_metrics(samples)
+        accuracy = float(np.mean(list(metrics.validation_scores(record).values())))
+        if accuracy > self.state.best.get("val-core/best_acc", -np.inf):
+            self.state.best = {"val-core/best_acc": accuracy, "val-core/best_step": step}
+        shown = self.tracking.dump_validation(samples, step)
+        self.tracking.log_validation(record | self.state.best, step, shown)
+        self.state.validation_due = False
 
-def loss_config(config: Config) -> LossConfig:
-    """The actor's loss, as the configuration says."""
-    actor = config.actor_rollout_ref.actor
-    low, high = actor.clip_ratio_low, actor.clip_ratio_high
-    return LossConfig(
-        kind="ppo",
-        temperature=config.actor_rollout_ref.rollout.temperature,
-        clip_ratio_low=actor.clip_ratio if low is None else low,
-        clip_ratio_high=actor.clip_ratio if high is None else high,
-        clip_ratio_c=actor.clip_ratio_c,
-        entropy_coeff=actor.entropy_coeff,
-        kl_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
-        kl_type=actor.kl_loss_type,
-        rollout_is=config.algorithm.rollout_correction.rollout_is,
-        rollout_is_threshold=config.algorithm.rollout_correction.rollout_is_threshold,
-    )
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and after the last, happens now."""
+        return every > 0 and (self.state.step % every == 0 or self.state.step == self.total_steps)
+
+    def save_checkpoint(self) -> None:
+        """Writes what a resumed run needs, or logs why that can't be done."""
+        batches = self.batches.state()
+        durable = self.tracking.file.flush()  # a checkpoint is never newer than the metrics
+        self.checkpoints.try_to_save(self.state, batches, self.workers.save_policy, durable)
+
+    def save_before_stopping(self) -> None:
+        """Between two steps, after an error or a signal: the last complete one isn't lost."""
+        if self.state.step not in (0, self.checkpoints.saved_step):  # without a step: starts anew
+            self.save_checkpoint()
+
+    def close(self) -> None:
+        """Ends what generates and what scores; Ray belongs to the caller."""
+        if hasattr(self, "workers"):
+            self.workers.close()
+        self.batches.close()
+        self.stop.restore()

@@ -1,0 +1,5 @@
+"""`python -m server.math`: starts the server."""
+
+from .server import main
+
+main()

@@ -1,0 +1,473 @@
+"""The gradient is one sum over responses: no split of the work may change it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import free_address, make_samples, make_step, make_tiny_model
+from verl.algorithms.losses import LossConfig
+from verl.config.base import FSDPConfig, MixedPrecisionConfig, ModelConfig, OptimConfig
+from verl.models.policy import (
+    MicroBatchLimit,
+    Policy,
+    PolicyWorker,
+    learning_rate_factor,
+)
+from verl.protocol import OptimizerStep, Sample
+from verl.trainer.ppo.core_algos import WEIGHTS, kl_divergence, policy_loss, response_weights
+from verl.utils.seqlen_balancing import balanced_partitions
+
+LENGTHS = [3, 9, 0, 1, 20, 7, 12, 2]
+M = 24
+LIMITS = {
+    "one": MicroBatchLimit(1),
+    "four": MicroBatchLimit(4),
+    "all": MicroBatchLimit(len(LENGTHS)),
+    "tokens": MicroBatchLimit(None, 40),
+}
+LOSS = LossConfig(entropy_coeff=0.05, kl_coef=0.1, clip_ratio_high=0.3, temperature=0.9)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=free_address(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small weights: float32 rounding stays well below what is compared."""
+    return make_tiny_model(tmp_path_factory.mktemp("actor"), initializer_range=0.02)
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_model: Path) -> PolicyWorker:
+    return build(tiny_model)
+
+
+def build(folder: Path, remove_padding: bool = True, **model: object) -> PolicyWorker:
+    worker = PolicyWorker("cpu")
+    config = ModelConfig(path=str(folder), use_remove_padding=remove_padding, **model)
+    worker.build(config, FSDPConfig(), OptimConfig(lr=1e-3), 10)
+    return worker
+
+
+def weighted_step(mode: str, samples: list[Sample] | None = None) -> OptimizerStep:
+    options = {"max_response_length": M, "alpha": 0.75, "group_size": 4}
+    return make_step(samples or make_samples(LENGTHS), mode, **options)
+
+
+def constant_step(samples: list[Sample], weight: float) -> OptimizerStep:
+    return OptimizerStep(samples, np.full(len(samples), weight, np.float32))
+
+
+def gradient(
+    policy: Policy, step: OptimizerStep, limit: MicroBatchLimit, loss: LossConfig = LOSS
+) -> torch.Tensor:
+    """Flat gradient of the loss over all ranks' samples."""
+    policy.model.zero_grad()
+    policy.accumulate_gradient(step, loss, limit)
+    return torch.cat([p.grad.full_tensor().flatten() for p in policy.model.parameters()])
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def reference_loss(folder: Path, step: OptimizerStep) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and flat gradient, written out response by response in float64 on the plain model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64)
+    for s, weight in zip(step.samples, step.weights.tolist(), strict=True):
+        ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
+        start = len(s.prompt.token_ids) - 1
+        logits = model(ids).logits[0, start : start + len(s.response_ids)] / LOSS.temperature
+        log_p = logits.log_softmax(-1)
+        taken = log_p.gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0]
+        old, ref = (torch.tensor(x).double() for x in (s.old_log_probs, s.ref_log_probs))
+        advantage = torch.full_like(taken, s.advantage)
+        token_loss = policy_loss(taken, old, advantage, 0.2, 0.3, 3.0).loss
+        token_loss = token_loss + 0.05 * (log_p.exp() * log_p).sum(-1)  # minus the entropy
+        token_loss = token_loss + 0.1 * kl_divergence(taken, ref, "low_var_kl")
+        mask = np.ones(len(taken), bool) if s.loss_mask is None else s.loss_mask
+        loss = loss + weight * token_loss[torch.tensor(mask)].sum()
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()]).float()
+
+
+@pytest.mark.parametrize("mode", WEIGHTS)
+def test_gradient_is_that_of_the_formula(mode: str, worker: PolicyWorker, tiny_model: Path) -> None:
+    step = weighted_step(mode)
+    _, expected = reference_loss(tiny_model, step)
+    # float32 against float64
+    assert distance(gradient(worker.actor, step, LIMITS["four"]), expected) < 1e-5
+
+
+@pytest.mark.parametrize("mode", WEIGHTS)
+def test_tokens_that_the_loss_mask_leaves_out_have_no_part_in_anything(
+    mode: str, worker: PolicyWorker, tiny_model: Path
+) -> None:
+    """They are read as context, and that is all: weights and losses know the other tokens alone,
+    whatever stands in the masked tokens' log-probabilities."""
+    rng = np.random.default_rng(0)
+    samples = make_samples(LENGTHS)
+    for s in samples[1:]:
+        s.loss_mask = rng.random(len(s.response_ids)) < 0.6
+    samples[3].loss_mask[:] = False
+    step = weighted_step(mode, samples)
+    counted = [int(s.loss_mask.sum()) for s in samples[1:]]
+    weights = response_weights([LENGTHS[0], *counted], mode, M, 0.75, group_size=4)
+    np.testing.assert_array_equal(step.weights, weights)
+    expected = reference_loss(tiny_model, step)[1]
+    found = [gradient(worker.actor, step, limit) for limit in LIMITS.values()]
+    assert all(distance(g, expected) < 1e-5 for g in found)
+    sums = worker.actor.accumulate_gradient(step, LOSS, LIMITS["four"])
+    assert sums["tokens"] == LENGTHS[0] + sum(counted)
+    for s in samples[1:]:
+        for values in (s.old_log_probs, s.ref_log_probs, s.rollout_log_probs):
+            values[~s.loss_mask] = np.nan
+    assert torch.equal(gradient(worker.actor, step, LIMITS["all"]), found[2])
+    for s, log_probs in zip(
+        samples, worker.actor.log_probs(samples, 0.9, LIMITS["four"]), strict=True
+    ):
+        assert len(log_probs) == len(s.response_ids)
+        if s.loss_mask is not None:
+            assert not log_probs[~s.loss_mask].any() and log_probs[s.loss_mask].all()
+
+
+@pytest.mark.parametrize("mode", WEIGHTS)
+def test_micro_batches_do_not_change_the_gradient(mode: str, worker: PolicyWorker) -> None:
+    step = weighted_step(mode)
+    expected = gradient(worker.actor, step, LIMITS["all"])
+    for limit in LIMITS.values():
+        assert distance(gradient(worker.actor, step, limit), expected) < 1e-6
+
+
+def test_padding_and_checkpointing_do_not_change_the_gradient(
+    worker: PolicyWorker, tiny_model: Path
+) -> None:
+    step = weighted_step("delta-l")
+    expected = gradient(worker.actor, step, LIMITS["all"])
+    for remove_padding, recompute in itertools.product((True, False), repeat=2):
+        other = build(tiny_model, remove_padding, enable_gradient_checkpointing=recompute)
+        for limit in LIMITS.values():
+            assert distance(gradient(other.actor, step, limit), expected) < 1e-6
+
+
+def _rank_gradients(rank: int, world: int, address: str, folder: Path, out: Path) -> None:
+    """One of `world` processes: gradients of every method and limit, padded and packed."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    results = {}
+    for remove_padding in (True, False):
+        policy = build(folder, remove_padding).actor
+        for mode in WEIGHTS:
+            step = weighted_step(mode)
+            share = balanced_partitions([s.num_tokens for s in step.samples], world)[rank]
+            for name, limit in LIMITS.items():
+                results[remove_padding, mode, name] = gradient(policy, step.share(share), limit)
+        # One rank has nothing at all.
+        lonely = weighted_step("delta-l").share(range(len(LENGTHS)) if rank == 0 else [])
+        results[remove_padding, "lonely", "four"] = gradient(policy, lonely, LIMITS["four"])
+    if rank == 0:
+        torch.save(results, out)
+    dist.barrier()
+    dist.destroy_process_group()
+    # Without an interpreter that is torn down: gloo's threads may still hold a tensor, and whoever
+    # waits for the GIL by then is ended amid C++ that may not throw, which aborts the process.
+    # Errors never come here: torch.multiprocessing passes them on.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def test_ranks_do_not_change_the_gradient(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "gradients.pt"
+    mp.spawn(_rank_gradients, (2, free_address(), tiny_model, out), nprocs=2)
+    results = torch.load(out, weights_only=True)
+    assert len(results) == 2 * (len(WEIGHTS) * len(LIMITS) + 1)
+    for (_, mode, _), value in results.items():
+        step = weighted_step("delta-l" if mode == "lonely" else mode)
+        assert distance(value, gradient(worker.actor, step, LIMITS["all"])) < 1e-6
+
+
+def test_a_response_without_weight_changes_nothing(worker: PolicyWorker) -> None:
+    step = weighted_step("delta-l")
+    step.weights[4] = 0.0
+    with_it = gradient(worker.actor, step, LIMITS["four"])
+    without = gradient(worker.actor, step.share([0, 1, 2, 3, 5, 6, 7]), LIMITS["four"])
+    assert distance(with_it, without) < 1e-6
+
+
+def test_nothing_but_empty_responses_gives_a_zero_gradient(tiny_model: Path) -> None:
+    worker = build(tiny_model)
+    step = weighted_step("delta-l", make_samples([0, 0]))
+    assert gradient(worker.actor, step, LIMITS["one"]).abs().max() == 0
+    result = worker.actor.update([step.share([])], LOSS, LIMITS["one"], 1.0)
+    assert result[0]["grad_norm"] == 0
+
+
+def test_sums_that_are_reported(worker: PolicyWorker, tiny_model: Path) -> None:
+    step = weighted_step("token-mean")
+    sums = worker.actor.accumulate_gradient(step, LOSS, LIMITS["four"])
+    expected, _ = reference_loss(tiny_model, step)
+    # Every response has the same weight under token-mean, so the entropy can be put back in.
+    weight = step.weights[0]
+    total = sums["w/pg_loss"] - 0.05 * weight * sums["entropy"] + 0.1 * sums["w/kl_loss"]
+    assert total == pytest.approx(expected.item(), rel=1e-5)
+    assert sums["tokens"] == sum(LENGTHS)
+
+
+def test_log_probs_are_those_of_the_plain_model(worker: PolicyWorker, tiny_model: Path) -> None:
+    samples = make_samples(LENGTHS)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    found = worker.actor.log_probs(samples, 0.7, MicroBatchLimit(3))
+    together = worker.log_probs(samples, "actor", 0.7, MicroBatchLimit(3))
+    np.testing.assert_array_equal(together, np.concatenate(found))
+    for s, log_probs in zip(samples, found, strict=True):
+        ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
+        start = len(s.prompt.token_ids) - 1
+        logits = model(ids).logits[0, start : start + s.length] / 0.7
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0]
+        np.testing.assert_allclose(log_probs, expected.detach().numpy(), atol=1e-5)
+
+
+def test_log_probs_leave_the_parameters_sharded(worker: PolicyWorker) -> None:
+    worker.log_probs(make_samples(LENGTHS), "actor", 1.0, LIMITS["all"])
+    assert all(isinstance(p, DTensor) for p in worker.actor.model.parameters())
+
+
+def test_first_update_needs_no_old_log_probs(tiny_model: Path) -> None:
+    known, unknown = build(tiny_model), build(tiny_model)
+    step, loss = weighted_step("dr-grpo"), LossConfig()
+    values = known.actor.log_probs(step.samples, 1.0, LIMITS["all"])
+    for sample, value in zip(step.samples, values, strict=True):
+        sample.old_log_probs = value
+    first = known.update([step], loss, LIMITS["four"], 1.0)
+    for sample in step.samples:
+        sample.old_log_probs = None
+    second = unknown.update([step], loss, LIMITS["four"], 1.0)
+    assert first[0]["grad_norm"] == pytest.approx(second[0]["grad_norm"], rel=1e-4)
+    for a, b in zip(known.actor.model.parameters(), unknown.actor.model.parameters(), strict=True):
+        torch.testing.assert_close(a.full_tensor(), b.full_tensor(), atol=2e-5, rtol=0)
+
+
+def test_truncated_importance_sampling_by_hand(worker: PolicyWorker) -> None:
+    """Engines that drew with other probabilities than the actor's: factors 1/2 and 4, cut at 3."""
+    samples = make_samples([2, 0, 1])
+    for s in samples:
+        s.old_log_probs = s.rollout_log_probs + np.float32(np.log(0.5))
+    samples[2].old_log_probs = samples[2].rollout_log_probs + np.float32(np.log(4.0))
+    step = constant_step(samples, 0.1)
+    plain = [gradient(worker.actor, step.share([i]), LIMITS["all"], LossConfig()) for i in range(3)]
+    config = LossConfig(rollout_is_threshold=3.0)
+    for level, factors in (("token", (0.5, 1, 3)), ("sequence", (0.25, 1, 3))):
+        worker.actor.model.zero_grad()
+        sums = worker.actor.accumulate_gradient(
+            step, replace(config, rollout_is=level), LIMITS["one"]
+        )
+        found = torch.cat([p.grad.full_tensor().flatten() for p in worker.actor.model.parameters()])
+        assert sums["rollout/is_weight_mean"] == pytest.approx(2 * factors[0] + factors[2])
+        assert sums["rollout/logprob_diff_max"] == pytest.approx(np.log(4), rel=1e-5)
+        assert sums["rollout/logprob_diff_mean"] == pytest.approx(np.log(16), rel=1e-5)
+        assert sums["rollout/kl"] == pytest.approx(0, abs=1e-5)
+        assert sums["rollout/tokens"] == 3
+        expected = sum(f * g for f, g in zip(factors, plain, strict=True))
+        assert distance(found, expected) < 1e-6
+
+
+def test_stale_responses_tell_nothing_of_the_engine(worker: PolicyWorker) -> None:
+    samples = make_samples([2, 3])
+    samples[0].old_log_probs = samples[0].rollout_log_probs
+    samples[1].old_log_probs = samples[1].rollout_log_probs + np.float32(0.5)
+    step = constant_step(samples, 0.1)
+    sums = worker.actor.accumulate_gradient(step, LossConfig(), LIMITS["all"])
+    assert sums["rollout/tokens"] == 3
+    assert sums["rollout/logprob_diff_mean"] == pytest.approx(1.5)
+
+
+def test_updates_move_the_policy_towards_what_was_rewarded(tiny_model: Path) -> None:
+    worker = build(tiny_model)
+    samples = make_samples([4, 4])
+    for sample, advantage in zip(samples, (1.0, -1.0), strict=True):
+        sample.advantage, sample.old_log_probs = advantage, None
+    before = [x.sum() for x in worker.actor.log_probs(samples, 1.0, LIMITS["all"])]
+    for _ in range(3):
+        worker.update([constant_step(samples, 1 / 8)], LossConfig(), LIMITS["one"], 1.0)
+    after = [x.sum() for x in worker.actor.log_probs(samples, 1.0, LIMITS["all"])]
+    assert after[0] > before[0] and after[1] < before[1]
+
+
+def test_a_step_that_is_not_finite_is_skipped(tiny_model: Path) -> None:
+    """The gradient of the second mini-batch is NaN; of the third only the loss is infinite."""
+    worker = build(tiny_model)
+    good, bad = make_samples([3, 4]), make_samples([3, 4], advantage=float("nan"))
+    far = make_samples([3, 4])
+    far[0].ref_log_probs = np.full(3, -np.inf, np.float32)
+    good, bad, far = (constant_step(samples, 0.1) for samples in (good, bad, far))
+    kl = replace(LossConfig(), kl_coef=1e-9, kl_type="k1")
+    first = worker.update([good], LossConfig(), LIMITS["all"], 1.0)[0]
+    before = [p.full_tensor().clone() for p in worker.actor.model.parameters()]
+    step = worker.actor.optimizer.state_dict()["state"][0]["step"].item()
+    skipped = worker.update([bad], LossConfig(), LIMITS["all"], 1.0)
+    skipped += worker.update([far], kl, LIMITS["all"], 1.0)
+    assert [first["skipped"], *(s["skipped"] for s in skipped)] == [0, 1, 1]
+    for old, new in zip(before, worker.actor.model.parameters(), strict=True):
+        assert torch.equal(old, new.full_tensor())
+    assert worker.actor.optimizer.state_dict()["state"][0]["step"].item() == step
+    assert worker.update([good], LossConfig(), LIMITS["all"], 1.0)[0]["skipped"] == 0
+    assert not torch.equal(before[0], next(worker.actor.model.parameters()).full_tensor())
+
+
+def test_offloading_and_mixed_precision_run(tiny_model: Path) -> None:
+    worker = PolicyWorker("cpu")
+    half = MixedPrecisionConfig(param_dtype="bfloat16")
+    fsdp = FSDPConfig(param_offload=True, optimizer_offload=True, mixed_precision=half)
+    worker.build(ModelConfig(path=str(tiny_model)), fsdp, OptimConfig(lr=1e-3), 10, FSDPConfig())
+    step = weighted_step("delta-l")
+    exact = worker.log_probs(step.samples, "ref", 1.0, LIMITS["all"])
+    rounded = worker.log_probs(step.samples, "actor", 1.0, LIMITS["all"])
+    assert 0 < np.abs(exact - rounded).max() < 0.2
+    results = worker.update([step, step], LOSS, LIMITS["four"], 1.0)
+    assert all(np.isfinite(list(r.values())).all() for r in results)
+    assert next(worker.actor.model.parameters()).dtype == torch.float32
+
+
+def test_exported_weights_rebuild_the_model(worker: PolicyWorker, tiny_model: Path) -> None:
+    expected = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters())
+    version, chunks = worker.plan_export(None, 40_000)
+    found = {}
+    for chunk in chunks:
+        weights = worker.export(chunk, "host").tensors
+        assert [str(w.dtype) for w in weights] == [f"torch.{chunk.dtype}"] * len(weights)
+        assert [list(w.shape) for w in weights] == chunk.shapes
+        assert len(weights) == 1 or sum(w.nbytes for w in weights) <= 40_000
+        found |= dict(zip(chunk.names, weights, strict=True))
+    worker.finish_export()
+    assert version == 0 and len(chunks) > 2
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_resumed_settings_are_those_of_the_configuration(tiny_model: Path, tmp_path: Path) -> None:
+    """Checkpoints hold the optimizer's states and the step, not the learning rate."""
+    step = weighted_step("delta-l")
+    fsdp = FSDPConfig(param_offload=True)
+    workers = []
+    for lr in (1e-3, 5e-4):
+        worker = PolicyWorker("cpu")
+        optim = OptimConfig(lr=lr, lr_warmup_steps=4, weight_decay=lr)
+        worker.build(ModelConfig(path=str(tiny_model)), fsdp, optim, 10)
+        workers.append(worker)
+    saved, resumed = workers
+    for _ in range(2):
+        saved.update([step], LOSS, LIMITS["all"], 1.0)
+    saved.save(str(tmp_path / "actor"))
+    resumed.load(str(tmp_path / "actor"))
+    for a, b in zip(saved.actor.model.parameters(), resumed.actor.model.parameters(), strict=True):
+        assert torch.equal(a.full_tensor(), b.full_tensor())
+        states = [w.actor.optimizer.state[p] for w, p in ((saved, a), (resumed, b))]
+        assert torch.equal(*(s["exp_avg"].full_tensor() for s in states))
+    found = resumed.update([step], LOSS, LIMITS["all"], 1.0)[0]["lr"]
+    assert found == pytest.approx(5e-4 * 3 / 4)  # the third of four steps of warm-up
+    assert resumed.actor.optimizer.param_groups[0]["weight_decay"] == 5e-4
+
+
+def _next_losses(worker: PolicyWorker) -> list[float]:
+    """The losses of two optimizer steps, over all ranks."""
+    step = weighted_step("delta-l")
+    share = balanced_partitions([s.num_tokens for s in step.samples], dist.get_world_size())
+    mine = step.share(share[dist.get_rank()])
+    updates = [worker.update([mine], LOSS, LIMITS["four"], 1.0)[0] for _ in range(2)]
+    losses = torch.tensor([update["w/pg_loss"] for update in updates], dtype=torch.float64)
+    dist.all_reduce(losses)
+    return losses.tolist()
+
+
+def _rank_saves(
+    rank: int, world: int, address: str, model: Path, folder: Path, load: str | None
+) -> None:
+    """Trains and saves `two`, or loads; then the next losses. Runs in a process of its own."""
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    worker = build(model)
+    if load is None:
+        _next_losses(worker)
+        worker.save(str(folder / "two"))
+    else:
+        worker.load(str(folder / load))
+    losses = _next_losses(worker)
+    if rank == 0:
+        (folder / f"losses of two after {load}").write_text(json.dumps(losses))
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as above
+
+
+def test_any_number_of_ranks_resumes_what_another_saved(tiny_model: Path, tmp_path: Path) -> None:
+    mp.spawn(_rank_saves, (2, free_address(), tiny_model, tmp_path, None), nprocs=2)
+    expected = json.loads((tmp_path / "losses of two after None").read_text())
+    assert abs(expected[0] - expected[1]) > 1e-4  # they tell one step from another
+    alone = build(tiny_model)
+    alone.load(str(tmp_path / "two"))
+    alone.save(str(tmp_path / "one"))
+    assert _next_losses(alone) == pytest.approx(expected, abs=1e-6)
+    mp.spawn(_rank_saves, (2, free_address(), tiny_model, tmp_path, "one"), nprocs=2)
+    back = json.loads((tmp_path / "losses of two after one").read_text())
+    assert back == pytest.approx(expected, abs=1e-6)
+
+
+class Evil:
+    """Pickled, it calls a function."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize("where", ["metadata", "value"])
+def test_a_checkpoint_executes_nothing(
+    where: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    worker = build(tiny_model)
+    _next_losses(worker)
+    worker.save("actor")
+    if where == "metadata":
+        Path("actor/.metadata").write_bytes(pickle.dumps(Evil()))
+    else:  # torch's own reader would unpickle the number of steps
+        state = worker.actor._state()
+        state["training_steps"] = Evil()
+        dcp.save(state, checkpoint_id="actor")
+    with pytest.raises(ValueError, match=r"is not what a checkpoint is made of|weights_only"):
+        worker.load("actor")
+    assert not Path("evil").exists()
+
+
+def test_learning_rate() -> None:
+    warm = OptimConfig(lr_warmup_steps=4)
+    assert [learning_rate_factor(i, warm, 10) for i in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    ratio = OptimConfig(lr_warmup_steps_ratio=0.2, warmup_style="linear", min_lr_ratio=0.5)
+    assert [learning_rate_factor(i, ratio, 10) for i in (0, 1, 2, 6, 10)] == [0.5, 1, 1, 0.75, 0.5]
+    cosine = OptimConfig(warmup_style="cosine")
+    assert learning_rate_factor(5, cosine, 10) == pytest.approx(0.5)

@@ -1,0 +1,253 @@
+"""The `hf` engine: what it draws, its log-probabilities, and that nothing else matters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import VOCABULARY, make_tiny_model, needs_onednn
+from verl.config.schema import ModelConfig, RolloutConfig
+from verl.models.hf import reorder_linears
+from verl.models.kv_cache import decode_attention
+from verl.protocol import Prompt, Sample, WeightChunk
+from verl.rollout.engine import SamplingParams
+from verl.rollout.hf import HFEngine, sample
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> HFEngine:
+    return build(tiny_model)
+
+
+def build(folder: Path, max_num_seqs: int = 1024) -> HFEngine:
+    rollout = RolloutConfig(max_num_seqs=max_num_seqs)
+    engine = HFEngine()
+    engine.build(ModelConfig(path=str(folder)), rollout, "cpu", 100)
+    return engine
+
+
+def make_prompts(lengths: list[int]) -> list[Prompt]:
+    rng = np.random.default_rng(1)
+    return [Prompt(i, rng.integers(3, 100, n), "countdown", {}) for i, n in enumerate(lengths)]
+
+
+def generate(engine: HFEngine, prompts: list[Prompt], params: SamplingParams) -> list[Sample]:
+    samples = engine.generate_all(prompts, list(range(len(prompts))), params)
+    return sorted(samples, key=lambda s: s.group)
+
+
+def chunk(name: str, value: torch.Tensor) -> WeightChunk:
+    return WeightChunk([name], "float32", [list(value.shape)], [value])
+
+
+def plain_log_probs(folder: Path, s: Sample, temperature: float) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
+    start = len(s.prompt.token_ids) - 1
+    with torch.no_grad():
+        logits = model(ids).logits[0, start : start + s.length] / temperature
+    return logits.log_softmax(-1).gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_the_plain_model(
+    engine: HFEngine, tiny_model: Path, temperature: float
+) -> None:
+    samples = generate(engine, make_prompts([3, 9, 5]), SamplingParams(4, 40, temperature))
+    assert len(samples) == 12 and len({s.length for s in samples}) > 1
+    for s in samples:
+        assert s.rollout_log_probs is not None and len(s.rollout_log_probs) == s.length
+        expected = plain_log_probs(tiny_model, s, temperature)
+        np.testing.assert_allclose(s.rollout_log_probs, expected, atol=1e-4)
+
+
+def test_only_short_prompts_are_left(engine: HFEngine, tiny_model: Path) -> None:
+    """Rows that were padded stay padded when the longest prompts are finished."""
+    for seed in range(6):
+        params = SamplingParams(2, 60, seed=(seed,))
+        for s in generate(engine, make_prompts([3, 14]), params):
+            np.testing.assert_allclose(
+                s.rollout_log_probs, plain_log_probs(tiny_model, s, 1.0), atol=1e-4
+            )
+
+
+def test_a_window_of_attention_and_shared_keys(tmp_path: Path) -> None:
+    """Padded rows, four query heads to a key-value head, and tokens that get out of sight."""
+    shape = dict(num_attention_heads=4, num_key_value_heads=1, sliding_window=8)
+    folder = make_tiny_model(tmp_path, "Mistral", **shape)
+    for s in generate(build(folder), make_prompts([3, 14, 6]), SamplingParams(2, 30)):
+        np.testing.assert_allclose(s.rollout_log_probs, plain_log_probs(folder, s, 1.0), atol=1e-4)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_attention_is_that_of_repeated_keys(per_head: bool) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
+    mask = torch.rand(3, 6 if per_head else 1, 1, 5) < 0.7
+    mask[..., 0] = True
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    output, _ = decode_attention(module, query, key, value, mask, scaling=0.5)
+    for row in range(3):
+        for head in range(6):
+            scores = 0.5 * key[row, head // 3] @ query[row, head, 0]
+            scores[~mask[row, head if per_head else 0, 0]] = -torch.inf
+            expected = scores.softmax(0) @ value[row, head // 3]
+            torch.testing.assert_close(output[row, 0, head], expected)
+
+
+def test_greedy_is_transformers_greedy(engine: HFEngine, tiny_model: Path) -> None:
+    prompts = make_prompts([4, 7, 2])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for s in generate(engine, prompts, SamplingParams(1, 20, temperature=0)):
+        ids = torch.tensor(s.prompt.token_ids)[None]
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20)
+        assert s.response_ids.tolist() == out[0, ids.shape[1] :].tolist()
+
+
+def test_ends_and_limits(engine: HFEngine) -> None:
+    samples = generate(engine, make_prompts([3] * 8), SamplingParams(8, 60))
+    assert {s.finish_reason for s in samples} == {"stop", "length"}
+    for s in samples:
+        ends = np.flatnonzero(s.response_ids == 0)
+        if s.finish_reason == "stop":
+            assert ends.tolist() == [s.length - 1]
+        else:
+            assert s.length == 60 and not len(ends)
+
+
+def test_end_token_in_the_last_place_is_not_truncation(engine: HFEngine) -> None:
+    full = generate(engine, make_prompts([3] * 8), SamplingParams(8, 60))
+    length = next(s.length for s in full if s.finish_reason == "stop" and s.length > 1)
+    short = generate(engine, make_prompts([3] * 8), SamplingParams(8, length))
+    at_limit = [s for s in short if s.length == length]
+    assert {s.finish_reason for s in at_limit} == {"stop", "length"}
+
+
+def test_ignore_eos_goes_on_to_the_limit(engine: HFEngine) -> None:
+    samples = generate(engine, make_prompts([3] * 4), SamplingParams(8, 30, ignore_eos=True))
+    assert {s.length for s in samples} == {30}
+
+
+def test_company_does_not_matter(engine: HFEngine, tiny_model: Path) -> None:
+    """The same draws alone, in small batches, and for a prompt that comes twice."""
+    prompts = make_prompts([3, 9, 5, 4, 6])
+    params = SamplingParams(3, 40, seed=(7, 1))
+    together = generate(engine, prompts, params)
+    apart = generate(build(tiny_model, max_num_seqs=4), prompts, params)
+    key = sorted((s.group, s.response_ids.tolist()) for s in together)
+    assert key == sorted((s.group, s.response_ids.tolist()) for s in apart)
+    other_seed = generate(engine, prompts, SamplingParams(3, 40, seed=(7, 2)))
+    assert key != sorted((s.group, s.response_ids.tolist()) for s in other_seed)
+    alone = engine.generate_all([prompts[2]], [2], params)
+    mine = sorted(s.response_ids.tolist() for s in alone)
+    assert mine == sorted(s.response_ids.tolist() for s in together if s.group == 2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("large", [False, pytest.param(True, marks=needs_onednn)])
+def test_new_weights_are_used(tmp_path: Path, large: bool, tied: bool) -> None:
+    """Also those of large layers, of which there are reordered copies."""
+    shape = dict(vocab_size=2048, intermediate_size=4096) if large else {}
+    shape["tie_word_embeddings"] = tied
+    first = make_tiny_model(tmp_path / "first", **shape)
+    other = make_tiny_model(tmp_path / "other", **shape, initializer_range=0.2)
+    engine = build(first)
+    for layer in (engine.model.model.layers[1].mlp.down_proj, engine.model.lm_head):
+        assert ("forward" in vars(layer)) == large
+    params, prompts = SamplingParams(2, 20), make_prompts([4, 4])
+    before = generate(engine, prompts, params)
+    for s in before:
+        np.testing.assert_allclose(s.rollout_log_probs, plain_log_probs(first, s, 1.0), atol=1e-4)
+    weights = dict(AutoModelForCausalLM.from_pretrained(other).named_parameters())
+    engine.start_update()
+    for name, value in weights.items():
+        engine.load_weights(chunk(name, value))
+    engine.finish_update(1)
+    after = generate(engine, prompts, params)
+    assert [s.response_ids.tolist() for s in before] != [s.response_ids.tolist() for s in after]
+    for s in after:
+        np.testing.assert_allclose(s.rollout_log_probs, plain_log_probs(other, s, 1.0), atol=1e-4)
+    with pytest.raises(KeyError, match="no such weight"):
+        engine.load_weights(chunk("no such weight", torch.zeros(1)))
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+def test_reordered_products_are_the_plain_ones(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(384, 512, bias), torch.nn.Linear(512, 8, bias))
+    rows = [torch.randn(n, 3, 384) for n in (1, 16, 100)]
+    with torch.inference_mode():
+        expected = [model(x) for x in rows]
+        reorder_linears(model)
+        assert ["forward" in vars(layer) for layer in model] == [True, False]  # the second is small
+        for x, y in zip(rows, expected, strict=True):
+            torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+        model[0].weight *= 2
+        reorder_linears(model)
+        torch.testing.assert_close(
+            model[0](rows[0]),
+            torch.nn.functional.linear(rows[0], model[0].weight, model[0].bias),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+
+def test_tokens_are_drawn_with_their_probabilities() -> None:
+    logits = torch.tensor([0.1, 0.5, 0.25, 0.15]).log().repeat(40_000, 1)
+    uniforms = (torch.arange(40_000) + 0.5).double() / 40_000
+    tokens, log_probs = sample(logits, uniforms, SamplingParams(1, 1))
+    assert torch.bincount(tokens).tolist() == [4000, 20000, 10000, 6000]
+    torch.testing.assert_close(log_probs, logits[0][tokens])
+
+
+def test_top_k_and_top_p_by_hand() -> None:
+    logits = torch.tensor([0.1, 0.5, 0.25, 0.15]).log().repeat(1000, 1)
+    uniforms = (torch.arange(1000) + 0.5).double() / 1000
+    tokens, log_probs = sample(logits, uniforms, SamplingParams(1, 1, top_k=2))
+    assert set(tokens.tolist()) == {1, 2}
+    assert log_probs[tokens == 2][0].exp().item() == pytest.approx(1 / 3)
+    tokens, log_probs = sample(logits, uniforms, SamplingParams(1, 1, top_p=0.8))
+    assert set(tokens.tolist()) == {1, 2, 3}  # 0.5 + 0.25 < 0.8: the third one still counts
+    assert log_probs[tokens == 3][0].exp().item() == pytest.approx(0.15 / 0.9)
+    tokens, _ = sample(logits, uniforms, SamplingParams(1, 1, top_p=0.01))
+    assert set(tokens.tolist()) == {1}
+    cold, _ = sample(logits, uniforms, SamplingParams(1, 1, temperature=0.5))
+    share = (cold == 1).double().mean().item()
+    assert share == pytest.approx(0.25 / (0.01 + 0.25 + 0.0625 + 0.0225), abs=0.002)
+
+
+def test_impossible_tokens_are_never_drawn() -> None:
+    logits = torch.zeros(2, len(VOCABULARY))
+    logits[:, 0] = logits[:, -1] = -torch.inf
+    uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    tokens, _ = sample(logits, uniforms, SamplingParams(1, 1))
+    assert tokens.tolist() == [1, len(VOCABULARY) - 2]
+
+
+def test_a_stop_ends_what_runs_and_not_what_comes_after(engine: HFEngine) -> None:
+    prompts, params = make_prompts([3, 9, 5]), SamplingParams(4, 40)
+    whole = generate(engine, prompts, params)
+    stream = engine.generate(prompts, [0, 1, 2], params)
+    first = next(stream)
+    engine.stop()
+    assert len(first) + sum(map(len, stream)) < len(whole) == 12
+    assert len(generate(engine, prompts, params)) == 12
+
+
+def test_a_stop_without_a_generation_ends_none(engine: HFEngine) -> None:
+    engine.stop()
+    assert len(generate(engine, make_prompts([3, 9]), SamplingParams(2, 40))) == 4
+
+
+def test_samples_know_the_version_of_their_policy(engine: HFEngine) -> None:
+    prompts, params = make_prompts([3]), SamplingParams(2, 5)
+    engine.finish_update(4)
+    assert {s.policy_version for s in engine.generate_all(prompts, [0], params)} == {4}
+    engine.finish_update(0)

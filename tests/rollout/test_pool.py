@@ -1,0 +1,191 @@
+"""Generation on several engines over a real Ray: shares, early ends, engines that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from tests.rollout.test_hf import make_prompts
+from verl.cluster import WorkerGroup, reserve_devices, start_ray
+from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
+from verl.models.policy import PolicyWorker
+from verl.protocol import Sample
+from verl.rollout.engine import ENGINES, SamplingParams, engine_class
+from verl.rollout.hf import HFEngine
+from verl.rollout.pool import EnginePool
+from verl.weight_sync import WeightSync
+
+PROMPTS = make_prompts([3, 9, 5, 4, 6, 8, 7, 3, 5])
+NUMBERS = list(range(len(PROMPTS)))
+PARAMS = SamplingParams(3, 60, seed=(7, 1))
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def workers(
+    request: pytest.FixtureRequest, tiny_model: Path
+) -> Iterator[tuple[WorkerGroup, EnginePool]]:
+    """An actor, and two engines that hold four of the nine prompts each."""
+    try:
+        engine = engine_class(request.param)
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    start_ray(3)
+    slots = reserve_devices(1, 2, "cpu")
+    actor = WorkerGroup(PolicyWorker, slots[:1], "cpu", [("cpu",)])
+    actor.connect()
+    model, rollout = ModelConfig(path=str(tiny_model)), RolloutConfig(max_num_seqs=12)
+    actor.call("build", model, FSDPConfig(), OptimConfig(), 10)
+    engines = EnginePool(engine, slots, "cpu", 0.5, model, rollout, 80)
+    engines.wait_ready()
+    yield actor, engines
+    ray.shutdown()
+
+
+@pytest.fixture
+def engines(workers: tuple[WorkerGroup, EnginePool]) -> EnginePool:
+    return workers[1]
+
+
+def pids_of(engines: EnginePool) -> list[int]:
+    return engines.wait([w.__ray_call__.remote(lambda _: os.getpid()) for w in engines.workers])
+
+
+def tokens(samples: list[Sample]) -> list[tuple[int, int, list[int]]]:
+    return sorted((s.group, s.response_index, s.response_ids.tolist()) for s in samples)
+
+
+def generate(engines: EnginePool) -> list[Sample]:
+    return [s for batch in engines.generate(PROMPTS, NUMBERS, PARAMS) for s in batch]
+
+
+def restarting(actor: WorkerGroup, engines: EnginePool) -> tuple[WeightSync, EnginePool, list[int]]:
+    """The engines get weights when they start again; also the list of those that did."""
+    sync, restarted = WeightSync(actor, engines, "host", None), []
+    engines.on_restart = lambda engine: (restarted.append(engine), sync(engine))
+    return sync, engines, restarted
+
+
+@pytest.fixture(scope="module")
+def expected(workers: tuple[WorkerGroup, EnginePool]) -> list[tuple[int, int, list[int]]]:
+    """What one engine draws, undisturbed."""
+    return tokens(workers[1].call("generate_all", PROMPTS, NUMBERS, PARAMS, only=0)[0])
+
+
+def test_every_prompt_is_answered_once(engines: EnginePool, expected: list) -> None:
+    assert len(expected) == 27
+    found = generate(engines)
+    assert tokens(found) == expected
+    assert all(any(s.prompt is p for p in PROMPTS) for s in found)
+
+
+def test_fewer_prompts_than_engines_and_none(engines: EnginePool, expected: list) -> None:
+    found = [s for batch in engines.generate(PROMPTS[:1], [0], PARAMS) for s in batch]
+    assert tokens(found) == expected[:3]
+    assert list(engines.generate([], [], PARAMS)) == []
+
+
+def test_a_closed_generation_leaves_the_engines_free(engines: EnginePool, expected: list) -> None:
+    for _ in range(2):
+        stream = engines.generate(PROMPTS, NUMBERS, PARAMS)
+        assert next(stream)
+        stream.close()
+    found = generate(engines)
+    assert tokens(found) == expected
+
+
+def test_a_generation_that_is_closed_at_once_ends(engines: EnginePool) -> None:
+    """Some calls have not begun by then."""
+    long = SamplingParams(100, 60, seed=(7, 1), ignore_eos=True)
+    started = time.monotonic()
+    for _ in engines.generate(PROMPTS * 100, list(range(900)), long):  # minutes of work
+        break
+    assert time.monotonic() - started < 30
+
+
+def test_an_engine_that_dies_loses_and_doubles_nothing(
+    workers: tuple[WorkerGroup, EnginePool], expected: list
+) -> None:
+    _, engines, restarted = restarting(*workers)
+    for victim in (0, 1):
+        pids = pids_of(engines)
+        stream = engines.generate(PROMPTS, NUMBERS, PARAMS)
+        found = list(next(stream))
+        os.kill(pids[victim], signal.SIGKILL)
+        found += [s for batch in stream for s in batch]
+        assert tokens(found) == expected
+        assert restarted[-1] == victim
+        assert pids_of(engines)[victim] != pids[victim]
+    assert restarted == [0, 1]
+
+
+def test_an_engine_that_died_idle_gets_weights_before_it_is_asked(
+    workers: tuple[WorkerGroup, EnginePool], expected: list
+) -> None:
+    sync, engines, restarted = restarting(*workers)
+    os.kill(pids_of(engines)[1], signal.SIGKILL)
+    found = generate(engines)
+    assert tokens(found) == expected
+    os.kill(pids_of(engines)[0], signal.SIGKILL)
+    sync()
+    assert restarted == [1]
+    found = generate(engines)
+    assert tokens(found) == expected
+    os.kill(pids_of(engines)[1], signal.SIGKILL)
+    assert engines.call_all("sleep") == [None, None]
+    assert restarted == [1, 1]
+    sync()
+    assert tokens(generate(engines)) == expected
+
+
+def test_a_generation_can_be_cancelled(engines: EnginePool, expected: list) -> None:
+    stream = engines.generate(PROMPTS, NUMBERS, PARAMS)
+    next(stream)
+    engines.cancelled = True
+    with pytest.raises(RuntimeError, match="cancelled"):
+        list(stream)
+    engines.cancelled = False
+    found = generate(engines)
+    assert tokens(found) == expected
+
+
+@pytest.mark.parametrize("workers", ["hf"], indirect=True)
+def test_the_batches_are_the_same_in_every_run(engines: EnginePool) -> None:
+    """To the last bit: other batches would round the log-probabilities otherwise."""
+    first, second = (
+        sorted(generate(engines), key=lambda s: (s.group, s.response_index)) for _ in range(2)
+    )
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a.rollout_log_probs, b.rollout_log_probs)
+
+
+class Doomed(HFEngine):
+    """Dies of every prompt."""
+
+    def generate(self, *_: Any) -> Iterator[list[Sample]]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield []
+
+
+@pytest.mark.parametrize("workers", ["hf"], indirect=True)
+def test_an_engine_that_always_dies_ends_the_run(engines: EnginePool, tiny_model: Path) -> None:
+    model, slots = ModelConfig(path=str(tiny_model)), reserve_devices(1, 1, "cpu", timeout_s=30)
+    doomed = EnginePool(Doomed, slots, "cpu", 0.5, model, RolloutConfig(), 80)
+    with pytest.raises(ray.exceptions.RayActorError):
+        list(doomed.generate(PROMPTS[:1], [0], PARAMS))
+
+
+def test_an_error_of_an_engine_is_raised(engines: EnginePool, expected: list) -> None:
+    bad = SamplingParams(3, 60, seed=(-1,))  # for numpy no seed
+    with pytest.raises(ValueError, match=r"non-negative|unsigned|negative"):
+        list(engines.generate(PROMPTS, NUMBERS, bad))
+    found = generate(engines)
+    assert tokens(found) == expected
+    assert np.isfinite([s.rollout_log_probs.sum() for s in found]).all()

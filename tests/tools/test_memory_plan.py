@@ -1,0 +1,277 @@
+"""The memory estimate: numbers worked out by hand, and what torch really holds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+from torch.optim.optimizer import _foreach_supported_types
+from torch.profiler import ProfilerActivity, profile
+
+from tests.helpers import ROOT, free_address, make_samples, make_step, make_tiny_model, needs_onednn
+from verl.config.load import load_config
+from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
+from verl.models.policy import LossConfig, MicroBatchLimit, TrainedPolicy
+from verl.rollout.hf import HFEngine
+from verl.tools import memory_plan
+from verl.tools.memory_plan import GIB, Plan
+from verl.utils.device import REORDERED_FROM, default_tile
+from verl.weight_sync import CHUNK_BYTES
+
+QWEN_7B = dict(
+    model_type="qwen2",
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152064,
+)
+BASE = [
+    "data.max_prompt_length=1024",
+    "data.max_response_length=8192",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+    "actor_rollout_ref.rollout.name=vllm",
+    "actor_rollout_ref.rollout.n=8",
+    "actor_rollout_ref.rollout.max_num_seqs=256",
+    "actor_rollout_ref.rollout.gpu_memory_utilization=0.8",
+    "trainer.n_gpus_per_node=4",
+]
+OFFLOAD = [
+    "actor_rollout_ref.actor.fsdp_config.param_offload=True",
+    "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True",
+]
+
+
+def plan(
+    *overrides: str,
+    model: dict[str, Any] = QWEN_7B,
+    device: str = "cuda",
+    host_memory: float = math.inf,
+) -> Plan:
+    """On devices of 80 GB."""
+    return Plan(load_config([*BASE, *overrides]), model, device, 79.0 * GIB, host_memory)
+
+
+def test_parameters_are_counted() -> None:
+    """7.62 billion, as the model's card says: per layer 2·3584² + 2·512·3584 (attention) + 4608
+    (its biases) + 3·3584·18944 + 2·3584 (norms); outside 2·152064·3584 + 3584."""
+    layer = 2 * 3584**2 + 2 * 512 * 3584 + 4608 + 3 * 3584 * 18944 + 2 * 3584
+    assert plan().parameters == 28 * layer + 2 * 152064 * 3584 + 3584 == 7_615_616_512
+
+
+def test_rows_are_padded_to_the_ranks() -> None:
+    tiny = dict(model_type="llama", hidden_size=2, intermediate_size=3, num_hidden_layers=1)
+    tiny |= dict(num_attention_heads=1, vocab_size=5, tie_word_embeddings=True)
+    # embeddings 5×2, norm 2; q, k, v, o 2×2, gate and up 3×2, down 2×3, two norms of 2
+    assert plan("trainer.n_gpus_per_node=1", model=tiny).shard == 10 + 2 + 16 + 12 + 6 + 4
+    # two ranks: 3×2, 1; 4 × (1×2), 2 × (2×2), 1×3, 2 × 1
+    assert plan("trainer.n_gpus_per_node=2", model=tiny).shard == 6 + 1 + 8 + 8 + 3 + 2
+
+
+def test_offloaded_states_move_to_the_host() -> None:
+    here, away = plan(), plan(*OFFLOAD)
+    quarter = here.shard
+    assert abs(quarter - here.parameters / 4) < 1000
+    assert here.resting()["parameters"] == 4 * quarter and away.resting()["parameters"] == 0
+    assert here.resting()["optimizer"] == 8 * quarter and away.resting()["optimizer"] == 0
+    assert "offloaded optimizer" not in here.host()
+    assert away.host()["offloaded optimizer"] == 4 * 8 * quarter
+    assert here.training() == away.training()
+
+
+def test_the_cache_gets_what_vllms_share_leaves() -> None:
+    """2 · 28 layers · 4 heads · 128 · 2 bytes a token; two devices hold half of it each."""
+    one, two = plan(), plan("actor_rollout_ref.rollout.tensor_model_parallel_size=2")
+    assert one.kv_token == 57_344 and two.kv_token == 28_672
+    assert sum(one.generating().values()) == pytest.approx(0.8 * 79 * GIB)
+    assert two.generating()["engine's weights"] == one.generating()["engine's weights"] / 2
+
+
+def test_checkpointing_keeps_a_layers_input_alone() -> None:
+    with_, without = plan(), plan("actor_rollout_ref.model.enable_gradient_checkpointing=False")
+    # per token: norms (4+4)·2·3584, attention 2·(2·3584+2·512), feed-forward 4·2·18944
+    layer = 9216 * (16 * 3584 + 2 * (2 * 3584 + 2 * 512) + 8 * 18944)
+    kept = 27 * layer - 28 * 9216 * 2 * 3584
+    # Without, the head is fuller than a layer's backward pass: logits 10 · 2²⁵, weight and its
+    # gradient 6 · 152064 · 3584; three of a layer's inner tensors, the weight's gradient, a layer.
+    kept += 10 * 2**25 + (6 - 2) * 152064 * 3584 - 6 * (9216 * 18944 + 233_057_792)
+    assert without.activations() - with_.activations() == pytest.approx(kept)
+
+
+def test_activations_grow_with_the_micro_batch() -> None:
+    dynamic = ["actor_rollout_ref.actor.use_dynamic_bsz=True"]
+    key = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
+    assert plan(*dynamic, f"{key}=18432").tokens == 18432
+    assert plan("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3").tokens == 3 * 9216
+
+
+def test_the_smallest_change_that_fits_is_named() -> None:
+    assert plan(*OFFLOAD).verdict() == "it fits"
+    # 21 GiB of parameters and optimizer stay beside vLLM's 63 GiB of 79: one of the two must go.
+    key = "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True"
+    assert plan().verdict() == f"it does not fit; it would with {key}"
+    larger = QWEN_7B | dict(hidden_size=8192, intermediate_size=29568, num_hidden_layers=80)
+    larger |= dict(num_attention_heads=64, num_key_value_heads=8)
+    assert plan(model=larger).verdict().endswith("take more devices, or a smaller model")
+
+
+def test_an_optimizer_step_takes_a_temporary_of_every_parameter() -> None:
+    """fp32 weights, gradients, two moments and AdamW's temporary; weights are sharded again."""
+    step = plan().stepping()
+    assert sum(step.values()) == (4 + 4 + 8 + 4) * plan().shard + memory_plan.CONTEXT
+    assert plan().phases()["optimizer step"] == step | {"engine's process": memory_plan.ASLEEP}
+    assert plan(device="cpu").stepping()["AdamW's work"] == 0
+
+
+def test_adamw_on_a_gpu_takes_as_much(tmp_path: Path) -> None:
+    """`foreach`, which is torch's own choice for FSDP's parameters on a GPU, here on the CPU."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    model = fully_shard(torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(8))))
+    assert type(next(model.parameters())) in _foreach_supported_types
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    for _ in range(2):
+        model(torch.ones(1, 256)).sum().backward()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            optimizer.step()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = max(itertools.accumulate(size for _, size in changes))
+    dist.destroy_process_group()
+    assert peak == pytest.approx(4 * 8 * (256 * 256 + 256), rel=0.01)
+
+
+def test_the_host_must_hold_what_is_offloaded() -> None:
+    """12 bytes of each parameter of four shards, and 2 GiB a process; less at the start, when a
+    parameter takes 4 to be loaded and 4 in a shard, with eight bytes more for four hf engines."""
+    need = 12 * plan().parameters + 8 * 2 * GIB
+    assert sum(plan(*OFFLOAD).host().values()) == pytest.approx(need, rel=1e-3)
+    assert plan(*OFFLOAD, host_memory=1.01 * need).fits()
+    assert plan(*OFFLOAD, host_memory=0.99 * need).verdict().startswith("it does not fit")
+    hf = plan(*OFFLOAD, "actor_rollout_ref.rollout.name=hf").host()
+    assert hf["engines load it"] == 4 * 2 * plan().parameters  # bf16
+
+
+def test_a_gpu_without_room_for_one_sequence_does_not_fit() -> None:
+    tight = plan(*OFFLOAD, "actor_rollout_ref.rollout.gpu_memory_utilization=0.2")
+    assert sum(tight.generating().values()) < 79 * GIB and not tight.fits()
+
+
+def test_split_engines_share_no_gpu() -> None:
+    split = plan("trainer.rollout_gpus_per_node=2").phases()
+    assert "optimizer" not in split["generate, engine"]
+    assert "KV cache" not in split["train"]
+
+
+def test_a_cpu_holds_everything_at_once() -> None:
+    cpu = plan("trainer.device=cpu", device="cpu")
+    machine = cpu.phases()["machine"]
+    assert machine["ranks' optimizer"] == 4 * 8 * cpu.shard
+    assert machine["engine's weights"] == 4 * 4 * cpu.parameters  # fp32, four engines
+
+
+def test_sizes_of_buffers_are_those_of_the_code() -> None:
+    tiles = {device: default_tile(torch.device(device)) for device in ("cpu", "cuda")}
+    assert {device: rows * width for device, (rows, width) in tiles.items()} == memory_plan.LOGITS
+    assert memory_plan.CHUNK == CHUNK_BYTES
+    assert memory_plan.REORDERED_FROM == REORDERED_FROM
+
+
+@needs_onednn
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_hf_engine_on_a_cpu_holds_large_weights_twice(tied: bool, tmp_path: Path) -> None:
+    shape = dict(vocab_size=2048, intermediate_size=2048, tie_word_embeddings=tied)
+    folder = make_tiny_model(tmp_path / "model", **shape)
+    engine = HFEngine()
+    engine.build(ModelConfig(path=str(folder)), RolloutConfig(), "cpu", 100)
+    copies = [m.forward.args[0] for m in engine.model.modules() if "forward" in vars(m)]
+    assert len(copies) == 2 * 3 + 1  # of two layers' MLP, and the head
+    held = sum(4 * w.numel() for w in [*copies, *engine.model.parameters()])
+    model = json.loads((folder / "config.json").read_text())
+    hf = plan("actor_rollout_ref.rollout.name=hf", model=model, device="cpu").generating()
+    assert hf["engine's weights"] == held
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_torch_holds(ranks: int, tmp_path: Path) -> None:
+    """Sizes that two ranks can't divide: 113 words, 97 wide."""
+    folder = make_tiny_model(tmp_path / "model", intermediate_size=97, vocab_size=113)
+    mp.spawn(_update, (ranks, free_address(), folder, tmp_path), nprocs=ranks)
+    model = json.loads((folder / "config.json").read_text())
+    parts = plan(f"trainer.n_gpus_per_node={ranks}", model=model, device="cpu").training()
+    held = json.loads((tmp_path / "held.json").read_text())
+    assert {name: parts[name] for name in held} == held
+
+
+def _update(rank: int, world: int, address: str, folder: Path, out: Path) -> None:
+    """Writes the bytes that rank 0 holds after an update."""
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    config = ModelConfig(str(folder))
+    policy = TrainedPolicy(config, FSDPConfig(), torch.device("cpu"), OptimConfig(), total_steps=1)
+    step, limit = make_step(make_samples([4, 6])), MicroBatchLimit(2)
+    policy.update([step], LossConfig(), limit, 1.0)
+    policy.accumulate_gradient(step, LossConfig(), limit)
+    parameters = list(policy.model.parameters())
+    states = policy.optimizer.state.values()
+    moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+    held = {"parameters": parameters, "optimizer": moments}
+    held |= {"gradients": [p.grad for p in parameters]}
+    if rank == 0:
+        sizes = {name: sum(t.to_local().nbytes for t in held[name]) for name in held}
+        (out / "held.json").write_text(json.dumps(sizes))
+    dist.destroy_process_group()
+
+
+def started(module: str, *arguments: str, given: str = "") -> tuple[str, str]:
+    """Standard output and standard error of `python -m`, with torch forbidden and DRY_RUN=1."""
+    code = "import sys; sys.modules['torch'] = None; import runpy; "
+    code += f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", code, *arguments]
+    env = {"DRY_RUN": "1", "PYTHONPATH": str(ROOT), "HF_HUB_CACHE": "/nowhere", "PATH": ""}
+    done = subprocess.run(command, env=env, input=given, capture_output=True, text=True, check=True)
+    return done.stdout, done.stderr
+
+
+def dry_run(*overrides: str) -> tuple[str, str]:
+    return started("verl.trainer.main_ppo", *BASE, *overrides)
+
+
+def test_dry_run_estimates_on_standard_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    out, err = dry_run(f"actor_rollout_ref.model.path={tmp_path}", *OFFLOAD)
+    assert out.startswith("data:") and "memory" not in out.replace("gpu_memory", "")
+    assert "7.62 billion parameters, 79 GiB (no GPU is visible: 80 GB are assumed)" in err
+    assert err.rstrip().endswith("it fits")
+    (tmp_path / "resolved.yaml").write_text(out)
+    for arguments, given in ([str(tmp_path / "resolved.yaml")], ""), ([], out):
+        assert started("verl.tools.memory_plan", *arguments, given=given) == (err, "")
+
+
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("data: {foo: 1}")
+    for name, message in ("x.yaml", "Key 'foo' not in"), ("none.yaml", "No such file"):
+        command = [sys.executable, "-m", "verl.tools.memory_plan", str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_dry_run_without_the_model(tmp_path: Path) -> None:
+    _, err = dry_run("actor_rollout_ref.model.path=someone/some-model")
+    line = "memory estimate: it needs config.json of {}, which is not on this machine"
+    hub = line.format("someone/some-model") + ": hf download someone/some-model config.json"
+    assert err.strip().splitlines()[-1] == hub
+    _, err = dry_run("actor_rollout_ref.model.path=./nowhere")
+    assert err.strip().splitlines()[-1] == line.format("./nowhere")
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    _, err = dry_run(f"actor_rollout_ref.model.path={tmp_path}")
+    assert err.strip().splitlines()[-1].startswith("memory estimate: none for mamba models")

@@ -1,0 +1,326 @@
+"""metrics.jsonl, the console, wandb and TensorBoard."""
+
+import html
+import json
+import math
+import re
+import resource
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
+
+from verl.config.schema import Config, TrainerConfig
+from verl.trainer.ppo.tracking import (
+    Tracking,
+    generations_markdown,
+    read_metrics,
+    step_line,
+    validation_table,
+)
+
+STEP = {
+    "critic/rewards/mean": 0.5,
+    "reward/acc": 0.25,
+    "response_length/mean": 231.44,
+    "actor/entropy": 1.25,
+    "actor/grad_norm": 0.125,
+    "perf/throughput": 1234.0,
+    "perf/time_per_step": 9.96,
+}
+VALIDATION = {
+    "val-core/countdown/acc/mean@4": 0.25,
+    "val-core/countdown/acc/best@4/mean": 0.75,
+    "val-core/openai/gsm8k/acc/mean@1": 0.5,
+    "val-aux/countdown/acc/best@2/mean": 0.5,
+    "val-aux/countdown/response_length/mean": 200.0,
+    "val-aux/countdown/response_length/clip_ratio": 0.125,
+}
+
+HOSTILE = """</pre><script>alert(1)</script> <!-- ![x](http://e/x.png) </td>|a|b|
+
+``` &amp; <b>
+**2**, score 1
+\r\x00\x02\u2028    **bold**"""
+GENERATIONS = [("1 + 1 =", HOSTILE, 0.0), ("1 + 2 =", "3", 1.0)]
+
+
+def tracking(run_dir, *loggers, step=0, total_steps=100):
+    trainer = TrainerConfig(logger=list(loggers) or "file", project_name="p", experiment_name="e")
+    return Tracking(Config(trainer=trainer), run_dir, total_steps, step)
+
+
+def test_one_line_a_step_at_once_on_disk(tmp_path):
+    run = tmp_path / "made" / "on the way"
+    with tracking(run) as t:
+        t.log_validation({"val-core/a/acc/mean@1": np.float32(0.5)}, step=0)
+        t.log({"x": 1}, step=1)
+        assert read_metrics(run / "metrics.jsonl")[1] == {"step": 1, "x": 1.0}
+        t.log_validation({"val-core/a/acc/mean@1": True}, step=2)
+        t.log({"x": np.int64(2)}, step=2)
+    text = (run / "metrics.jsonl").read_text()
+    assert text == (
+        '{"step": 0, "val-core/a/acc/mean@1": 0.5}\n'
+        '{"step": 1, "x": 1.0}\n'
+        '{"step": 2, "val-core/a/acc/mean@1": 1.0, "x": 2.0}\n'
+    )
+    assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "metrics.jsonl", "wandb_run_id"]
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    with tracking(tmp_path) as t:
+        t.log({"a": math.nan, "b": math.inf, "c": 1}, step=1)
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_text() == '{"step": 1, "a": null, "b": null, "c": 1.0}\n'
+
+
+def test_resume_drops_the_lines_after_the_checkpoint(tmp_path):
+    with tracking(tmp_path) as t:
+        for step in range(1, 6):
+            t.log({"x": step, "bad": math.nan}, step)
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 6, "x"')  # killed while writing
+    with tracking(tmp_path, step=3) as t:
+        t.log_validation({"v": 1}, step=3)  # a validation before training goes on
+        t.log({"x": 40}, step=4)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["x"]) for r in records] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert records[2] == {"step": 3, "x": 3.0, "bad": None, "v": 1.0}
+
+
+def test_resume_at_the_half_written_step(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "x": 1.0}\n{"step": 2, "x":')
+    with tracking(tmp_path, step=2) as t:
+        t.log({"x": 3}, step=3)
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
+
+
+def test_resume_without_a_file(tmp_path):
+    with tracking(tmp_path, step=7) as t:
+        t.log({}, step=8)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 8}]
+
+
+def test_a_new_run_starts_its_metrics_anew(tmp_path):
+    for value in (1, 2):
+        with tracking(tmp_path) as t:
+            t.log({"x": value}, step=0)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "x": 2.0}]
+
+
+def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\noops\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+        tracking(tmp_path, step=3)
+    assert "oops" in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_step_line():
+    assert step_line(STEP | VALIDATION, 7, 100) == (
+        "step   7/100 | reward  0.500 | acc 0.250 | length   231.4 | entropy  1.250"
+        " | grad norm   0.125 | tokens/s   1234 | seconds   10.0 | val acc 0.375"
+    )
+    assert step_line({"actor/grad_norm": None}, 1, 9) == "step 1/9 | grad norm     nan"
+
+
+def test_validation_table():
+    assert validation_table(VALIDATION).splitlines() == [
+        "  data source   mean@4  best@4  length  truncated  mean@1",
+        "  countdown      0.250   0.750   200.0      12.5%",
+        "  openai/gsm8k                                      0.500",
+    ]
+
+
+def test_console_without_a_terminal_prints_plain_lines(tmp_path, capsys):
+    with tracking(tmp_path, "console") as t:
+        t.log_validation(VALIDATION, step=1)
+        t.log(STEP, step=1)
+        t.log(STEP, step=2)
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "validation at step 1" and lines[2].startswith("  countdown ")
+    assert lines[4:] == [step_line(STEP | VALIDATION, 1, 100), step_line(STEP, 2, 100)]
+    assert err == ""
+
+
+def test_console_in_a_terminal_shows_the_time_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with tracking(tmp_path, "console", step=40) as t:
+        t.log(STEP, step=41)
+    out, err = capsys.readouterr()
+    assert out == step_line(STEP, 41, 100) + "\n"
+    assert " 40/100 " in err and " 41/100 " in err and "<" in err
+
+
+def test_other_loggers_print_nothing(tmp_path, capsys):
+    with tracking(tmp_path, "file") as t:
+        t.log_validation(VALIDATION, step=1)
+        t.log(STEP, step=1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_wandb_offline_and_resumed(tmp_path, monkeypatch, capfd):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    run = tmp_path / "run"
+    with tracking(run, "wandb") as t:
+        t.log_validation(VALIDATION, step=0)
+        t.log(STEP, step=1)
+        summary, first = dict(t.loggers[0].run.summary), t.loggers[0].run.id
+        assert t.loggers[0].run.settings.mode == "offline" and t.loggers[0].run.step == 2
+    assert summary["critic/rewards/mean"] == 0.5
+    assert summary["val-core/countdown/acc/mean@4"] == 0.25
+    assert capfd.readouterr().err.count("no WANDB_API_KEY") == 1
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    for step, same in ((1, True), (0, False)):
+        with tracking(run, "wandb", step=step) as t:
+            assert ((run / "wandb_run_id").read_text() == first) is same
+    assert "no WANDB_API_KEY" not in capfd.readouterr().err
+    assert list((run / "wandb").glob(f"offline-run-*-{first}"))
+
+
+def test_generations_are_one_growing_table_in_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with tracking(tmp_path, "wandb") as t:
+        for step in (0, 2):
+            t.log_validation(VALIDATION, step, GENERATIONS)
+            t.log(STEP, step)
+        assert t.loggers[0].run.summary["val/generations"]["nrows"] == 2
+        assert t.loggers[0].run.summary["val-core/countdown/acc/mean@4"] == 0.25
+    tables = [json.loads(path.read_text()) for path in tmp_path.rglob("generations*.table.json")]
+    assert len(tables) == 2  # each upload holds what is new
+    assert {tuple(table["columns"]) for table in tables} == {
+        ("step", "input_1", "output_1", "score_1", "input_2", "output_2", "score_2")
+    }
+    rows = sorted(row for table in tables for row in table["data"])
+    assert rows == [[step, "1 + 1 =", HOSTILE, 0.0, "1 + 2 =", "3", 1.0] for step in (0, 2)]
+
+
+def events(folder):
+    """What TensorBoard shows."""
+    return EventAccumulator(str(folder)).Reload()
+
+
+def scalars(folder, name):
+    return [(event.step, event.value) for event in events(folder).Scalars(name)]
+
+
+def test_tensorboard_shows_each_step_once(tmp_path):
+    with tracking(tmp_path, "tensorboard") as t:
+        t.log_validation(VALIDATION, 0, GENERATIONS)
+        for step in range(1, 6):
+            t.log({"actor/entropy": step, "bad": math.nan}, step)
+        seen = scalars(tmp_path / "tensorboard", "actor/entropy")  # a kill would lose nothing
+    assert seen == [(step, float(step)) for step in range(1, 6)]
+    with tracking(tmp_path, "tensorboard", step=3) as t:
+        t.log_validation({"val-core/countdown/acc/mean@4": 0.5}, 3)
+        t.log({"actor/entropy": 40}, 4)
+    board = tmp_path / "tensorboard"
+    assert scalars(board, "actor/entropy") == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert scalars(board, "val-core/countdown/acc/mean@4") == [(0, 0.25), (3, 0.5)]
+    bad = scalars(board, "bad")
+    assert [step for step, _ in bad] == [1, 2, 3] and all(math.isnan(x) for _, x in bad)
+    with tracking(tmp_path, "tensorboard") as t:  # a new run
+        t.log({"actor/entropy": 7}, 1)
+    assert scalars(board, "actor/entropy") == [(1, 7)]
+
+
+def test_the_folder_of_tensorboard_can_be_chosen(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_DIR", str(tmp_path / "elsewhere"))
+    with tracking(tmp_path / "run", "tensorboard") as t:
+        t.log({"x": 1}, 1)
+    assert scalars(tmp_path / "elsewhere", "x") == [(1, 1)]
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_generations_in_tensorboard_are_text_that_breaks_nothing(tmp_path):
+    with tracking(tmp_path, "tensorboard") as t:
+        t.log_validation({}, 4, GENERATIONS)
+    (event,) = events(tmp_path / "tensorboard").Tensors("val/generations/text_summary")
+    (written,) = event.tensor_proto.string_val
+    assert event.step == 4 and written.decode() == generations_markdown(GENERATIONS)
+    page = markdown_to_safe_html(written.decode())  # as TensorBoard makes it
+    headings = ["<strong>1</strong>, score 0", "<strong>2</strong>, score 1"]
+    assert [line for line in page.splitlines() if "strong" in line] == [
+        f"<p>{heading}</p>" for heading in headings
+    ]
+    assert page.count("<pre>") == page.count("</pre>") == 4
+    assert set(re.findall(r"<(\w+)", page)) == {"p", "strong", "pre"}
+    shown = html.unescape(re.findall(r"<pre>(.*?)</pre>", page)[1])
+    assert shown.startswith("</pre><script>alert(1)</script> <!-- ![x](http://e/x.png) </td>|a|b|")
+    assert "\n\n``` &amp; <b>\n**2**, score 1\n" in shown and shown.endswith("    **bold**")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_ends_tensorboard_alone(tmp_path, caplog):
+    with tracking(tmp_path, "tensorboard") as t:
+        t.log({"x": 1}, step=1)
+        written = next((tmp_path / "tensorboard").iterdir()).stat().st_size
+        with longest_file(written + 5):
+            t.log({"x": 2}, step=2)
+        t.log({"x": 3}, step=3)
+    assert caplog.text.count("TensorBoard gets no more of this run") == 1
+    assert [r["x"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    with tracking(tmp_path, "tensorboard", step=1) as t:
+        t.log({"x": 2}, step=2)
+    assert scalars(tmp_path / "tensorboard", "x") == [(1, 1), (2, 2)]
+
+
+def test_an_error_closes_the_loggers_and_goes_on(tmp_path):
+    with pytest.raises(ZeroDivisionError), tracking(tmp_path) as t:
+        t.log({"x": 1}, step=1)
+        _ = 1 / 0
+    assert t.file.file.closed
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "x": 1.0}
+
+
+@contextmanager
+def longest_file(size):
+    """No file may grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_loses_no_line(tmp_path, caplog):
+    """The file may not grow beyond some bytes, then it may."""
+    path = tmp_path / "metrics.jsonl"
+    with tracking(tmp_path) as t:
+        t.log({"x": 1}, step=1)
+        t.log_validation({"val-core/a/acc/mean@1": 0.5}, step=2)
+        with longest_file(path.stat().st_size + 5):
+            t.log({"x": 2}, step=2)
+            t.log_validation({"val-core/a/acc/mean@1": 0.25}, step=3)
+            t.log({"x": 3}, step=3)
+            assert not t.file.flush()
+        assert "metrics.jsonl" in caplog.text
+        t.log({"x": 4}, step=4)
+    assert read_metrics(path) == [
+        {"step": 1, "x": 1.0},
+        {"step": 2, "val-core/a/acc/mean@1": 0.5, "x": 2.0},
+        {"step": 3, "val-core/a/acc/mean@1": 0.25, "x": 3.0},
+        {"step": 4, "x": 4.0},
+    ]
+
+
+def test_lines_that_wait_are_written_when_there_is_room(tmp_path):
+    with tracking(tmp_path) as t:
+        with longest_file(5):
+            t.log({"x": 1}, step=1)
+        assert read_metrics(tmp_path / "metrics.jsonl") == []
+        assert t.file.flush()
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1.0}]
+
+
+def test_lines_that_wait_at_the_end_are_written(tmp_path):
+    with tracking(tmp_path) as t, longest_file(5):
+        t.log({"x": 1}, step=1)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1.0}]

@@ -1,0 +1,154 @@
+"""Every aggregation of the loss is one weight per response: loss = Σ_i w_i Σ_t ℓ_it.
+
+Weights are computed once for the whole optimizer step. Micro-batches and ranks only sum, so they
+can't change the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from verl.config.schema import Config
+
+Lengths = Sequence[int] | NDArray[Any] | Tensor
+
+
+def response_weights(
+    lengths: Lengths,
+    mode: str,
+    max_response_length: int,
+    alpha: float = 0.0,
+    rollout_lengths: Lengths | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """The weights w_i: float32 [N], 0 where L_i = 0.
+
+    Args:
+        lengths: response lengths L_i of the optimizer step, in tokens, [N].
+        mode: a key of `WEIGHTS`. alpha: exponent of `delta-l`.
+        max_response_length: the configured M, in tokens; a constant, not the width of a tensor.
+        rollout_lengths: those of the whole rollout batch, for `delta-l`; default: `lengths`.
+        group_size: responses per group of `token-mean-legacy`.
+
+    Raises: ValueError for an unknown mode, a negative length, or a missing group_size.
+
+    Example: ``response_weights([2, 8], "token-mean", 10)`` is ``[0.1, 0.1]``.
+    """
+    if mode not in WEIGHTS:
+        raise ValueError(f"mode={mode!r}: choose one of {', '.join(WEIGHTS)}")
+    L = torch.as_tensor(lengths, dtype=torch.float64)
+    rollout_L = torch.as_tensor(L if rollout_lengths is None else rollout_lengths, dtype=L.dtype)
+    if (L < 0).any() or (rollout_L < 0).any():
+        raise ValueError("response lengths must not be negative")
+    options = {"alpha": alpha, "rollout_L": rollout_L, "group_size": group_size}
+    weights = WEIGHTS[mode](L, M=max_response_length, **options)
+    return torch.where(L > 0, weights, 0.0).float()
+
+
+def token_mean(L: Tensor, **_: Any) -> Tensor:
+    """DAPO Norm (arXiv 2503.14476, eq. 8): 1 / Σ_j L_j, the mean over all tokens. [N] → [N]."""
+    return torch.ones_like(L) / L.sum().clamp(min=1)
+
+
+def token_mean_legacy(L: Tensor, *, group_size: int | None, **_: Any) -> Tensor:
+    """1 / (G · Σ_{j in group} L_j) for G consecutive groups of `group_size` responses: each
+    micro-batch averaged on its own, which the published experiments of arXiv 2509.07558 call "DAPO
+    Norm". For comparison only. [N] → [N]."""
+    if not group_size:
+        raise ValueError("token-mean-legacy needs group_size, the responses of a micro-batch")
+    groups = L.split(group_size)
+    return torch.cat([token_mean(group) for group in groups]) / max(len(groups), 1)
+
+
+def seq_mean_token_mean(L: Tensor, **_: Any) -> Tensor:
+    """GRPO Norm (arXiv 2402.03300, eq. 3): 1 / (N·L_i), the mean of responses' means. [N] → [N]."""
+    return 1 / (len(L) * L.clamp(min=1))
+
+
+def seq_mean_token_sum(L: Tensor, **_: Any) -> Tensor:
+    """1 / N: the mean of responses' sums. [N] → [N]."""
+    return torch.full_like(L, 1 / max(len(L), 1))
+
+
+def dr_grpo(L: Tensor, *, M: int, **_: Any) -> Tensor:
+    """Dr. GRPO (arXiv 2503.20783): 1 / (N·M), the mean over *all* cells of the padded batch, masked
+    ones included (``masked_mean_allavg`` in the published code of arXiv 2509.07558). [N] → [N]."""
+    return seq_mean_token_sum(L) / M
+
+
+def delta_l(L: Tensor, *, M: int, alpha: float, rollout_L: Tensor, **_: Any) -> Tensor:
+    """∆L Normalization (arXiv 2509.07558; "VL Norm" in its version 2):
+
+        w_i = 1/(N·M) · (L_i/L̄)^(−α) / mean_j (L_j/L̄)^(−α)
+
+    The gradient of a response has a variance that grows like its length, so the unbiased
+    combination of least variance has α = 1; a smaller α keeps more of the long responses.
+    α = 0 is Dr. GRPO; α = 1 is GRPO Norm times one scalar per batch. The mean over j runs over
+    `rollout_L`: the rollout batch in the published code, the mini-batch in the paper. L̄, the mean
+    length, cancels out; it keeps the powers near 1. Responses of length 0 have no gradient and
+    stay out of the means. [N] → [N].
+    """
+    present = rollout_L > 0
+    count = present.sum().clamp(min=1)
+    mean_length = (rollout_L.sum() / count).clamp(min=1)
+    powers = others = (L.clamp(min=1) / mean_length) ** -alpha
+    if rollout_L is not L:  # powers take the most time here
+        others = (rollout_L.clamp(min=1) / mean_length) ** -alpha
+    mean_power = torch.where(present, others, 0.0).sum() / count
+    return dr_grpo(L, M=M) * powers / mean_power
+
+
+WEIGHTS: dict[str, Callable[..., Tensor]] = {
+    "token-mean": token_mean,
+    "token-mean-legacy": token_mean_legacy,
+    "seq-mean-token-mean": seq_mean_token_mean,
+    "seq-mean-token-sum": seq_mean_token_sum,
+    "seq-mean-token-sum-norm": dr_grpo,
+    "dr-grpo": dr_grpo,
+    "delta-l": delta_l,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LossAggregation:
+    """The aggregation flags, resolved once at start: all that the maths sees of them."""
+
+    mode: str  # a key of WEIGHTS
+    max_response_length: int  # M, in tokens
+    alpha: float = 0.0  # exponent of ∆L, also where ∆L is only compared with
+    scope: str = "batch"  # lengths that ∆L averages over: batch (rollout batch) or mini_batch
+    norm_by_std: bool = True  # whether grpo's advantages are divided by the standard deviation
+    group_size: int | None = None  # responses per micro-batch of token-mean-legacy
+
+    def weights(
+        self, lengths: Lengths, rollout_lengths: Lengths | None = None, mode: str | None = None
+    ) -> NDArray[np.float32]:
+        """`response_weights` of an optimizer step, [N]; with another `mode`, to be compared."""
+        mode, M = mode or self.mode, self.max_response_length
+        others = rollout_lengths if self.scope == "batch" else None
+        return response_weights(lengths, mode, M, self.alpha, others, self.group_size).numpy()
+
+
+def resolve_aggregation(config: Config) -> LossAggregation:
+    """Turns loss_agg_mode, use_dr_grpo, use_grpopp and grpopp_config into one value object."""
+    algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
+    mode = actor.loss_agg_mode
+    if algorithm.use_grpopp:
+        mode = "delta-l"
+    elif algorithm.use_dr_grpo:
+        mode = "dr-grpo"
+    return LossAggregation(
+        mode=mode,
+        max_response_length=config.data.max_response_length,
+        alpha=algorithm.grpopp_config.alpha,
+        scope=algorithm.grpopp_config.scope,
+        norm_by_std=algorithm.norm_adv_by_std_in_grpo and not algorithm.use_dr_grpo,
+        group_size=actor.ppo_micro_batch_size_per_gpu if mode == "token-mean-legacy" else None,
+    )

@@ -1,0 +1,211 @@
+"""Workers over Ray: devices for them, their start, and calls to all of them. Only this module makes
+Ray actors; the workers are ordinary classes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from threading import Lock
+from typing import Any
+
+import psutil
+import ray
+from ray._private.state import available_resources_per_node
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from verl.utils.device import worker_resources
+
+logger = logging.getLogger(__name__)
+
+WORKER_ENV = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow down whoever shares the cores
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+WORKERS_PER_DEVICE = 2
+"""Colocated, an actor rank and a generation engine share each device, in turns."""
+
+DEATH_S = 5
+"""Seconds after one worker's error in which Ray gets to know that another had died."""
+
+MAX_DEATHS = 3
+"""An engine that dies as often without having done anything ends the run."""
+
+CONTROL = "control"
+"""Ray's concurrency group of calls that don't wait for those that run."""
+
+
+def start_ray(devices: int, num_cpus: int | None = None) -> None:
+    """Joins the cluster at RAY_ADDRESS, or starts one on this machine that ends with this process
+    and offers as many CPUs as `devices` hold workers: they are slots, not cores. Raises: ValueError
+    if the interpreter's path holds a space."""
+    if " " in sys.executable:  # Ray's workers would wait for ever
+        raise ValueError(f"Ray can't start {sys.executable!r}: move it to a path without spaces")
+    if os.environ.get("RAY_ADDRESS"):
+        # Workers there have the environment of `ray start`, but must find the same code.
+        path = {k: v for k, v in os.environ.items() if k == "PYTHONPATH"}
+        ray.init(runtime_env={"env_vars": path})
+        return
+    cpus = num_cpus or max(WORKERS_PER_DEVICE * devices, os.cpu_count() or 1)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+
+
+Slots = list[tuple[PlacementGroup, int]]
+"""One device each, node by node, the order of ranks: a placement group and a bundle's number."""
+
+
+def reserve_devices(
+    nodes: int, devices_per_node: int, device: str | None, timeout_s: float = 300
+) -> Slots:
+    """Reserves `devices_per_node` devices on each of `nodes` different machines. Raises: ValueError
+    if the cluster doesn't have them, or they are not free after `timeout_s` seconds."""
+    per_device = {"CPU": float(WORKERS_PER_DEVICE)}
+    if gpus := worker_resources(device, 1).get("num_gpus"):
+        per_device["GPU"] = gpus
+    per_node = {name: amount * devices_per_node for name, amount in per_device.items()}
+    machines = [node for node in ray.nodes() if node["Alive"]]
+    enough = sum(all(m["Resources"].get(k, 0) >= per_node[k] for k in per_node) for m in machines)
+    remedy = "lower the keys, or start Ray on more machines (docs/multi_node.md)"
+    problem = f"the cluster has {enough}: {remedy}"
+    if enough >= nodes:
+        deadline = time.monotonic() + timeout_s
+        # Asked for whole shares, Ray itself picks machines that have them free, all at once. They
+        # then make way for a bundle per device: only there do two workers get the same GPU.
+        if shares := _placement_group(deadline, [per_node] * nodes, "STRICT_SPREAD"):
+            chosen = placement_group_table(shares)["bundles_to_node_id"]
+            remove_placement_group(shares)
+            order = [chosen[node] for node in range(nodes) for _ in range(devices_per_node)]
+            labels = [{"ray.io/node-id": node_id} for node_id in order]
+            bundles = [per_device] * len(order)
+            if reserved := _placement_group(deadline, bundles, bundle_label_selector=labels):
+                return [(reserved, index) for index in range(len(order))]
+        problem = f"after {timeout_s:.0f} s they are not free: lower the keys, or stop other jobs"
+    raise ValueError(
+        f"trainer.nnodes={nodes} × {devices_per_node} devices (trainer.n_gpus_per_node and "
+        f"trainer.rollout_gpus_per_node) needs {nodes} machine(s) with "
+        f"{', '.join(f'{amount:g} {name}' for name, amount in per_node.items())} each; "
+        f"{problem}{_free_resources(machines, per_device)}"
+    )
+
+
+def _placement_group(deadline: float, *args: Any, **options: Any) -> PlacementGroup | None:
+    """None if Ray can't make it in time."""
+    made = placement_group(*args, **options)
+    if ray.wait([made.ready()], timeout=max(0, deadline - time.monotonic()))[0]:
+        return made
+    remove_placement_group(made)
+    return None
+
+
+def _free_resources(machines: list[dict[str, Any]], names: Iterable[str]) -> str:
+    """A line per machine."""
+    text, free = "", available_resources_per_node()
+    for node in machines:
+        left, total = free.get(node["NodeID"], {}), node["Resources"]
+        parts = [f"{left.get(n, 0):g} of {total.get(n, 0):g} {n} free" for n in names]
+        text += f"\n  {node['NodeManagerAddress']}: {', '.join(parts)}"
+    return text
+
+
+def despite_deaths(action: Callable[..., Any], *args: Any) -> Any:
+    """`action(*args)`; again, should a worker die. Raises: RayActorError at death `MAX_DEATHS`."""
+    for _ in range(MAX_DEATHS - 1):
+        try:
+            return action(*args)
+        except RayActorError as error:
+            logger.warning("a worker died: %s", error)
+    return action(*args)
+
+
+class WorkerGroup:
+    """One Ray actor per slot, made from an ordinary class, and calls to all of them."""
+
+    def __init__(
+        self,
+        cls: type,
+        slots: Slots,
+        device: str | None,
+        arguments: Sequence[tuple[Any, ...]],
+        share: float = 1 / WORKERS_PER_DEVICE,
+        **options: Any,
+    ) -> None:
+        """Starts `cls(*arguments[i])` in slot i, with `share` of its device and Ray's `options`."""
+        options |= worker_resources(device, share) | {"concurrency_groups": {CONTROL: 1}}
+        options["runtime_env"] = {"env_vars": WORKER_ENV}
+        actor: Any = ray.remote(**options)(cls)
+        self.workers: list[Any] = []
+        for (reserved, bundle), args in zip(slots, arguments, strict=True):
+            # True: what the worker itself starts is placed there, too.
+            strategy = PlacementGroupSchedulingStrategy(reserved, bundle, True)
+            self.workers.append(actor.options(scheduling_strategy=strategy).remote(*args))
+        self._submission = Lock()
+        self.exclusive = Lock()
+        """Held by whoever needs that nothing else happens to the workers between two calls."""
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    def call(self, method: str, *args: Any, only: int | None = None) -> list[Any]:
+        """`method(*args)` on every worker, or on worker number `only` (see `wait`)."""
+        return self.wait(self.submit(method, *args, only=only))
+
+    def submit(self, method: str, *args: Any, only: int | None = None) -> list[Any]:
+        """`call` without the waiting: references to the results. All workers get their calls in the
+        same order, from whatever threads these come."""
+        with self._submission:
+            workers = self.workers if only is None else [self.workers[only]]
+            return [getattr(worker, method).remote(*args) for worker in workers]
+
+    def scatter(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """`method(*arguments[i])` on worker i (see `wait`)."""
+        with self._submission:
+            pairs = zip(self.workers, arguments, strict=True)
+            calls = [getattr(worker, method).remote(*args) for worker, args in pairs]
+        return self.wait(calls)
+
+    @staticmethod
+    def wait(references: Sequence[Any]) -> list[Any]:
+        """The results, in order. The first error is raised at once: ranks that wait for the failed
+        one would never answer. A worker's death is raised rather than the errors it causes."""
+        pending = list(references)
+        while pending:
+            ready, pending = ray.wait(pending)
+            try:
+                ray.get(ready)
+            except RayTaskError:
+                for reference in ray.wait(pending, timeout=DEATH_S)[0] if pending else ():
+                    with suppress(RayTaskError):
+                        ray.get(reference)
+                raise
+        return ray.get(list(references))
+
+    def connect(self) -> None:
+        """Makes the workers ranks of one process group; rank 0's machine is the meeting point."""
+        address = self.free_address()
+        self.scatter("connect", [(rank, len(self), address) for rank in range(len(self))])
+
+    def free_address(self) -> str:
+        """`tcp://host:port` of the first worker's machine; all workers get `_network_address`."""
+        return self.call("__ray_call__", _network_address)[0]
+
+
+def _network_address(_: Any) -> str:
+    """`tcp://` with a free port of the address that the other nodes know this one by; makes gloo
+    use it, too, instead of what the host's name stands for, which is often 127.0.1.1."""
+    ip = ray.util.get_node_ip_address()
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(a.address == ip for a in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return f"tcp://{ip}:{s.getsockname()[1]}"

@@ -1,0 +1,260 @@
+"""What sections and keys are; the sections that RL and the warm-up share, and the warm-up's own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any, dataclass_transform
+
+from omegaconf import OmegaConf
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a key may be, and when it matters; of a section: the same for all keys in it."""
+
+    low: float | None = None
+    """At least this."""
+    high: float | None = None
+    """At most this."""
+    above: float | None = None
+    """More than this."""
+    choices: tuple[str, ...] = ()
+    """One of these, or a list of them; empty: any."""
+    on_resume: str = ""
+    """What a change means for a run that resumes. `error`, the default: another training. `warn`:
+    changed on purpose. `free`: only speed, memory, place or rounding. `validation`: free, but
+    validations can't be compared with earlier ones. `free unless CONDITION`: else an error."""
+    idle_if: tuple[str, ...] = ()
+    """Conditions (`Section.holds`); where one of them holds, the key has no effect."""
+
+
+ANY = Rules()
+
+
+def key(default: Any, *, idle_if: str | tuple[str, ...] = (), **rules: Any) -> Any:
+    """A key with `Rules`, or a section. `default`: the value, an interpolation of other keys (which
+    null brings back), or a class or function that makes it."""
+    idle = (idle_if,) if isinstance(idle_if, str) else idle_if
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"rules": Rules(idle_if=idle, **rules)})
+
+
+def shown(value: Any) -> str:
+    """A value as users write it."""
+    return "null" if value is None else str(value)
+
+
+@dataclass_transform()
+@dataclass
+class Section:
+    """A group of keys; whatever inherits from it is a dataclass. `lock` makes it read-only."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_locked"):
+            raise AttributeError(f"the configuration is read-only after start: {name}")
+        object.__setattr__(self, name, value)
+
+    def lock(self) -> None:
+        """Makes this section and all below it read-only."""
+        for f in fields(self):
+            child = getattr(self, f.name)
+            if isinstance(child, Section):
+                child.lock()
+        object.__setattr__(self, "_locked", True)
+
+    def walk(self, prefix: str = "", of: Rules = ANY) -> Iterator[tuple[str, Any, Rules]]:
+        """Yields (dotted key, value, rules) for every key; `of`: those of the section."""
+        for f in fields(self):
+            value, rules = getattr(self, f.name), f.metadata.get("rules", ANY)
+            resume = rules.on_resume or of.on_resume
+            rules = replace(rules, on_resume=resume, idle_if=rules.idle_if + of.idle_if)
+            if isinstance(value, Section):
+                yield from value.walk(f"{prefix}{f.name}.", rules)
+            else:
+                yield prefix + f.name, value, rules
+
+    def ending(self, name: str) -> dict[str, Any]:
+        """The keys that `name` is an end of, and their values. At least one."""
+        found = {k: value for k, value, _ in self.walk() if f".{k}".endswith(f".{name}")}
+        assert found, f"no key ends in {name}"
+        return found
+
+    def holds(self, condition: str) -> bool:
+        """Whether it is so, as in ``rollout.name=hf and clip_ratio_low!=null``: any end of a dotted
+        key; `=`, `!=` or ` lacks `; a word."""
+        for part in condition.split(" and "):
+            name, sign, word = re.split("(!=|=| lacks )", part)
+            values = self.ending(name).values()
+            same = [word in v if sign == " lacks " else word == shown(v) for v in values]
+            if (sign == "=") not in same:
+                return False
+        return True
+
+
+@cache
+def count_gpus() -> int:
+    """GPUs of this machine that this process may use, found without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return sum(name.strip() not in ("", "-1") for name in visible.split(","))
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in found.stdout.splitlines())
+
+
+def default_ranks(device: str | None, rollout_gpus: int | None) -> int:
+    """`trainer.n_gpus_per_node` where it is null."""
+    gpus = 0 if device == "cpu" else count_gpus() - (rollout_gpus or 0)
+    return gpus if gpus > 0 else min(2, os.cpu_count() or 1)
+
+
+OmegaConf.register_new_resolver("verl.ranks", default_ranks)
+OmegaConf.register_new_resolver("verl.is_null", lambda value: value is None)
+OmegaConf.register_new_resolver("verl.token_budget", lambda *lengths: max(16384, sum(lengths)))
+
+
+class ModelConfig(Section):
+    """`actor_rollout_ref.model`, and `model` of the warm-up."""
+
+    path: str = "Qwen/Qwen2.5-3B"
+    """Hugging Face model: a folder or a name on the hub."""
+    override_config: dict[str, Any] = key(dict)
+    """Values that replace those of the model's config.json. Dropout is always off."""
+    enable_gradient_checkpointing: bool = key(True, on_resume="free")
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    use_remove_padding: bool = key(True, on_resume="free")
+    """Packed forward pass: tokens of all sequences in one row, no padding. False: padded rows."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's folder brings along."""
+
+
+class OptimConfig(Section):
+    """`actor_rollout_ref.actor.optim`, and `optim` of the warm-up: AdamW and its schedule."""
+
+    lr: float = key(1e-6, low=0)
+    """Peak learning rate."""
+    betas: list[float] = key(lambda: [0.9, 0.999])
+    """AdamW's decay rates of the first and second moment."""
+    weight_decay: float = key(0.01, low=0)
+    """AdamW's weight decay."""
+    lr_warmup_steps: int = key(-1, low=-1)
+    """Training steps of linear warm-up; -1: lr_warmup_steps_ratio decides."""
+    lr_warmup_steps_ratio: float = key(0.0, low=0, high=1)
+    """Warm-up as a share of all training steps."""
+    warmup_style: str = key("constant", choices=("constant", "cosine", "linear"))
+    """Schedule after the warm-up."""
+    min_lr_ratio: float = key(0.0, low=0, high=1)
+    """The cosine and linear schedules end at this share of lr."""
+
+
+class MixedPrecisionConfig(Section):
+    """`fsdp_config.mixed_precision`: master parameters and optimizer states are fp32."""
+
+    param_dtype: str | None = key(None, choices=("float32", "bfloat16"))
+    """Compute in this type; null: bfloat16 on a GPU, float32 on a CPU."""
+    reduce_dtype: str = key("float32", choices=("float32", "bfloat16", "float16"))
+    """Reduce gradients in this type."""
+
+
+class FSDPConfig(Section):
+    """`fsdp_config` of actor and reference: PyTorch FSDP2, `fully_shard`."""
+
+    param_offload: bool = key(False, on_resume="free")
+    """Keep the parameters in host memory while they are not used."""
+    optimizer_offload: bool = key(False, on_resume="free")
+    """Keep the optimizer states in host memory between updates."""
+    reshard_after_forward: bool = key(True, on_resume="free")
+    """Free a layer's gathered parameters after its forward pass."""
+    mixed_precision: MixedPrecisionConfig = key(MixedPrecisionConfig)
+
+
+class TrainFilesConfig(Section):
+    """What the `data` sections of RL and of the warm-up share."""
+
+    train_files: Any = "~/data/countdown_nochat/train.parquet"
+    """Training parquet: a path or a list of paths."""
+    tokenizer: str | None = None
+    """Tokenizer path; null: the model's."""
+    prompt_key: str = "prompt"
+    """Column with the prompt: chat messages, or a string (all that the warm-up takes)."""
+    train_batch_size: int = key(32, low=1)
+    """Prompts of one training step; of the warm-up: rows of one optimizer step."""
+    shuffle: bool = True
+    """Shuffle the rows anew in each epoch."""
+    seed: int = key(1, low=0)
+    """Seed of the order of the rows."""
+
+
+class RunConfig(Section):
+    """What the `trainer` sections of RL and of the warm-up share."""
+
+    total_epochs: int = key(30, low=1, on_resume="warn")
+    """Passes over the training data; with filter_groups, of one generation round per step."""
+    total_training_steps: int | None = key(None, low=1, on_resume="warn")
+    """Training steps; null: total_epochs decides."""
+    project_name: str = "verl_examples"
+    """Project in wandb, and first part of default_local_dir."""
+    experiment_name: str = "gsm8k"
+    """Run in wandb, and second part of default_local_dir."""
+    logger: Any = key(lambda: ["console"], choices=("console", "wandb", "tensorboard", "file"))
+    """A name, or a list of them. metrics.jsonl is always written."""
+    nnodes: int = key(1, low=1)
+    """Machines."""
+    n_gpus_per_node: int = key(
+        "${verl.ranks:${.device},${oc.select:trainer.rollout_gpus_per_node,null}}", low=1
+    )
+    """GPUs, or without any, ranks and engines of each machine; null: the GPUs of this machine that
+    aren't for engines alone, without any two ranks at most."""
+    device: str | None = key(None, choices=("cuda", "cpu"))
+    """null: cuda where there is a GPU, else cpu."""
+    max_skipped_steps: int = key(3, low=1)
+    """Skipped steps in a row (loss or gradient not finite) after which the run stops."""
+    default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
+    """The run's folder; with several machines on a file system that all of them see."""
+
+
+class RayInitConfig(Section):
+    """`ray_init`."""
+
+    num_cpus: int | None = key(None, low=1)
+    """CPUs that a Ray started here offers; null: as many as are needed. Unused with RAY_ADDRESS."""
+
+
+class SFTDataConfig(TrainFilesConfig):
+    """`data` of the supervised warm-up: parquet with a column of prompts and one of responses."""
+
+    response_key: str = "response"
+    """Column with the response string; the end-of-sequence token is appended."""
+    max_length: int = key(1024, low=1)
+    """Longest prompt and response together, in tokens."""
+    truncation: str = key("error", choices=("error", "right"))
+    """For longer rows: stop with an error, or cut the response."""
+    micro_batch_size_per_gpu: int | None = key(None, low=1)
+    """Rows of one forward/backward pass on a rank; null: a token budget."""
+    max_token_len_per_gpu: int = key(
+        "${verl.token_budget:${.max_length}}", low=1, idle_if="micro_batch_size_per_gpu!=null"
+    )
+    """That budget; null: 16384, or max_length if it is more."""
+
+
+class SFTConfig(Section):
+    """All keys of `verl.trainer.main_sft`."""
+
+    data: SFTDataConfig = key(SFTDataConfig)
+    model: ModelConfig = key(ModelConfig)
+    optim: OptimConfig = key(OptimConfig)
+    fsdp_config: FSDPConfig = key(FSDPConfig)
+    trainer: RunConfig = key(RunConfig)
+    grad_clip: float = key(1.0, low=0)
+    """Largest norm of the gradient."""
+    ray_init: RayInitConfig = key(RayInitConfig)

@@ -1,0 +1,217 @@
+"""Command line → read-only configuration. All errors come from here, before any process starts."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from verl.config.base import SFTConfig
+from verl.config.schema import Config
+from verl.config.validate import KINDS, WITHOUT_EFFECT, ignored_keys, validate
+
+logger = logging.getLogger(__name__)
+
+FREE = (".override_config", ".engine_kwargs.vllm")
+"""Sections that take any key: of the model or of vLLM, which no schema knows."""
+
+HERE = Path(__file__).parents[1] / "trainer" / "config"
+ConfigStore.instance().store(name="schema", node=Config)
+ConfigStore.instance().store(name="sft_schema", node=SFTConfig)
+
+
+class ConfigError(ValueError):
+    """Keys or values that can't be; a line of the message for each, with the remedy."""
+
+
+def compose_config(
+    overrides: Sequence[str], config_name: str = "ppo_trainer", config_dir: str | Path = HERE
+) -> DictConfig:
+    """YAML file and `key=value` overrides, merged and validated.
+
+    Raises: ConfigError for overrides that can't be parsed, unknown keys (with the nearest valid
+    one), values of the wrong type, and what `validate` finds.
+    """
+    try:
+        with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
+            base = compose(config_name)
+            problems, given = _read(base, overrides)
+            config = _merge(config_name, base, given, problems)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error)[1]) from error
+    typed: Any = OmegaConf.to_object(config)
+    if lines := [*problems, *validate(typed, problems.values())]:
+        raise ConfigError("\n".join(lines))
+    return config
+
+
+def to_config(config: DictConfig, overrides: Sequence[str] = ()) -> Any:
+    """The dataclasses of `schema`, locked; a warning names overrides that can't matter."""
+    typed: Any = OmegaConf.to_object(config)
+    given = [parse_override(text).key_or_group for text in overrides]
+    if ignored := [f"{key} ({why})" for key, why in ignored_keys(typed, given).items()]:
+        logger.warning("these keys have no effect in this run: %s", "; ".join(ignored))
+    typed.lock()
+    return typed
+
+
+def load_config(
+    overrides: Sequence[str] = (), config_name: str = "ppo_trainer", config_dir: str | Path = HERE
+) -> Any:
+    """`compose_config` and `to_config` in one call: what tests and notebooks use."""
+    return to_config(compose_config(overrides, config_name, config_dir), overrides)
+
+
+def entry_point(
+    run: Callable[[Any], None],
+    config_name: str,
+    config_dir: str | Path = HERE,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """What every `python -m …` does: parse, check, and run, or with DRY_RUN=1 print the
+    configuration, and on standard error the memory that it takes (not with DRY_RUN=quiet).
+
+    The options are Hydra's. Exits with 2 and a line for each error in the configuration.
+    """
+    parser = argparse.ArgumentParser(
+        usage="python -m … [-m] [--config-name NAME] [--config-path DIR] key=value …",
+        description="Keys: docs/keys.md. DRY_RUN=1 prints them all; -m: a run for each of key=a,b.",
+    )
+    parser.add_argument("--config-name", default=config_name)
+    parser.add_argument("--config-path", "--config-dir", default=config_dir)
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args(argv)
+    source = args.config_name, args.config_path
+    if args.multirun:  # a process that runs others: nothing of this one stays
+        main = sys.modules["__main__"].__spec__
+        command = ["-m", "verl.tools.sweep", main.name if main else sys.argv[0], *map(str, source)]
+        os.execv(sys.executable, [sys.executable, *command, *args.overrides])
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        config = compose_config(args.overrides, *source)
+    except ConfigError as error:
+        exit_with(error)
+    typed = to_config(config, args.overrides)
+    dry_run = os.environ.get("DRY_RUN", "")
+    if dry_run in ("", "0"):
+        return run(typed)
+    text = OmegaConf.to_yaml(config, resolve=True)
+    print(text, end="", flush=True)
+    if isinstance(typed, Config) and dry_run != "quiet":
+        command = [sys.executable, "-m", "verl.tools.memory_plan"]
+        found = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True)
+        print(found.stdout, end="", file=sys.stderr)
+
+
+def exit_with(error: ConfigError) -> NoReturn:
+    """Ends with status 2, and a line for each error on standard error."""
+    print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_override(override: str) -> Override:
+    """Raises: ConfigError if it is none."""
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException:
+        raise ConfigError(
+            f"{override!r} is not an override: write key=value, with quotes around lists, such as "
+            "\"trainer.logger=['console','wandb']\""
+        ) from None
+
+
+def _read(
+    base: DictConfig, overrides: Iterable[str]
+) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Problems, each with the key that it is about; key and text of the overrides without one."""
+    known = _flat(OmegaConf.to_container(base))
+    defaults = _flat(OmegaConf.to_container(OmegaConf.structured(OmegaConf.get_type(base))))
+    free = tuple(f"{key}." for key in known if key.endswith(FREE))
+    problems: dict[str, str] = {}
+    given = []
+    for text in overrides:
+        try:
+            override = parse_override(text)
+        except ConfigError as error:
+            problems[str(error)] = text
+            continue
+        key, value = override.key_or_group, override.value()
+        if override.is_sweep_override():
+            problems[f"{text}: several values are several runs, and take -m"] = key
+        elif key in WITHOUT_EFFECT:
+            kind, _ = WITHOUT_EFFECT[key]
+            if not isinstance(value, KINDS[kind]):
+                problems[f"{key}={value}: only {kind} is supported"] = key
+        elif key.startswith(free):
+            given.append((key, f"++{text.lstrip('+')}"))
+        elif key not in known and not key.startswith("hydra."):
+            problems.update([_unknown(known, key)])
+        elif value is None and "${" in str(defaults.get(key)):
+            given.append((key, f"{key}='{defaults[key]}'"))
+        else:
+            given.append((key, text))
+    return problems, given
+
+
+def _merge(
+    name: str, base: DictConfig, given: list[tuple[str, str]], problems: dict[str, str]
+) -> DictConfig:
+    """YAML file and overrides; those that can't be are left out, and added to the problems."""
+    while True:
+        try:
+            config = compose(name, overrides=[text for _, text in given])
+            OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            return config
+        except (HydraException, OmegaConfBaseException) as error:
+            key, text = _explain(error)
+            remaining = [x for x in given if not f"{key}.".startswith(f"{x[0]}.")]
+            if remaining == given:
+                raise
+            given = remaining
+            unknown = isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError)
+            if unknown and not key.startswith("hydra."):
+                text, key = _unknown(_flat(OmegaConf.to_container(base)), key)
+            problems[text] = key
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    """The key that an error is about, if it is about one, and a line about it."""
+    cause = error.__cause__ or error
+    key = getattr(cause, "full_key", None) or ""
+    text = " ".join(re.sub(r"\n *(full_key|reference_type|object_type).*", "", str(cause)).split())
+    return key, f"{key}: {text}" if key else text
+
+
+def _unknown(known: dict[str, Any], key: str) -> tuple[str, str]:
+    """What to say about a key that isn't known, and the nearest one that is."""
+    ending = [k for k in known if k.endswith(f".{key}")]
+    leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    leaves = [k for k, value in known.items() if not isinstance(value, dict)]
+    (near,) = difflib.get_close_matches(key, ending or leaf or leaves, n=1, cutoff=0.0)
+    return f"there is no key {key!r}; the nearest one is {near!r}", near
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value of all keys below `node`, sections included."""
+    found = {}
+    for name, value in node.items():
+        found[f"{prefix}{name}"] = value
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+    return found

@@ -1,0 +1,402 @@
+"""Every key of `verl.trainer.main_ppo`: its type, default, unit, bounds, and what a change means
+(`verl.config.base.Rules`). The names are verl's. docs/keys.md is made from this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import II
+
+from verl.config.base import (
+    FSDPConfig,
+    ModelConfig,
+    OptimConfig,
+    RayInitConfig,
+    RunConfig,
+    Section,
+    TrainFilesConfig,
+    key,
+)
+
+LOSS_AGG_MODES = (
+    "token-mean",
+    "token-mean-legacy",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+)
+GRPOPP = "algorithm.grpopp_config"
+KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+SIZE: dict[str, Any] = {"low": 1, "on_resume": "free"}  # of speed and memory alone
+VLLM = {"on_resume": "free", "idle_if": "rollout.name=hf"}
+
+
+class DataConfig(TrainFilesConfig):
+    """`data`: parquet files with the columns prompt, data_source, reward_model, extra_info."""
+
+    val_files: Any = key("~/data/countdown_nochat/test.parquet", on_resume="validation")
+    """Validation parquet: a path or a list of paths; null if nothing is validated."""
+    reward_fn_key: str = "data_source"
+    """Column that chooses the reward function."""
+    apply_chat_template: bool = True
+    """Render chat messages with the tokenizer's template; False: prompts are plain strings."""
+    max_prompt_length: int = key(512, low=1)
+    """Longest prompt, in tokens."""
+    max_response_length: int = key(512, low=1)
+    """Longest response, in tokens: the constant M of the loss aggregation."""
+    gen_batch_size: int = key("${.train_batch_size}", low=1, idle_if="filter_groups.enable=False")
+    """Prompts of one generation round of algorithm.filter_groups; null: train_batch_size."""
+    val_batch_size: int | None = key(None, **SIZE)
+    """Prompts of one validation round; null: all at once."""
+    filter_overlong_prompts: bool = False
+    """Drop prompts longer than max_prompt_length."""
+    truncation: str = key("error", choices=("error", "left", "right"))
+    """For longer prompts: stop with an error, or cut tokens off the left or the right."""
+
+
+class GrpoppConfig(Section):
+    """`grpopp_config`: ∆L Normalization (arXiv 2509.07558)."""
+
+    alpha: float = key(0.75, low=0)
+    """Exponent α: w_i ∝ L_i^(−α). 0 is Dr. GRPO Norm."""
+    scope: str = key("batch", choices=("batch", "mini_batch"))
+    """Average L_i^(−α) over the rollout batch (published code) or the mini-batch (paper)."""
+
+
+class ActorConfig(Section):
+    """`actor_rollout_ref.actor`."""
+
+    strategy: str = key("fsdp2", choices=("fsdp2", "fsdp"), on_resume="free")
+    """Both names mean FSDP2."""
+    ppo_mini_batch_size: int = key("${data.train_batch_size}", low=1)
+    """Prompts of one optimizer step (times n responses); divides train_batch_size; null: all."""
+    ppo_micro_batch_size_per_gpu: int | None = key(
+        None,
+        low=1,
+        on_resume="free unless loss_agg_mode=token-mean-legacy",
+        idle_if="actor.use_dynamic_bsz=True and loss_agg_mode!=token-mean-legacy",
+    )
+    """Responses of one forward/backward pass on a rank; null: a token budget."""
+    use_dynamic_bsz: bool = key(
+        "${verl.is_null:${.ppo_micro_batch_size_per_gpu}}", on_resume="free"
+    )
+    """Micro-batches by token budget instead of by count; null: where no count is given."""
+    ppo_max_token_len_per_gpu: int = key(
+        "${verl.token_budget:${data.max_prompt_length},${data.max_response_length}}",
+        **SIZE,
+        idle_if="actor.use_dynamic_bsz=False",
+    )
+    """That budget (prompts and responses); null: 16384, or the longest sequence if it is longer."""
+    ppo_epochs: int = key(1, low=1)
+    """Passes over the train batch in each step."""
+    shuffle: bool = False
+    """Draw the mini-batches in random order."""
+    grad_clip: float = key(1.0, low=0)
+    """Largest norm of the gradient."""
+    clip_ratio: float = key(0.2, low=0, idle_if="clip_ratio_low!=null and clip_ratio_high!=null")
+    """PPO's ε, where clip_ratio_low or clip_ratio_high is null."""
+    clip_ratio_low: float | None = key(None, low=0)
+    """The ratio is clipped at 1 − clip_ratio_low."""
+    clip_ratio_high: float | None = key(None, low=0)
+    """The ratio is clipped at 1 + clip_ratio_high."""
+    clip_ratio_c: float = key(3.0, low=1)
+    """Dual clip: with a negative advantage A the loss is at most −c·A."""
+    loss_agg_mode: str = key(
+        "token-mean",
+        choices=LOSS_AGG_MODES,
+        idle_if=("actor.use_grpopp=True", "actor.use_dr_grpo=True"),
+    )
+    """Loss aggregation, unless use_dr_grpo or use_grpopp chooses one."""
+    use_dr_grpo: bool = key("${algorithm.use_dr_grpo}", on_resume="free")
+    """Follows algorithm.use_dr_grpo."""
+    use_grpopp: bool = key("${algorithm.use_grpopp}", on_resume="free")
+    """Follows algorithm.use_grpopp."""
+    grpopp_config: GrpoppConfig = key(
+        lambda: GrpoppConfig(II(f"{GRPOPP}.alpha"), II(f"{GRPOPP}.scope")),
+        on_resume="free",
+        idle_if="use_grpopp=False",
+    )
+    entropy_coeff: float = 0.0
+    """Weight of the entropy bonus, which is subtracted from the loss."""
+    use_kl_loss: bool = False
+    """Add the divergence from the reference policy to the loss."""
+    kl_loss_coef: float = key(0.001, low=0, idle_if="use_kl_loss=False")
+    """Weight of that term."""
+    kl_loss_type: str = key("low_var_kl", choices=KL_ESTIMATORS, idle_if="use_kl_loss=False")
+    """Estimator of that term."""
+    ulysses_sequence_parallel_size: int = key(1, low=1, high=1)
+    """Sequence parallelism; only 1 (none) is supported."""
+    optim: OptimConfig = key(OptimConfig, on_resume="warn")
+    fsdp_config: FSDPConfig = key(FSDPConfig)
+
+
+class RefConfig(Section):
+    """`actor_rollout_ref.ref`: exists only when a KL term needs it."""
+
+    log_prob_micro_batch_size_per_gpu: int | None = key(None, **SIZE)
+    """Responses of one forward pass; null: rollout.log_prob_micro_batch_size_per_gpu."""
+    ulysses_sequence_parallel_size: int = key(1, low=1, high=1)
+    """Sequence parallelism; only 1 (none) is supported."""
+    fsdp_config: FSDPConfig = key(FSDPConfig)
+
+
+class SamplingConfig(Section):
+    """`rollout.val_kwargs`: sampling during validation."""
+
+    n: int = key(8, low=1)
+    """Responses per prompt."""
+    do_sample: bool = True
+    """False: greedy."""
+    temperature: float = key(1.0, low=0)
+    """Sampling temperature; 0 is greedy. The actor's probabilities are those at the rollout's."""
+    top_p: float = key(1.0, high=1, above=0)
+    """Sample from the smallest set of tokens with this probability mass."""
+    top_k: int = key(-1, low=-1)
+    """Sample from this many most probable tokens; -1 or 0: all."""
+
+
+class EngineKwargs(Section):
+    """`rollout.engine_kwargs`."""
+
+    vllm: dict[str, Any] = key(dict)
+    """Any of vLLM's engine arguments; these win over what the keys above say."""
+
+
+class RolloutConfig(SamplingConfig):
+    """`actor_rollout_ref.rollout`: the generation engines."""
+
+    name: str = key("hf", choices=("hf", "vllm"), on_resume="warn")
+    """Engine: vLLM, or `hf`: any Hugging Face causal model with this project's sampler."""
+    ignore_eos: bool = False
+    """Go on to the length limit after an end-of-sequence token."""
+    seed: int = key(0, low=0)
+    """Seed of the sampling."""
+    dtype: str | None = key(None, choices=("float32", "bfloat16", "float16"), on_resume="warn")
+    """Type of the engine's weights; null: bfloat16 on a GPU, float32 on a CPU."""
+    max_num_seqs: int = key(1024, **SIZE)
+    """Sequences that one engine holds at a time."""
+    log_prob_micro_batch_size_per_gpu: int | None = key(
+        None, **SIZE, idle_if="log_prob_use_dynamic_bsz=True"
+    )
+    """Responses of one forward pass that computes log-probabilities; null: the actor's."""
+    log_prob_use_dynamic_bsz: bool = key("${..actor.use_dynamic_bsz}", on_resume="free")
+    """Follows actor.use_dynamic_bsz."""
+    log_prob_max_token_len_per_gpu: int = key(
+        "${..actor.ppo_max_token_len_per_gpu}", **SIZE, idle_if="log_prob_use_dynamic_bsz=False"
+    )
+    """Follows actor.ppo_max_token_len_per_gpu."""
+    tensor_model_parallel_size: int = key(1, low=1, **VLLM)
+    """vLLM: devices of one engine."""
+    gpu_memory_utilization: float = key(0.5, high=1, above=0, **VLLM)
+    """vLLM: share of a GPU's memory for weights and KV cache. On a CPU the KV cache takes up to
+    5 % of the memory, or what engine_kwargs.vllm.kv_cache_memory_bytes says."""
+    max_num_batched_tokens: int = key(8192, low=1, **VLLM)
+    """vLLM: tokens of one engine step."""
+    enable_chunked_prefill: bool = key(True, **VLLM)
+    """vLLM: split long prompts over engine steps."""
+    enforce_eager: bool = key(True, **VLLM)
+    """vLLM: no CUDA graphs."""
+    free_cache_engine: bool = key(True, **VLLM)
+    """vLLM: free the memory of weights and KV cache while the actor trains."""
+    weight_transfer: str | None = key(None, choices=("host", "ipc", "nccl"), on_resume="free")
+    """How engines get weights; null: host for hf and on CPUs, else ipc, or nccl between GPUs."""
+    verify_weights: bool = key(False, on_resume="free")
+    """After each transfer compare log-probabilities with the actor: rollout/verify_logprob_diff."""
+    verify_weights_tolerance: float = key(
+        0.05, above=0, on_resume="free", idle_if="verify_weights=False"
+    )
+    """Largest mean difference, in nats a token; more is an error at start and a warning later."""
+    engine_kwargs: EngineKwargs = key(EngineKwargs, on_resume="warn", idle_if="rollout.name=hf")
+    val_kwargs: SamplingConfig = key(
+        lambda: SamplingConfig(n=1, do_sample=False, temperature=0.0), on_resume="validation"
+    )
+
+
+class ActorRolloutRefConfig(Section):
+    """`actor_rollout_ref`."""
+
+    model: ModelConfig = key(ModelConfig)
+    actor: ActorConfig = key(ActorConfig)
+    ref: RefConfig = key(RefConfig, idle_if="use_kl_loss=False and use_kl_in_reward=False")
+    rollout: RolloutConfig = key(RolloutConfig)
+
+
+class OverlongBufferConfig(Section):
+    """`reward_model.overlong_buffer`: soft overlong punishment (arXiv 2503.14476, eq. 13)."""
+
+    enable: bool = False
+    """Punish long responses (reward_manager=dapo)."""
+    len: int = key(0, low=0)
+    """Length of the ramp in tokens, which ends at max_response_length."""
+    penalty_factor: float = key(0.0, low=0)
+    """Punishment at the end of the ramp."""
+    log: bool = False
+    """Report the mean punishment as reward/overlong_reward."""
+
+
+class MathServerConfig(Section):
+    """`reward_model.math_server`: the LaTeX server (`server/math`), which math data sources ask."""
+
+    url: str | None = key(None, on_resume="free")
+    """null: MATH_SERVER_URL of the environment, else http://127.0.0.1:6284."""
+    autostart: bool = key(False, on_resume="free")
+    """Start the server where none answers at `url`, and again should it end; stop it at the end."""
+    max_wait_s: float = key(600.0, above=0, on_resume="free")
+    """Seconds to wait for a server that went away; then the run stops, with a checkpoint."""
+    max_answer_length: int = key(30, low=0)
+    """Characters; a longer answer is wrong unless it is identical to the reference."""
+    batch_size: int = key(64, low=1, high=2048, on_resume="free")
+    """Pairs of one request, at most; the server takes 2,048 unless it is told otherwise."""
+    max_connections: int = key(8, **SIZE)
+    """Requests that are under way at the same time."""
+
+
+class RewardModelConfig(Section):
+    """`reward_model`."""
+
+    enable: bool = False
+    """Rewards are functions here; a model that scores responses is not supported."""
+    reward_manager: str = key("naive", choices=("naive", "dapo"))
+    """`dapo` adds the overlong punishment to the score."""
+    num_workers: int = key(8, **SIZE, idle_if="custom_reward_function.path=null")
+    """Calls of a custom reward function at a time, in threads (`async` ones: tasks of a thread)."""
+    overlong_buffer: OverlongBufferConfig = key(
+        OverlongBufferConfig, idle_if="overlong_buffer.enable=False"
+    )
+    math_server: MathServerConfig = key(
+        MathServerConfig, idle_if="custom_reward_function.path!=null"
+    )
+
+
+class CustomRewardConfig(Section):
+    """`custom_reward_function`: `fn(data_source, solution_str, ground_truth, extra_info)`."""
+
+    path: str | None = None
+    """Python file; null: `verl.rewards.compute_score`."""
+    name: str = "compute_score"
+    """Function in that file; returns a number, or a dict with `score`."""
+    timeout_s: float = key(
+        300.0, above=0, on_resume="free", idle_if="custom_reward_function.path=null"
+    )
+    """Seconds of one call; then the run stops, with a checkpoint (after twice that without one, if
+    the function holds Python's global lock)."""
+
+
+class KLControlConfig(Section):
+    """`algorithm.kl_ctrl`: the coefficient of the KL term in the reward."""
+
+    type: str = key("fixed", choices=("fixed", "adaptive"))
+    """`adaptive` steers the divergence towards target_kl (arXiv 1909.08593, section 2.2)."""
+    kl_coef: float = key(0.001, low=0)
+    """The coefficient, or its first value."""
+    horizon: int = key(10000, low=1, idle_if="kl_ctrl.type=fixed")
+    """Adaptive: larger is slower."""
+    target_kl: float = key(0.1, low=0, idle_if="kl_ctrl.type=fixed")
+    """Adaptive: divergence per token to steer towards, in nats."""
+
+
+class FilterGroupsConfig(Section):
+    """`algorithm.filter_groups`: DAPO's dynamic sampling (arXiv 2503.14476, section 3.2)."""
+
+    enable: bool = False
+    """Drop prompts whose responses all have the same metric, and generate more."""
+    metric: str | None = key(None, choices=("acc", "score", "seq_reward", "seq_final_reward"))
+    """What must differ within a group."""
+    max_num_gen_batches: int = 0
+    """Generation rounds of a step, which then trains on whole mini-batches; 0 or less: no limit."""
+    carry_over: bool = True
+    """Prompts kept but not needed start the next step (docs/dapo.md). False: they are dropped."""
+
+
+class FilterOverlongConfig(Section):
+    """`algorithm.filter_overlong_response`."""
+
+    enable: bool = False
+    """Truncated responses get weight 0 and leave every denominator."""
+
+
+class RolloutCorrectionConfig(Section):
+    """`algorithm.rollout_correction`: the engines' log-probabilities are not quite the actor's."""
+
+    rollout_is: str | None = key(None, choices=("token", "sequence"))
+    """Truncated importance sampling: weigh a token by π_old/π_rollout of it or of its response."""
+    rollout_is_threshold: float = key(2.0, above=0, idle_if="rollout_is=null")
+    """The factor is at most this."""
+
+
+class AlgorithmConfig(Section):
+    """`algorithm`."""
+
+    adv_estimator: str = key("grpo", choices=("grpo", "rloo", "reinforce_plus_plus_baseline"))
+    """Advantage estimator."""
+    norm_adv_by_std_in_grpo: bool = key(True, idle_if="adv_estimator!=grpo")
+    """grpo: divide by the group's standard deviation (use_dr_grpo never does)."""
+    use_dr_grpo: bool = False
+    """Dr. GRPO: weights 1/(N·M), advantages without the division (arXiv 2503.20783)."""
+    use_grpopp: bool = False
+    """∆L Normalization: weights ∝ L_i^(−α) (arXiv 2509.07558)."""
+    grpopp_config: GrpoppConfig = key(GrpoppConfig, idle_if="use_grpopp=False")
+    use_kl_in_reward: bool = False
+    """Subtract the divergence from the reference policy from the reward."""
+    kl_penalty: str = key("kl", choices=KL_ESTIMATORS, idle_if="use_kl_in_reward=False")
+    """Estimator of that divergence."""
+    kl_ctrl: KLControlConfig = key(KLControlConfig, idle_if="use_kl_in_reward=False")
+    filter_groups: FilterGroupsConfig = key(
+        FilterGroupsConfig, idle_if="filter_groups.enable=False"
+    )
+    filter_overlong_response: FilterOverlongConfig = key(FilterOverlongConfig)
+    rollout_correction: RolloutCorrectionConfig = key(
+        RolloutCorrectionConfig, idle_if=("bypass_old_log_prob=True", "async_rollout=True")
+    )
+    bypass_old_log_prob: bool = False
+    """The engines' log-probabilities are the old ones: the actor doesn't compute them."""
+
+
+class TrainerConfig(RunConfig):
+    """`trainer`."""
+
+    rollout_gpus_per_node: int | None = key(None, low=1)
+    """GPUs of each machine for engines alone, beside n_gpus_per_node; null: they share those."""
+    async_rollout: bool = key(False, on_resume="warn")
+    """Draw the next step's batch while this one trains; needs rollout_gpus_per_node."""
+    balance_batch: bool = True
+    """Give every rank about the same number of tokens; False: the same number of responses."""
+    val_before_train: bool = True
+    """Validate before the first step of a new run."""
+    val_only: bool = False
+    """Validate (a resumed run, too) and stop."""
+    test_freq: int = key(-1, low=-1)
+    """Validate every so many steps, and after the last; -1: never during training."""
+    save_freq: int = key(-1, low=-1)
+    """Write a checkpoint every so many steps, and after the last; -1: never."""
+    resume_mode: str = key("auto", choices=("auto", "disable", "resume_path"))
+    """`auto`: go on from the latest checkpoint in default_local_dir, if there is one, with the same
+    method and data. `resume_path`: from any, and a warning names what has changed since."""
+    resume_from_path: str | None = None
+    """Checkpoint folder (`.../global_step_N`) for resume_mode=resume_path."""
+    max_actor_ckpt_to_keep: int | None = key(None, low=1, idle_if="save_freq=-1")
+    """Older checkpoints are deleted; null: all are kept."""
+    max_restarts: int = key(0, low=0)
+    """Times that the run goes on by itself from its latest checkpoint after a worker died."""
+    rollout_data_dir: str | None = None
+    """Folder for the responses of each training step, {step}.parquet; null: they are not kept."""
+    validation_data_dir: str | None = None
+    """The same for those of each validation."""
+    log_val_generations: int = key(
+        0, low=0, idle_if="trainer.logger lacks wandb and trainer.logger lacks tensorboard"
+    )
+    """Responses of each validation shown as val/generations, always to the same prompts."""
+    save_hf_model: bool = True
+    """Write the final model in Hugging Face format to default_local_dir/huggingface."""
+
+
+class Config(Section):
+    """All keys of `verl.trainer.main_ppo`."""
+
+    data: DataConfig = key(DataConfig)
+    actor_rollout_ref: ActorRolloutRefConfig = key(ActorRolloutRefConfig)
+    reward_model: RewardModelConfig = key(RewardModelConfig)
+    custom_reward_function: CustomRewardConfig = key(CustomRewardConfig)
+    algorithm: AlgorithmConfig = key(AlgorithmConfig)
+    trainer: TrainerConfig = key(TrainerConfig, on_resume="free")
+    ray_init: RayInitConfig = key(RayInitConfig, on_resume="free")

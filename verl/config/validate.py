@@ -1,0 +1,228 @@
+"""What a type can't express: ranges, contradictions, keys without effect, changes on resume."""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from functools import reduce
+from types import NoneType
+from typing import Any
+
+from verl.config.base import Section, SFTConfig
+from verl.config.schema import Config
+
+LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "low": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "high": (operator.le, "at most"),
+}
+KINDS: dict[str, Any] = {"a number": (int, float), "null": NoneType}
+WITHOUT_EFFECT = {
+    "critic.optim.lr": ("a number", "there is no critic"),
+    "trainer.critic_warmup": ("a number", "there is no critic"),
+    "trainer.default_hdfs_dir": ("null", "checkpoints go to trainer.default_local_dir"),
+}
+"""Keys of verl that can't matter here → one of `KINDS`, reason. A warning names them."""
+
+
+def validate(config: Config | SFTConfig, wrong: Collection[str] = ()) -> list[str]:
+    """What can't run: a line for each problem, with the key and the remedy.
+
+    `wrong`: keys that users are told about already; what else is said of them may be due to that.
+    """
+    values = list(_values(config))
+    wrong = {*wrong, *(key for key, _ in values)}
+    found = [*_common(config)]
+    if isinstance(config, Config):
+        found += [*_method(config), *_sampling(config), *_engines(config)]
+    lines = [_filled(text, config) for text in found]
+    return [text for _, text in values] + [x for x in lines if not any(key in x for key in wrong)]
+
+
+def ignored_keys(config: Section, given: Collection[str]) -> dict[str, str]:
+    """Those of the overridden keys that can't matter in this run, each with its reason."""
+    conditions = {key: rules.idle_if for key, _, rules in config.walk()}
+    found = {key: WITHOUT_EFFECT[key][1] for key in given if key in WITHOUT_EFFECT}
+    for key in given:
+        for condition in conditions.get(key, ()):
+            switch = condition.partition("=")[0]  # one that is off is not idle
+            if not f".{key}".endswith(f".{switch}") and config.holds(condition):
+                found.setdefault(key, condition)
+    return found
+
+
+def changed_keys(saved: Mapping[str, Any], config: Config) -> tuple[list[str], list[str]]:
+    """Keys that differ from a checkpoint's configuration, nested dicts with fewer keys perhaps:
+    those that make it another training, those changed on purpose; each as ``key: old → new``."""
+    found = _differing(saved, config)
+    idle = ignored_keys(config, found)
+    deliberate = [text for text, on_resume in found.values() if on_resume == "warn"]
+    other = [t for k, (t, on_resume) in found.items() if on_resume == "error" and k not in idle]
+    return other, deliberate
+
+
+def same_validation(saved: Mapping[str, Any], config: Config) -> bool:
+    """Whether what a run has validated may be compared with what the resumed one will."""
+    return all(on_resume != "validation" for _, on_resume in _differing(saved, config).values())
+
+
+def _differing(saved: Mapping[str, Any], config: Config) -> dict[str, tuple[str, str]]:
+    """Key → ``key: old → new`` and `Rules.resume`, where both have it and the values differ."""
+    found = {}
+    for key, value, rules in config.walk():
+        with suppress(KeyError):
+            old = reduce(operator.getitem, key.split("."), saved)
+            if old != (new := json.loads(json.dumps(value))):
+                on_resume, _, condition = rules.on_resume.partition(" unless ")
+                matters = not on_resume or (condition and config.holds(condition))
+                found[key] = f"{key}: {old} → {new}", "error" if matters else on_resume
+    return found
+
+
+def _values(config: Section) -> Iterator[tuple[str, str]]:
+    """Key and line for each value out of its range."""
+    for key, value, rules in config.walk():
+        if value is None or ".actor.grpopp_config." in key:  # copies of the algorithm's
+            continue
+        chosen = value if isinstance(value, list) else [value]
+        if rules.choices and not all(one in rules.choices for one in chosen):
+            yield key, f"{key}={value}: choose from {', '.join(rules.choices)}"
+        for name, (holds, words) in LIMITS.items():
+            limit = getattr(rules, name)
+            if limit is not None and not holds(value, limit):
+                yield key, f"{key}={value}: must be {words} {limit}"
+
+
+def _filled(text: str, config: Section) -> str:
+    """`{end of a key}` becomes the whole key; `{end of a key=}` the key and its value."""
+
+    def fill(found: re.Match[str]) -> str:
+        (key, value), *_ = config.ending(found[1]).items()
+        return f"{key}={value}" if found[2] else key
+
+    return re.sub(r"{([\w.]+)(=?)}", fill, text)
+
+
+def _common(config: Any) -> Iterator[str]:
+    files = ["train_files"]
+    if isinstance(config, Config):
+        trainer = config.trainer
+        if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
+            files.append("val_files")
+    for key in files:
+        given = getattr(config.data, key)
+        paths = [given] if isinstance(given, str) else given
+        if not (isinstance(paths, list) and paths and all(p and isinstance(p, str) for p in paths)):
+            yield f"{{data.{key}=}}: give a path or a list of paths"
+    if config.trainer.logger is None:
+        yield "{trainer.logger=}: give a name or a list of names"
+    (betas,) = config.ending("optim.betas").values()
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield "{optim.betas=}: give two numbers from 0 to below 1"
+
+
+def _method(config: Config) -> Iterator[str]:
+    algorithm, actor, reward = config.algorithm, config.actor_rollout_ref.actor, config.reward_model
+    groups, buffer = algorithm.filter_groups, reward.overlong_buffer
+    for name in ("use_grpopp", "use_dr_grpo", "grpopp_config.alpha", "grpopp_config.scope"):
+        value = operator.attrgetter(name)
+        if value(algorithm) != value(actor):
+            yield (
+                f"{{algorithm.{name}=}} contradicts {{actor.{name}=}}: set algorithm.{name} alone, "
+                "the actor follows it"
+            )
+    methods = [name for name in ("use_grpopp", "use_dr_grpo") if getattr(algorithm, name)]
+    if len(methods) == 2:
+        yield "algorithm.use_grpopp and algorithm.use_dr_grpo are two methods: turn one of them off"
+    if methods and actor.loss_agg_mode != "token-mean":
+        yield (
+            f"{{algorithm.{methods[0]}=}} chooses the loss aggregation, and so does "
+            "{loss_agg_mode=}: drop one of them"
+        )
+    if actor.ppo_micro_batch_size_per_gpu is None:
+        if actor.loss_agg_mode == "token-mean-legacy":
+            yield "{loss_agg_mode=} averages over micro-batches: set {ppo_micro_batch_size_per_gpu}"
+        if not actor.use_dynamic_bsz:
+            yield "{actor.use_dynamic_bsz=}: set {ppo_micro_batch_size_per_gpu}, or drop it"
+    if config.data.train_batch_size % max(1, actor.ppo_mini_batch_size):
+        yield "{ppo_mini_batch_size=} must divide {train_batch_size=} (both count prompts)"
+    if algorithm.kl_ctrl.type == "adaptive" and algorithm.kl_ctrl.target_kl == 0:
+        yield "{target_kl=}: {kl_ctrl.type=} steers towards a divergence above 0"
+    if groups.enable and groups.metric is None:
+        yield "{filter_groups.enable=} needs {filter_groups.metric}, like acc"
+    if algorithm.use_kl_in_reward and groups.metric == "seq_final_reward":
+        yield "{filter_groups.metric=}: no two are equal with {use_kl_in_reward=}; take seq_reward"
+    if reward.enable:
+        yield "{reward_model.enable=}: rewards are functions; use {custom_reward_function.path}"
+    if buffer.enable and reward.reward_manager != "dapo":
+        yield "{overlong_buffer.enable=} needs {reward_manager}=dapo"
+    if buffer.enable and not 1 <= buffer.len <= config.data.max_response_length:
+        yield "{overlong_buffer.len=} must be between 1 and {data.max_response_length=}"
+    if config.trainer.resume_mode == "resume_path" and config.trainer.resume_from_path is None:
+        yield "{trainer.resume_mode=} needs {trainer.resume_from_path}"
+
+
+def _sampling(config: Config) -> Iterator[str]:
+    rollout, groups = config.actor_rollout_ref.rollout, config.algorithm.filter_groups
+    if rollout.n == 1:
+        yield "{rollout.n=}: advantages compare a prompt's responses, so n must be at least 2"
+    if not rollout.do_sample:
+        yield "{rollout.do_sample=}: greedy responses don't differ; training needs do_sample=True"
+    if rollout.temperature == 0:
+        yield "{rollout.temperature=}: greedy responses don't differ; take temperature > 0"
+    off = {"async_rollout": False, "bypass_old_log_prob": False, "rollout_is": "null"}
+    if groups.enable:
+        off["carry_over"] = False
+        if config.trainer.async_rollout and groups.carry_over:
+            yield (
+                "{async_rollout=}: what algorithm.filter_groups carries over would be two policy "
+                "versions old; set {carry_over}=False"
+            )
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        for name in [name for name in off if any(config.ending(name).values())]:
+            yield (
+                f"{{{name}=}} compares the engines' log-probabilities with the actor's, but "
+                "{rollout.top_p=} and {rollout.top_k=} change the engines': set "
+                f"{{{name}}}={off[name]}, or top_p=1 and top_k=-1"
+            )
+
+
+def _engines(config: Config) -> Iterator[str]:
+    data, trainer, actor = config.data, config.trainer, config.actor_rollout_ref.actor
+    rollout, split = config.actor_rollout_ref.rollout, trainer.rollout_gpus_per_node
+    transfer, tokens = rollout.weight_transfer, rollout.max_num_batched_tokens
+    longest = data.max_prompt_length + data.max_response_length
+    lengths = "({data.max_prompt_length=}, {data.max_response_length=})"
+    short = f"can't hold one sequence of {longest} tokens {lengths}"
+    if actor.use_dynamic_bsz and actor.ppo_max_token_len_per_gpu < longest:
+        yield "{ppo_max_token_len_per_gpu=} " + short
+    if rollout.log_prob_use_dynamic_bsz and rollout.log_prob_max_token_len_per_gpu < longest:
+        yield "{log_prob_max_token_len_per_gpu=} " + short
+    if trainer.async_rollout and not split:
+        yield "{async_rollout=} needs engines on devices of their own: set {rollout_gpus_per_node}"
+    if transfer in ("ipc", "nccl") and rollout.name == "hf":
+        yield "{weight_transfer=} is for rollout.name=vllm: set it to null"
+    if (transfer == "ipc" and split) or (transfer == "nccl" and not split):
+        yield (
+            "{weight_transfer=} does not fit {rollout_gpus_per_node=}: ipc is for engines that "
+            "share the actor's GPUs, nccl for those on their own"
+        )
+    if rollout.name == "hf":
+        return
+    devices = split or trainer.n_gpus_per_node
+    if devices % max(1, rollout.tensor_model_parallel_size):
+        yield f"{{tensor_model_parallel_size=}} must divide the {devices} devices for engines"
+    if trainer.device == "cpu" and rollout.tensor_model_parallel_size != 1:
+        yield "{tensor_model_parallel_size=}: vLLM has one process per engine on a CPU"
+    if trainer.device == "cpu" and transfer == "ipc":
+        yield "{weight_transfer=} is for GPUs: set it to null"
+    if tokens < rollout.max_num_seqs:
+        yield "{max_num_batched_tokens=} is less than max_num_seqs: raise it"
+    if tokens < longest and not rollout.enable_chunked_prefill:
+        yield "{max_num_batched_tokens=} " + short + ": raise it, or {enable_chunked_prefill}=True"
+    own = {"tensor_parallel_size", "weight_transfer_config", "logprobs_mode", "max_model_len"}
+    if taken := own & rollout.engine_kwargs.vllm.keys():
+        yield f"{{engine_kwargs.vllm}}.{min(taken)} is set by other keys: drop it"

@@ -1,0 +1,80 @@
+"""Decoding token by token without copies: a KV cache that is written in place, and an attention
+that reads it as it is."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, Cache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+DECODE_ATTENTION = "sdpa_decode"
+"""transformers' name of `decode_attention`."""
+
+
+class InPlaceLayer(DynamicLayer):
+    """One layer's keys and values, views of buffers that double when they are full; a row will hold
+    `limit` tokens at most."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+        self.buffers: tuple[Tensor, Tensor]  # [B, heads, capacity, D] each
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Appends [B, heads, new, D] and returns views of all, [B, heads, length, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = key_states[:, :, :0], value_states[:, :, :0]
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if end > self.buffers[0].shape[-2]:
+            free = (0, 0, 0, min(self.limit, 2 * end) - start)
+            keys, values = (F.pad(buffer[:, :, :start], free) for buffer in self.buffers)
+            self.buffers = keys, values
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps only these rows of the batch, in this order; may repeat them."""
+        length = self.get_seq_length()
+        keys, values = (buffer.index_select(0, indices) for buffer in self.buffers)
+        self.buffers = keys, values
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
+
+def in_place_cache(limit: int) -> Cache:
+    """The cache of a model, all layers of it, for at most `limit` tokens a row."""
+    layer: Any = partial(InPlaceLayer, limit)
+    return Cache(layer_class_to_replicate=layer)
+
+
+def decode_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any
+) -> tuple[Tensor, None]:
+    """transformers' `sdpa`; for one new token per row without a copy of the cache for each query
+    head: those that share a key-value head are so many queries of that head.
+
+    Args: query [B, heads, T, D], key and value [B, key-value heads, length, D].
+    Returns: [B, T, heads, D].
+    """
+    per_head = attention_mask is not None and attention_mask.shape[1] > 1
+    if query.shape[2] > 1 or per_head or kw.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
+    heads = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+    scale = kw.get("scaling")
+    output = F.scaled_dot_product_attention(heads, key, value, attention_mask, scale=scale)
+    return output.reshape(len(query), 1, query.shape[1], value.shape[-1]), None
+
+
+AttentionInterface.register(DECODE_ATTENTION, decode_attention)
+AttentionMaskInterface.register(DECODE_ATTENTION, sdpa_mask)

@@ -1,0 +1,343 @@
+"""The math reward: what a response answers, and the LaTeX server (`server/math`) that judges it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+import re
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httpx
+
+from verl.config.schema import MathServerConfig
+
+logger = logging.getLogger(__name__)
+
+MATH_SOURCES = ("open_reasoner_zero", "math500", "aime2024", "gpqa", "minerva", "amc")
+DEFAULT_URL = "http://127.0.0.1:6284"
+START_SCRIPT = Path(__file__).parents[2] / "server" / "math" / "start.sh"
+HOW_TO_START = (
+    "start it with `bash server/math/start.sh` (its environment: `bash setup.sh --server-only`), "
+    "or let the trainer do so with reward_model.math_server.autostart=True"
+)
+TEMPORARY = (408, 429)  # client errors that time mends: too slow, or too soon
+WAIT_LONGER = "; reward_model.math_server.max_wait_s waits longer"
+REPORT_EVERY_S = 10.0
+RESTART_PAUSE_S = 5.0
+START_WITHIN_S = 60.0
+ANSWER_WITHIN_S = 120.0  # then a request is sent again: the server or its host may hang
+
+# A box opens, a brace opens or closes; escaped braces and the line break `\\` are neither (but
+# `\\boxed` is a box with its backslash doubled).
+_BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\\\(?!boxed)|\\[{}]|(?P<brace>[{}])")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_LETTER = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
+
+
+class RewardError(RuntimeError):
+    """A response could not be scored. That is never a score."""
+
+
+class RewardServerError(RewardError):
+    """A server that rewards depend on has not answered for too long."""
+
+
+class Comparison(NamedTuple):
+    """An answer and its reference; `equal` is None if only the LaTeX server can tell."""
+
+    pred: str
+    gold: str
+    equal: bool | None
+
+
+def compare(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: Mapping[str, Any] | None = None,
+    *,
+    max_answer_length: int = 30,
+) -> Comparison:
+    r"""What a response to one of `MATH_SOURCES` answers, and whether it is right, if strings tell.
+
+    * The answer is the last box; with `extra_info["find_maj"]` the most frequent one, the latest of
+      them on a tie. Without a box it is the whole response.
+    * Identical to the reference: right. Else longer than `max_answer_length` characters: wrong.
+    * `gpqa`: the first letter that stands alone is the choice.
+
+    These are the published rules (arXiv 2509.07558, its repository). Raises: as `reference`.
+
+    >>> compare("amc", r"so \boxed{\frac{3}{5}}", "0.6")
+    Comparison(pred='\\frac{3}{5}', gold='0.6', equal=None)
+    """
+    gold = reference(data_source, ground_truth)
+    boxes = boxed_answers(solution_str)
+    if not boxes:
+        pred = solution_str.strip()
+    elif (extra_info or {}).get("find_maj"):
+        # Of equal counts `most_common` takes the first that it has seen, so it starts at the end.
+        pred = Counter(reversed(boxes)).most_common(1)[0][0]
+    else:
+        pred = boxes[-1]
+    if pred != gold and len(pred) > max_answer_length:
+        return Comparison(pred, gold, False)
+    if data_source == "gpqa":
+        pred, gold = choice(pred), choice(gold)
+        return Comparison(pred, gold, pred == gold)
+    return Comparison(pred, gold, True if pred == gold else None)
+
+
+def reference(data_source: str, ground_truth: Any) -> str:
+    """The right answer. Raises: ValueError if the ground truth is neither LaTeX, in a box or not,
+    nor a number, or is no letter for `gpqa`."""
+    number = isinstance(ground_truth, Real) and not isinstance(ground_truth, bool)
+    text = str(ground_truth) if number else ground_truth
+    if isinstance(text, str):
+        gold = (boxed_answers(text) or [text.strip()])[-1]
+        if gold and (data_source != "gpqa" or choice(gold)):
+            return gold
+    wanted = "a letter such as 'B'" if data_source == "gpqa" else r"LaTeX such as '\frac{3}{5}'"
+    raise ValueError(f"the ground truth of {data_source} must be {wanted}, not {ground_truth!r}")
+
+
+def boxed_answers(text: str) -> list[str]:
+    r"""What stands in each ``\boxed{…}`` with balanced braces, in order; nested: the innermost.
+    Takes time in proportion to the text, whatever its braces do.
+
+    >>> boxed_answers(r"\boxed{1}, no: \boxed{\frac{1}{2}}, \boxed{3")
+    ['1', '\\frac{1}{2}']
+    """
+    answers: list[str] = []
+    opened: list[int] = []  # where the content of each open brace starts
+    newest = -1  # the same for the box that was opened last
+    for match in _BRACES.finditer(text):
+        if match["box"]:
+            newest = match.end()
+            opened.append(newest)
+        elif match["brace"] == "{":
+            opened.append(match.end())
+        elif match["brace"] and opened and opened.pop() == newest:
+            answers.append(text[newest : match.start()].strip())
+    return answers
+
+
+def choice(text: str) -> str:
+    r"""The first letter that stands alone, ``\text{(b)}`` or ``b``, as a capital; empty without."""
+    match = _LETTER.search(_COMMAND.sub(" ", text))
+    return match[0].upper() if match else ""
+
+
+def compute_score(*arguments: Any) -> dict[str, Any]:
+    """`MathClient.compute_score` outside of a training run, which keeps its connections: asks the
+    server at MATH_SERVER_URL, and waits for it for 60 s."""
+
+    async def ask() -> dict[str, Any]:
+        client = MathClient(MathServerConfig(max_wait_s=60))
+        try:
+            return await client.compute_score(*arguments)
+        finally:
+            await client.close()
+
+    with ThreadPoolExecutor(1) as thread:  # the caller may have an event loop of its own
+        return thread.submit(asyncio.run, ask()).result()
+
+
+def server_url(config: MathServerConfig) -> str:
+    """The key `url`, else MATH_SERVER_URL, else `DEFAULT_URL`. Raises: ValueError if it is none."""
+    url = (config.url or os.environ.get("MATH_SERVER_URL") or DEFAULT_URL).rstrip("/")
+    with suppress(ValueError):  # a port that is no number
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return url
+    key = "reward_model.math_server.url (or MATH_SERVER_URL)"
+    raise ValueError(f"{key} is {url}: give a URL such as {DEFAULT_URL}")
+
+
+class MathClient:
+    """A client of one LaTeX server, for one event loop. Pairs that come while all connections are
+    in use travel together. A server that is away or busy is waited for; only its verdict makes a
+    score."""
+
+    def __init__(self, config: MathServerConfig) -> None:
+        """Connects to nothing yet."""
+        self.config, self.url = config, server_url(config)
+        self.process: ServerProcess | None = None
+        self._server = f"the LaTeX server at {self.url}"
+        self._connections = asyncio.Semaphore(config.max_connections)
+        self._pairs: list[tuple[str, str]] = []  # the batch that others may join
+        self._verdicts: asyncio.Task[list[dict[str, Any]]]  # of that batch
+        self._last_answer = self._last_report = 0.0
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
+        self._http = httpx.AsyncClient(
+            timeout=httpx.Timeout(ANSWER_WITHIN_S, connect=5),
+            limits=httpx.Limits(max_connections=config.max_connections),
+            trust_env=False,  # no proxy between a cluster and its own server
+        )
+
+    async def connect(self, log_file: Path) -> None:
+        """Asks one pair that is equal and one that is not. With `config.autostart` a server that
+        isn't there is started, now and later, and prints to `log_file`.
+
+        Raises: ValueError if what answers is no LaTeX server, or judges wrongly, or it can't be
+        started at this URL; RewardServerError if there is none.
+        """
+        if self.config.autostart:
+            self.process = ServerProcess(self.url, log_file)
+        pairs = [(r"\frac{3}{5}", "0.6"), (r"\frac{3}{5}", "0.5")]
+        answers = await self._post(pairs, START_WITHIN_S if self.process else 0)
+        verdicts = [answer["equal"] for answer in answers]
+        if verdicts != [True, False]:
+            problem = f"{self._server} says {verdicts} to whether 3/5 equals 0.6 and 0.5"
+            remedy = "make its environment anew with `bash setup.sh --server-only`"
+            raise ValueError(f"{problem}: {remedy}")
+
+    async def compute_score(self, *arguments: Any) -> dict[str, Any]:
+        """Of the arguments of `compare`: `score` and `acc` (0 or 1), `pred` (the answer), and
+        `undecided`: 1 where the server ran into its limits or failed, which counts as wrong.
+
+        Raises: ValueError for a ground truth of the wrong form or a pair that the server refuses;
+        RewardServerError without an answer within `config.max_wait_s`.
+        """
+        limit = self.config.max_answer_length
+        pred, gold, equal = compare(*arguments, max_answer_length=limit)
+        verdict: dict[str, Any] = {"equal": equal, "status": "ok"}
+        if equal is None:
+            verdict = await self.verify(gold, pred)
+        score = float(verdict["equal"])
+        undecided = float(verdict["status"] in ("timeout", "memory", "error"))
+        return {"score": score, "acc": score, "pred": pred, "undecided": undecided}
+
+    async def verify(self, gold: str, pred: str) -> dict[str, Any]:
+        """`equal`, `how` and `status` of one pair, as the server answers it; errors as above."""
+        if len(self._pairs) in (0, self.config.batch_size):
+            self._pairs = []
+            self._verdicts = asyncio.create_task(self._send(self._pairs))
+            # An error counts as seen, also if all that waited have been cancelled.
+            self._verdicts.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._pairs.append((gold, pred))
+        position = len(self._pairs) - 1
+        return (await asyncio.shield(self._verdicts))[position]
+
+    async def close(self) -> None:
+        """Ends the connections, and the server if it was started here. No pair may wait."""
+        await self._http.aclose()
+        if self.process is not None:
+            self.process.stop()
+
+    async def _send(self, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+        """The verdicts of a batch, which others may join until a connection is free."""
+        async with self._connections:
+            if self._pairs is pairs:
+                self._pairs = []
+            return await self._post(pairs, self.config.max_wait_s)
+
+    async def _post(self, pairs: list[tuple[str, str]], max_wait_s: float) -> list[dict[str, Any]]:
+        """The verdicts of one request, however often it has to be sent."""
+        document = {"pairs": [{"gold": gold, "pred": pred} for gold, pred in pairs]}
+        # A lone surrogate, which JSON has no place for, becomes a question mark.
+        body = json.dumps(document, ensure_ascii=False).encode(errors="replace")
+        started, pause = time.monotonic(), 0.1
+        while True:
+            failure = self.process and self.process.failure()
+            try:
+                response = await self._http.post(f"{self.url}/verify", content=body)
+                if response.status_code < 500 and response.status_code not in TEMPORARY:
+                    return self._read(response, len(pairs))
+                reason = f"status {response.status_code}: {response.text[:200]}"
+            except httpx.TransportError as error:
+                reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+            if failure and not self._last_answer:  # and nobody else answers in its place
+                raise RewardServerError(f"the LaTeX server does not start: {failure}")
+            waited = time.monotonic() - max(started, self._last_answer)
+            if waited >= max_wait_s:
+                after, longer = (f" for {waited:.0f} s", WAIT_LONGER) if waited >= 1 else ("", "")
+                problem = f"no answer from {self._server}{after} ({reason})"
+                raise RewardServerError(f"{problem}: {HOW_TO_START}{longer}")
+            if waited > 1 and time.monotonic() - self._last_report >= REPORT_EVERY_S:
+                self._last_report = time.monotonic()
+                patience = f"for {waited:.0f} of at most {max_wait_s:.0f} s ({reason})"
+                logger.warning("waiting for %s %s", self._server, patience)
+            if self.process is not None:
+                self.process.start()
+            await asyncio.sleep(pause * random.uniform(0.5, 1))
+            pause = min(2 * pause, 2.0)
+
+    def _read(self, response: httpx.Response, count: int) -> list[dict[str, Any]]:
+        """What the server answers, if it is a LaTeX server and the answer is whole."""
+        try:
+            verdicts = response.json()["results"]
+            types = [(type(verdict["equal"]), type(verdict["status"])) for verdict in verdicts]
+            if types != [(bool, str)] * count:
+                raise TypeError
+        except (ValueError, KeyError, TypeError) as error:
+            answer = f"{self.url}/verify answers {response.status_code} {response.text[:200]!r}"
+            question = "is this a LaTeX server of this project?"
+            raise ValueError(f"{answer}, which is not {count} verdicts: {question}") from error
+        self._last_answer = time.monotonic()
+        if self._last_report:
+            logger.warning("%s answers again", self._server)
+            self._last_report = 0.0
+        return verdicts
+
+
+class ServerProcess:
+    """The LaTeX server as a child of the trainer: `server/math/start.sh` at `url`. It also ends
+    when this process is gone, however that came about: its standard input closes then."""
+
+    def __init__(self, url: str, log_file: Path) -> None:
+        """Starts nothing yet. Raises: ValueError if the URL isn't one of this machine, or the
+        server's code isn't there."""
+        address, key = urlsplit(url), "reward_model.math_server.autostart=True"
+        if address.scheme != "http" or address.hostname not in ("127.0.0.1", "localhost", "::1"):
+            remedy = f"start that one by hand, or use {DEFAULT_URL}"
+            raise ValueError(f"{key} is for this machine, but the URL is {url}: {remedy}")
+        if not START_SCRIPT.is_file():
+            remedy = "run from a clone of the repository, or start a server by hand"
+            raise ValueError(f"{key} needs {START_SCRIPT}: {remedy}")
+        self.url, self.log_file = url, log_file
+        self.command = ["bash", str(START_SCRIPT), "--stop-at-end-of-input", "1"]
+        self.command += ["--host", address.hostname, "--port", str(address.port or 80)]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = -RESTART_PAUSE_S
+
+    def start(self) -> None:
+        """Starts the server if it isn't running, at most every few seconds."""
+        runs = self._process is not None and self._process.poll() is None
+        if runs or time.monotonic() - self._started < RESTART_PAUSE_S:
+            return
+        logger.warning("starting the LaTeX server at %s (log: %s)", self.url, self.log_file)
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("ab") as log:
+            # In a session of its own: Ctrl-C is for the trainer, which needs its server still.
+            self._process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            )
+        self._started = time.monotonic()
+
+    def failure(self) -> str | None:
+        """How a server has ended, with its last lines; None while it lives."""
+        if self._process is None or self._process.poll() is None:
+            return None
+        end = "\n  ".join(self.log_file.read_text(errors="replace").splitlines()[-5:])
+        return f"exit status {self._process.returncode}; {self.log_file} ends with\n  {end}"
+
+    def stop(self) -> None:
+        """Ends the server, if it was started."""
+        if self._process is not None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
+            self._process.kill()  # which does nothing if it has ended
+            self._process.wait()

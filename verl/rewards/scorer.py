@@ -1,0 +1,171 @@
+"""From responses to rewards: decode, call the reward function, add the overlong punishment."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from verl.config.schema import CustomRewardConfig, OverlongBufferConfig, RewardModelConfig
+from verl.protocol import Prompt, Sample
+from verl.rewards import MATH_SOURCES, RULES, RewardError, RewardServerError, compute_score
+from verl.rewards.math import MathClient, reference
+from verl.utils.user_function import UserFunction, load_function, start_event_loop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Location = Callable[[Prompt], str]
+"""Says to users where a prompt comes from."""
+
+
+class RewardManager:
+    """Scores samples in the background: on an event loop in a thread, while the driver waits for
+    the next ones to be generated."""
+
+    def __init__(
+        self,
+        config: RewardModelConfig,
+        custom: CustomRewardConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        max_response_length: int,
+    ) -> None:
+        """Loads the custom reward function, if there is one. Raises: as `load_function`.
+        `max_response_length`: in tokens."""
+        self.config, self.tokenizer = config, tokenizer
+        self.max_response_length = max_response_length
+        self.location: Location = lambda prompt: f"row {prompt.index}"
+        self.math = MathClient(config.math_server)
+        self.custom: UserFunction | None = None
+        self.function_name = "verl.rewards.compute_score"
+        if custom.path is not None:
+            self.function_name, key = f"{custom.name} of {custom.path}", "custom_reward_function"
+            function = load_function(key, custom.path, custom.name)
+            self.custom = UserFunction(key, function, config.num_workers, custom.timeout_s)
+        self._loop, self._thread = start_event_loop("rewards")
+
+    def connect(
+        self, prompts: Sequence[Prompt], folder: Path, location: Location | None = None
+    ) -> None:
+        """Makes sure that responses to these prompts can be scored. A server that it starts keeps
+        its log in `folder`.
+
+        Raises: ValueError if there is no function for one of them, its ground truth is not of the
+        form that this needs, or the LaTeX server is none; RewardServerError if there is no server.
+        """
+        self.location = location or self.location
+        if self.custom is not None:
+            return
+        for prompt in prompts:
+            source = prompt.data_source
+            try:
+                if source in MATH_SOURCES:
+                    reference(source, prompt.ground_truth)
+                else:
+                    compute_score(source, "", prompt.ground_truth)
+            except ValueError as error:
+                key = "reward_model" if source in (*RULES, *MATH_SOURCES) else "data_source"
+                raise ValueError(f"{self.location(prompt)}, key {key!r}: {error}") from None
+        if any(prompt.data_source in MATH_SOURCES for prompt in prompts):
+            self._run(self.math.connect(folder / "math_server.log")).result()
+
+    def submit(self, samples: list[Sample]) -> Future[list[Sample]]:
+        """Starts to set `score`, `reward` and `extras` (with `acc`, always) of each sample. The
+        future holds the samples: all of them filled or, after an error, none.
+
+        Raises, in the future: RewardError if the reward function failed (its error is chained) or
+        the LaTeX server is gone; ValueError for a result that is no finite number or dict with one.
+        """
+        return self._run(self._score(samples))
+
+    def close(self) -> None:
+        """Ends the background thread, and the LaTeX server if it was started here."""
+        if not self._loop.is_closed():
+            self._run(self._end()).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            if self.custom is not None:
+                self.custom.close()
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self.math.close()
+
+    async def _score(self, samples: list[Sample]) -> list[Sample]:
+        if not samples:  # some tokenizers decode an empty batch to one empty text
+            return samples
+        ids = [sample.response_ids.tolist() for sample in samples]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        results = await asyncio.gather(*map(self._score_one, samples, texts))
+        buffer = self.config.overlong_buffer
+        for sample, tokens, (score, extras) in zip(samples, ids, results, strict=True):
+            sample.score = sample.reward = score
+            sample.extras.update(extras)
+            if buffer.enable and self.config.reward_manager == "dapo":
+                penalty = overlong_penalty(len(tokens), self.max_response_length, buffer)
+                sample.reward += penalty
+                if buffer.log:
+                    sample.extras["overlong_reward"] = penalty
+        return samples
+
+    async def _score_one(self, sample: Sample, text: str) -> tuple[float, dict[str, Any]]:
+        """Score and extras of one sample. An error says which function, and which prompt."""
+        prompt = sample.prompt
+        arguments = (prompt.data_source, text, prompt.ground_truth, prompt.extra_info)
+        try:
+            if self.custom is not None:
+                result = await self.custom(*arguments)
+            elif prompt.data_source in MATH_SOURCES:
+                result = await self.math.compute_score(*arguments)
+            else:
+                result = compute_score(*arguments)
+        except RewardServerError:
+            raise
+        except Exception as error:
+            raise RewardError(self._message(prompt, f"{type(error).__name__}: {error}")) from error
+        try:
+            return _read_result(result)
+        except ValueError as error:
+            raise ValueError(self._message(prompt, str(error))) from None
+
+    def _message(self, prompt: Prompt, problem: str) -> str:
+        origin = f"data_source={prompt.data_source!r}, {self.location(prompt)}"
+        return f"reward function {self.function_name}, {origin}: {problem}"
+
+
+def _read_result(result: Any) -> tuple[float, dict[str, Any]]:
+    """The score that a reward function returned, and the rest, with `acc`."""
+    extras = dict(result) if isinstance(result, Mapping) else {"score": result}
+    if "score" not in extras:
+        raise ValueError(f"the returned dict has no 'score', only {list(extras)}")
+    extras.setdefault("acc", extras["score"])
+    for key in ("score", "acc"):
+        value, number = extras[key], math.nan
+        if isinstance(value, (Real, np.bool_)):
+            with suppress(OverflowError):  # an integer beyond the range of floats
+                number = float(value)
+        if not math.isfinite(number):
+            raise ValueError(f"{key} must be a finite number, but is {value!r:.200}")
+        extras[key] = number
+    return extras.pop("score"), extras
+
+
+def overlong_penalty(length: int, max_response_length: int, buffer: OverlongBufferConfig) -> float:
+    """Soft overlong punishment (arXiv 2503.14476, eq. 13), times `penalty_factor`: linear over the
+    last `buffer.len` of `max_response_length` tokens, 0 before."""
+    excess = length - (max_response_length - buffer.len)
+    return min(0.0, -excess / buffer.len * buffer.penalty_factor)

@@ -1,0 +1,131 @@
+"""The seam between training and generation: `RolloutEngine.generate` yields finished responses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pkgutil import resolve_name
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from verl.config.schema import ModelConfig, RolloutConfig
+from verl.protocol import FinishReason, Prompt, Sample, WeightChunk
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How responses are sampled."""
+
+    n: int
+    """Responses per prompt."""
+    max_tokens: int
+    """Longest response, in tokens."""
+    temperature: float = 1.0
+    """0: greedy."""
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1 or 0: all tokens."""
+    ignore_eos: bool = False
+    seed: tuple[int, ...] = (0,)
+    """Response k of a prompt depends on (seed, group, k) and the weights. What else is in the batch
+    and the number of engines change the logits' rounding, and nothing else."""
+
+
+Row = tuple[Prompt, int, int]
+"""A response to be generated: its prompt, the prompt's group, and the response's index in it."""
+
+
+def rows_of(prompts: Sequence[Prompt], groups: Sequence[int], n: int) -> list[Row]:
+    """n responses to each prompt."""
+    pairs = zip(prompts, groups, strict=True)
+    return [(prompt, group, index) for prompt, group in pairs for index in range(n)]
+
+
+class RolloutEngine(ABC):
+    """A model that generates, on one device or on `tensor_model_parallel_size`. Other methods than
+    `generate` and `stop` are called while nothing is generated."""
+
+    needs: ClassVar[str | None] = None
+    """Package that the engine imports."""
+    parallel: ClassVar[bool] = False
+    """Whether an engine may have several devices, `tensor_model_parallel_size`."""
+    transfers: ClassVar[tuple[str, ...]] = ("host",)
+    """Values of `weight_transfer` (`verl.weight_sync`) that it supports."""
+
+    version: int = 0
+    """Training steps that the policy had made when it gave the engine its weights."""
+    stop_ids: Sequence[int] = ()
+    """Tokens that end a response."""
+    stopped: bool = False
+    """Whether the `generate` that runs is to end; each one begins with False."""
+
+    def __init__(self, share: float = 1.0, bundles: Sequence[int] = (0,)) -> None:
+        """To use `share` of each of its devices: these bundles of Ray's placement group."""
+        self.share, self.bundles = share, bundles
+
+    @abstractmethod
+    def build(
+        self, model: ModelConfig, rollout: RolloutConfig, device: str | None, max_model_len: int
+    ) -> None:
+        """Loads the model. `max_model_len`: tokens of the longest prompt with its response. Raises:
+        ValueError for keys that it can't work with."""
+
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
+    ) -> Iterator[list[Sample]]:
+        """Samples `params.n` responses to each prompt, and yields them as they are finished, with
+        the log-probability of each token under the distribution it was sampled from: after
+        temperature, top-k and top-p. `groups` numbers the prompts."""
+
+    def stop(self) -> None:
+        """Ends the `generate` that runs in another thread; what is unfinished is lost."""
+        self.stopped = True
+
+    def generate_all(self, *args: Any) -> list[Sample]:
+        """All that `generate(*args)` yields."""
+        return [sample for samples in self.generate(*args) for sample in samples]
+
+    def to_sample(self, row: Row, tokens: ArrayLike, log_probs: ArrayLike) -> Sample:
+        """The response that a row has become; its tokens and their log-probabilities, [R]."""
+        prompt, group, index = row
+        ids = np.array(tokens, np.int64)
+        reason: FinishReason = "stop" if int(ids[-1]) in self.stop_ids else "length"
+        sample = Sample(prompt, group, ids, reason, index, self.version)
+        sample.rollout_log_probs = np.array(log_probs, np.float32)
+        assert len(ids) == len(sample.rollout_log_probs)
+        return sample
+
+    def start_update(self) -> None:  # noqa: B027  engines that need no preparation
+        """Gets ready for new weights, with `sleep` undone as far as they need it."""
+
+    @abstractmethod
+    def load_weights(self, chunk: WeightChunk) -> None:
+        """Takes some of the new weights."""
+
+    def finish_update(self, version: int) -> None:
+        """Ready to generate with the new weights."""
+        self.version = version
+
+    def sleep(self) -> None:  # noqa: B027  engines that hold no device memory need not
+        """Gives device memory back until `start_update`, which the next weights follow."""
+
+
+ENGINES = {"hf": "verl.rollout.hf:HFEngine", "vllm": "verl.rollout.vllm:VLLMEngine"}
+"""`actor_rollout_ref.rollout.name` → module and class."""
+
+
+def engine_class(name: str) -> type[RolloutEngine]:
+    """The engine called `name`, imported only now. Raises: ValueError if what it needs is not
+    installed."""
+    engine: type[RolloutEngine] = resolve_name(ENGINES[name])
+    if engine.needs and find_spec(engine.needs) is None:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.name={name}, but {engine.needs} is not installed: run "
+            "bash setup.sh gpu (or cpu --vllm), or set actor_rollout_ref.rollout.name=hf"
+        )
+    return engine

@@ -1,0 +1,159 @@
+"""Generation on several engines that may die.
+
+`EnginePool.generate` deals the prompts out: each engine gets its share in one call of its
+`generate`, a stream over Ray, and batches it as it likes. When an engine dies, the pool waits until
+Ray has started it again, gives it weights, and has it generate what is missing of its share; the
+seeds are the same, so nothing is lost or doubled. Shares, and with them the batches of the engine
+`hf`, are the same in every run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from verl.cluster import CONTROL, MAX_DEATHS, Slots, WorkerGroup, despite_deaths
+from verl.config.schema import ModelConfig, RolloutConfig
+from verl.protocol import Prompt, Sample
+from verl.rollout.engine import RolloutEngine, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+START_S = 900
+"""Longest time that an engine may take to start, in seconds."""
+
+STOP_S = 0.2
+"""Seconds after which engines are told to stop again: a call may have begun only then."""
+
+Responses = dict[tuple[int, int], Prompt]
+"""(group, response_index) → prompt."""
+
+
+class EnginePool(WorkerGroup):
+    """One engine per `tensor_model_parallel_size` slots."""
+
+    def __init__(
+        self,
+        cls: type[RolloutEngine],
+        slots: Slots,
+        device: str | None,
+        share: float,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        max_model_len: int,
+    ) -> None:
+        """Starts the engines' processes, each with `share` of its devices."""
+        self.max_num_seqs = rollout.max_num_seqs
+        self.ranks = rollout.tensor_model_parallel_size if cls.parallel else 1
+        first = slots[:: self.ranks]
+        self.settings = model, rollout, device, max_model_len
+        arguments = [(share, range(bundle, bundle + self.ranks)) for _, bundle in first]
+        own = share if self.ranks == 1 else 0  # else the engine's own workers take the devices
+        super().__init__(cls, first, device, arguments, own, max_restarts=-1)
+        self.on_restart: Callable[[int], Any] = lambda engine: None
+        """Called with the number of an engine that was started anew and needs weights."""
+        self.processes: dict[int, int] = {}
+        self.stale: set[int] = set()
+        """Engines that were started again and have got no weights since."""
+        self.cancelled = False
+        """Set from another thread, it ends the `generate` that runs with a RuntimeError."""
+
+    def wait_ready(self, engines: Iterable[int] | None = None) -> None:
+        """Waits until the engines, or these of them, are ready and idle; those that Ray has started
+        again are `stale`. Raises: what an engine raises that can't be built."""
+        numbers = list(engines or range(len(self)))
+        asks = [self.workers[i].__ray_call__.options(max_task_retries=-1) for i in numbers]
+        found = ray.get([ask.remote(lambda _: os.getpid()) for ask in asks], timeout=START_S)
+        pids = dict(zip(numbers, found, strict=True))
+        new = [i for i, pid in pids.items() if pid != self.processes.get(i)]
+        self.stale |= self.processes.keys() & set(new)
+        self.processes |= pids
+        self.wait([self.workers[i].build.remote(*self.settings) for i in new])
+
+    def call_all(self, method: str, *args: Any) -> list[Any]:
+        """`call` between generations, of engines that are ready; again, should one die."""
+
+        def call() -> list[Any]:
+            self.refresh_dead()
+            return self.call(method, *args)
+
+        return despite_deaths(call)
+
+    def refresh_dead(self, engines: Iterable[int] | None = None) -> None:
+        """Gives weights to the engines, or these of them, that died and were started again."""
+        self.wait_ready(engines)
+        for engine in sorted(self.stale):
+            logger.warning("engine %d had died and was started again", engine)
+            self.on_restart(engine)
+            self.stale.discard(engine)
+
+    def generate(
+        self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
+    ) -> Generator[list[Sample], None, None]:
+        """Samples from all engines, as they are finished; closing it stops the engines. Raises:
+        RayActorError if an engine dies `MAX_DEATHS` times without finishing a response."""
+        self.refresh_dead()
+        missing: list[Responses] = [{} for _ in self.workers]
+        share = -(-len(prompts) // len(self))  # or less: what starts at once on each engine
+        room = max(1, min(self.max_num_seqs // params.n, share))
+        for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+            missing[i // room % len(self)] |= {(group, k): prompt for k in range(params.n)}
+        streams = {self._start(i, m, params): i for i, m in enumerate(missing) if m}
+        deaths: Counter[int] = Counter()  # of each engine, since its last response
+        try:
+            while streams:
+                ready: list[Any] = ray.wait(list(streams), timeout=1)[0]
+                if self.cancelled:
+                    raise RuntimeError("the generation was cancelled")
+                if not ready:
+                    continue
+                stream = ready[0]
+                engine = streams[stream]
+                try:
+                    samples = _take(missing[engine], ray.get(next(stream)))
+                except StopIteration:
+                    assert not missing[engine], "an engine left responses out"
+                    del streams[stream]
+                except RayActorError as error:
+                    deaths[engine] += 1
+                    if deaths[engine] == MAX_DEATHS:
+                        raise
+                    logger.warning("engine %d died: %s", engine, error)
+                    del streams[stream]
+                    despite_deaths(self.refresh_dead, [engine])
+                    streams[self._start(engine, missing[engine], params)] = engine
+                else:
+                    if samples:
+                        deaths[engine] = 0
+                        yield samples
+        finally:
+            self._stop(streams)
+
+    def _start(self, engine: int, missing: Responses, params: SamplingParams) -> Any:
+        """A stream of all responses to prompts that miss some."""
+        prompts = {group: prompt for (group, _), prompt in missing.items()}
+        method = self.workers[engine].generate.options(num_returns="streaming")
+        return method.remote(list(prompts.values()), list(prompts), params)
+
+    def _stop(self, streams: dict[Any, int]) -> None:
+        """Ends the calls that run, and waits for it: only an idle engine takes weights."""
+        pending = [stream.completed() for stream in streams]
+        methods = [self.workers[engine].stop for engine in streams.values()]
+        while pending:
+            stops = [m.options(concurrency_group=CONTROL).remote() for m in methods]
+            ray.wait(stops, num_returns=len(stops))  # one that comes late would end another call
+            _, pending = ray.wait(pending, num_returns=len(pending), timeout=STOP_S)
+
+
+def _take(missing: Responses, samples: Sequence[Sample]) -> list[Sample]:
+    """Those samples that were missing, with the prompts from there: theirs are copies."""
+    new = [s for s in samples if (s.group, s.response_index) in missing]
+    for sample in new:
+        sample.prompt = missing.pop((sample.group, sample.response_index))
+    return new

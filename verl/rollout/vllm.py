@@ -1,0 +1,179 @@
+"""vLLM (https://docs.vllm.ai) as the generation engine. Only an engine's process imports vLLM: it
+changes torch's settings, and the default process group."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from verl.config.schema import ModelConfig, RolloutConfig
+from verl.models.hf import load_hf_config, stop_token_ids
+from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
+from verl.rollout.engine import RolloutEngine, Row, SamplingParams, rows_of
+from verl.utils.device import default_dtype, get_device, kv_cache_bytes
+
+
+class VLLMEngine(RolloutEngine):
+    """`actor_rollout_ref.rollout.name=vllm`: vLLM in this process, stepped by `generate`. With
+    `tensor_model_parallel_size` above 1, vLLM's own workers hold the model."""
+
+    needs = "vllm"
+    parallel = True
+    transfers = ("host", "ipc", "nccl")
+
+    def build(
+        self, model: ModelConfig, rollout: RolloutConfig, device: str | None, max_model_len: int
+    ) -> None:
+        """See `RolloutEngine.build`."""
+        os.environ.update(environment(rollout, self.share, self.bundles))
+        from vllm.config.weight_transfer import WeightTransferConfig
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        from verl.rollout.vllm_weights import BACKEND, register
+
+        given = rollout.engine_kwargs.vllm
+        check_names(given, [f.name for f in fields(EngineArgs)])
+        register()
+        self.stop_ids, self.max_num_seqs = stop_token_ids(model), rollout.max_num_seqs
+        at = get_device(device)
+        dtype = rollout.dtype or default_dtype(at)
+        cache = kv_cache_bytes(at, load_hf_config(model), dtype, max_model_len, self.max_num_seqs)
+        self.sleeps = rollout.free_cache_engine and current_platform.is_sleep_mode_available()
+        self.asleep = False
+        parallel = rollout.tensor_model_parallel_size
+        arguments: dict[str, Any] = dict(
+            model=str(Path(model.path).expanduser()),
+            hf_overrides=dict(model.override_config),
+            trust_remote_code=model.trust_remote_code,
+            dtype=dtype,
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # the sampling is all ours
+            max_model_len=max_model_len,
+            max_num_seqs=rollout.max_num_seqs,
+            max_num_batched_tokens=rollout.max_num_batched_tokens,
+            enable_chunked_prefill=rollout.enable_chunked_prefill,
+            enable_prefix_caching=True,
+            enforce_eager=rollout.enforce_eager,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            kv_cache_memory_bytes=cache,
+            tensor_parallel_size=parallel,
+            distributed_executor_backend="ray" if parallel > 1 else "uni",
+            enable_sleep_mode=self.sleeps,
+            logprobs_mode="processed_logprobs",
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            seed=rollout.seed,
+            disable_log_stats=True,
+        )
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments | given))
+
+    def generate(
+        self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
+    ) -> Iterator[list[Sample]]:
+        """See `RolloutEngine.generate`. vLLM always has `max_num_seqs` responses to work on."""
+        self.stopped = False
+        waiting = deque(rows_of(prompts, groups, params.n))
+        running: dict[str, Row] = {}  # by name
+        try:
+            while (waiting or running) and not self.stopped:
+                while waiting and len(running) < self.max_num_seqs:
+                    row = waiting.popleft()
+                    running[self._request(row, params)] = row
+                outputs: list[Any] = self.engine.step()
+                done = {o.request_id: o.outputs[0] for o in outputs if o.finished}
+                if done:
+                    yield SampleBatch(
+                        self.to_sample(running.pop(name), o.token_ids, o.logprobs.logprobs)
+                        for name, o in done.items()
+                    )
+        finally:
+            if running:
+                self.engine.abort_request(list(running))
+
+    def _request(self, row: Row, params: SamplingParams) -> str:
+        """Hands one response to vLLM, which samples it with a seed of its own; returns its name."""
+        import vllm
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        prompt, group, index = row
+        seed = np.random.SeedSequence([*params.seed, group, index]).generate_state(1, np.uint64)
+        sampling = vllm.SamplingParams(
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=max(params.top_k, 0),
+            ignore_eos=params.ignore_eos,
+            stop_token_ids=[] if params.ignore_eos else list(self.stop_ids),
+            seed=int(seed[0] >> 1),  # what fits into an int64
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        name = f"{group}-{index}"
+        self.engine.add_request(name, tokens_input(prompt.token_ids.tolist()), sampling)
+        return name
+
+    def connect(self, rank: int, world_size: int, address: str) -> None:
+        """Joins the group of the broadcast, as rank `rank` of `world_size` and the next ones."""
+        info = {"rank": rank, "world_size": world_size, "address": address}
+        self.engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
+
+    def start_update(self) -> None:
+        """Wakes the memory of the weights up, and prepares vLLM for new ones."""
+        if self.asleep:
+            self.engine.wake_up(["weights"])
+        self.engine.collective_rpc("start_weight_update")
+
+    def load_weights(self, chunk: WeightChunk) -> None:
+        """See `RolloutEngine.load_weights`."""
+        self.engine.collective_rpc("update_weights", kwargs={"update_info": {"chunk": chunk}})
+
+    def finish_update(self, version: int) -> None:
+        """Forgets what was computed with the old weights, and wakes the KV cache up."""
+        self.engine.collective_rpc("finish_weight_update")
+        if self.asleep:
+            self.engine.wake_up(["kv_cache"])
+            self.asleep = False
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("vLLM keeps its prefix cache: requests are running")
+        super().finish_update(version)
+
+    def sleep(self) -> None:
+        """Frees the memory of weights and KV cache: the next weights are on their way."""
+        if self.sleeps and not self.asleep:
+            self.engine.sleep(level=2)
+            self.asleep = True
+
+
+def environment(rollout: RolloutConfig, share: float, bundles: Sequence[int]) -> dict[str, str]:
+    """Variables that vLLM reads when it is imported."""
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in our process
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines would all bind to the same core
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if rollout.enforce_eager:
+        variables["TORCHDYNAMO_DISABLE"] = "1"  # else the first log-probabilities compile
+    if rollout.tensor_model_parallel_size > 1:  # where its Ray executor puts vLLM's workers
+        variables["VLLM_RAY_PER_WORKER_GPUS"] = str(share)
+        variables["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, bundles))
+    return variables
+
+
+def check_names(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ValueError for a key of `engine_kwargs.vllm` that is none of vLLM's arguments."""
+    for unknown in [key for key in given if key not in known]:
+        (near,) = get_close_matches(unknown, known, n=1, cutoff=0.0)
+        name = f"actor_rollout_ref.rollout.engine_kwargs.vllm.{unknown}"
+        raise ValueError(f"{name}: vLLM has no such engine argument; the nearest one is {near}")

@@ -1,0 +1,68 @@
+"""How a vLLM worker takes the actor's weights: an engine of vLLM's weight-transfer interface
+(https://docs.vllm.ai/en/latest/training/weight_transfer). Imported only where vLLM runs."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory, ipc_engine
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from verl.protocol import WeightChunk
+from verl.utils.device import broadcast_group
+
+BACKEND = "verl"
+
+
+@dataclass
+class GroupInfo(ipc_engine.IPCWeightTransferInitInfo):
+    """The group of actor rank 0 and all vLLM workers; `rank` is that of the engine's first."""
+
+    rank: int = 0
+    world_size: int = 1
+    address: str = ""
+
+
+class ActorWeights(ipc_engine.IPCWeightTransferEngine):
+    """Takes chunks of weights by any of the three transfers of `verl.weight_sync`: vLLM's CUDA IPC
+    (`ipc_handles`), tensors on the host (`tensors`), or a broadcast (neither)."""
+
+    init_info_cls = GroupInfo
+
+    def init_transfer_engine(self, init_info: ipc_engine.IPCWeightTransferInitInfo) -> None:
+        """Joins the group of the broadcast."""
+        assert isinstance(init_info, GroupInfo)
+        rank, size = init_info.rank + self.parallel_config.rank, init_info.world_size
+        self.process_group = broadcast_group(self.device, init_info.address, rank, size)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Loads `update_info["chunk"]`."""
+        chunk: WeightChunk = update_info["chunk"]
+        if chunk.ipc_handles is not None:
+            info = {"names": chunk.names, "shapes": chunk.shapes, "ipc_handles": chunk.ipc_handles}
+            super().update_weights(info | {"dtype_names": [chunk.dtype] * len(chunk.names)})
+        else:
+            tensors = chunk.tensors or (self._receive(chunk.dtype, s) for s in chunk.shapes)
+            cast(Any, self.model).load_weights(zip(chunk.names, tensors, strict=True))
+
+    def _receive(self, dtype: str, shape: list[int]) -> torch.Tensor:
+        value = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+        self.process_group.broadcast(value, 0).wait()
+        return value
+
+    def finish_weight_update(self) -> None:
+        """Renews, too, the copy of tied embeddings that vLLM's CPU kernels keep for the output."""
+        super().finish_weight_update()
+        for module in self.model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+
+def register() -> None:
+    """Makes `ActorWeights` known to vLLM in this process; a `vllm.general_plugins` entry point, so
+    that vLLM's own workers know it, too."""
+    with suppress(ValueError):  # it was registered before
+        WeightTransferEngineFactory.register_engine(BACKEND, ActorWeights)

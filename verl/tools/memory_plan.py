@@ -1,0 +1,374 @@
+"""How much memory a run will take, from its configuration and the model's config.json alone:
+`python -m verl.tools.memory_plan FILE`. The file is config.yaml of a run, or what DRY_RUN=1 prints;
+without one, that comes on standard input.
+
+Exact for parameters, gradients and optimizer states (FSDP2 pads each tensor's rows to a multiple of
+the ranks). Activations are counted tensor by tensor, as the Hugging Face layers keep them. What
+CUDA, NCCL and a sleeping vLLM take for themselves is assumed: `CONTEXT` and `ASLEEP`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import reduce
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from verl.config.schema import Config
+
+GIB = 2**30
+CONTEXT, ASLEEP = 2 * GIB, 1 * GIB
+LOGITS = {"cpu": 2**22, "cuda": 2**25}
+"""Numbers of a tile (`verl.utils.device.default_tile`)."""
+CHUNK = 2**28
+"""`verl.weight_sync.CHUNK_BYTES`."""
+REORDERED_FROM = 2**17
+"""That of `verl.utils.device`, which imports torch."""
+
+Parts = dict[str, float]
+Shapes = list[tuple[int, int]]
+
+KINDS = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of `model_type` whose layers are known here."""
+
+
+def weight_shapes(model: dict[str, Any]) -> tuple[Shapes, Shapes]:
+    """(rows, columns) of each parameter outside of the decoder layers, and of one layer, whose
+    first is that of the queries. A vector has one column.
+
+    Args:
+        model: the content of config.json.
+
+    Raises: ValueError for a model whose layers are not known here.
+    """
+    kind = model.get("model_type")
+    if kind not in KINDS:
+        raise ValueError(f"none for {kind} models, only for {', '.join(KINDS)}")
+    heads, H, V = model["num_attention_heads"], model["hidden_size"], model["vocab_size"]
+    size = model.get("head_dim") or H // heads
+    A, inner = heads * size, model["intermediate_size"]
+    K = (model.get("num_key_value_heads") or heads) * size
+    root = [(V, H), (H, 1)]
+    if not model.get("tie_word_embeddings", False):
+        root.append((V, H))
+    layer = [(A, H), (K, H), (K, H), (H, A), (inner, H), (inner, H), (H, inner), (H, 1), (H, 1)]
+    if model.get("attention_bias", kind == "qwen2"):
+        layer += [(A, 1), (K, 1), (K, 1)]
+    if kind == "qwen3":  # norms of queries and keys
+        layer += [(size, 1), (size, 1)]
+    return root, layer
+
+
+def numbers(shapes: Shapes) -> int:
+    """In tensors of these (rows, columns)."""
+    return sum(rows * columns for rows, columns in shapes)
+
+
+def changed(section: Any, key: str, value: Any) -> Any:
+    """A copy of a section whose dotted `key` has another value."""
+    name, _, rest = key.partition(".")
+    if rest:
+        value = changed(getattr(section, name), rest, value)
+    return replace(section, **{name: value})
+
+
+class Plan:
+    """One run on devices of `memory` bytes each; for the CPU, machines of `memory` bytes."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: dict[str, Any],
+        device: str,
+        memory: float,
+        host_memory: float = math.inf,
+    ) -> None:
+        """`model`: the content of config.json; `host_memory`: bytes of a machine, where `memory` is
+        a GPU's.
+
+        Raises: ValueError for a model whose layers are not known here.
+        """
+        self.config, self.model, self.device = config, model, device
+        self.memory, self.host_memory, self.cuda = memory, host_memory, device == "cuda"
+        self.data, self.trainer, models = config.data, config.trainer, config.actor_rollout_ref
+        self.actor, self.rollout, self.fsdp = models.actor, models.rollout, models.actor.fsdp_config
+        self.packed = models.model.use_remove_padding
+        self.checkpointing = models.model.enable_gradient_checkpointing
+        self.vllm, self.max_num_seqs = self.rollout.name == "vllm", self.rollout.max_num_seqs
+        self.ranks = self.trainer.n_gpus_per_node
+        self.engine_gpus = self.trainer.rollout_gpus_per_node
+        self.parallel = self.rollout.tensor_model_parallel_size if self.vllm else 1
+        self.engines = (self.engine_gpus or self.ranks) // self.parallel
+        self.reference = self.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+        self.offloads_reference = models.ref.fsdp_config.param_offload
+        self.longest = self.data.max_prompt_length + self.data.max_response_length
+        size = self.actor.ppo_micro_batch_size_per_gpu
+        self.by_budget = self.actor.use_dynamic_bsz or size is None
+        self.tokens = self.actor.ppo_max_token_len_per_gpu
+        if size is not None and not self.by_budget:
+            self.tokens = size * self.longest
+        precision = self.fsdp.mixed_precision
+        half = self.cuda and precision.param_dtype in (None, "bfloat16")
+        self.compute = 2 if half else 4  # bytes of a number
+        self.reduce = 4 if precision.reduce_dtype == "float32" else 2
+
+        self.root, self.layer = weight_shapes(model)
+        self.heads, self.layers = model["num_attention_heads"], model["num_hidden_layers"]
+        self.hidden, self.vocab = model["hidden_size"], model["vocab_size"]
+        (self.wide, _), (self.narrow, _), _, _, (self.inner, _), *_ = self.layer
+        head = self.wide // self.heads
+        kv_heads = max(1, self.narrow // head // self.parallel)  # of an engine's device
+        self.norms = model["model_type"] == "qwen3"  # of queries and keys
+        self.kv_token = 2 * self.layers * kv_heads * head * self.compute
+        self.parameters = self._count(1)
+        self.shard = self._count(self.trainer.nnodes * self.ranks)
+        """Parameters of a rank, padding included."""
+
+    def _count(self, ranks: int) -> int:
+        root = [(-(-rows // ranks), columns) for rows, columns in self.root]
+        layer = [(-(-rows // ranks), columns) for rows, columns in self.layer]
+        return numbers(root) + self.layers * numbers(layer)
+
+    def activations(self) -> float:
+        """Bytes that an update takes beside weights and optimizer, with gradients in flight."""
+        c, H, T = self.compute, self.hidden, self.tokens
+        root, layer = numbers(self.root), numbers(self.layer)
+        # A norm keeps its input and result in fp32 or as they are. SDPA's keys and values are
+        # repeated for each head, and its outputs copied; the packed kernel does neither.
+        normed = 2 * H + (self.wide + self.narrow if self.norms else 0)
+        kernel = self.cuda and self.packed and c == 2
+        attention = c * (2 * self.wide + 2 * self.narrow if kernel else 5 * self.wide)
+        one = T * ((4 + 2 * c) * normed + attention + 4 * c * self.inner)
+        kept = T * c * H * self.layers if self.checkpointing else one * self.layers
+        kept += T * (4 + 4 * c) * H  # final norm, and the hidden states that predict
+        # The backward pass is fullest in the head, in the first layer after it, or at its end.
+        head = self.vocab * H
+        of_logit = 10 if c == 2 else 8
+        in_head = min(LOGITS[self.device], T * self.vocab) * of_logit + (4 + c) * head
+        in_layer = 3 * c * T * self.inner + c * head + (c + self.reduce) * layer
+        in_layer += one if self.checkpointing else 0
+        return max(kept + max(in_head, in_layer), (c + self.reduce) * root)
+
+    def resting(self) -> Parts:
+        """Bytes that a rank keeps on its device while an engine works there."""
+        return {
+            "parameters": 0 if self.fsdp.param_offload else 4 * self.shard,
+            "optimizer": 0 if self.fsdp.optimizer_offload else 8 * self.shard,
+            "reference": 4 * self.shard if self.reference and not self.offloads_reference else 0,
+            "process": CONTEXT,
+        }
+
+    def updating(self) -> Parts:
+        """Bytes that a rank keeps on its device all through an update."""
+        parts = self.resting() | {"parameters": 4 * self.shard, "optimizer": 8 * self.shard}
+        return parts | {"gradients": 4 * self.shard}
+
+    def training(self) -> Parts:
+        """Peak bytes of a rank in the passes of an update."""
+        gathered = self.compute * (numbers(self.root) + 2 * numbers(self.layer))
+        return self.updating() | {"gathered": gathered, "activations": self.activations()}
+
+    def stepping(self) -> Parts:
+        """Peak bytes of a rank in an optimizer step. On a GPU, torch's AdamW goes through all
+        tensors together (`foreach`), and takes the root of all second moments at a time."""
+        return self.updating() | {"AdamW's work": 4 * self.shard if self.cuda else 0}
+
+    def generating(self) -> Parts:
+        """Bytes of an engine on each of its devices. vLLM's cache gets what its share leaves."""
+        weights = self.compute * self.parameters / self.parallel
+        if not (self.vllm or self.cuda):  # copies of reorder_linears, the head's first
+            layers = [rows * columns for rows, columns in self.layer if columns > 1] * self.layers
+            large = [n for n in (self.vocab * self.hidden, *layers) if n >= REORDERED_FROM]
+            weights += self.compute * sum(large)
+        rows = self.rollout.max_num_batched_tokens if self.vllm else self.max_num_seqs
+        work = 8.0 * self.max_num_seqs * self.vocab
+        work += rows * self.compute * (2 * self.hidden + 3 * self.inner / self.parallel)
+        cache = float(self.kv_token * self.longest * self.max_num_seqs)
+        if self.vllm:
+            share = self.rollout.gpu_memory_utilization * self.memory - weights - work
+            cache = share if self.cuda else min(cache, self.memory / 20)
+        return {"engine's weights": weights, "engine's work": work, "KV cache": cache}
+
+    def phases(self) -> dict[str, Parts]:
+        """Bytes on a device in each phase of a step; for the CPU, on a machine altogether."""
+        generating, training, step = self.generating(), self.training(), self.stepping()
+        asleep = {"engine's process": float(ASLEEP)}
+        if not self.cuda:  # nothing sleeps
+            ranks = {f"ranks' {k}": v * self.ranks for k, v in training.items()}
+            return {"machine": ranks | {k: v * self.engines for k, v in generating.items()}}
+        widest = max(CHUNK, 4 * self.vocab * self.hidden)  # a large tensor stands alone
+        weights = {"engine's weights": generating["engine's weights"]}
+        sync = self.resting() | {"parameters": 4 * self.shard, "chunk": 1.5 * widest}
+        if self.engine_gpus:
+            engine = {"generate, engine": generating | asleep}
+            return engine | {"train": training, "optimizer step": step, "new weights": sync}
+        if self.vllm and not self.rollout.free_cache_engine:
+            asleep |= generating
+        phases = {"generate": self.resting() | generating | asleep, "train": training | asleep}
+        phases |= {"optimizer step": step | asleep}
+        return phases | {"new weights": sync | asleep | weights}
+
+    def host(self) -> Parts:
+        """Bytes of the first node's memory, for devices other than the CPU, when it is fullest: at
+        the start, or from the first optimizer step on."""
+        shards = self.shard * self.ranks
+        loading = {"rank 0 loads the model": 4.0 * self.parameters}
+        if not self.vllm:
+            loading["engines load it"] = self.compute * self.parameters * self.engines
+        trained = {"offloaded optimizer": 8.0 * shards} if self.fsdp.optimizer_offload else {}
+        parts = {"processes": 2.0 * GIB * (self.ranks + self.engines)}
+        if self.fsdp.param_offload:
+            parts["offloaded parameters"] = 4 * shards
+        if self.reference and self.offloads_reference:
+            parts["offloaded reference"] = 4 * shards
+        return parts | max(loading, trained, key=lambda phase: sum(phase.values()))
+
+    def fits(self) -> bool:
+        """Whether each phase does, with a cache for one sequence at least, and the host's part."""
+        if self.generating()["KV cache"] < self.kv_token * self.longest:
+            return False
+        if self.cuda and sum(self.host().values()) > self.host_memory:
+            return False
+        return all(sum(parts.values()) <= self.memory for parts in self.phases().values())
+
+    def remedies(self) -> Iterator[dict[str, Any]]:
+        """Other settings that fit: those with the fewest changes first, then more machines."""
+        changes = [item for item in self._changes() if attrgetter(item[0])(self.config) != item[1]]
+        for factor, count in itertools.product((1, 2, 4), range(5)):
+            for chosen in itertools.combinations(changes, count):
+                keys = dict(chosen)
+                if len(keys) < count:  # two values of a key
+                    continue
+                if factor > 1:
+                    keys = {"trainer.nnodes": factor * self.trainer.nnodes} | keys
+                config = reduce(lambda c, item: changed(c, *item), keys.items(), self.config)
+                if Plan(config, self.model, self.device, self.memory, self.host_memory).fits():
+                    yield keys
+
+    def _changes(self) -> list[tuple[str, Any]]:
+        """Keys and values that take less memory, the cheapest first."""
+        actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+        gpus = self.engine_gpus or self.ranks
+        on = [f"{actor}.fsdp_config.optimizer_offload", f"{actor}.fsdp_config.param_offload"]
+        if self.reference:
+            on.append("actor_rollout_ref.ref.fsdp_config.param_offload")
+        on.append("actor_rollout_ref.model.enable_gradient_checkpointing")
+        on.append(f"{rollout}.free_cache_engine")
+        changes: list[tuple[str, Any]] = [(key, True) for key in on]
+        if self.by_budget:
+            changes.append((f"{actor}.ppo_max_token_len_per_gpu", self.longest))
+        else:
+            sizes = [size for size in (2, 1) if size * self.longest < self.tokens]
+            changes += [(f"{actor}.ppo_micro_batch_size_per_gpu", size) for size in sizes]
+        if self.vllm:
+            shares = (0.8, 0.7, 0.6, 0.5, 0.4)
+            changes += [(f"{rollout}.gpu_memory_utilization", share) for share in shares]
+            splits = [p for p in (2, 4, 8) if gpus % p == self.heads % p == 0]
+            changes += [(f"{rollout}.tensor_model_parallel_size", p) for p in splits]
+        return changes
+
+    def __str__(self) -> str:
+        """A table with a verdict."""
+        groups = self.phases()
+        if self.cuda:
+            groups["host, machine"] = self.host()
+        lines = [f"  {'GiB':16}  total"]
+        for name, parts in groups.items():
+            text = ", ".join(f"{k} {v / GIB:.1f}" for k, v in parts.items() if round(v / GIB, 1))
+            lines.append(f"  {name:16}{sum(parts.values()) / GIB:7.1f}  {text}")
+        cached = self.generating()["KV cache"] / (self.kv_token * self.longest)
+        lines.append(
+            f"  {self.trainer.nnodes * self.ranks} rank(s), micro-batches of {self.tokens} tokens; "
+            f"a KV cache holds {max(0, cached):.0f} responses of full length"
+        )
+        return "\n".join([*lines, f"  {self.verdict()}"])
+
+    def verdict(self) -> str:
+        """Whether it fits; if not, the smallest change with which it would."""
+        if self.fits():
+            return "it fits"
+        keys = next(self.remedies(), None)
+        if keys is None:
+            return "it does not fit: take more devices, or a smaller model"
+        return f"it does not fit; it would with {' '.join(f'{k}={v}' for k, v in keys.items())}"
+
+
+def read_model(path: str) -> dict[str, Any] | None:
+    """config.json of a folder or of a model in the hub's local cache; None if there is none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    file: Any = Path(path).expanduser() / "config.json"
+    if not file.is_file():
+        try:
+            file = try_to_load_from_cache(path, "config.json")
+        except HFValidationError:  # no name of the hub
+            return None
+    return json.loads(Path(file).read_text()) if isinstance(file, str | Path) else None
+
+
+def gpu_memory() -> float | None:
+    """Bytes of this machine's first GPU, if there is one."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=2).stdout
+        return float(found.split()[0]) * 2**20
+    except (subprocess.TimeoutExpired, ValueError, IndexError):
+        return None
+
+
+def estimate(config: Config) -> str:
+    """What DRY_RUN=1 says about memory; takes neither torch nor the network."""
+    model = read_model(path := config.actor_rollout_ref.model.path)
+    if model is None:
+        line = f"memory estimate: it needs config.json of {path}, which is not on this machine"
+        on_hub = path.count("/") == 1 and path[0] not in "/.~"
+        return f"{line}: hf download {path} config.json" if on_hub else line
+    model |= config.actor_rollout_ref.model.override_config
+    device = config.trainer.device or "cuda"
+    host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if device == "cpu":
+        memory, origin = host, "this machine's"
+    elif found := gpu_memory():
+        memory, origin = found, f"this machine's GPU; its host has {host / GIB:.0f}"
+    else:  # nor is the host known that will have one
+        memory, host = 79.0 * GIB, math.inf
+        origin = "no GPU is visible: 80 GB are assumed"
+    try:
+        plan = Plan(config, model, device, memory, host)
+    except ValueError as error:
+        return f"memory estimate: {error}"
+    size = f"{plan.parameters / 1e9:.3g} billion parameters, {memory / GIB:.0f} GiB ({origin})"
+    return f"memory estimate: {size}\n{plan}"
+
+
+def main() -> None:
+    """Prints the estimate; exits with 2 for what is no configuration of `main_ppo`."""
+    parser = argparse.ArgumentParser(prog="python -m verl.tools.memory_plan", description=__doc__)
+    parser.add_argument("file", nargs="?", help="resolved configuration [standard input]")
+    file = parser.parse_args().file
+    try:
+        given = OmegaConf.create(Path(file).read_text() if file else sys.stdin.read())
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
+    except (OSError, OmegaConfBaseException) as error:
+        parser.error(f"{file or 'standard input'}: {error}")
+    print(estimate(config))
+
+
+if __name__ == "__main__":
+    main()

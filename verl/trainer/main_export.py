@@ -1,0 +1,80 @@
+"""A checkpoint → a folder in Hugging Face format: `python -m verl.trainer.main_export CHECKPOINT`.
+
+Needs no GPU, and memory for at least two copies of the parameters in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from verl.config.schema import Config
+from verl.models.fsdp import save_hf_model
+from verl.models.hf import load_tokenizer
+from verl.models.policy import Policy
+from verl.trainer.ppo.checkpoint import LATEST, damage, read_state
+
+
+def export(checkpoint: Path, folder: Path) -> None:
+    """Writes the policy of `checkpoint` (`…/global_step_N`), with its tokenizer, to `folder`.
+
+    Raises: ValueError or OSError if the checkpoint isn't whole, the model that it was trained from
+    is gone, or `folder` can't be written.
+    """
+    if problem := damage(checkpoint):
+        raise ValueError(f"{checkpoint} is no whole checkpoint: {problem}")
+    # Keys that the checkpoint doesn't have yet get their defaults.
+    saved = read_state(checkpoint)["config"]
+    try:
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{checkpoint} was written by another version: {error}") from None
+    model = config.actor_rollout_ref
+    tokenizer = load_tokenizer(model.model, config.data.tokenizer)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        policy = Policy(model.model, model.actor.fsdp_config, torch.device("cpu"))
+        policy.load_parameters(str(checkpoint / "actor"))
+        save_hf_model(policy.model, model.model, str(folder), tokenizer)
+    finally:
+        dist.destroy_process_group()
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path`, if it is a checkpoint; of a run's folder the latest one. Raises: ValueError."""
+    if path.name.startswith("global_step_"):
+        return path
+    if not (path / LATEST).is_file():
+        remedy = "name a run's folder (trainer.default_local_dir) or one of its global_step_N"
+        raise ValueError(f"{path} holds no checkpoint: {remedy}")
+    return path / f"global_step_{(path / LATEST).read_text().strip()}"
+
+
+def main() -> None:
+    """Parses the command line. What can't be exported ends the process with one line, status 2."""
+    about = (__doc__ or "").partition("\n\n")[2]
+    parser = argparse.ArgumentParser(prog="python -m verl.trainer.main_export", description=about)
+    about = "a folder global_step_N, or a run's: its latest one"
+    parser.add_argument("checkpoint", type=Path, help=about)
+    about = "folder to write [huggingface, in the run's folder]"
+    parser.add_argument("-o", "--output", type=Path, help=about)
+    args = parser.parse_args()
+    try:
+        checkpoint = find_checkpoint(args.checkpoint.expanduser().absolute())
+        folder = args.output or checkpoint.parent / "huggingface"
+        export(checkpoint, folder)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"the model of {checkpoint.name} is in {folder}")
+
+
+if __name__ == "__main__":
+    main()

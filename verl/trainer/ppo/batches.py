@@ -1,0 +1,357 @@
+"""Prompts → the train batch of each step: generation, rewards, DAPO's filters, prefetch.
+
+With `trainer.async_rollout` a thread generates the batch of step k + 1 while step k trains, so with
+the weights from before that step; `next` waits for it, gives the now idle engines the new weights,
+and starts it again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from verl.config.schema import Config
+from verl.data.dataset import PromptOrder, load_prompts, locate
+from verl.protocol import Prompt, Sample
+from verl.rewards import RewardError
+from verl.rewards.scorer import RewardManager
+from verl.rollout.engine import SamplingParams
+from verl.utils.timer import Timer
+
+logger = logging.getLogger(__name__)
+
+Generate = Callable[[list[Prompt], list[int], SamplingParams], Generator[list[Sample], None, None]]
+"""(prompts, their group numbers, how to sample) → finished responses, as they come."""
+
+BATCH_ERRORS = (RewardError, ValueError)
+"""What `Batches` raises for prompts or responses that can't be used."""
+
+METRICS: dict[str, Callable[[Sample], float]] = {
+    "acc": lambda sample: sample.extras["acc"],
+    "score": lambda sample: sample.score,
+    "seq_reward": lambda sample: sample.reward,
+    "seq_final_reward": lambda sample: sample.reward,
+}
+"""What `algorithm.filter_groups.metric` compares. Both rewards hold the overlong punishment; with a
+KL term, where they would differ, the configuration refuses `seq_final_reward`."""
+
+
+class TrainBatch(NamedTuple):
+    """The responses of one training step, group by group, and what the filter did."""
+
+    samples: list[Sample]
+    metrics: dict[str, float]
+
+
+@dataclass(slots=True)
+class BatchesState:
+    """What a resumed run needs."""
+
+    order: dict[str, Any]
+    """Position in the training prompts (`PromptOrder.state_dict`)."""
+    carried: list[list[Sample]] = field(default_factory=list)
+    """Groups that the last step kept but did not need."""
+    prefetched: TrainBatch | None = None
+    """The next step's batch, if it has been generated."""
+
+
+class Batches:
+    """Makes the batch of each training step, and the responses of a validation, once
+    `connect_rewards` and `connect_engines` have been called."""
+
+    def __init__(self, config: Config, prompts: list[Prompt], rewards: RewardManager) -> None:
+        """Raises: ValueError if there are fewer prompts than a batch needs."""
+        self.config, self.prompts, self.rewards = config, prompts, rewards
+        self.val_prompts: list[Prompt] = []
+        data, trainer = config.data, config.trainer
+        key, size = "data.train_batch_size", data.train_batch_size
+        if config.algorithm.filter_groups.enable:
+            key, size = "data.gen_batch_size", data.gen_batch_size
+        self.order = PromptOrder(len(prompts), size, data.seed, data.shuffle, key)
+        epochs = trainer.total_epochs * self.order.steps_per_epoch
+        self.total_steps = trainer.total_training_steps or epochs
+        self.carried: list[list[Sample]] = []
+        self.prefetched: Future[TrainBatch] | None = None
+        self.thread = ThreadPoolExecutor(1)
+
+    @classmethod
+    def from_config(cls, config: Config, tokenizer: Any) -> Batches:
+        """With the prompts and the reward function that the configuration names; starts nothing.
+        Raises: ValueError or FileNotFoundError for data or keys that can't be used."""
+        data, trainer = config.data, config.trainer
+        rewards = RewardManager(
+            config.reward_model, config.custom_reward_function, tokenizer, data.max_response_length
+        )
+        batches = cls(config, load_prompts(data.train_files, data, tokenizer), rewards)
+        if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
+            batches.val_prompts = load_prompts(data.val_files, data, tokenizer)
+        return batches
+
+    def connect_engines(self, generate: Generate, update_engines: Callable[[], None]) -> None:
+        """`generate` yields samples as engines finish them, and stops them when it is closed;
+        `update_engines` gives the idle engines the policy's weights."""
+        self.generate, self.update_engines = generate, update_engines
+
+    def connect_rewards(self, folder: Path) -> None:
+        """Makes sure that responses can be scored. A LaTeX server that is started for that keeps
+        its log in `folder`. Raises: ValueError or RewardServerError if they can't."""
+        data, validated = self.config.data, set(map(id, self.val_prompts))
+
+        def where(prompt: Prompt) -> str:
+            files = data.val_files if id(prompt) in validated else data.train_files
+            return locate(files, prompt.index)
+
+        self.rewards.connect([*self.prompts, *self.val_prompts], folder, where)
+
+    def next(self, step: int, timer: Timer) -> TrainBatch:
+        """The samples of training step `step`, with scores and rewards. Raises: RewardError;
+        ValueError if the filter leaves less than one mini-batch. Both leave all as it was."""
+        if not self.config.trainer.async_rollout:
+            if self.prefetched is None:
+                return self._collect(step, timer)
+            batch, self.prefetched = self.prefetched.result(), None  # of a checkpoint
+            return batch
+        waiting = self.prefetched or self.thread.submit(self._collect, step, Timer())
+        with timer("gen"):
+            batch = waiting.result()
+        if self.prefetched:
+            with timer("update_weights"):
+                self.update_engines()
+        self.prefetched = None
+        if step < self.total_steps:
+            self.prefetched = self.thread.submit(self._collect, step + 1, Timer())
+        return batch
+
+    def policy_updated(self) -> None:
+        """The engines get the policy's new weights, unless they are busy with the next batch."""
+        if not self.config.trainer.async_rollout:
+            self.update_engines()
+
+    def validation(self, step: int) -> list[Sample]:
+        """Responses of the current policy to the validation prompts, scored."""
+        if self.prefetched is not None:
+            self.prefetched.exception()  # waits until the engines are idle
+        if self.config.trainer.async_rollout:
+            self.update_engines()
+        numbers = list(range(len(self.val_prompts)))
+        size = self.config.data.val_batch_size or len(numbers)
+        params = validation_sampling(self.config, step)
+        samples: list[Sample] = []
+        for start in range(0, len(numbers), size):
+            part = slice(start, start + size)
+            generated = self.generate(self.val_prompts[part], numbers[part], params)
+            scored = score_while_generating(generated, self.rewards, Timer())
+            samples += [sample for _, scores in scored for sample in scores.result()]
+        return sorted(samples, key=lambda s: (s.group, s.response_index))
+
+    def state(self) -> BatchesState:
+        """What a resumed run needs; waits for the batch that is being prefetched."""
+        batch = None
+        if self.prefetched and not self.prefetched.exception():
+            batch = self.prefetched.result()
+        return BatchesState(self.order.state_dict(), self.carried, batch)
+
+    def load(self, state: BatchesState) -> None:
+        """Goes on from `state`. Raises: ValueError if it belongs to another order of prompts."""
+        self.order.load_state_dict(state.order)
+        self.carried = state.carried
+        if state.prefetched is not None:
+            self.prefetched = Future()
+            self.prefetched.set_result(state.prefetched)
+
+    def close(self) -> None:
+        """Ends what scores; waits for a generation that somebody has cancelled."""
+        self.thread.shutdown(cancel_futures=True)
+        self.rewards.close()
+
+    def _collect(self, step: int, timer: Timer) -> TrainBatch:
+        """Generates and scores the batch of `step`. An error leaves everything as it was."""
+        before = self.order.state_dict()
+        try:
+            if self.config.algorithm.filter_groups.enable:
+                return self._filtered(step, timer)
+            groups = list(self._round(step, 0, timer))
+        except BaseException:
+            self.order.load_state_dict(before)
+            raise
+        return TrainBatch([s for group in groups for s in group], {"train/num_gen_batches": 1.0})
+
+    def _filtered(self, step: int, timer: Timer) -> TrainBatch:
+        """Rounds of generation until enough groups have spread, those carried over first."""
+        rule, needed = self.config.algorithm.filter_groups, self.config.data.train_batch_size
+        kept, carried = list(self.carried), len(self.carried)
+        most = needed * 2 if rule.carry_over else needed  # what this step and the next can use
+        outcomes, rounds, surplus = Outcomes(str(rule.metric), len(self.prompts)), 0, 0
+        while len(kept) < needed and not (rounds and rounds == rule.max_num_gen_batches):
+            bar = tqdm(
+                total=needed, initial=len(kept), desc="prompts kept", leave=False, disable=None
+            )
+            with closing(self._round(step, rounds, timer)) as groups, bar:
+                for group in groups:
+                    if outcomes.add(group):
+                        kept.append(group)
+                        surplus = max(len(kept) - needed, 0)
+                        bar.update(len(kept) - surplus - bar.n)
+                        bar.set_postfix(surplus=surplus)
+                        if len(kept) == most:
+                            break
+            rounds += 1
+            text = "prompts kept: %d of %d, surplus: %d"
+            logger.info(text, len(kept) - surplus, needed, surplus)
+        usable = self._usable(len(kept), carried, rounds, outcomes)
+        fresh = [group for group in kept[usable:] if group[0].policy_version >= step - 1]
+        self.carried = fresh if rule.carry_over else []
+        for number, group in enumerate(kept[:usable]):
+            for sample in group:
+                sample.group = number
+        metrics = {
+            "train/num_gen_batches": float(rounds),
+            "train/num_prompts": float(usable),
+            "train/carried_prompts": float(min(carried, usable)),
+        }
+        metrics |= outcomes.metrics(len(kept) - carried)
+        return TrainBatch([sample for group in kept[:usable] for sample in group], metrics)
+
+    def _usable(self, kept: int, carried: int, rounds: int, outcomes: Outcomes) -> int:
+        """How many of the kept groups this step trains on: whole mini-batches."""
+        needed = self.config.data.train_batch_size
+        mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
+        usable = min(kept // mini * mini, needed)
+        if not usable:
+            raise ValueError(
+                f"algorithm.filter_groups kept {kept - carried} of {outcomes.total} prompts in "
+                f"{rounds} rounds, less than one mini-batch of {mini}: all responses to the others "
+                f"had the same {outcomes.metric} ({outcomes}). Take easier or harder prompts, a "
+                "larger actor_rollout_ref.rollout.n or max_num_gen_batches"
+            )
+        if usable < needed:
+            text = "training on %d of %d prompts: algorithm.filter_groups.max_num_gen_batches=%d"
+            logger.warning(text, usable, needed, rounds)
+        return usable
+
+    def _round(self, step: int, round_: int, timer: Timer) -> Generator[list[Sample], None, None]:
+        """Every response to the next prompts, scored: the groups in the order of the prompts, as
+        soon as they are complete. Closing it stops the engines. A reward's error is raised at its
+        group's turn: when responses are finished doesn't decide whether a run fails."""
+        prompts = [self.prompts[i] for i in self.order.next_batch()]
+        numbers = [round_ * len(prompts) + i for i in range(len(prompts))]
+        generated = self.generate(prompts, numbers, train_sampling(self.config, step))
+        waiting: dict[int, list[tuple[Sample, Future[Any]]]] = {number: [] for number in numbers}
+        n = self.config.actor_rollout_ref.rollout.n
+        with closing(score_while_generating(generated, self.rewards, timer)) as scored:
+            for samples, scores in scored:
+                waiting[samples[0].group] += [(sample, scores) for sample in samples]
+                while waiting and len(waiting[first := next(iter(waiting))]) == n:
+                    group = sorted(waiting.pop(first), key=lambda pair: pair[0].response_index)
+                    for _, scores in group:
+                        scores.result()
+                    yield [sample for sample, _ in group]
+        assert not waiting, "an engine left responses out"
+
+
+class Outcomes:
+    """Counts new groups; warns of as many without spread in a row as there are prompts."""
+
+    def __init__(self, metric: str, num_prompts: int) -> None:
+        self.metric, self.num_prompts = metric, num_prompts
+        self.total = self.right = self.wrong = self.without_spread = 0
+
+    def add(self, group: list[Sample]) -> bool:
+        """Counts one group; whether its responses differ in `metric`."""
+        accuracies = {sample.extras["acc"] for sample in group}
+        self.total += 1
+        self.right += accuracies == {1}
+        self.wrong += accuracies == {0}
+        if has_spread(group, self.metric):
+            self.without_spread = 0
+            return True
+        self.without_spread += 1
+        if self.without_spread % self.num_prompts == 0:
+            text = "algorithm.filter_groups kept none of %d prompts, as many as there are: %s"
+            logger.warning(text, self.num_prompts, str(self))
+        return False
+
+    def metrics(self, kept: int) -> dict[str, float]:
+        """Shares of the groups that were kept, all right and all wrong."""
+        shares = {"kept_prompts": kept, "all_right": self.right, "all_wrong": self.wrong}
+        return {f"train/{k}_ratio": v / self.total for k, v in shares.items() if self.total}
+
+    def __str__(self) -> str:
+        right, wrong = self.right / self.total, self.wrong / self.total
+        return f"{right:.0%} of the prompts all right, {wrong:.0%} all wrong"
+
+
+def score_while_generating(
+    generated: Generator[list[Sample], None, None], rewards: RewardManager, timer: Timer
+) -> Generator[tuple[list[Sample], Future[Any]], None, None]:
+    """The generated samples as they come, a prompt's at a time, with a future that is done: its
+    `result()` raises the error if they have no scores. Closing it closes `generated`, and cancels
+    what is still being scored."""
+    scoring: deque[tuple[list[Sample], Future[Any]]] = deque()
+    try:
+        with closing(generated):
+            while True:
+                with timer("gen"):
+                    finished = next(generated, None)
+                if finished is None:
+                    break
+                scoring += [(group, rewards.submit(group)) for group in split_groups(finished)]
+                while scoring and scoring[0][1].done():
+                    yield scoring.popleft()
+        while scoring:
+            with timer("reward"):
+                wait([scoring[0][1]])
+            yield scoring.popleft()
+    finally:
+        for _, scores in scoring:
+            scores.cancel()
+
+
+def split_groups(samples: list[Sample]) -> list[list[Sample]]:
+    """Samples sorted by group → one list per group."""
+    return [list(group) for _, group in groupby(samples, key=lambda sample: sample.group)]
+
+
+def has_spread(group: list[Sample], metric: str) -> bool:
+    """Whether the responses of a prompt differ in `metric`: without, every advantage is 0."""
+    values = [METRICS[metric](sample) for sample in group]
+    return min(values) != max(values)
+
+
+def mini_batches(config: Config, samples: list[Sample], step: int) -> Iterator[list[Sample]]:
+    """The samples of each optimizer step: `ppo_mini_batch_size` prompts with all their responses,
+    over `ppo_epochs` epochs, in order or (`actor.shuffle`) at random."""
+    actor = config.actor_rollout_ref.actor
+    groups = split_groups(samples)
+    for epoch in range(actor.ppo_epochs):
+        order = np.arange(len(groups))
+        if actor.shuffle:
+            np.random.default_rng([config.data.seed, step, epoch]).shuffle(order)
+        for start in range(0, len(groups), actor.ppo_mini_batch_size):
+            chosen = order[start : start + actor.ppo_mini_batch_size]
+            yield [sample for i in chosen for sample in groups[i]]
+
+
+def train_sampling(config: Config, step: int) -> SamplingParams:
+    """How training responses of `step` are sampled."""
+    r, longest = config.actor_rollout_ref.rollout, config.data.max_response_length
+    seed = (r.seed, 0, step)
+    return SamplingParams(r.n, longest, r.temperature, r.top_p, r.top_k, r.ignore_eos, seed)
+
+
+def validation_sampling(config: Config, step: int) -> SamplingParams:
+    """How validation responses after `step` are sampled."""
+    val, longest = config.actor_rollout_ref.rollout.val_kwargs, config.data.max_response_length
+    seed = (config.actor_rollout_ref.rollout.seed, 1, step)
+    temperature = val.temperature if val.do_sample else 0.0
+    return SamplingParams(val.n, longest, temperature, val.top_p, val.top_k, seed=seed)

@@ -1,0 +1,72 @@
+"""What watches a run: optimizer steps that were skipped, engines that disagree with the actor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from verl.config.schema import Config
+from verl.protocol import OptimizerStep
+from verl.utils.device import default_dtype, get_device
+from verl.utils.samples import dump_samples
+
+logger = logging.getLogger(__name__)
+
+LOGPROB_DIFF = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.05}
+"""Largest mean difference of engine and actor that needs no explanation, in nats a token, by the
+type they compute in. Rounding alone makes about 1e-6 in float32, 1e-2 in bfloat16."""
+
+
+def count_skipped(
+    by_rank: list[list[dict[str, float]]],
+    in_a_row: int,
+    limit: int,
+    steps: Sequence[OptimizerStep],
+    dump: Path,
+) -> int:
+    """How many optimizer steps up to now were skipped in a row, as their loss or gradient was not
+    finite, from the count before and what each rank says about each step, [ranks][steps].
+
+    Raises: FloatingPointError after `limit` in a row; `steps` are then written to `dump`.
+    """
+    flags = [max(rank["skipped"] for rank in ranks) for ranks in zip(*by_rank, strict=True)]
+    for skipped in flags:
+        in_a_row = in_a_row + 1 if skipped else 0
+        if in_a_row >= limit:
+            outcome = f"is in {dump}"
+            try:
+                dump_samples(dump, steps)
+            except Exception as error:  # which must not hide what is worse
+                outcome = f"could not be written to {dump} ({type(error).__name__}: {error})"
+            raise FloatingPointError(
+                f"the loss or the gradient of {in_a_row} optimizer steps in a row was not finite "
+                f"(trainer.max_skipped_steps={limit}), so none was made. The batch {outcome}. Look "
+                "there for log-probabilities and advantages that are not finite; else lower the "
+                "optimizer's lr or raise its warm-up, and resume from a checkpoint before the "
+                "trouble with trainer.resume_mode=resume_path"
+            )
+    if count := int(sum(flags)):
+        text = "%d of %d optimizer steps skipped: their loss or gradient was not finite"
+        logger.warning(text, count, len(flags))
+    return in_a_row
+
+
+def warn_of_disagreement(config: Config, metrics: Mapping[str, Any]) -> None:
+    """Warns if `rollout/logprob_diff_mean` is more than the types of the numbers explain."""
+    rollout, found = config.actor_rollout_ref.rollout, metrics.get("rollout/logprob_diff_mean")
+    if found is None or rollout.top_p < 1 or rollout.top_k > 0:  # which the actor knows nothing of
+        return
+    usual = default_dtype(get_device(config.trainer.device))
+    precision = config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype
+    types = {rollout.dtype or usual, precision or usual}
+    limit = max(LOGPROB_DIFF[name] for name in types)
+    if not found <= limit:
+        text = (
+            "the engines' log-probabilities differ from the actor's by %.3g nats a token "
+            "(rollout/logprob_diff_mean; up to %g is ordinary in %s). The responses are not quite "
+            "the policy's: check with actor_rollout_ref.rollout.verify_weights=True, or correct "
+            "for it with algorithm.rollout_correction.rollout_is=token"
+        )
+        logger.warning(text, found, limit, " and ".join(sorted(types)))

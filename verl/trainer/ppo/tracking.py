@@ -1,0 +1,339 @@
+"""Where the metrics of a run go: metrics.jsonl, console, Weights & Biases, TensorBoard."""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import math
+import os
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from verl.protocol import OptimizerStep, Sample
+from verl.trainer.ppo.metrics import VAL_CORE, validation_scores
+from verl.utils.samples import some_generations, write_responses
+
+logger = logging.getLogger(__name__)
+
+CONSOLE_COLUMNS = (  # label, key, format
+    ("reward", "critic/rewards/mean", "6.3f"),
+    ("acc", "reward/acc", "5.3f"),
+    ("length", "response_length/mean", "7.1f"),
+    ("loss", "train/loss", "7.4f"),
+    ("entropy", "actor/entropy", "6.3f"),
+    ("grad norm", "actor/grad_norm", "7.3f"),
+    ("tokens/s", "perf/throughput", "6.0f"),
+    ("seconds", "perf/time_per_step", "6.1f"),
+)
+RUN_ID = "wandb_run_id"
+"""File in a run's folder."""
+GENERATIONS = "val/generations"
+
+Metrics = Mapping[str, Any]
+Generations = Sequence[tuple[str, str, float]]
+"""(prompt, response, score) of some samples of a validation, for people to read."""
+
+
+class Tracking:
+    """Writes the metrics of each training step to metrics.jsonl and to every logger of
+    `trainer.logger`. By `run_dir/wandb_run_id` a resumed run continues the same one in wandb."""
+
+    def __init__(
+        self, config: Any, run_dir: Path, total_steps: int, step: int = 0, tokenizer: Any = None
+    ) -> None:
+        """`config`: a `Config` or `SFTConfig`. `step`: that of the checkpoint that the run resumes
+        from; 0: a new run, which starts its metrics anew."""
+        self.trainer, self.tokenizer = config.trainer, tokenizer
+        run_dir.mkdir(parents=True, exist_ok=True)
+        id_file, settings = run_dir / RUN_ID, asdict(config)
+        if not (step and id_file.exists()):
+            id_file.write_text(uuid.uuid4().hex[:8])
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(settings))
+        self.file = MetricsFile(run_dir / "metrics.jsonl", step)
+        names = self.trainer.logger
+        names = [names] if isinstance(names, str) else names
+        self.loggers: list[Logger] = []
+        if "console" in names:
+            self.loggers.append(Console(total_steps, step))
+        if "wandb" in names:
+            self.loggers.append(Wandb(settings, run_dir, id_file.read_text().strip()))
+        if "tensorboard" in names:
+            folder = os.environ.get("TENSORBOARD_DIR") or run_dir / "tensorboard"
+            self.loggers.append(TensorBoard(folder, step))
+
+    def log_validation(self, metrics: Metrics, step: int, generations: Generations = ()) -> None:
+        """Records what a validation after `step` found, before `log` completes the step."""
+        self.log(metrics, step, complete=False)
+        if generations:
+            self._tell(lambda logger: logger.log_generations(generations, step))
+
+    def log(self, metrics: Metrics, step: int, complete: bool = True) -> None:
+        """Records numbers of `step`; a line is printed when it is complete."""
+        floats = {name: float(value) for name, value in metrics.items()}
+        finite = {name: x if math.isfinite(x) else None for name, x in floats.items()}
+        whole_step = self.file.write({"step": step} | finite)
+        self._tell(lambda logger: logger.log(floats, step, whole_step if complete else None))
+
+    def _tell(self, what: Callable[[Logger], None]) -> None:
+        """A logger that can't write is left out from then on: in an event file that a full disk has
+        cut off, nothing that comes later would be seen."""
+        for each in list(self.loggers):
+            try:
+                what(each)
+            except OSError as error:
+                self.loggers.remove(each)
+                text = "%s: %s; %s gets no more of this run until it is resumed "
+                text += "(metrics.jsonl has everything)"
+                logger.error(text, each.target, error, type(each).__name__)
+
+    def dump(self, samples: list[Sample], step: int, optimizer_steps: list[OptimizerStep]) -> None:
+        """Writes the responses of a training step to `trainer.rollout_data_dir`."""
+        folder = self.trainer.rollout_data_dir
+        write_responses(folder, step, samples, self.tokenizer, optimizer_steps)
+
+    def dump_validation(self, samples: list[Sample], step: int) -> Generations:
+        """Writes the responses of a validation to `trainer.validation_data_dir`, if there is one;
+        some of them for `log_validation`."""
+        if folder := self.trainer.validation_data_dir:
+            write_responses(folder, step, samples, self.tokenizer)
+        return some_generations(samples, self.trainer.log_val_generations, self.tokenizer)
+
+    def __enter__(self) -> Tracking:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Closes the loggers; wandb shows a run that ends with an error as failed."""
+        self._tell(lambda logger: logger.close(failed=kind is not None))
+        self.file.close()
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a step, with the key `step`; NaN and infinity are null.
+
+    A resumed run drops the lines after its step: each step stands once. A full disk stops nothing:
+    lines that can't be written are written later.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Opens it with the lines up to `step`. Raises: OSError if it can't be written."""
+        before = read_metrics(path) if step and path.exists() else []
+        self.pending = [record for record in before if record["step"] <= step]
+        """Records that are to be written, and the last one, which may grow."""
+        # Written aside and renamed while open: a run killed right here loses nothing.
+        aside = path.with_suffix(".jsonl.tmp")
+        self.path, self.file, self.start = path, aside.open("wb", buffering=0), 0
+        if not self.flush():
+            raise OSError(f"{aside} can't be written: make room on the disk")
+        aside.replace(path)
+
+    def write(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Appends a line, or extends the last one of the same step; all that it holds then."""
+        if self.pending and self.pending[-1]["step"] == record["step"]:
+            record = self.pending.pop() | record
+        assert all(r["step"] < record["step"] for r in self.pending), "steps must increase"
+        self.pending.append(record)
+        self.flush()
+        return record
+
+    def flush(self) -> bool:
+        """Writes the lines that wait; whether the disk has them all."""
+        lines = [(json.dumps(record) + "\n").encode() for record in self.pending]
+        left = memoryview(b"".join(lines))
+        try:
+            self.file.seek(self.start)
+            while left:
+                left = left[self.file.write(left) :]
+            self.file.truncate()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            logger.error("%s: %s; its last lines are written later", self.path, error)
+            return False
+        self.start += sum(map(len, lines[:-1]))
+        self.pending = self.pending[-1:]
+        return True
+
+    def close(self) -> None:
+        """Writes what waits, as far as there is room for it."""
+        self.flush()
+        self.file.close()
+
+
+class Logger:
+    """Shows metrics to people. `target`: where it writes, for messages."""
+
+    target: str | Path
+
+    def log(self, metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
+        """New numbers of `step`. `whole_step`: all of the step's, once it is complete."""
+
+    def log_generations(self, generations: Generations, step: int) -> None:
+        """Responses of a validation."""
+
+    def close(self, failed: bool) -> None:
+        """The run has ended, with an error or without."""
+
+
+class Console(Logger):
+    """Lines and tables on standard output; in a terminal a progress bar on standard error."""
+
+    target = "standard output"
+
+    def __init__(self, total_steps: int, step: int) -> None:
+        self.total_steps = total_steps
+        self.bar = tqdm(  # disable=None: no bar without a terminal
+            total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=None
+        )
+
+    def log(self, metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
+        """Prints a line, or a validation's table."""
+        text = f"validation at step {step}\n{validation_table(metrics)}"
+        if whole_step is not None:
+            text = step_line(whole_step, step, self.total_steps)
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        if whole_step is not None:
+            self.bar.update(step - self.bar.n)
+
+    def close(self, failed: bool) -> None:
+        """Takes the bar away."""
+        self.bar.close()
+
+
+class Wandb(Logger):
+    """Weights & Biases; offline without credentials."""
+
+    target = "Weights & Biases"
+
+    def __init__(self, settings: dict[str, Any], run_dir: Path, run_id: str) -> None:
+        import wandb
+
+        mode: Any = os.environ.get("WANDB_MODE")
+        # Asked of wandb itself: where it keeps keys, and for which host, changes with its version.
+        if not mode and not wandb.login(prompt=False, verify=False):
+            mode = "offline"
+            text = "wandb: no WANDB_API_KEY and no `wandb login`, so this run is kept offline; "
+            print(text + "upload it later with `wandb sync`", file=sys.stderr)
+        self.table: Any = None
+        self.run = wandb.init(
+            project=settings["trainer"]["project_name"],
+            name=settings["trainer"]["experiment_name"],
+            config=settings,
+            dir=str(run_dir),
+            id=run_id,
+            resume="allow",
+            mode=mode,
+        )
+
+    def log(self, metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
+        """Hands the numbers on."""
+        self.run.log(dict(metrics), step=step, commit=whole_step is not None)
+
+    def log_generations(self, generations: Generations, step: int) -> None:
+        """Adds a row, laid out as verl does: step, input_1, output_1, score_1, input_2, …"""
+        import wandb
+
+        if self.table is None:  # only new rows are uploaded, in the mode INCREMENTAL
+            names = ("input", "output", "score")
+            columns = [f"{name}_{i}" for i in range(1, len(generations) + 1) for name in names]
+            self.table = wandb.Table(columns=["step", *columns], log_mode="INCREMENTAL")
+        self.table.add_data(step, *(value for sample in generations for value in sample))
+        self.run.log({GENERATIONS: self.table}, step=step, commit=False)
+
+    def close(self, failed: bool) -> None:
+        """A run that ends with an error is shown as failed."""
+        self.run.finish(exit_code=1 if failed else 0)
+
+
+class TensorBoard(Logger):
+    """Event files, which hide those of earlier runs from the first step on that this one logs."""
+
+    def __init__(self, folder: str | Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.target = folder
+        self.writer: Any = SummaryWriter(folder, purge_step=step + 1 if step else 0)
+
+    def log(self, metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
+        """Writes one event a number."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def log_generations(self, generations: Generations, step: int) -> None:
+        """Writes them as Markdown."""
+        self.writer.add_text(GENERATIONS, generations_markdown(generations), step)
+
+    def close(self, failed: bool) -> None:
+        """Closes the file."""
+        self.writer.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, one per step; without a half-written last line. Raises:
+    ValueError if another line isn't JSON."""
+    lines, records = Path(path).read_text().splitlines(), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+    return records
+
+
+def step_line(metrics: Metrics, step: int, total_steps: int) -> str:
+    """One line for the console: the `CONSOLE_COLUMNS` that there are, and the mean validation
+    accuracy."""
+    parts = [f"step {step:{len(str(total_steps))}d}/{total_steps}"]
+    for label, key, form in CONSOLE_COLUMNS:
+        if key in metrics:
+            value = math.nan if metrics[key] is None else metrics[key]
+            parts.append(f"{label} {value:{form}}")
+    scores = [score for score in validation_scores(metrics).values() if score is not None]
+    if scores:
+        parts.append(f"val acc {sum(scores) / len(scores):.3f}")
+    return " | ".join(parts)
+
+
+def validation_table(metrics: Metrics) -> str:
+    """An aligned table of ``val-core/*``, a row per data source, with the responses' length."""
+    rows: dict[str, dict[str, str]] = {}
+    for key, value in metrics.items():
+        if match := VAL_CORE.fullmatch(key):
+            rows.setdefault(match[1], {})[match[2]] = f"{value:.3f}"
+    for source, row in rows.items():
+        for name, label, form in (("mean", "length", ".1f"), ("clip_ratio", "truncated", ".1%")):
+            if (value := metrics.get(f"val-aux/{source}/response_length/{name}")) is not None:
+                row[label] = f"{value:{form}}"
+    labels = list(dict.fromkeys(label for row in rows.values() for label in row))
+    cells = [[source, *(row.get(x, "") for x in labels)] for source, row in rows.items()]
+    return align([["data source", *labels], *cells])
+
+
+def generations_markdown(generations: Generations) -> str:
+    """Samples as TensorBoard's Markdown. A text is one line of HTML, in which nothing is left that
+    either language knows: it can't break the page, nor look like another response."""
+    parts = []
+    for number, (*texts, score) in enumerate(generations, start=1):
+        lines = (html.escape(text).splitlines() for text in texts)
+        shown = ["<pre>" + "&#10;".join(part) + "</pre>" for part in lines]
+        parts += [f"**{number}**, score {score:g}", *shown]
+    return "\n\n".join(parts)
+
+
+def align(rows: list[list[str]]) -> str:
+    """Text table: the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(["", first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""The processes of a run, and what the driver asks of them: actor ranks and generation engines."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from verl.algorithms.losses import LossConfig
+from verl.cluster import WORKERS_PER_DEVICE, WorkerGroup, reserve_devices, start_ray
+from verl.config.schema import Config
+from verl.models.policy import MicroBatchLimit, PolicyWorker
+from verl.protocol import ARRAYS, OptimizerStep, Prompt, Sample, SampleBatch
+from verl.rollout.engine import SamplingParams, engine_class
+from verl.rollout.pool import EnginePool
+from verl.utils.device import default_weight_transfer
+from verl.utils.seqlen_balancing import balanced_partitions, equal_partitions
+from verl.weight_sync import WeightSync
+
+logger = logging.getLogger(__name__)
+
+
+class Workers:
+    """The policy on all ranks (`actor`), and the generation `engines`; samples go to the ranks in
+    balanced shares. `model_size` and `peak_flops` are None where model or GPU are not known.
+
+    A call goes through Ray by its name: `actor.scatter("update", …)` runs `PolicyWorker.update` on
+    each rank, which passes it on to its `TrainedPolicy`; `engines.generate` runs
+    `RolloutEngine.generate` on each engine and yields what all of them finish.
+    """
+
+    def __init__(self, config: Config, ray_started: Callable[[], None]) -> None:
+        """Starts Ray, which takes SIGTERM (`ray_started` may take it back), actor ranks without a
+        model, and engines. Raises: ValueError if the cluster lacks the devices."""
+        self.config, trainer, model = config, config.trainer, config.actor_rollout_ref
+        device, ranks = trainer.device, trainer.n_gpus_per_node
+        engine = engine_class(model.rollout.name)
+        self.colocated = not trainer.rollout_gpus_per_node
+        per_node = ranks + (trainer.rollout_gpus_per_node or 0)
+        start_ray(trainer.nnodes * per_node, config.ray_init.num_cpus)
+        ray_started()
+        actor_slots = engine_slots = slots = reserve_devices(trainer.nnodes, per_node, device)
+        share, self.num_devices = 1 / WORKERS_PER_DEVICE, len(slots)
+        if not self.colocated:
+            share = 1.0
+            actor_slots = [slot for i, slot in enumerate(slots) if i % per_node < ranks]
+            engine_slots = [slot for i, slot in enumerate(slots) if i % per_node >= ranks]
+        arguments = [(device,)] * len(actor_slots)
+        self.actor = WorkerGroup(PolicyWorker, actor_slots, device, arguments, share)
+        length = config.data.max_prompt_length + config.data.max_response_length
+        self.engines = EnginePool(
+            engine, engine_slots, device, share, model.model, model.rollout, length
+        )
+        transfer = model.rollout.weight_transfer or default_weight_transfer(
+            device, engine.transfers, not self.colocated
+        )
+        self.update_engines = WeightSync(self.actor, self.engines, transfer, model.rollout.dtype)
+        self.engines.on_restart = self.update_engines
+
+    def build(self, total_steps: int, checkpoint: Path | None) -> None:
+        """Loads the policy, and the reference if a KL term needs it, onto the actor ranks; with
+        `checkpoint`, the folder to resume from, its weights onto ranks and engines."""
+        model = self.config.actor_rollout_ref
+        self.engines.wait_ready()  # now: vLLM measures how much memory is free
+        self.actor.connect()
+        actor, ref = model.actor, model.ref.fsdp_config if needs_reference(self.config) else None
+        self.actor.call("build", model.model, actor.fsdp_config, actor.optim, total_steps, ref)
+        sizes, peaks = zip(*self.actor.call("size_and_speed"), strict=True)
+        self.model_size, self.peak_flops = sizes[0], sum(peaks) if all(peaks) else None
+        if self.model_size is None or self.peak_flops is None:
+            logger.info("perf/mfu is left out: the FLOPs of this model or GPU are unknown")
+        if checkpoint:
+            logger.info("resuming from %s", checkpoint)
+            self.actor.call("load", str(checkpoint / "actor"))
+        if checkpoint or model.rollout.verify_weights:
+            self.update_engines()
+        # What is here now stays: walking it again for garbage takes longer than a step's samples.
+        gc.freeze()
+
+    def free_devices(self) -> None:
+        """Puts engines that share the actor's devices to sleep, so that it has their memory."""
+        if self.colocated:
+            self.engines.call_all("sleep")
+
+    def add_log_probs(self, samples: list[Sample], role: str) -> None:
+        """Gives each sample the log-probabilities of its response tokens under the policy
+        (`role="actor"`: `old_log_probs`) or the reference (`"ref"`: `ref_log_probs`)."""
+        model = self.config.actor_rollout_ref
+        rollout, ref = model.rollout, role == "ref"
+        size = rollout.log_prob_micro_batch_size_per_gpu or model.actor.ppo_micro_batch_size_per_gpu
+        if ref:
+            size = model.ref.log_prob_micro_batch_size_per_gpu or size
+        dynamic, most = rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu
+        limit = MicroBatchLimit(None if dynamic else size, most)
+        shares = self._shares(samples)
+        unread = [name for name in ARRAYS if name.endswith("log_probs")]
+        arguments = [
+            (SampleBatch((samples[i] for i in share), unread), role, rollout.temperature, limit)
+            for share in shares
+        ]
+        for share, values in zip(shares, self.actor.scatter("log_probs", arguments), strict=True):
+            start = 0
+            for sample in (samples[i] for i in share):
+                end = start + len(sample.response_ids)
+                setattr(sample, "ref_log_probs" if ref else "old_log_probs", values[start:end])
+                start = end
+
+    def update(self, steps: list[OptimizerStep]) -> list[list[dict[str, float]]]:
+        """Makes optimizer steps; what each rank reports about each of them, [ranks][steps]."""
+        actor, loss = self.config.actor_rollout_ref.actor, loss_config(self.config)
+        size = None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu
+        limit = MicroBatchLimit(size, actor.ppo_max_token_len_per_gpu)
+        shares = [[step.share(part) for part in self._shares(step.samples)] for step in steps]
+        arguments = [
+            (list(of_rank), loss, limit, actor.grad_clip) for of_rank in zip(*shares, strict=True)
+        ]
+        with self.actor.exclusive:  # else an engine that starts again could get half an update
+            return self.actor.scatter("update", arguments)
+
+    def verify_engines(self, prompt: Prompt, step: int, strict: bool) -> dict[str, float]:
+        """Has each engine generate a few tokens, and compares their log-probabilities with the
+        actor's. A mean difference above `verify_weights_tolerance` is a warning or, if `strict`, a
+        ValueError."""
+        rollout = self.config.actor_rollout_ref.rollout
+        params = SamplingParams(1, 8, rollout.temperature, seed=(rollout.seed, 2, step))
+        by_engine = self.engines.call("generate_all", [prompt], [0], params)
+        samples = [sample for found in by_engine for sample in found]
+        self.add_log_probs(samples, "actor")
+        means = [float(np.abs(s.rollout_log_probs - s.old_log_probs).mean()) for s in samples]
+        worst, limit = max(means), rollout.verify_weights_tolerance
+        text = f"engine {means.index(worst)} is not the actor's model: their log-probabilities "
+        text += f"differ by {worst:.3g} nats a token (verify_weights_tolerance={limit:g})"
+        if worst > limit and strict:
+            raise ValueError(text)
+        if worst > limit:
+            logger.warning(text)
+        return {"rollout/verify_logprob_diff": worst}
+
+    def save_policy(self, folder: Path) -> None:
+        """Writes parameters, optimizer and schedule below `folder`. Raises: OSError."""
+        self.actor.call("save", str(folder))
+
+    def save_hf_model(self, folder: Path, tokenizer: Any) -> None:
+        """Writes the policy in Hugging Face format."""
+        self.engines.call_all("sleep")
+        self.actor.call("save_hf", str(folder), tokenizer)
+        logger.info("the model is in %s", folder)
+
+    def close(self) -> None:
+        """Ends a generation that is under way; Ray belongs to the caller."""
+        self.engines.cancelled = True
+        gc.unfreeze()
+
+    def _shares(self, samples: list[Sample]) -> list[list[int]]:
+        """Which samples each rank gets."""
+        if self.config.trainer.balance_batch:
+            return balanced_partitions([s.num_tokens for s in samples], len(self.actor))
+        return equal_partitions(len(samples), len(self.actor))
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether a KL term needs the reference policy."""
+    return config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+
+
+def loss_config(config: Config) -> LossConfig:
+    """The actor's loss, as the configuration says."""
+    actor, correction = config.actor_rollout_ref.actor, config.algorithm.rollout_correction
+    low, high = actor.clip_ratio_low, actor.clip_ratio_high
+    return LossConfig(
+        kind="ppo",
+        temperature=config.actor_rollout_ref.rollout.temperature,
+        clip_ratio_low=actor.clip_ratio if low is None else low,
+        clip_ratio_high=actor.clip_ratio if high is None else high,
+        clip_ratio_c=actor.clip_ratio_c,
+        entropy_coeff=actor.entropy_coeff,
+        kl_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+        kl_type=actor.kl_loss_type,
+        rollout_is=correction.rollout_is,
+        rollout_is_threshold=correction.rollout_is_threshold,
+    )

@@ -1,0 +1,87 @@
+"""The policy's weights → the generation engines, in chunks of bounded size.
+
+`actor_rollout_ref.rollout.weight_transfer` is one of
+
+host   through host memory and Ray's object store: everywhere, and the only one for the engine `hf`
+ipc    CUDA IPC: each engine reads the copy of the actor rank on its own GPU (colocated)
+nccl   a broadcast from actor rank 0 to engines on devices of their own (on CPUs by gloo)
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from verl.cluster import WorkerGroup, despite_deaths
+from verl.protocol import WeightChunk
+from verl.rollout.pool import EnginePool
+
+CHUNK_BYTES = 256 * 2**20
+"""About the size of one chunk; a larger tensor stands alone."""
+
+
+class WeightSync:
+    """Calling it gives the engines the policy's current weights."""
+
+    def __init__(
+        self, actor: WorkerGroup, engines: EnginePool, transfer: str, dtype: str | None
+    ) -> None:
+        """`dtype`: of the engines' weights; None: the device's usual one."""
+        self.actor, self.engines, self.transfer, self.dtype = actor, engines, transfer, dtype
+        self.connected: dict[int, int] = {}
+        """The engines' `processes` that are in the group of the broadcast."""
+
+    def __call__(self, only: int | None = None) -> None:
+        """Updates all engines, despite deaths, or number `only`, which was started anew."""
+        with self.actor.exclusive:
+            if only is None:
+                despite_deaths(self._update_all)
+            else:
+                self._send("host", only)
+
+    def _update_all(self) -> None:
+        self.engines.wait_ready()
+        if self.transfer == "nccl" and self.connected != self.engines.processes:
+            self._connect()
+        self._send(self.transfer)
+        self.engines.stale.clear()
+
+    def _connect(self) -> None:
+        """Makes actor rank 0 and all engines one process group, for the broadcast."""
+        address, size = self.actor.free_address(), 1 + len(self.engines) * self.engines.ranks
+        self.engines.free_address()  # so that they use the addresses that nodes know each other by
+        calls = self.actor.submit("join_engines", address, size, only=0)
+        for i in range(len(self.engines)):
+            rank = 1 + i * self.engines.ranks
+            calls += self.engines.submit("connect", rank, size, address, only=i)
+        self.engines.wait(calls)
+        self.connected = self.engines.processes.copy()
+
+    def _send(self, transfer: str, only: int | None = None) -> None:
+        version, chunks = self.actor.call("plan_export", self.dtype, CHUNK_BYTES)[0]
+        self.engines.call("start_update", only=only)
+        pending: list[Any] = []
+        for chunk in chunks:
+            calls = self._move(chunk, transfer, only)
+            # Copies on the host are made while the engines still read those before them.
+            self.engines.wait(pending if transfer == "host" else calls)
+            pending = calls
+        self.engines.wait(pending)
+        self.actor.call("finish_export")
+        self.engines.call("finish_update", version, only=only)
+
+    def _move(self, chunk: WeightChunk, transfer: str, only: int | None) -> list[Any]:
+        """Starts to send one chunk; returns all calls to wait for."""
+        exported = self.actor.submit("export", chunk, transfer)
+        filled: Any = chunk
+        if transfer == "host":
+            filled = exported[0]
+        elif transfer == "ipc":
+            by_rank = [part.ipc_handles for part in ray.get(exported)]
+            # Of each weight, the handles of all ranks, by GPU.
+            handles = [dict(ChainMap(*weight)) for weight in zip(*by_rank, strict=True)]
+            filled = replace(chunk, ipc_handles=handles)
+        return exported + self.engines.submit("load_weights", filled, only=only)
