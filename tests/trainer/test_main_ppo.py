@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import made_once
 from verl.config.load import load_config
 from verl.trainer import main_ppo
+from verl.trainer.ppo.checkpoint import MANIFEST, seal
 
 REWARD = """
 def share_of_pluses(data_source, solution_str, ground_truth, extra_info=None):
@@ -134,10 +135,20 @@ def test_any_checkpoint_becomes_a_hugging_face_folder(finished: Path, tmp_path: 
 def test_what_cannot_be_exported_is_one_line(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "global_step_2", tmp_path / "global_step_2")
     (tmp_path / "global_step_2" / "trainer.json").unlink()
+    # Since it was written, its model has got another layer, which it has no weights for.
+    other = tmp_path / "other" / "global_step_2"
+    shutil.copytree(finished / "global_step_2", other)
+    state = json.loads((other / "trainer.json").read_text())
+    layers = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    state["config"]["actor_rollout_ref"]["model"]["override_config"] = layers
+    (other / "trainer.json").write_text(json.dumps(state))
+    (other / MANIFEST).unlink()
+    seal(other)
     for path, text in (
         (tmp_path, "holds no checkpoint"),
         (tmp_path / "global_step_2", "trainer.json is missing"),
         (tmp_path / "global_step_3", "is no whole checkpoint"),
+        (other, "model.lm.model.layers.2"),
     ):
         done = export(path)
         assert done.returncode == 2 and done.stdout == ""

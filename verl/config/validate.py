@@ -70,7 +70,7 @@ def same_validation(saved: Mapping[str, Any], config: Config) -> bool:
 
 
 def _differing(saved: Mapping[str, Any], config: Config) -> dict[str, tuple[str, str]]:
-    """Key → ``key: old → new`` and `Rules.resume`, where both have it and the values differ."""
+    """Key → ``key: old → new`` and `Rules.on_resume`, where both have it and the values differ."""
     found = {}
     for key, value, rules in config.walk():
         with suppress(KeyError):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from verl.config.schema import ModelConfig
 from verl.utils.device import multiplies_faster_reordered
-from verl.utils.flops import ModelSize
+from verl.utils.flops import ModelSize, head_size
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +86,10 @@ def model_size(lm: Any) -> ModelSize | None:
     heads = getattr(config, "num_attention_heads", None)
     if not (linears and heads) or any("expert" in name for name, _ in lm.named_parameters()):
         return None
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelSize(
         decoder=sum(m.weight.numel() for m in linears),
         head=lm.get_output_embeddings().weight.numel(),
-        attention=config.num_hidden_layers * heads * head_size,
+        attention=config.num_hidden_layers * heads * head_size(config),
     )
 
 

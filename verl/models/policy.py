@@ -105,9 +105,10 @@ class Policy:
         return [results[i] for i in range(len(samples))]
 
     def load_parameters(self, folder: str) -> None:
-        """Takes the parameters alone from what `TrainedPolicy.save` wrote."""
+        """Takes the parameters alone from what `TrainedPolicy.save` wrote. Raises:
+        ValueError, on all ranks, if the checkpoint is not one of this model."""
         state = {"model": get_model_state_dict(self.model)}
-        dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
+        _read(state, folder)
         set_model_state_dict(self.model, state["model"])
 
     def accumulate_gradient(
@@ -197,10 +198,7 @@ class TrainedPolicy(Policy):
         self.onload()
         self._move_optimizer(self.device)
         state = self._state()
-        try:
-            dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
-        except CheckpointException as error:
-            raise ValueError(f"{folder}: {_reasons(error)}") from None
+        _read(state, folder)
         parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
         set_state_dict(self.model, self.optimizer, **parts)
         self.version = state["training_steps"]
@@ -210,6 +208,14 @@ class TrainedPolicy(Policy):
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer, "training_steps": self.version}
+
+
+def _read(state: dict[str, Any], folder: str) -> None:
+    """Fills `state` from a checkpoint. Raises: ValueError, on all ranks, if it doesn't fit."""
+    try:
+        dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
+    except CheckpointException as error:
+        raise ValueError(f"{folder}: {_reasons(error)}") from None
 
 
 def _reasons(error: CheckpointException) -> str:

@@ -22,7 +22,6 @@ from verl.config.load import (
     ConfigError,
     compose_config,
     exit_with,
-    load_config,
     parse_override,
 )
 
@@ -53,10 +52,11 @@ def sweep(
     for chosen in itertools.product(*choices):
         given = [text for text, _ in chosen]
         try:
-            name = compose_config(given, config_name, config_dir).trainer.experiment_name
-            name += "".join(label for _, label in chosen)
+            trainer = compose_config(given, config_name, config_dir).trainer
+            name = trainer.experiment_name + "".join(label for _, label in chosen)
             given.append(f"trainer.experiment_name='{name}'")
-            folder = load_config(given, config_name, config_dir).trainer.default_local_dir
+            trainer.experiment_name = parse_override(given[-1]).value()  # as its run will read it
+            folder = trainer.default_local_dir
         except ConfigError as error:
             problems += str(error).splitlines()
             continue

@@ -12,7 +12,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from verl.utils.flops import gpu_peak_tflops
+from verl.utils.flops import gpu_peak_tflops, head_size
 
 VLLM_CPU_BLOCK = 128  # tokens of a block of vLLM's KV cache on a CPU
 
@@ -46,8 +46,8 @@ def kv_cache_bytes(
         return None
     config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * heads * size * getattr(torch, dtype).itemsize
+    values = config.num_hidden_layers * heads * head_size(config)
+    token_bytes = 2 * values * getattr(torch, dtype).itemsize
     blocks = sequences * -(-longest // VLLM_CPU_BLOCK) + 1  # vLLM keeps one for itself
     return min(token_bytes * blocks * VLLM_CPU_BLOCK, psutil.virtual_memory().total // 20)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,6 +17,11 @@ class ModelSize:
     decoder: int  # weights of all linear layers before the head
     head: int  # weights of the head: vocabulary × hidden
     attention: int  # layers × heads × size of a head
+
+
+def head_size(config: Any) -> int:
+    """Of an attention head, from the Hugging Face configuration of a text model."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def update_flops(size: ModelSize, prompts: ArrayLike, responses: ArrayLike) -> float:
