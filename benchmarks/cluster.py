@@ -8,8 +8,6 @@ ends a round as soon as enough groups are kept, in the order of the prompts
 (`verl.trainer.ppo.batches`). Times are in seconds, lengths in tokens.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What the benchmarks share: alternating runs, medians, and one line per target."""
 
-from __future__ import annotations
-
 import operator
 import statistics
 import sys

@@ -13,8 +13,6 @@ is the real countdown reward of one right answer, which stands for every respons
   samples and over the rows of padded masks, in turn.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import statistics
@@ -215,7 +213,8 @@ def step(
     stages("old log-probs: scatter, gather", lambda: trainer.add_log_probs(samples, timer))
     stages("advantages, loss_agg metrics", lambda: trainer.add_advantages(samples))
     steps = stages("mini-batches, weights", lambda: trainer.optimizer_steps(samples))
-    stages("update: balance, scatter", lambda: trainer.update_actor(steps))
+    with timer("update_actor"):
+        stages("update: balance, scatter", lambda: trainer.update_actor(steps))
     stages("metrics", lambda: trainer.step_metrics(samples, steps, timer))
     stages("dump of the samples", lambda: write_samples(folder / "samples.parquet", samples))
     return samples

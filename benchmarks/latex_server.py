@@ -14,8 +14,6 @@ and answers "not equal", which counts as an answer in its pairs/s.
 * hostile: 5 % of the requests are expressions that nobody can evaluate; latency of the honest ones
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

@@ -8,8 +8,6 @@ gradients are compared with plain PyTorch (logits, log_softmax, gather, entropy,
 many rows as it has memory for, in alternating runs.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import statistics

@@ -5,8 +5,6 @@ batches). The other runs differ in batch size, lengths, n, placement and filter;
 drawn from those of the two with long responses, not looked up.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -6,8 +6,6 @@ Parameters, gradients and optimizer states must agree to the byte; the peak of e
 compared with torch's profiler.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """Random policies whose responses end by chance, and so differ in length."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -14,8 +14,6 @@ each, with half of the prompts, are how the trainer runs them on two cores. `--q
 of vLLM but two eager threads.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

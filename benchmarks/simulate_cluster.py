@@ -7,8 +7,6 @@ assumed speeds of GPUs: nothing of that was measured. `--lengths FILE` takes the
 responses from a file (numbers with white space between them) in place of a lognormal distribution.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import math

@@ -6,8 +6,6 @@ The run is real: two actor ranks (FSDP2), two engines, 16 prompts with 4 respons
 tokens, on a random model of two layers. Processes start anew for each figure.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -3,8 +3,6 @@
 .venv-trl/bin/python benchmarks/trl_run.py FOLDER STEPS MAX_TOKENS MICRO_BATCH
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

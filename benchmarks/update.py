@@ -11,8 +11,6 @@ forward and both backward products; padded rows (`use_remove_padding=False`); re
 `--attention` times ways to run causal attention over a packed row instead.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

@@ -15,8 +15,6 @@ CPU), with the micro-batch that was fastest here, padded. TRL with two processes
 CPU, was not tried; Liger kernels are for GPUs.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """What the tests share: a tiny real model with its tokenizer, and random samples; their order."""
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,7 +1,5 @@
 """Builders of real objects for tests."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

@@ -1,7 +1,5 @@
 """What the study says about gradients whose noise is known."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

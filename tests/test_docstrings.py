@@ -1,7 +1,5 @@
 """Every public module, class, function and method has a docstring."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Imports point downward only, and the lowest modules import nothing heavy."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

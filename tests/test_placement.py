@@ -1,7 +1,5 @@
 """Placement on a real Ray cluster of two large nodes and a small one."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Samples on their way to another process: nothing is lost, and no token array is copied twice."""
 
-from __future__ import annotations
-
 import pickle
 from dataclasses import fields
 

@@ -1,7 +1,5 @@
 """The simulator of a cluster, on cases that can be worked out by hand."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

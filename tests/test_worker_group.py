@@ -1,7 +1,5 @@
 """Workers over a real Ray: order, streams, errors."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

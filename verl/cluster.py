@@ -1,8 +1,6 @@
 """Workers over Ray: devices for them, their start, and calls to all of them. Only this module makes
 Ray actors; the workers are ordinary classes."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

@@ -3,12 +3,10 @@
 All is ragged numpy; padded or packed tensors exist only inside a worker (`verl.models.packing`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pickle import PickleBuffer
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +28,8 @@ class Prompt:
     """What the reward function compares with, such as ``{"target": 24, "numbers": [4, 6]}``."""
     extra_info: dict[str, Any] = field(default_factory=dict)
     """Passed to the reward function."""
+    location: str = ""
+    """File and row, for messages."""
 
 
 @dataclass(slots=True)
@@ -131,10 +131,10 @@ class OptimizerStep:
     weights: NDArray[np.float32]
     """w_i, [N] (`verl.algorithms.weights.response_weights`)."""
 
-    def share(self, indices: Sequence[int]) -> OptimizerStep:
+    def share(self, indices: Sequence[int]) -> Self:
         """These responses with their weights, for one rank or micro-batch."""
         samples = SampleBatch(self.samples[i] for i in indices)
-        return OptimizerStep(samples, self.weights[list(indices)])
+        return type(self)(samples, self.weights[list(indices)])
 
 
 def response_lengths(samples: Iterable[Sample]) -> NDArray[np.int64]:

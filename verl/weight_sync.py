@@ -7,8 +7,6 @@ ipc    CUDA IPC: each engine reads the copy of the actor rank on its own GPU (co
 nccl   a broadcast from actor rank 0 to engines on devices of their own (on CPUs by gloo)
 """
 
-from __future__ import annotations
-
 from collections import ChainMap
 from dataclasses import replace
 from typing import Any

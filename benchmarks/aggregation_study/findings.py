@@ -1,7 +1,5 @@
 """From finished runs and measurements to tables, plots and a page in plain words."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -5,12 +5,10 @@ Many independent batches are drawn from one policy. Of every response the gradie
 Σ_i w_i A_i h_i, for all methods from the same responses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -80,7 +78,7 @@ class Measurement:
         aside.rename(path)
 
     @classmethod
-    def load(cls, path: Path) -> Measurement:
+    def load(cls, path: Path) -> Self:
         """The inverse of `save`."""
         with np.load(path) as arrays:
             return cls(**arrays)

@@ -1,7 +1,5 @@
 """How sure one can be of what `gradients` measured: which method's gradients are noisier."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

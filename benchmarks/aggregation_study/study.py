@@ -7,8 +7,6 @@ Resumable: what is finished is not done again. Runs lie in outputs/aggregation_s
 tries the whole way in a few minutes (results go to the runs' folder), which finds nothing out.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

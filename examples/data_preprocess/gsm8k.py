@@ -10,8 +10,6 @@ Two sources, one output format:
 chat message), `ability`, `reward_model` (rule and ground truth) and `extra_info`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Iterable, Sequence

@@ -7,8 +7,6 @@ python client.py --health
 Client("http://127.0.0.1:6284").verify([(r"\\frac{3}{5}", "0.6")])[0]["equal"]
 """
 
-from __future__ import annotations
-
 import argparse
 import http.client
 import json

@@ -11,8 +11,6 @@ stays unbounded is the time of the last stages, so :func:`judge` belongs in a pr
 killed; :func:`quick` may run on an event loop.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

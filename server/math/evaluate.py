@@ -4,8 +4,6 @@ Both kinds of work are bounded: numbers that would not fit raise :class:`Undecid
 are computed.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from fractions import Fraction

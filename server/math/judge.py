@@ -1,7 +1,5 @@
 """The shortest way to a verdict: quick stages, cache, a job that already runs, a new job."""
 
-from __future__ import annotations
-
 import asyncio
 import collections
 import functools

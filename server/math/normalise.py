@@ -4,8 +4,6 @@ Nothing here understands mathematics. Every step is a linear scan (no nested qua
 work is bounded by the length of the string, whatever the string holds.
 """
 
-from __future__ import annotations
-
 import re
 
 from .phrases import number_in_words, phrase, without_article

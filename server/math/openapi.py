@@ -1,7 +1,5 @@
 """The interface in OpenAPI 3.1, and a page of it that needs nothing from the network."""
 
-from __future__ import annotations
-
 import html
 import json
 from typing import Any

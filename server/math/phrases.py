@@ -1,7 +1,5 @@
 r"""Answers in words: numbers spelt out, and stock phrases for what has a symbol too."""
 
-from __future__ import annotations
-
 import re
 
 _ONES = (

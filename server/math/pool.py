@@ -17,8 +17,6 @@
 All methods belong to the event loop's thread. See `worker.py` for the processes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import collections
 import contextlib

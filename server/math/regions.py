@@ -4,8 +4,6 @@ Between two neighbouring ends nothing changes, so two sets are equal if they agr
 between every two neighbours, and beyond the outermost.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 

@@ -10,8 +10,6 @@ A pair passes the quick stages on the event loop, then the cache, then a process
 time and memory. Overload is a 503 with Retry-After, never a verdict.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

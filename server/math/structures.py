@@ -8,8 +8,6 @@ Conventions, all of them common in public answer checkers:
 * Names matter where both sides have them, order where a name is missing and they differ.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from fractions import Fraction
 

@@ -5,8 +5,6 @@ plain-expression reader evaluates Python. Time limits are the caller's, so its o
 signals of the main thread, are off.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections import Counter

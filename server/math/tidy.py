@@ -1,7 +1,5 @@
 r"""One tree for what answers write in several ways, and the names that answers give to values."""
 
-from __future__ import annotations
-
 from .evaluate import find
 from .tree import Node
 from .vocabulary import word_set

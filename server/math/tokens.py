@@ -1,7 +1,5 @@
 """An answer as a list of tokens: numbers, commands, letters, signs."""
 
-from __future__ import annotations
-
 import re
 
 from .vocabulary import FUNCTIONS, GREEK

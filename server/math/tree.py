@@ -5,8 +5,6 @@ relations) and raises :class:`ParseError` on everything else: nothing is skipped
 ``5)`` never become the same tree. Depth and sizes are limited, work is linear in the length.
 """
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The unit at the end of an answer: taken off, and compared by name."""
 
-from __future__ import annotations
-
 import re
 
 from .phrases import PARTS, POWERS, VALUES

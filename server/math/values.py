@@ -5,8 +5,6 @@
   one less than one unit in its last place away. So 0.333333 is 1/3, and 0.33 isn't.
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 from .evaluate import CONSTANTS, Undecided, equal, exact, has, symbols, value

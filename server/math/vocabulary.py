@@ -1,7 +1,5 @@
 """The words and signs that answers are made of, in normalised spelling."""
 
-from __future__ import annotations
-
 
 def word_set(text: str) -> frozenset[str]:
     """The words of a text, as a set."""

@@ -11,8 +11,6 @@ Started by `pool.Pool`, not by hand:
     python -m server.math.worker CONTROL_FD MODULE:FUNCTION MEMORY_LIMIT
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import dataclasses

@@ -1,7 +1,5 @@
 """Response weights against numbers worked out by hand, and losses against padded formulas."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

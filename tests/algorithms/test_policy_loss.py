@@ -1,7 +1,5 @@
 """Policy loss and divergences against numbers worked out by hand, and finite differences."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which keys may change when a run resumes, and what the trainer says about the others."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 from pathlib import Path

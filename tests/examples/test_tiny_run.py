@@ -1,7 +1,5 @@
 """examples/tiny_run.py from start to end, with a task of one's own, and what ends it midway."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

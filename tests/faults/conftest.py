@@ -1,7 +1,5 @@
 """The run that the fault tests disturb, and the same run undisturbed."""
 
-from __future__ import annotations
-
 from tests.trainer.test_main_ppo import finished, settings
 from tests.trainer.test_math_run import settings as math_settings
 

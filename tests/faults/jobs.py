@@ -1,7 +1,5 @@
 """Main jobs as users start them, and what a test does to them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Input that can't be used: one line that names what is wrong, and no step is lost."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Faults one by one: what the run does, what it says, and that nothing is lost."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

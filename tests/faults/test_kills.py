@@ -4,8 +4,6 @@ A killed run is started again with the same command. When it has ended, its metr
 run that was left alone, line by line, and its parameters are the same bit for bit.
 """
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Callable

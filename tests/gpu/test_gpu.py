@@ -1,7 +1,5 @@
 """What only a GPU can show: variable-length attention, bf16, NCCL, and the main job there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

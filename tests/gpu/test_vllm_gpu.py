@@ -1,7 +1,5 @@
 """The main job with vLLM on GPUs: weights by CUDA IPC and by NCCL, sleep and wake-up."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

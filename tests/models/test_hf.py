@@ -1,7 +1,5 @@
 """What is asked of a Hugging Face model before anything starts, and what is kept of it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

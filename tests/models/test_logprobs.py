@@ -1,7 +1,5 @@
 """Chunked log-probabilities and entropies against a plain `log_softmax`."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

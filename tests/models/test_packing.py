@@ -1,7 +1,5 @@
 """Packing, shifting and the attention over packed rows."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The gradient is one sum over responses: no split of the work may change it."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

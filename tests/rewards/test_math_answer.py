@@ -1,7 +1,5 @@
 """What math responses answer, worked out by hand."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

@@ -1,7 +1,5 @@
 """The math reward with a real LaTeX server."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

@@ -29,7 +29,9 @@ TOKENIZER = word_tokenizer()
 
 def sample(text: str, index: int = 0, data_source: str = "countdown", truth=None) -> Sample:
     truth = {"target": 24, "numbers": np.array([3, 8])} if truth is None else truth
-    prompt = Prompt(index, np.array([5]), data_source, truth, {"index": index})
+    prompt = Prompt(
+        index, np.array([5]), data_source, truth, {"index": index}, f"a file, row {index}"
+    )
     ids = np.array([WORDS.index(word) for word in text.split()], np.int64)
     return Sample(prompt, group=0, response_ids=ids, finish_reason="stop")
 
@@ -276,7 +278,8 @@ def test_an_async_function_is_awaited(tmp_path):
 def test_what_cannot_be_scored_is_named_before_anything_starts(tmp_path):
     prompts = [sample("3").prompt, sample("3", 7, "gpqa", "many").prompt]
     with pytest.raises(
-        ValueError, match=r"row 7, key 'reward_model': the ground truth of gpqa must be a letter"
+        ValueError,
+        match=r"a file, row 7, key 'reward_model': the ground truth of gpqa must be a letter",
     ):
         manager().connect(prompts, tmp_path)
     with pytest.raises(ValueError, match="'sudoku'"):
@@ -397,4 +400,4 @@ def test_a_function_that_raises_stop_iteration_is_an_error(tmp_path):
 def test_a_ground_truth_of_the_wrong_type_is_named_with_its_place(tmp_path):
     prompts = [sample("3").prompt, sample("3", 7).prompt, sample("3", 8, "gsm8k", "many").prompt]
     with pytest.raises(ValueError, match=r"^a file, row 8, key 'reward_model': .* gsm8k must be"):
-        manager().connect(prompts, tmp_path, lambda prompt: f"a file, row {prompt.index}")
+        manager().connect(prompts, tmp_path)

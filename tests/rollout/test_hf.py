@@ -1,7 +1,5 @@
 """The `hf` engine: what it draws, its log-probabilities, and that nothing else matters."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Generation on several engines over a real Ray: shares, early ends, engines that die."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

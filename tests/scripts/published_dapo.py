@@ -1,8 +1,6 @@
 """What the published command lines of the DAPO experiments (arXiv 2509.07558) set, as the shell
 hands it over: read off them, not made from our scripts or from what the tests expect of those."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 DATA = Path.home() / "data"

@@ -1,7 +1,5 @@
 """The scripts of recipe/dapo: what each resolves to, compared with the published command lines."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The scripts of train_scripts/: what each of them resolves to with DRY_RUN=1."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

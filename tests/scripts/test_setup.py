@@ -3,8 +3,6 @@
 Nothing is downloaded: the packages are those of the environment that the LaTeX server's tests use.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

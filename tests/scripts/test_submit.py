@@ -1,7 +1,5 @@
 """SUBMIT=1 and RAY_ADDRESS: where a script's run goes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

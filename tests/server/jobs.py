@@ -1,7 +1,5 @@
 """What the pool's tests run in real workers: each of the things that go wrong."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -4,8 +4,6 @@ A line of ``answers/*.txt`` is a reference and what is equal to it or not:
 ``\frac{1}{2} === 0.5 === 50\% =/= 2 =/= 0.55``.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Judging pairs of answers: right verdicts, at the right stage, on hostile input too."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

@@ -1,7 +1,5 @@
 """The process pool: limits, deaths, queues. Real processes, real signals."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

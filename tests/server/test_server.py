@@ -1,7 +1,5 @@
 """The LaTeX server as a process of its own: interface, limits, load, signals."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

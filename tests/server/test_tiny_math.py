@@ -1,7 +1,5 @@
 """The problems of examples/tiny_math.py: the judge knows which of their answers are equal."""
 
-from __future__ import annotations
-
 import random
 import sys
 from pathlib import Path

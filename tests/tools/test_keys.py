@@ -1,7 +1,5 @@
 """docs/keys.md is what the schema says."""
 
-from __future__ import annotations
-
 from verl.tools.keys import FILE, page
 
 

@@ -1,7 +1,5 @@
 """The memory estimate: numbers worked out by hand, and what torch really holds."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """`-m`: one run for each value, checked before the first starts, each in a process of its own."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

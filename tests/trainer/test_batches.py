@@ -1,7 +1,5 @@
 """From prompts to the train batch: order, filter, rounds, mini-batches, sampling seeds."""
 
-from __future__ import annotations
-
 import copy
 import io
 import logging
@@ -55,7 +53,7 @@ TOKENIZER = tokenizer()
 
 def prompts(count: int) -> list[Prompt]:
     truth = {"target": 24, "numbers": [3, 8]}
-    return [Prompt(i, np.array([6, 7]), "countdown", truth) for i in range(count)]
+    return [Prompt(i, np.array([6, 7]), "countdown", truth, {}, f"row {i}") for i in range(count)]
 
 
 def mixed_every(period: int) -> Callable[[int, int], str]:

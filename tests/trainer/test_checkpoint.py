@@ -1,7 +1,5 @@
 """Checkpoint folders: written aside, renamed, found again, deleted when old."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Optimizer steps that were skipped, and engines that disagree with the actor."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

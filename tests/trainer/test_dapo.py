@@ -1,7 +1,5 @@
 """DAPO's dynamic sampling in the main job: it learns, carries over, stops early and resumes."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

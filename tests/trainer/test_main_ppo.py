@@ -1,7 +1,5 @@
 """The main job end to end, as users start it: real Ray, FSDP2 on two ranks, two engines."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
@@ -200,7 +198,6 @@ METRICS = {
         "total_num_tokens",
         "time_per_step",
         "throughput",
-        "mfu",
         "max_memory_gb",
         "cpu_memory_used_gb",
     ),
@@ -253,7 +250,6 @@ def test_every_metric_has_verls_name_and_a_value_that_can_be(finished: Path) -> 
     assert seconds == pytest.approx(
         sum(both[f"timing_s/{name}"] for name in METRICS["timing_s"][:-1])
     )
-    assert 1e-5 < both["perf/mfu"] < 1
     assert 0.1 < both["perf/max_memory_gb"] < 10
     assert both["val-core/pluses/acc/mean@2"] <= both["val-core/pluses/acc/best@2/mean"]
 

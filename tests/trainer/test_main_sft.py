@@ -1,7 +1,5 @@
 """The supervised warm-up end to end: real Ray, FSDP2 on two ranks."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

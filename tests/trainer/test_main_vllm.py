@@ -1,7 +1,5 @@
 """The main job with vLLM: colocated and split, weights over a process group, one step ahead."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

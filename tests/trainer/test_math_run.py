@@ -1,7 +1,5 @@
 """The main job with the math reward: what a LaTeX server that dies costs a run."""
 
-from __future__ import annotations
-
 import subprocess
 import time
 from collections.abc import Iterator

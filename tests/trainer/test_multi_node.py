@@ -1,7 +1,5 @@
 """The main job on a Ray cluster of two nodes, each with room for one rank and one engine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

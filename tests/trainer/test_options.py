@@ -1,7 +1,5 @@
 """The main job end to end with options that test_main_ppo.py leaves alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyarrow.parquet as pq

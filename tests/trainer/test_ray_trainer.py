@@ -1,7 +1,5 @@
 """What the driver computes between generation and update, without any worker."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """FLOPs of an update: a number worked out by hand, and what torch counts."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -19,7 +17,7 @@ from tests.helpers import make_samples, make_step
 from verl.models.hf import model_size
 from verl.trainer.ppo.metrics import mfu_metrics
 from verl.utils.device import memory_metrics, peak_flops
-from verl.utils.flops import ModelSize, gpu_peak_tflops, update_flops
+from verl.utils.flops import ModelSize, gpu_peak_flops, update_flops
 
 TINY = dict(
     model_type="qwen2",
@@ -111,11 +109,11 @@ def test_a_size_that_is_not_known() -> None:
     ],
 )
 def test_peak_of_a_gpu(name: str, tflops: int | None) -> None:
-    assert gpu_peak_tflops(name) == tflops
+    assert gpu_peak_flops(name) == (tflops and tflops * 1e12)
 
 
 def test_what_a_cpu_says_of_itself() -> None:
-    assert 1e8 < peak_flops(torch.device("cpu"), seconds=0.01) < 1e14
+    assert peak_flops(torch.device("cpu")) is None
     memory = memory_metrics(torch.device("cpu"))
     assert set(memory) == {"perf/max_memory_gb", "perf/cpu_memory_used_gb"}
     assert 0.05 < memory["perf/max_memory_gb"] < memory["perf/cpu_memory_used_gb"] * 2

@@ -1,7 +1,5 @@
 """What a checkpoint's metadata may build."""
 
-from __future__ import annotations
-
 import io
 import pickle
 from pathlib import Path, PurePosixPath

@@ -1,7 +1,5 @@
 """Samples in a checkpoint: what a reward function returned means the same after a resume."""
 
-from __future__ import annotations
-
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path

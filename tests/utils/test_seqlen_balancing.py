@@ -1,7 +1,5 @@
 """Partitions of sequences over ranks and micro-batches."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

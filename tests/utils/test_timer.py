@@ -1,7 +1,5 @@
 """The timer, on a clock that only moves when told."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """Calls of a user's function; those that hang or end a process: `tests/rewards/test_scorer.py`."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The engine `vllm` against the actor's model: tokens, log-probabilities, new weights."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Advantages of outcome rewards: one number per response."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

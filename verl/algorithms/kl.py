@@ -1,7 +1,5 @@
 """Divergence from the reference policy, and the coefficient of the KL term in the reward."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

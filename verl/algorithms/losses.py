@@ -1,7 +1,5 @@
 """The loss of a token, and its weighted sum over a micro-batch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Weights are computed once for the whole optimizer step. Micro-batches and ranks 
 can't change the gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What sections and keys are; the sections that RL and the warm-up share, and the warm-up's own."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -17,14 +15,10 @@ from omegaconf import OmegaConf
 class Rules:
     """What a key may be, and when it matters; of a section: the same for all keys in it."""
 
-    low: float | None = None
-    """At least this."""
-    high: float | None = None
-    """At most this."""
-    above: float | None = None
-    """More than this."""
-    choices: tuple[str, ...] = ()
-    """One of these, or a list of them; empty: any."""
+    low: float | None = None  # at least this
+    high: float | None = None  # at most this
+    above: float | None = None  # more than this
+    choices: tuple[str, ...] = ()  # one of these, or a list of them; empty: any
     on_resume: str = ""
     """What a change means for a run that resumes. `error`, the default: another training. `warn`:
     changed on purpose. `free`: only speed, memory, place or rounding. `validation`: free, but

@@ -1,7 +1,5 @@
 """Command line → read-only configuration. All errors come from here, before any process starts."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import logging
@@ -106,7 +104,7 @@ def entry_point(
     try:
         config = compose_config(args.overrides, *source)
     except ConfigError as error:
-        exit_with(error)
+        stop(2, f"error: {error}".replace("\n", "\nerror: "))
     typed = to_config(config, args.overrides)
     dry_run = os.environ.get("DRY_RUN", "")
     if dry_run in ("", "0"):
@@ -119,10 +117,10 @@ def entry_point(
         print(found.stdout, end="", file=sys.stderr)
 
 
-def exit_with(error: ConfigError) -> NoReturn:
-    """Ends with status 2, and a line for each error on standard error."""
-    print(*(f"error: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
-    raise SystemExit(2)
+def stop(status: int, message: str) -> NoReturn:
+    """Ends the process, with a message on standard error."""
+    print(message, file=sys.stderr)
+    raise SystemExit(status) from None
 
 
 def parse_override(override: str) -> Override:

@@ -1,8 +1,6 @@
 """Every key of `verl.trainer.main_ppo`: its type, default, unit, bounds, and what a change means
 (`verl.config.base.Rules`). The names are verl's. docs/keys.md is made from this."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from omegaconf import II

@@ -1,7 +1,5 @@
 """What a type can't express: ranges, contradictions, keys without effect, changes on resume."""
 
-from __future__ import annotations
-
 import json
 import operator
 import re

@@ -1,14 +1,12 @@
 """Parquet files → prompts or supervised samples, and the order in which they are used."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +17,6 @@ from tqdm import tqdm
 from verl.config.base import SFTDataConfig
 from verl.config.schema import DataConfig
 from verl.protocol import FinishReason, Prompt, Sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +47,7 @@ class Row(NamedTuple):
         return value
 
 
-def load_prompts(files: Files, config: DataConfig, tokenizer: Tokenizer) -> list[Prompt]:
+def load_prompts(files: Files, config: DataConfig, tokenizer: Any) -> list[Prompt]:
     """Tokenized prompts of all files, in file order; `Prompt.index` counts rows before filtering.
 
     Columns: `config.prompt_key` (chat messages, or a string with apply_chat_template=False),
@@ -83,7 +78,7 @@ def load_prompts(files: Files, config: DataConfig, tokenizer: Tokenizer) -> list
         if model.get("ground_truth") is None:
             raise row.error("reward_model", f"has no ground_truth: {REWARD_MODEL}")
         info = {} if info is None else row.typed("extra_info", dict)
-        prompts.append(Prompt(index, ids, source, model["ground_truth"], info))
+        prompts.append(Prompt(index, ids, source, model["ground_truth"], info, row.location))
     count = f"{overlong} of {len(rows)} prompts are longer than data.max_prompt_length={limit}"
     if not prompts:
         names = ", ".join(map(str, _paths(files)))
@@ -95,17 +90,7 @@ def load_prompts(files: Files, config: DataConfig, tokenizer: Tokenizer) -> list
     return prompts
 
 
-def locate(files: Files, index: int) -> str:
-    """File and row of the prompt with this `Prompt.index`, for messages."""
-    for path in _paths(files):
-        rows = pq.read_metadata(path).num_rows
-        if index < rows:
-            return f"{path}, row {index}"
-        index -= rows
-    raise IndexError(index)
-
-
-def load_sft_rows(config: SFTDataConfig, tokenizer: Tokenizer) -> list[Sample]:
+def load_sft_rows(config: SFTDataConfig, tokenizer: Any) -> list[Sample]:
     """One sample per row of `config.train_files`: prompt, and response with end-of-sequence token.
     With truncation=right a response that doesn't fit into max_length loses its last tokens, this
     one included, and its finish_reason is `length`.
@@ -235,7 +220,7 @@ def _read_rows(files: Files, required: dict[str, str]) -> list[Row]:
     return rows
 
 
-def _render(config: DataConfig, tokenizer: Tokenizer, row: Row, key: str) -> str:
+def _render(config: DataConfig, tokenizer: Any, row: Row, key: str) -> str:
     """The text that the model continues."""
     if not config.apply_chat_template:
         return row.typed(key, str, "render chat messages with data.apply_chat_template=True")
@@ -259,7 +244,7 @@ def _render(config: DataConfig, tokenizer: Tokenizer, row: Row, key: str) -> str
 
 
 def _tokenize(
-    tokenizer: Tokenizer, rows: list[Row], key: str, read: Callable[[Row, str], str]
+    tokenizer: Any, rows: list[Row], key: str, read: Callable[[Row, str], str]
 ) -> Iterator[NDArray[np.int64]]:
     """Token ids of each row's text, int64 [T], T ≥ 1, without special tokens."""
     remaining = iter(tqdm(rows, desc=f"tokenizing {key}", delay=2, disable=None))

@@ -1,7 +1,5 @@
 """A Hugging Face causal model as an FSDP2 policy: build, shard, save."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Hugging Face models: configuration, weights, end-of-sequence tokens, size, inference on a CPU."""
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 from os.path import expanduser

@@ -1,8 +1,6 @@
 """Decoding token by token without copies: a KV cache that is written in place, and an attention
 that reads it as it is."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

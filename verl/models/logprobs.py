@@ -1,8 +1,6 @@
 """A model that gives log-probability and entropy of given tokens, without ever holding
 [tokens, vocabulary]."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -3,8 +3,6 @@
 The only place where tokens are shifted: the hidden state of token t predicts token t + 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """The policy: one FSDP2 rank of the actor, and of the reference beside it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Rewards that are functions: `compute_score` chooses one by the sample's data source."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

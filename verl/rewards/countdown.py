@@ -3,8 +3,6 @@
 The response is hostile input: it is evaluated here with exact fractions, never by Python's parser.
 """
 
-from __future__ import annotations
-
 import operator
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """GSM8K: the number after ``####`` (or the last number) compared with the reference, exactly."""
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 from numbers import Real

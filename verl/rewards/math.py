@@ -1,7 +1,5 @@
 """The math reward: what a response answers, and the LaTeX server (`server/math`) that judges it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -1,15 +1,13 @@
 """From responses to rewards: decode, call the reward function, add the overlong punishment."""
 
-from __future__ import annotations
-
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +16,6 @@ from verl.protocol import Prompt, Sample
 from verl.rewards import MATH_SOURCES, RULES, RewardError, RewardServerError, compute_score
 from verl.rewards.math import MathClient, reference
 from verl.utils.user_function import UserFunction, load_function, start_event_loop
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Location = Callable[[Prompt], str]
-"""Says to users where a prompt comes from."""
 
 
 class RewardManager:
@@ -34,14 +26,13 @@ class RewardManager:
         self,
         config: RewardModelConfig,
         custom: CustomRewardConfig,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         max_response_length: int,
     ) -> None:
         """Loads the custom reward function, if there is one. Raises: as `load_function`.
         `max_response_length`: in tokens."""
         self.config, self.tokenizer = config, tokenizer
         self.max_response_length = max_response_length
-        self.location: Location = lambda prompt: f"row {prompt.index}"
         self.math = MathClient(config.math_server)
         self.custom: UserFunction | None = None
         self.function_name = "verl.rewards.compute_score"
@@ -51,16 +42,13 @@ class RewardManager:
             self.custom = UserFunction(key, function, config.num_workers, custom.timeout_s)
         self._loop, self._thread = start_event_loop("rewards")
 
-    def connect(
-        self, prompts: Sequence[Prompt], folder: Path, location: Location | None = None
-    ) -> None:
+    def connect(self, prompts: Sequence[Prompt], folder: Path) -> None:
         """Makes sure that responses to these prompts can be scored. A server that it starts keeps
         its log in `folder`.
 
         Raises: ValueError if there is no function for one of them, its ground truth is not of the
         form that this needs, or the LaTeX server is none; RewardServerError if there is no server.
         """
-        self.location = location or self.location
         if self.custom is not None:
             return
         for prompt in prompts:
@@ -72,7 +60,7 @@ class RewardManager:
                     compute_score(source, "", prompt.ground_truth)
             except ValueError as error:
                 key = "reward_model" if source in (*RULES, *MATH_SOURCES) else "data_source"
-                raise ValueError(f"{self.location(prompt)}, key {key!r}: {error}") from None
+                raise ValueError(f"{prompt.location}, key {key!r}: {error}") from None
         if any(prompt.data_source in MATH_SOURCES for prompt in prompts):
             self._run(self.math.connect(folder / "math_server.log")).result()
 
@@ -143,7 +131,7 @@ class RewardManager:
             raise ValueError(self._message(prompt, str(error))) from None
 
     def _message(self, prompt: Prompt, problem: str) -> str:
-        origin = f"data_source={prompt.data_source!r}, {self.location(prompt)}"
+        origin = f"data_source={prompt.data_source!r}, {prompt.location}"
         return f"reward function {self.function_name}, {origin}: {problem}"
 
 

@@ -1,7 +1,5 @@
 """The seam between training and generation: `RolloutEngine.generate` yields finished responses."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,15 +18,11 @@ from verl.protocol import FinishReason, Prompt, Sample, WeightChunk
 class SamplingParams:
     """How responses are sampled."""
 
-    n: int
-    """Responses per prompt."""
-    max_tokens: int
-    """Longest response, in tokens."""
-    temperature: float = 1.0
-    """0: greedy."""
+    n: int  # responses per prompt
+    max_tokens: int  # of the longest response
+    temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
-    top_k: int = -1
-    """-1 or 0: all tokens."""
+    top_k: int = -1  # -1 or 0: all tokens
     ignore_eos: bool = False
     seed: tuple[int, ...] = (0,)
     """Response k of a prompt depends on (seed, group, k) and the weights. What else is in the batch

@@ -1,8 +1,6 @@
 """Batched sampling for any Hugging Face causal model, on CPU and GPU. A prompt is read once for all
 its responses, finished sequences are dropped from the batch, the KV cache is written in place."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 

@@ -7,8 +7,6 @@ seeds are the same, so nothing is lost or doubled. Shares, and with them the bat
 `hf`, are the same in every run.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import Counter

@@ -1,8 +1,6 @@
 """vLLM (https://docs.vllm.ai) as the generation engine. Only an engine's process imports vLLM: it
 changes torch's settings, and the default process group."""
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence

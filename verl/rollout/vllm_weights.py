@@ -1,8 +1,6 @@
 """How a vLLM worker takes the actor's weights: an engine of vLLM's weight-transfer interface
 (https://docs.vllm.ai/en/latest/training/weight_transfer). Imported only where vLLM runs."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast

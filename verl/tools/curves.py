@@ -1,7 +1,5 @@
 """What the plots of a report show, as plain data: for the page and for pictures."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

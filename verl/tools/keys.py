@@ -1,7 +1,5 @@
 """`python -m verl.tools.keys` writes docs/keys.md: every configuration key, from the schema."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import itertools

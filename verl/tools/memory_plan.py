@@ -7,8 +7,6 @@ the ranks). Activations are counted tensor by tensor, as the Hugging Face layers
 CUDA, NCCL and a sleeping vLLM take for themselves is assumed: `CONTEXT` and `ASLEEP`.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

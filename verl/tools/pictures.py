@@ -1,7 +1,5 @@
 """The plots of a report as PNG files."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +41,7 @@ def _save(charts: list[dict[str, Any]], legend: list[str], path: Path, columns: 
     figure.savefig(path)
 
 
-def _draw(axes: Axes, chart: dict[str, Any], legend: list[str]) -> dict[str, Any]:
+def _draw(axes: "Axes", chart: dict[str, Any], legend: list[str]) -> dict[str, Any]:
     """Draws a chart; returns what the legend shows of each line, by its label."""
     handles: dict[str, Any] = {}
     below: list[float] = []

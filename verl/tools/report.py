@@ -5,8 +5,6 @@ file that needs nothing else, not even a network. Runs whose settings differ onl
 and names are one group: a mean with a band. A summary goes to standard output.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import hashlib

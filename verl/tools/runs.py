@@ -1,7 +1,5 @@
 """Runs on disk: their metrics and settings, which of them are alike, and where others differ."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Some of the best and of the worst responses, from the dumps of a run."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

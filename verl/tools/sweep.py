@@ -3,8 +3,6 @@
 `python -m verl.tools.sweep MODULE CONFIG_NAME CONFIG_DIR key=a,b …`
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import re
@@ -17,13 +15,7 @@ from typing import Any
 
 from hydra.errors import HydraException
 
-from verl.config.load import (
-    HERE,
-    ConfigError,
-    compose_config,
-    exit_with,
-    parse_override,
-)
+from verl.config.load import HERE, ConfigError, compose_config, parse_override, stop
 
 
 def sweep(
@@ -108,7 +100,7 @@ def main(module: str, config_name: str, config_dir: str, *overrides: str) -> Non
     try:
         runs = sweep(overrides, config_name, config_dir)
     except ConfigError as error:
-        exit_with(error)
+        stop(2, f"error: {error}".replace("\n", "\nerror: "))
     raise SystemExit(run_all(module, runs, config_name, config_dir))
 
 

@@ -3,10 +3,7 @@
 Needs no GPU, and memory for at least two copies of the parameters in float32.
 """
 
-from __future__ import annotations
-
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from verl.config.load import stop
 from verl.config.schema import Config
 from verl.models.fsdp import save_hf_model
 from verl.models.hf import load_tokenizer
@@ -71,8 +69,7 @@ def main() -> None:
         folder = args.output or checkpoint.parent / "huggingface"
         export(checkpoint, folder)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        stop(2, f"error: {error}")
     print(f"the model of {checkpoint.name} is in {folder}")
 
 

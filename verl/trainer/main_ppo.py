@@ -1,16 +1,13 @@
 """Reinforcement learning: `python -m verl.trainer.main_ppo key=value …`."""
 
-from __future__ import annotations
-
 import logging
 import re
-import sys
 import traceback
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from verl.config.load import entry_point
+from verl.config.load import entry_point, stop
 from verl.config.schema import Config
 
 if TYPE_CHECKING:
@@ -40,16 +37,16 @@ def run(config: Config) -> None:
             except RayActorError as error:
                 text, latest = _error(error, trainer.checkpoints.root), trainer.checkpoints.latest
                 if error.actor_init_failed:
-                    _stop(2, text)
+                    stop(2, text)
                 if not left or trainer.stop.number:
-                    _stop(1, f"{text}\n{trainer.checkpoints.how_to_resume}")
+                    stop(1, f"{text}\n{trainer.checkpoints.how_to_resume}")
                 action = f"goes on from {latest}" if latest else "starts anew"
                 logger.error(
                     "%s. The run %s; trainer.max_restarts: %d left", text, action, left - 1
                 )
 
 
-def _trainer(config: Config, latest: Path | None) -> RayPPOTrainer:
+def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
     """A trainer whose input is good; nothing is started."""
     from verl.models.hf import check_model, load_tokenizer
     from verl.rollout.engine import engine_class
@@ -61,12 +58,12 @@ def _trainer(config: Config, latest: Path | None) -> RayPPOTrainer:
         check_model(model, config.data.max_prompt_length + config.data.max_response_length)
         return RayPPOTrainer(config, load_tokenizer(model, config.data.tokenizer), latest)
     except (ValueError, OSError) as error:
-        _stop(2, f"error: {error}")
+        stop(2, f"error: {error}")
     except KeyboardInterrupt:
-        _stop(130, "stopped")
+        stop(130, "stopped")
 
 
-def _train(trainer: RayPPOTrainer) -> None:
+def _train(trainer: "RayPPOTrainer") -> None:
     """Starts the workers and trains. Raises: RayActorError if a worker dies."""
     from ray.exceptions import RayActorError, RayError
 
@@ -83,15 +80,15 @@ def _train(trainer: RayPPOTrainer) -> None:
         raise
     except (ValueError, OSError, FloatingPointError, RewardError, RayError) as error:
         if not started and not isinstance(error, RayError):
-            _stop(2, f"error: {error}")
+            stop(2, f"error: {error}")
         text = _error(error, checkpoints.root)
         if not isinstance(error, FloatingPointError):  # which says itself what to resume from
             text += f"\n{checkpoints.how_to_resume}" if started else ""
-        _stop(1 if started else 2, text)
+        stop(1 if started else 2, text)
     except KeyboardInterrupt:
         if not started:
-            _stop(128 + (trainer.stop.number or 2), "stopped")
-    _stop(128 + (trainer.stop.number or 2), f"stopped; {checkpoints.how_to_resume}")
+            stop(128 + (trainer.stop.number or 2), "stopped")
+    stop(128 + (trainer.stop.number or 2), f"stopped; {checkpoints.how_to_resume}")
 
 
 def _error(error: Exception, folder: Path) -> str:
@@ -114,11 +111,6 @@ def _error(error: Exception, folder: Path) -> str:
         ):
             text = f"a worker died, of class {name[1]}: {text}"
     return f"error: {text or type(error).__name__}{details}"
-
-
-def _stop(status: int, message: str) -> NoReturn:
-    print(message, file=sys.stderr)
-    raise SystemExit(status) from None
 
 
 if __name__ == "__main__":

@@ -4,23 +4,20 @@ The loss is the mean over the response tokens of a batch, −(1/Σ_j L_j) Σ_i �
 aggregation `token-mean` of `−log π`.
 """
 
-from __future__ import annotations
-
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from verl.config.base import SFTConfig
-from verl.config.load import entry_point
+from verl.config.load import entry_point, stop
 from verl.utils.signals import StopSignals
 
 LOG_LINES = 100
 """Lines of metrics of a whole run; each is the mean of the steps since the one before."""
 
 
-def train(config: SFTConfig, tokenizer: Any, stop: StopSignals) -> Path:
+def train(config: SFTConfig, tokenizer: Any, signals: StopSignals) -> Path:
     """Trains on the rows of `data.train_files`; returns the folder of the model. Raises: ValueError
     or FileNotFoundError for data that can't be used, before Ray starts."""
     from verl.algorithms.losses import LossConfig
@@ -45,7 +42,7 @@ def train(config: SFTConfig, tokenizer: Any, stop: StopSignals) -> Path:
     root = Path(trainer.default_local_dir).expanduser().absolute()
 
     start_ray(ranks, config.ray_init.num_cpus)
-    stop.install()  # Ray takes SIGTERM
+    signals.install()  # Ray takes SIGTERM
     slots = reserve_devices(trainer.nnodes, trainer.n_gpus_per_node, trainer.device)
     actor = WorkerGroup(PolicyWorker, slots, trainer.device, [(trainer.device,)] * ranks)
     actor.connect()
@@ -85,20 +82,18 @@ def run(config: SFTConfig) -> None:
 
     from verl.models.hf import check_model, load_tokenizer
 
-    stop = StopSignals()
+    signals = StopSignals()
     try:
         check_model(config.model, config.data.max_length)
         tokenizer = load_tokenizer(config.model, config.data.tokenizer)
-        folder = train(config, tokenizer, stop)
+        folder = train(config, tokenizer, signals)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        stop(2, f"error: {error}")
     except KeyboardInterrupt:
-        print("stopped; the warm-up starts anew the next time", file=sys.stderr)
-        raise SystemExit(128 + (stop.number or 2)) from None
+        stop(128 + (signals.number or 2), "stopped; the warm-up starts anew the next time")
     finally:
         ray.shutdown()
-        stop.restore()
+        signals.restore()
     print(f"the model is in {folder}")
 
 

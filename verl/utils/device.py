@@ -1,10 +1,6 @@
 """The only place that asks "GPU or CPU?"."""
 
-from __future__ import annotations
-
-import math
 import resource
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +8,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from verl.utils.flops import gpu_peak_tflops, head_size
+from verl.utils.flops import gpu_peak_flops, head_size
 
 VLLM_CPU_BLOCK = 128  # tokens of a block of vLLM's KV cache on a CPU
 
@@ -110,21 +106,10 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
     return {f"perf/{name}_gb": value / 2**30 for name, value in figures.items()}
 
 
-def peak_flops(device: torch.device, seconds: float = 0.1) -> float | None:
-    """Operations a second that `device` can do at most: of a GPU what `gpu_peak_tflops` says, of a
-    CPU, which has no data sheet, the best of the products of 512×512 float32 matrices that this
-    process's threads make in `seconds`."""
-    if device.type == "cuda":
-        tflops = gpu_peak_tflops(torch.cuda.get_device_name(device))
-        return None if tflops is None else tflops * 1e12
-    n, best = 512, math.inf
-    a, result = torch.rand(n, n), torch.empty(n, n)
-    start = now = time.perf_counter()
-    while now - start < seconds:
-        torch.mm(a, a, out=result)
-        before, now = now, time.perf_counter()
-        best = min(best, now - before)
-    return 2 * n**3 / best
+def peak_flops(device: torch.device) -> float | None:
+    """Operations a second that a GPU can do at most; None if that isn't known, as of a CPU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return gpu_peak_flops(name)
 
 
 def empty_cache(device: torch.device) -> None:

@@ -1,7 +1,5 @@
 """Floating-point operations of an update, and how many a GPU does at most, for `perf/mfu`."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +50,9 @@ second, from NVIDIA's data sheets (which print twice as much "with sparsity" for
 """
 
 
-def gpu_peak_tflops(name: str) -> float | None:
-    """The entry of `PEAK_TFLOPS` for a GPU that CUDA calls `name`; None if there is none."""
+def gpu_peak_flops(name: str) -> float | None:
+    """Operations a second, at most, of a GPU that CUDA calls `name`; None if that isn't known."""
     if re.search(r"\b(MIG|Laptop|Ti|D|Max-Q)\b", name):  # a part, or another one
         return None
     found = [key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name)]
-    return PEAK_TFLOPS[max(found, key=len)] if found else None
+    return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None

@@ -1,23 +1,18 @@
 """Samples as parquet: what of them must outlive the process."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.protocol import ARRAYS, OptimizerStep, Prompt, Sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +70,7 @@ def write_responses(
     folder: str | Path,
     step: int,
     samples: Sequence[Sample],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     optimizer_steps: Sequence[OptimizerStep] = (),
 ) -> None:
     """Writes `folder/{step}.parquet`, a row per response, for people to read; `answer` is the extra
@@ -108,7 +103,7 @@ def write_responses(
 
 
 def some_generations(
-    samples: Sequence[Sample], number: int, tokenizer: PreTrainedTokenizerBase
+    samples: Sequence[Sample], number: int, tokenizer: Any
 ) -> list[tuple[str, str, float]]:
     """(prompt, response, score) of at most `number` samples, for people to read; drawn by their
     positions alone, so that each validation shows the same prompts."""

@@ -1,7 +1,5 @@
 """Splitting sequences so that every part holds about the same number of tokens."""
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM: the first asks for an orderly end, the second one ends at once."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """A function of the user's: loaded from a file, and called with a time limit."""
 
-from __future__ import annotations
-
 import asyncio
 import faulthandler
 import importlib.util

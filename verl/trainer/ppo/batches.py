@@ -5,8 +5,6 @@ the weights from before that step; `next` waits for it, gives the now idle engin
 and starts it again.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -15,13 +13,13 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from tqdm import tqdm
 
 from verl.config.schema import Config
-from verl.data.dataset import PromptOrder, load_prompts, locate
+from verl.data.dataset import PromptOrder, load_prompts
 from verl.protocol import Prompt, Sample
 from verl.rewards import RewardError
 from verl.rewards.scorer import RewardManager
@@ -57,12 +55,9 @@ class TrainBatch(NamedTuple):
 class BatchesState:
     """What a resumed run needs."""
 
-    order: dict[str, Any]
-    """Position in the training prompts (`PromptOrder.state_dict`)."""
-    carried: list[list[Sample]] = field(default_factory=list)
-    """Groups that the last step kept but did not need."""
-    prefetched: TrainBatch | None = None
-    """The next step's batch, if it has been generated."""
+    order: dict[str, Any]  # `PromptOrder.state_dict`: position in the training prompts
+    carried: list[list[Sample]] = field(default_factory=list)  # groups kept but not yet needed
+    prefetched: TrainBatch | None = None  # the next step's batch, if it has been generated
 
 
 class Batches:
@@ -85,7 +80,7 @@ class Batches:
         self.thread = ThreadPoolExecutor(1)
 
     @classmethod
-    def from_config(cls, config: Config, tokenizer: Any) -> Batches:
+    def from_config(cls, config: Config, tokenizer: Any) -> Self:
         """With the prompts and the reward function that the configuration names; starts nothing.
         Raises: ValueError or FileNotFoundError for data or keys that can't be used."""
         data, trainer = config.data, config.trainer
@@ -105,13 +100,7 @@ class Batches:
     def connect_rewards(self, folder: Path) -> None:
         """Makes sure that responses can be scored. A LaTeX server that is started for that keeps
         its log in `folder`. Raises: ValueError or RewardServerError if they can't."""
-        data, validated = self.config.data, set(map(id, self.val_prompts))
-
-        def where(prompt: Prompt) -> str:
-            files = data.val_files if id(prompt) in validated else data.train_files
-            return locate(files, prompt.index)
-
-        self.rewards.connect([*self.prompts, *self.val_prompts], folder, where)
+        self.rewards.connect([*self.prompts, *self.val_prompts], folder)
 
     def next(self, step: int, timer: Timer) -> TrainBatch:
         """The samples of training step `step`, with scores and rewards. Raises: RewardError;
@@ -222,7 +211,7 @@ class Batches:
         metrics |= outcomes.metrics(len(kept) - carried)
         return TrainBatch([sample for group in kept[:usable] for sample in group], metrics)
 
-    def _usable(self, kept: int, carried: int, rounds: int, outcomes: Outcomes) -> int:
+    def _usable(self, kept: int, carried: int, rounds: int, outcomes: "Outcomes") -> int:
         """How many of the kept groups this step trains on: whole mini-batches."""
         needed = self.config.data.train_batch_size
         mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size

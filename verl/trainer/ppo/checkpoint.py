@@ -5,8 +5,6 @@
 (carried.parquet, prefetched.parquet), and manifest.json (size and checksum of all these).
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib
@@ -45,18 +43,12 @@ class TrainState:
     Random numbers need no state: each generator is seeded with the configuration's seed and step.
     """
 
-    batches: BatchesState
-    """Position in the data, and the responses that wait for the next step."""
-    step: int = 0
-    """Training steps made."""
-    kl_coef: float = 0.0
-    """Coefficient of the KL term in the reward."""
-    skipped_in_a_row: int = 0
-    """Optimizer steps up to now that were skipped because they were not finite."""
-    validation_due: bool = False
-    """The validation after `step` was postponed."""
-    best: dict[str, float] = field(default_factory=dict)
-    """Metrics of the best validation so far."""
+    batches: BatchesState  # position in the data, responses that wait for the next step
+    step: int = 0  # training steps made
+    kl_coef: float = 0.0  # of the KL term in the reward
+    skipped_in_a_row: int = 0  # optimizer steps up to now that were not finite
+    validation_due: bool = False  # the one after `step` was postponed
+    best: dict[str, float] = field(default_factory=dict)  # metrics of the best validation so far
 
 
 SCALARS = [f.name for f in fields(TrainState) if f.name != "batches"]

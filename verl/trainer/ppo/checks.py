@@ -1,7 +1,5 @@
 """What watches a run: optimizer steps that were skipped, engines that disagree with the actor."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path

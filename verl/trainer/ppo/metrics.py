@@ -1,7 +1,5 @@
 """What a training step and a validation report, under verl's names (docs/metrics.md)."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The training loop: `RayPPOTrainer.fit` is the algorithm, and its stages follow below it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

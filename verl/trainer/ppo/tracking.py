@@ -1,7 +1,5 @@
 """Where the metrics of a run go: metrics.jsonl, console, Weights & Biases, TensorBoard."""
 
-from __future__ import annotations
-
 import html
 import json
 import logging
@@ -12,7 +10,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from omegaconf import OmegaConf
 from tqdm import tqdm
@@ -82,7 +80,7 @@ class Tracking:
         whole_step = self.file.write({"step": step} | finite)
         self._tell(lambda logger: logger.log(floats, step, whole_step if complete else None))
 
-    def _tell(self, what: Callable[[Logger], None]) -> None:
+    def _tell(self, what: Callable[["Logger"], None]) -> None:
         """A logger that can't write is left out from then on: in an event file that a full disk has
         cut off, nothing that comes later would be seen."""
         for each in list(self.loggers):
@@ -106,7 +104,7 @@ class Tracking:
             write_responses(folder, step, samples, self.tokenizer)
         return some_generations(samples, self.trainer.log_val_generations, self.tokenizer)
 
-    def __enter__(self) -> Tracking:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -1,7 +1,5 @@
 """The processes of a run, and what the driver asks of them: actor ranks and generation engines."""
 
-from __future__ import annotations
-
 import gc
 import logging
 from collections.abc import Callable
@@ -71,8 +69,6 @@ class Workers:
         self.actor.call("build", model.model, actor.fsdp_config, actor.optim, total_steps, ref)
         sizes, peaks = zip(*self.actor.call("size_and_speed"), strict=True)
         self.model_size, self.peak_flops = sizes[0], sum(peaks) if all(peaks) else None
-        if self.model_size is None or self.peak_flops is None:
-            logger.info("perf/mfu is left out: the FLOPs of this model or GPU are unknown")
         if checkpoint:
             logger.info("resuming from %s", checkpoint)
             self.actor.call("load", str(checkpoint / "actor"))
@@ -102,12 +98,11 @@ class Workers:
             (SampleBatch((samples[i] for i in share), unread), role, rollout.temperature, limit)
             for share in shares
         ]
+        field = "ref_log_probs" if ref else "old_log_probs"
         for share, values in zip(shares, self.actor.scatter("log_probs", arguments), strict=True):
-            start = 0
-            for sample in (samples[i] for i in share):
-                end = start + len(sample.response_ids)
-                setattr(sample, "ref_log_probs" if ref else "old_log_probs", values[start:end])
-                start = end
+            ends = np.cumsum([len(samples[i].response_ids) for i in share])
+            for i, of_sample in zip(share, np.split(values, ends)[:-1], strict=True):
+                setattr(samples[i], field, of_sample)
 
     def update(self, steps: list[OptimizerStep]) -> list[list[dict[str, float]]]:
         """Makes optimizer steps; what each rank reports about each of them, [ranks][steps]."""
