@@ -6,14 +6,13 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Lock
 from typing import Any
 
 import psutil
 import ray
-from ray._private.state import available_resources_per_node
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
@@ -73,8 +72,7 @@ def reserve_devices(
     per_node = {name: amount * devices_per_node for name, amount in per_device.items()}
     machines = [node for node in ray.nodes() if node["Alive"]]
     enough = sum(all(m["Resources"].get(k, 0) >= per_node[k] for k in per_node) for m in machines)
-    remedy = "lower the keys, or start Ray on more machines (docs/multi_node.md)"
-    problem = f"the cluster has {enough}: {remedy}"
+    problem = f"the cluster has {enough}: lower the keys, or start Ray on more (docs/multi_node.md)"
     if enough >= nodes:
         deadline = time.monotonic() + timeout_s
         # Asked for whole shares, Ray itself picks machines that have them free, all at once. They
@@ -87,12 +85,12 @@ def reserve_devices(
             bundles = [per_device] * len(order)
             if reserved := _placement_group(deadline, bundles, bundle_label_selector=labels):
                 return [(reserved, index) for index in range(len(order))]
-        problem = f"after {timeout_s:.0f} s they are not free: lower the keys, or stop other jobs"
+        remedy = "lower the keys, or stop other jobs (`ray status -v`)"
+        problem = f"after {timeout_s:.0f} s they are not free: {remedy}"
     raise ValueError(
         f"trainer.nnodes={nodes} × {devices_per_node} devices (trainer.n_gpus_per_node and "
         f"trainer.rollout_gpus_per_node) needs {nodes} machine(s) with "
-        f"{', '.join(f'{amount:g} {name}' for name, amount in per_node.items())} each; "
-        f"{problem}{_free_resources(machines, per_device)}"
+        f"{', '.join(f'{amount:g} {name}' for name, amount in per_node.items())} each; {problem}"
     )
 
 
@@ -103,16 +101,6 @@ def _placement_group(deadline: float, *args: Any, **options: Any) -> PlacementGr
         return made
     remove_placement_group(made)
     return None
-
-
-def _free_resources(machines: list[dict[str, Any]], names: Iterable[str]) -> str:
-    """A line per machine."""
-    text, free = "", available_resources_per_node()
-    for node in machines:
-        left, total = free.get(node["NodeID"], {}), node["Resources"]
-        parts = [f"{left.get(n, 0):g} of {total.get(n, 0):g} {n} free" for n in names]
-        text += f"\n  {node['NodeManagerAddress']}: {', '.join(parts)}"
-    return text
 
 
 def despite_deaths(action: Callable[..., Any], *args: Any) -> Any:

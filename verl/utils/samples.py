@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,21 @@ from verl.protocol import ARRAYS, OptimizerStep, Prompt, Sample
 
 logger = logging.getLogger(__name__)
 
-TOKENS = ("response_ids", "loss_mask", "rollout_log_probs")
 SCHEMA = pa.schema(
     dict.fromkeys(("prompt_index", "group", "response_index", "policy_version"), pa.int64())
-    | {"finish_reason": pa.string()}
-    | {name: pa.list_(pa.from_numpy_dtype(ARRAYS[name])) for name in TOKENS}
-    | {"score": pa.float64(), "reward": pa.float64(), "extras": pa.string()}  # extras: JSON
+    | {"finish_reason": pa.string(), "extras": pa.string()}  # extras: JSON
+    | {name: pa.list_(pa.from_numpy_dtype(dtype)) for name, dtype in ARRAYS.items()}
+    | dict.fromkeys(("score", "reward", "advantage"), pa.float64())
 )
 
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Writes scored samples, exactly; what later stages of a step compute is left out."""
+    """Writes samples exactly, but of the prompt only its index."""
     columns = {name: [getattr(s, name) for s in samples] for name in SCHEMA.names[1:]}
     columns["prompt_index"] = [s.prompt.index for s in samples]
     columns["extras"] = [json.dumps(_plain(extras)) for extras in columns["extras"]]
     # Dictionaries of token ids or of log-probabilities take long and save nothing.
-    few = [name for name in SCHEMA.names if name not in TOKENS]
+    few = [name for name in SCHEMA.names if name not in ARRAYS]
     encoding = {"response_ids.list.element": "DELTA_BINARY_PACKED"}
     pq.write_table(pa.table(columns, SCHEMA), path, use_dictionary=few, column_encoding=encoding)
 
@@ -42,8 +40,8 @@ def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
         return []
     by_index = {prompt.index: prompt for prompt in prompts}
     table = pq.read_table(path)
-    rows = table.drop_columns(TOKENS).to_pylist()
-    for name in TOKENS:
+    rows = table.drop_columns(list(ARRAYS)).to_pylist()
+    for name in ARRAYS:
         for row, x in zip(rows, table[name], strict=True):
             row[name] = x.values.to_numpy(zero_copy_only=False) if x.is_valid else None
     for row in rows:
@@ -112,17 +110,3 @@ def some_generations(
         (str(decode(s.prompt.token_ids)), str(decode(s.response_ids)), float(s.score))
         for s in (samples[i] for i in positions[:number])
     ]
-
-
-def dump_samples(path: Path, optimizer_steps: Sequence[OptimizerStep]) -> None:
-    """Writes all that there is about the responses of optimizer steps, a row for each response of
-    each step, prompts and `weight` included."""
-    of_any_type = ("ground_truth", "extra_info", "extras")  # which may differ by row: as JSON
-    rows = []
-    for number, step in enumerate(optimizer_steps):
-        for sample, weight in zip(step.samples, step.weights.tolist(), strict=True):
-            row = asdict(sample)
-            row |= {f"prompt_{key}": value for key, value in row.pop("prompt").items()}
-            row |= {k: json.dumps(_plain(v)) for k, v in row.items() if k.endswith(of_any_type)}
-            rows.append({"optimizer_step": number, "weight": weight, **row})
-    pq.write_table(pa.Table.from_pylist(rows), path)

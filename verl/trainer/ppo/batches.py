@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from tqdm import tqdm
 
 from verl.config.schema import Config
 from verl.data.dataset import PromptOrder, load_prompts
@@ -180,23 +179,18 @@ class Batches:
         rule, needed = self.config.algorithm.filter_groups, self.config.data.train_batch_size
         kept, carried = list(self.carried), len(self.carried)
         most = needed * 2 if rule.carry_over else needed  # what this step and the next can use
-        outcomes, rounds, surplus = Outcomes(str(rule.metric), len(self.prompts)), 0, 0
+        outcomes, rounds = Outcomes(str(rule.metric), len(self.prompts)), 0
         while len(kept) < needed and not (rounds and rounds == rule.max_num_gen_batches):
-            bar = tqdm(
-                total=needed, initial=len(kept), desc="prompts kept", leave=False, disable=None
-            )
-            with closing(self._round(step, rounds, timer)) as groups, bar:
+            with closing(self._round(step, rounds, timer)) as groups:
                 for group in groups:
                     if outcomes.add(group):
                         kept.append(group)
-                        surplus = max(len(kept) - needed, 0)
-                        bar.update(len(kept) - surplus - bar.n)
-                        bar.set_postfix(surplus=surplus)
                         if len(kept) == most:
                             break
             rounds += 1
+            enough = min(len(kept), needed)
             text = "prompts kept: %d of %d, surplus: %d"
-            logger.info(text, len(kept) - surplus, needed, surplus)
+            logger.info(text, enough, needed, len(kept) - enough)
         usable = self._usable(len(kept), carried, rounds, outcomes)
         fresh = [group for group in kept[usable:] if group[0].policy_version >= step - 1]
         self.carried = fresh if rule.carry_over else []

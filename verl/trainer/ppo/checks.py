@@ -8,7 +8,7 @@ from typing import Any
 from verl.config.schema import Config
 from verl.protocol import OptimizerStep
 from verl.utils.device import default_dtype, get_device
-from verl.utils.samples import dump_samples
+from verl.utils.samples import write_samples
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def count_skipped(
         if in_a_row >= limit:
             outcome = f"is in {dump}"
             try:
-                dump_samples(dump, steps)
+                write_samples(dump, [sample for step in steps for sample in step.samples])
             except Exception as error:  # which must not hide what is worse
                 outcome = f"could not be written to {dump} ({type(error).__name__}: {error})"
             raise FloatingPointError(
