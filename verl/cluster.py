@@ -1,5 +1,4 @@
-"""Workers over Ray: devices for them, their start, and calls to all of them. Only this module makes
-Ray actors; the workers are ordinary classes."""
+"""Workers over Ray: their devices, start and calls. Only this module makes Ray actors."""
 
 import logging
 import os
@@ -29,17 +28,10 @@ WORKER_ENV = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore",
 }
-WORKERS_PER_DEVICE = 2
-"""Colocated, an actor rank and a generation engine share each device, in turns."""
-
-DEATH_S = 5
-"""Seconds after one worker's error in which Ray gets to know that another had died."""
-
-MAX_DEATHS = 3
-"""An engine that dies as often without having done anything ends the run."""
-
-CONTROL = "control"
-"""Ray's concurrency group of calls that don't wait for those that run."""
+WORKERS_PER_DEVICE = 2  # colocated, an actor rank and an engine share each device, in turns
+DEATH_S = 5  # seconds after one worker's error in which Ray gets to know that another had died
+MAX_DEATHS = 3  # an engine that dies as often without having done anything ends the run
+CONTROL = "control"  # Ray's concurrency group of calls that don't wait for those that run
 
 
 def start_ray(devices: int, num_cpus: int | None = None) -> None:
@@ -57,8 +49,7 @@ def start_ray(devices: int, num_cpus: int | None = None) -> None:
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
 
 
-Slots = list[tuple[PlacementGroup, int]]
-"""One device each, node by node, the order of ranks: a placement group and a bundle's number."""
+Slots = list[tuple[PlacementGroup, int]]  # a bundle of one device each, in the order of ranks
 
 
 def reserve_devices(
@@ -135,8 +126,7 @@ class WorkerGroup:
             strategy = PlacementGroupSchedulingStrategy(reserved, bundle, True)
             self.workers.append(actor.options(scheduling_strategy=strategy).remote(*args))
         self._submission = Lock()
-        self.exclusive = Lock()
-        """Held by whoever needs that nothing else happens to the workers between two calls."""
+        self.exclusive = Lock()  # held by whoever needs that nothing else happens between two calls
 
     def __len__(self) -> int:
         return len(self.workers)
@@ -146,8 +136,7 @@ class WorkerGroup:
         return self.wait(self.submit(method, *args, only=only))
 
     def submit(self, method: str, *args: Any, only: int | None = None) -> list[Any]:
-        """`call` without the waiting: references to the results. All workers get their calls in the
-        same order, from whatever threads these come."""
+        """`call` without the waiting. Workers get all calls in the same order, from any thread."""
         with self._submission:
             workers = self.workers if only is None else [self.workers[only]]
             return [getattr(worker, method).remote(*args) for worker in workers]

@@ -34,8 +34,7 @@ class Prompt:
 
 @dataclass(slots=True)
 class Sample:
-    """One response of R tokens, and all that the step learns about it. Each stage fills the fields
-    it owns."""
+    """One response of R tokens. Each stage of a step fills the fields that it owns."""
 
     prompt: Prompt
     group: int
@@ -146,8 +145,7 @@ def response_lengths(samples: Iterable[Sample]) -> NDArray[np.int64]:
 
 @dataclass(slots=True)
 class WeightChunk:
-    """W of the policy's weights on their way to the engines. A chunk with neither tensors nor
-    handles announces a broadcast."""
+    """W weights on their way to the engines; without tensors and handles a broadcast follows."""
 
     names: list[str]  # in the checkpoint, [W]
     dtype: str  # PyTorch's name of their type, such as bfloat16

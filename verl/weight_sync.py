@@ -17,8 +17,7 @@ from verl.cluster import WorkerGroup, despite_deaths
 from verl.protocol import WeightChunk
 from verl.rollout.pool import EnginePool
 
-CHUNK_BYTES = 256 * 2**20
-"""About the size of one chunk; a larger tensor stands alone."""
+CHUNK_BYTES = 256 * 2**20  # about the size of one chunk; a larger tensor stands alone
 
 
 class WeightSync:
@@ -29,8 +28,7 @@ class WeightSync:
     ) -> None:
         """`dtype`: of the engines' weights; None: the device's usual one."""
         self.actor, self.engines, self.transfer, self.dtype = actor, engines, transfer, dtype
-        self.connected: dict[int, int] = {}
-        """The engines' `processes` that are in the group of the broadcast."""
+        self.connected: dict[int, int] = {}  # `engines.processes` in the broadcast's group
 
     def __call__(self, only: int | None = None) -> None:
         """Updates all engines, despite deaths, or number `only`, which was started anew."""

@@ -169,7 +169,7 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "flag and mode": (
         ["algorithm.use_grpopp=True", f"{ACTOR}loss_agg_mode=seq-mean-token-mean"],
-        f"and so does {ACTOR}loss_agg_mode=seq-mean-token-mean: drop one of them",
+        f"and {ACTOR}loss_agg_mode=seq-mean-token-mean contradict each other: drop one",
     ),
     "token-mean-legacy by tokens": (
         [
@@ -233,7 +233,7 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "ahead and carry-over": (
         [*AHEAD, "algorithm.filter_groups={enable:True,metric:acc}"],
-        "two policy versions old; set algorithm.filter_groups.carry_over=False",
+        "would be too old; set algorithm.filter_groups.carry_over=False",
     ),
     "weights of hf by nccl": (
         [f"{ROLLOUT}weight_transfer=nccl", "trainer.rollout_gpus_per_node=1"],
@@ -241,11 +241,11 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "ipc between GPUs": (
         [*AHEAD, f"{ROLLOUT}name=vllm", f"{ROLLOUT}weight_transfer=ipc"],
-        f"{ROLLOUT}weight_transfer=ipc does not fit trainer.rollout_gpus_per_node=1",
+        f"{ROLLOUT}weight_transfer=ipc: ipc is for shared GPUs",
     ),
     "nccl on one GPU": (
         [f"{ROLLOUT}name=vllm", f"{ROLLOUT}weight_transfer=nccl"],
-        f"{ROLLOUT}weight_transfer=nccl does not fit trainer.rollout_gpus_per_node=None",
+        f"{ROLLOUT}weight_transfer=nccl: ipc is for shared GPUs",
     ),
     "engines over three of eight GPUs": (
         [
@@ -287,7 +287,6 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
         ["trainer.logger=[console,mlflow]"],
         "'mlflow']: choose from console, wandb, tensorboard, file",
     ),
-    "hdfs": (["trainer.default_hdfs_dir=hdfs://x"], "only null is supported"),
     "resume path": (["trainer.resume_mode=resume_path"], "needs trainer.resume_from_path"),
 }
 
@@ -312,7 +311,6 @@ def test_all_errors_come_together() -> None:
         f"{ACTOR}optim.lr=fast",
         "data.seed=x",
         "trainer.nnodes=0",
-        "trainer.critic_warmup=yes",
         "data.shuffle",
         "algorithm.use_grpopp=True",
         "algorithm.use_dr_grpo=True",
@@ -321,7 +319,6 @@ def test_all_errors_come_together() -> None:
     assert [line.split(":")[0] for line in lines] == [
         "there is no key 'data.trian_batch_size'; the nearest one is 'data.train_batch_size'",
         "there is no key 'data.max_lenght'; the nearest one is 'data.max_prompt_length'",
-        "trainer.critic_warmup=yes",
         "'data.shuffle' is not an override",
         "there is no key 'data.sed'; the nearest one is 'data.seed'",
         f"{ACTOR}optim.lr",
@@ -331,10 +328,9 @@ def test_all_errors_come_together() -> None:
     ]
 
 
-@pytest.mark.parametrize("value", ["0", "1.5", "1e-6"])
-def test_keys_of_verl_without_effect_take_any_value_of_their_kind(value: str) -> None:
-    assert load(f"critic.optim.lr={value}", "trainer.default_hdfs_dir=null") == load()
-    assert error_of("critic.optim.lr=fast") == "critic.optim.lr=fast: only a number is supported"
+def test_keys_of_verl_without_effect_take_any_value() -> None:
+    for value in ("0", "1e-6", "null", "fast"):
+        assert load(f"critic.optim.lr={value}", f"trainer.default_hdfs_dir={value}") == load()
 
 
 def test_every_condition_of_a_key_names_other_keys() -> None:

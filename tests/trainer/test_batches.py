@@ -25,10 +25,9 @@ from verl.trainer.ppo.batches import (
     Batches,
     has_spread,
     mini_batches,
+    sampling,
     score_while_generating,
     split_groups,
-    train_sampling,
-    validation_sampling,
 )
 from verl.utils.samples import read_samples, write_samples
 from verl.utils.timer import Timer
@@ -136,7 +135,7 @@ def test_groups_come_in_the_order_of_the_prompts_with_scores():
     assert set(timer.seconds) == {"gen", "reward"}
     assert indices(batches.next(2, timer)[0]) == [4, 5, 6, 7]
     assert [params for *_, params in engine.calls] == [
-        train_sampling(make_config(), step) for step in (1, 2)
+        sampling(make_config(), step) for step in (1, 2)
     ]
 
 
@@ -368,7 +367,7 @@ def test_an_error_of_a_prompt_that_is_needed_is_raised(engine, enable):
 def test_every_error_of_a_validation_is_raised(engine):
     config = make_config()
     batches = failing(make_batches(config, engine(all_mixed)), 15)
-    generated = batches.generate(batches.prompts, range(16), validation_sampling(config, 1))
+    generated = batches.generate(batches.prompts, range(16), sampling(config, 1, True))
     with pytest.raises(RewardError, match="row 15"):
         for _, scores in score_while_generating(generated, batches.rewards, Timer()):
             scores.result()
@@ -686,24 +685,26 @@ def test_shuffled_mini_batches():
 
 def test_training_and_validation_draw_differently_in_each_step():
     config = make_config()
-    seeds = {f(config, step).seed for f in (train_sampling, validation_sampling) for step in (1, 2)}
+    seeds = {
+        sampling(config, step, validation).seed for validation in (False, True) for step in (1, 2)
+    }
     assert len(seeds) == 4
     config.actor_rollout_ref.rollout.seed = 1
-    assert train_sampling(config, 1).seed not in seeds
-    assert train_sampling(config, 1) == train_sampling(config, 1)
+    assert sampling(config, 1).seed not in seeds
+    assert sampling(config, 1) == sampling(config, 1)
 
 
 def test_sampling_follows_the_configuration():
     config = make_config()
     rollout = config.actor_rollout_ref.rollout
     rollout.temperature, rollout.top_p, rollout.top_k, rollout.ignore_eos = 0.9, 0.8, 7, True
-    assert train_sampling(config, 3) == SamplingParams(
+    assert sampling(config, 3) == SamplingParams(
         n=3, max_tokens=M, temperature=0.9, top_p=0.8, top_k=7, ignore_eos=True, seed=(0, 0, 3)
     )
     val = rollout.val_kwargs
     val.n, val.temperature, val.top_p, val.top_k = 4, 0.6, 0.7, 5
     for do_sample, temperature in ((False, 0.0), (True, 0.6)):
         val.do_sample = do_sample
-        assert validation_sampling(config, 3) == SamplingParams(
+        assert sampling(config, 3, True) == SamplingParams(
             n=4, max_tokens=M, temperature=temperature, top_p=0.7, top_k=5, seed=(0, 1, 3)
         )

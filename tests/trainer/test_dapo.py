@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from tests.trainer.test_main_ppo import read
 from verl.config.load import load_config
-from verl.trainer.ppo.batches import train_sampling
+from verl.trainer.ppo.batches import sampling
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 REWARD = """
@@ -131,7 +131,7 @@ def test_closing_a_generation_frees_the_engines(settings: list[str], tmp_path: P
     ]
     config = load_config([*settings, *overrides])
     tokenizer = AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path)
-    trainer, params = RayPPOTrainer(config, tokenizer), train_sampling(config, 1)
+    trainer, params = RayPPOTrainer(config, tokenizer), sampling(config, 1)
     prompts = trainer.batches.prompts
     try:
         trainer.start_workers()

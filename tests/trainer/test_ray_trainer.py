@@ -364,7 +364,7 @@ def test_a_signal_during_a_validation_ends_the_run_with_a_checkpoint(
     overrides = ["trainer.test_freq=1", f"data.val_files={tmp_path}/data.parquet"]
     trainer = make_trainer(tiny_model, tmp_path, *overrides)
     trainer.workers = in_process(trainer.config, worker)
-    trainer.workers.save_policy = lambda folder: folder.mkdir()
+    trainer.workers.actor.call = lambda method, folder: folder.mkdir()
     trainer.workers.free_devices = trainer.batches.policy_updated = lambda: None
     trainer.batches.next = lambda step, timer: TrainBatch(make_samples(LENGTHS), {})
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl.utils.seqlen_balancing import balanced_partitions, equal_partitions, micro_batches
+from verl.utils.seqlen_balancing import balanced_partitions, micro_batches
 
 quick = settings(deadline=None, max_examples=100, derandomize=True)
 token_counts = st.lists(st.integers(1, 200), max_size=40)
@@ -35,22 +35,6 @@ def test_balanced_uses_every_sequence_once_and_is_nearly_even(lengths, parts):
     sums = totals(lengths, result)
     assert max(sums) - min(sums) <= max(lengths, default=0)
     assert balanced_partitions(lengths, parts) == result
-
-
-def test_equal_by_hand():
-    assert equal_partitions(5, 2) == [[0, 1], [2, 3, 4]]
-    assert equal_partitions(2, 3) == [[], [0], [1]]
-    assert equal_partitions(0, 2) == [[], []]
-
-
-@quick
-@given(st.integers(0, 60), st.integers(1, 9))
-def test_equal_is_consecutive_and_even(count, parts):
-    result = equal_partitions(count, parts)
-    assert [i for part in result for i in part] == list(range(count))
-    sizes = [len(part) for part in result]
-    assert len(sizes) == parts
-    assert max(sizes) - min(sizes) <= 1
 
 
 def test_micro_batches_by_count():

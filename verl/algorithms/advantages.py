@@ -7,8 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Array = Sequence[float] | NDArray[Any] | Tensor
-"""One number per response, [N]."""
+Array = Sequence[float] | NDArray[Any] | Tensor  # one number per response, [N]
 
 
 def group_statistics(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,8 +32,7 @@ def grpo_advantages(rewards: Tensor, groups: Tensor, *, norm_by_std: bool, **_: 
 
 
 def rloo_advantages(rewards: Tensor, groups: Tensor, **_: Any) -> Tensor:
-    """r − mean of the *other* responses of the group (arXiv 2402.14740, eq. 8); 0 for a group of
-    one. [N] → [N]."""
+    """r − mean of the group's *other* responses (arXiv 2402.14740, eq. 8), if any. [N] → [N]."""
     mean, _std, count = group_statistics(rewards, groups)
     return (rewards - mean) * count / (count - 1).clamp(min=1)
 

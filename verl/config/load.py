@@ -21,7 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from verl.config.base import SFTConfig
 from verl.config.schema import Config
-from verl.config.validate import KINDS, WITHOUT_EFFECT, ignored_keys, validate
+from verl.config.validate import WITHOUT_EFFECT, ignored_keys, validate
 
 logger = logging.getLogger(__name__)
 
@@ -153,13 +153,11 @@ def _read(
         if override.is_sweep_override():
             problems[f"{text}: several values are several runs, and take -m"] = key
         elif key in WITHOUT_EFFECT:
-            kind, _ = WITHOUT_EFFECT[key]
-            if not isinstance(value, KINDS[kind]):
-                problems[f"{key}={value}: only {kind} is supported"] = key
+            pass
         elif key.startswith(free):
             given.append((key, f"++{text.lstrip('+')}"))
         elif key not in known and not key.startswith("hydra."):
-            problems.update([_unknown(known, key)])
+            problems.update([unknown_key(known, key)])
         elif value is None and "${" in str(defaults.get(key)):
             given.append((key, f"{key}='{defaults[key]}'"))
         else:
@@ -184,7 +182,7 @@ def _merge(
             given = remaining
             unknown = isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError)
             if unknown and not key.startswith("hydra."):
-                text, key = _unknown(_flat(OmegaConf.to_container(base)), key)
+                text, key = unknown_key(_flat(OmegaConf.to_container(base)), key)
             problems[text] = key
 
 
@@ -196,7 +194,7 @@ def _explain(error: Exception) -> tuple[str, str]:
     return key, f"{key}: {text}" if key else text
 
 
-def _unknown(known: dict[str, Any], key: str) -> tuple[str, str]:
+def unknown_key(known: dict[str, Any], key: str) -> tuple[str, str]:
     """What to say about a key that isn't known, and the nearest one that is."""
     ending = [k for k in known if k.endswith(f".{key}")]
     leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]

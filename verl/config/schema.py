@@ -25,8 +25,9 @@ LOSS_AGG_MODES = (
 )
 GRPOPP = "algorithm.grpopp_config"
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
-SIZE: dict[str, Any] = {"low": 1, "on_resume": "free"}  # of speed and memory alone
-VLLM = {"on_resume": "free", "idle_if": "rollout.name=hf"}
+FREE: dict[str, Any] = {"on_resume": "free"}
+SIZE = FREE | {"low": 1}  # of speed and memory alone
+VLLM = FREE | {"idle_if": "rollout.name=hf"}
 
 
 class DataConfig(TrainFilesConfig):
@@ -64,7 +65,7 @@ class GrpoppConfig(Section):
 class ActorConfig(Section):
     """`actor_rollout_ref.actor`."""
 
-    strategy: str = key("fsdp2", choices=("fsdp2", "fsdp"), on_resume="free")
+    strategy: str = key("fsdp2", choices=("fsdp2", "fsdp"), **FREE)
     """Both names mean FSDP2."""
     ppo_mini_batch_size: int = key("${data.train_batch_size}", low=1)
     """Prompts of one optimizer step (times n responses); divides train_batch_size; null: all."""
@@ -75,9 +76,7 @@ class ActorConfig(Section):
         idle_if="actor.use_dynamic_bsz=True and loss_agg_mode!=token-mean-legacy",
     )
     """Responses of one forward/backward pass on a rank; null: a token budget."""
-    use_dynamic_bsz: bool = key(
-        "${verl.is_null:${.ppo_micro_batch_size_per_gpu}}", on_resume="free"
-    )
+    use_dynamic_bsz: bool = key("${verl.is_null:${.ppo_micro_batch_size_per_gpu}}", **FREE)
     """Micro-batches by token budget instead of by count; null: where no count is given."""
     ppo_max_token_len_per_gpu: int = key(
         "${verl.token_budget:${data.max_prompt_length},${data.max_response_length}}",
@@ -105,13 +104,13 @@ class ActorConfig(Section):
         idle_if=("actor.use_grpopp=True", "actor.use_dr_grpo=True"),
     )
     """Loss aggregation, unless use_dr_grpo or use_grpopp chooses one."""
-    use_dr_grpo: bool = key("${algorithm.use_dr_grpo}", on_resume="free")
+    use_dr_grpo: bool = key("${algorithm.use_dr_grpo}", **FREE)
     """Follows algorithm.use_dr_grpo."""
-    use_grpopp: bool = key("${algorithm.use_grpopp}", on_resume="free")
+    use_grpopp: bool = key("${algorithm.use_grpopp}", **FREE)
     """Follows algorithm.use_grpopp."""
     grpopp_config: GrpoppConfig = key(
         lambda: GrpoppConfig(II(f"{GRPOPP}.alpha"), II(f"{GRPOPP}.scope")),
-        on_resume="free",
+        **FREE,
         idle_if="use_grpopp=False",
     )
     entropy_coeff: float = 0.0
@@ -177,7 +176,7 @@ class RolloutConfig(SamplingConfig):
         None, **SIZE, idle_if="log_prob_use_dynamic_bsz=True"
     )
     """Responses of one forward pass that computes log-probabilities; null: the actor's."""
-    log_prob_use_dynamic_bsz: bool = key("${..actor.use_dynamic_bsz}", on_resume="free")
+    log_prob_use_dynamic_bsz: bool = key("${..actor.use_dynamic_bsz}", **FREE)
     """Follows actor.use_dynamic_bsz."""
     log_prob_max_token_len_per_gpu: int = key(
         "${..actor.ppo_max_token_len_per_gpu}", **SIZE, idle_if="log_prob_use_dynamic_bsz=False"
@@ -196,13 +195,11 @@ class RolloutConfig(SamplingConfig):
     """vLLM: no CUDA graphs."""
     free_cache_engine: bool = key(True, **VLLM)
     """vLLM: free the memory of weights and KV cache while the actor trains."""
-    weight_transfer: str | None = key(None, choices=("host", "ipc", "nccl"), on_resume="free")
+    weight_transfer: str | None = key(None, choices=("host", "ipc", "nccl"), **FREE)
     """How engines get weights; null: host for hf and on CPUs, else ipc, or nccl between GPUs."""
-    verify_weights: bool = key(False, on_resume="free")
+    verify_weights: bool = key(False, **FREE)
     """After each transfer compare log-probabilities with the actor: rollout/verify_logprob_diff."""
-    verify_weights_tolerance: float = key(
-        0.05, above=0, on_resume="free", idle_if="verify_weights=False"
-    )
+    verify_weights_tolerance: float = key(0.05, above=0, **FREE, idle_if="verify_weights=False")
     """Largest mean difference, in nats a token; more is an error at start and a warning later."""
     engine_kwargs: EngineKwargs = key(EngineKwargs, on_resume="warn", idle_if="rollout.name=hf")
     val_kwargs: SamplingConfig = key(
@@ -235,15 +232,15 @@ class OverlongBufferConfig(Section):
 class MathServerConfig(Section):
     """`reward_model.math_server`: the LaTeX server (`server/math`), which math data sources ask."""
 
-    url: str | None = key(None, on_resume="free")
+    url: str | None = key(None, **FREE)
     """null: MATH_SERVER_URL of the environment, else http://127.0.0.1:6284."""
-    autostart: bool = key(False, on_resume="free")
+    autostart: bool = key(False, **FREE)
     """Start the server where none answers at `url`, and again should it end; stop it at the end."""
-    max_wait_s: float = key(600.0, above=0, on_resume="free")
+    max_wait_s: float = key(600.0, above=0, **FREE)
     """Seconds to wait for a server that went away; then the run stops, with a checkpoint."""
     max_answer_length: int = key(30, low=0)
     """Characters; a longer answer is wrong unless it is identical to the reference."""
-    batch_size: int = key(64, low=1, high=2048, on_resume="free")
+    batch_size: int = key(64, low=1, high=2048, **FREE)
     """Pairs of one request, at most; the server takes 2,048 unless it is told otherwise."""
     max_connections: int = key(8, **SIZE)
     """Requests that are under way at the same time."""
@@ -273,9 +270,7 @@ class CustomRewardConfig(Section):
     """Python file; null: `verl.rewards.compute_score`."""
     name: str = "compute_score"
     """Function in that file; returns a number, or a dict with `score`."""
-    timeout_s: float = key(
-        300.0, above=0, on_resume="free", idle_if="custom_reward_function.path=null"
-    )
+    timeout_s: float = key(300.0, above=0, **FREE, idle_if="custom_reward_function.path=null")
     """Seconds of one call; then the run stops, with a checkpoint (after twice that without one, if
     the function holds Python's global lock)."""
 
@@ -396,5 +391,5 @@ class Config(Section):
     reward_model: RewardModelConfig = key(RewardModelConfig)
     custom_reward_function: CustomRewardConfig = key(CustomRewardConfig)
     algorithm: AlgorithmConfig = key(AlgorithmConfig)
-    trainer: TrainerConfig = key(TrainerConfig, on_resume="free")
-    ray_init: RayInitConfig = key(RayInitConfig, on_resume="free")
+    trainer: TrainerConfig = key(TrainerConfig, **FREE)
+    ray_init: RayInitConfig = key(RayInitConfig, **FREE)

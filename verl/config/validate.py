@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import reduce
-from types import NoneType
 from typing import Any
 
 from verl.config.base import Section, SFTConfig
@@ -17,13 +16,12 @@ LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "above": (operator.gt, "more than"),
     "high": (operator.le, "at most"),
 }
-KINDS: dict[str, Any] = {"a number": (int, float), "null": NoneType}
 WITHOUT_EFFECT = {
-    "critic.optim.lr": ("a number", "there is no critic"),
-    "trainer.critic_warmup": ("a number", "there is no critic"),
-    "trainer.default_hdfs_dir": ("null", "checkpoints go to trainer.default_local_dir"),
+    "critic.optim.lr": "there is no critic",
+    "trainer.critic_warmup": "there is no critic",
+    "trainer.default_hdfs_dir": "checkpoints go to trainer.default_local_dir",
 }
-"""Keys of verl that can't matter here → one of `KINDS`, reason. A warning names them."""
+"""Keys of verl that can't matter here, and why. A warning names them."""
 
 
 def validate(config: Config | SFTConfig, wrong: Collection[str] = ()) -> list[str]:
@@ -43,7 +41,7 @@ def validate(config: Config | SFTConfig, wrong: Collection[str] = ()) -> list[st
 def ignored_keys(config: Section, given: Collection[str]) -> dict[str, str]:
     """Those of the overridden keys that can't matter in this run, each with its reason."""
     conditions = {key: rules.idle_if for key, _, rules in config.walk()}
-    found = {key: WITHOUT_EFFECT[key][1] for key in given if key in WITHOUT_EFFECT}
+    found = {key: WITHOUT_EFFECT[key] for key in given if key in WITHOUT_EFFECT}
     for key in given:
         for condition in conditions.get(key, ()):
             switch = condition.partition("=")[0]  # one that is off is not idle
@@ -136,10 +134,7 @@ def _method(config: Config) -> Iterator[str]:
     if len(methods) == 2:
         yield "algorithm.use_grpopp and algorithm.use_dr_grpo are two methods: turn one of them off"
     if methods and actor.loss_agg_mode != "token-mean":
-        yield (
-            f"{{algorithm.{methods[0]}=}} chooses the loss aggregation, and so does "
-            "{loss_agg_mode=}: drop one of them"
-        )
+        yield f"{{algorithm.{methods[0]}=}} and {{loss_agg_mode=}} contradict each other: drop one"
     if actor.ppo_micro_batch_size_per_gpu is None:
         if actor.loss_agg_mode == "token-mean-legacy":
             yield "{loss_agg_mode=} averages over micro-batches: set {ppo_micro_batch_size_per_gpu}"
@@ -175,10 +170,7 @@ def _sampling(config: Config) -> Iterator[str]:
     if groups.enable:
         off["carry_over"] = False
         if config.trainer.async_rollout and groups.carry_over:
-            yield (
-                "{async_rollout=}: what algorithm.filter_groups carries over would be two policy "
-                "versions old; set {carry_over}=False"
-            )
+            yield "{async_rollout=}: what is carried over would be too old; set {carry_over}=False"
     if rollout.top_p < 1 or rollout.top_k > 0:
         for name in [name for name in off if any(config.ending(name).values())]:
             yield (
@@ -204,10 +196,7 @@ def _engines(config: Config) -> Iterator[str]:
     if transfer in ("ipc", "nccl") and rollout.name == "hf":
         yield "{weight_transfer=} is for rollout.name=vllm: set it to null"
     if (transfer == "ipc" and split) or (transfer == "nccl" and not split):
-        yield (
-            "{weight_transfer=} does not fit {rollout_gpus_per_node=}: ipc is for engines that "
-            "share the actor's GPUs, nccl for those on their own"
-        )
+        yield "{weight_transfer=}: ipc is for shared GPUs, nccl for {rollout_gpus_per_node=} alone"
     if rollout.name == "hf":
         return
     devices = split or trainer.n_gpus_per_node

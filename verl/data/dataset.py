@@ -139,8 +139,7 @@ class PromptOrder:
     batch_size: int
     seed: int = 1
     shuffle: bool = True
-    batch_key: str = "data.train_batch_size"
-    """What messages call `batch_size`."""
+    batch_key: str = "data.train_batch_size"  # what messages call `batch_size`
     batches_taken: int = 0
 
     def __post_init__(self) -> None:

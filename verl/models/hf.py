@@ -63,8 +63,7 @@ def load_tokenizer(model: ModelConfig, path: str | None = None) -> Any:
 
 
 def stop_token_ids(model: ModelConfig) -> list[int]:
-    """End-of-sequence tokens: those of the generation configuration and the tokenizer's. Raises:
-    ValueError if neither names one."""
+    """Tokens that end a response, of configuration and tokenizer. Raises: ValueError if none."""
     named = load_generation_config(model).eos_token_id
     named = named if isinstance(named, list) else [named]
     stop = {*named, load_tokenizer(model).eos_token_id} - {None}
@@ -77,8 +76,7 @@ def stop_token_ids(model: ModelConfig) -> list[int]:
 
 
 def model_size(lm: Any) -> ModelSize | None:
-    """The model's matrix products; None if a token doesn't go through all of them (experts), or
-    they are no linear layers and attention."""
+    """The model's matrix products; None for experts, and for layers that are no `nn.Linear`."""
     config = lm.config.get_text_config()
     linears = [m for m in lm.get_decoder().modules() if isinstance(m, nn.Linear)]
     heads = getattr(config, "num_attention_heads", None)
@@ -107,14 +105,12 @@ def check_model(model: ModelConfig, longest: int) -> None:
         )
 
 
-REORDERED_ROWS = 32
-"""oneDNN chooses the layout for inputs of so many rows; good for 1 to 128 (benchmarks/LOG.md)."""
+REORDERED_ROWS = 32  # oneDNN's layout is for inputs of so many; good for 1 to 128 (LOG.md)
 
 
 @torch.no_grad()
 def reorder_linears(model: nn.Module) -> None:
-    """Makes the linear layers that gain by it multiply with a reordered copy of their weight. Call
-    it again when weights have changed."""
+    """Linear layers that gain by it use a reordered copy of their weight: for each new one."""
     for module in model.modules():
         if type(module) is nn.Linear and multiplies_faster_reordered(module.weight):
             weight = torch.ops.mkldnn._reorder_linear_weight(module.weight, REORDERED_ROWS)

@@ -1,5 +1,4 @@
-"""Decoding token by token without copies: a KV cache that is written in place, and an attention
-that reads it as it is."""
+"""A KV cache that is written in place, and an attention that reads it as it is."""
 
 from functools import partial
 from typing import Any
@@ -11,13 +10,11 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-DECODE_ATTENTION = "sdpa_decode"
-"""transformers' name of `decode_attention`."""
+DECODE_ATTENTION = "sdpa_decode"  # transformers' name of `decode_attention`
 
 
 class InPlaceLayer(DynamicLayer):
-    """One layer's keys and values, views of buffers that double when they are full; a row will hold
-    `limit` tokens at most."""
+    """One layer's keys and values: views of buffers that double, up to `limit` tokens a row."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()

@@ -1,5 +1,4 @@
-"""A model that gives log-probability and entropy of given tokens, without ever holding
-[tokens, vocabulary]."""
+"""Log-probability and entropy of given tokens, without ever holding [tokens, vocabulary]."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from verl.algorithms.losses import LOSSES, LossConfig
 from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig
 from verl.models.fsdp import build_policy, save_hf_model
 from verl.models.hf import model_size
-from verl.models.packing import Batch, loss_inputs, pack, per_token_of_response
+from verl.models.packing import loss_inputs, pack, per_token_of_response
 from verl.protocol import OptimizerStep, Sample, WeightChunk
 from verl.utils import device as devices
 from verl.utils.flops import ModelSize
@@ -56,11 +57,11 @@ def learning_rate_factor(step: int, optim: OptimConfig, total_steps: int) -> flo
 
 
 class Policy:
-    """One rank's part of a sharded model. Methods are collective: all ranks call them together,
-    each with its own samples."""
+    """One rank's part of a sharded model. Methods are collective: all ranks call them together."""
 
     def __init__(self, model: ModelConfig, fsdp_config: FSDPConfig, device: torch.device) -> None:
         self.device, self.config, self.model_config = device, fsdp_config, model
+        self.packed = model.use_remove_padding
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         self.model = build_policy(model, fsdp_config, mesh)
         self.offload()
@@ -75,10 +76,6 @@ class Policy:
         if self.config.param_offload:
             self.model.to("cpu")
         devices.empty_cache(self.device)
-
-    def pack(self, samples: Sequence[Sample]) -> Batch:
-        """The tensors of one forward pass, in the form the model was built for."""
-        return pack(samples, self.device, self.model_config.use_remove_padding)
 
     def micro_batches(self, samples: Sequence[Sample], limit: MicroBatchLimit) -> list[list[int]]:
         """Which samples go through each pass: as many passes on every rank, the last ones empty."""
@@ -96,13 +93,13 @@ class Policy:
         results: dict[int, np.ndarray] = {}
         for indices in self.micro_batches(samples, limit):
             part = [samples[i] for i in indices]
-            values, _ = self.model(self.pack(part), temperature)
+            values, _ = self.model(pack(part, self.device, self.packed), temperature)
             results.update(zip(indices, per_token_of_response(values, part), strict=True))
         self.model.reshard()  # without a backward pass the root's parameters stay gathered
         self.offload()
         return [results[i] for i in range(len(samples))]
 
-    def load_parameters(self, folder: str) -> None:
+    def load_parameters(self, folder: str | Path) -> None:
         """Takes the parameters alone from what `TrainedPolicy.save` wrote. Raises:
         ValueError, on all ranks, if the checkpoint is not one of this model."""
         state = {"model": get_model_state_dict(self.model)}
@@ -112,12 +109,13 @@ class Policy:
     def accumulate_gradient(
         self, step: OptimizerStep, loss: LossConfig, limit: MicroBatchLimit
     ) -> dict[str, float]:
-        """Adds the gradient of Σ_i w_i Σ_t ℓ_it over all ranks' shares of a step; returns this
-        rank's sums."""
+        """Adds the gradient of Σ_i w_i Σ_t ℓ_it of all ranks' shares; returns this rank's sums."""
         totals: dict[str, Tensor] = {}
         for indices in self.micro_batches(step.samples, limit):
             part = step.share(indices)
-            log_probs, entropy = self.model(self.pack(part.samples), loss.temperature)
+            log_probs, entropy = self.model(
+                pack(part.samples, self.device, self.packed), loss.temperature
+            )
             value, sums = LOSSES[loss.kind](loss_inputs(part, log_probs, entropy), loss)
             # FSDP averages gradients over ranks; the loss is a sum.
             (value * dist.get_world_size()).backward()
@@ -182,17 +180,15 @@ class TrainedPolicy(Policy):
         self.offload()
         return results
 
-    def save(self, folder: str) -> None:
-        """Writes parameters, optimizer and version below `folder`, each rank its part. Raises:
-        OSError, on all ranks, if one can't."""
+    def save(self, folder: str | Path) -> None:
+        """Writes parameters, optimizer, version: each rank its part. Raises: OSError, on all."""
         try:
             dcp.save(self._state(), checkpoint_id=folder)
         except CheckpointException as error:  # no Exception, and too long to read
             raise OSError(f"{folder}: {_reasons(error)}") from None
 
-    def load(self, folder: str) -> None:
-        """The inverse of `save`, for any number of ranks. Raises: ValueError, on all ranks, if the
-        checkpoint is not one of this model."""
+    def load(self, folder: str | Path) -> None:
+        """The inverse of `save`, for any number of ranks. Raises: as `load_parameters`."""
         self.onload()
         self._move_optimizer(self.device)
         state = self._state()
@@ -208,7 +204,7 @@ class TrainedPolicy(Policy):
         return {"model": model, "optimizer": optimizer, "training_steps": self.version}
 
 
-def _read(state: dict[str, Any], folder: str) -> None:
+def _read(state: dict[str, Any], folder: str | Path) -> None:
     """Fills `state` from a checkpoint. Raises: ValueError, on all ranks, if it doesn't fit."""
     try:
         dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
@@ -264,11 +260,11 @@ class PolicyWorker:
         """The model's matrix products, and the device's peak in operations a second, if known."""
         return model_size(self.actor.model.lm), devices.peak_flops(self.device)
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: str | Path) -> None:
         """`TrainedPolicy.save`."""
         self.actor.save(folder)
 
-    def load(self, folder: str) -> None:
+    def load(self, folder: str | Path) -> None:
         """`TrainedPolicy.load`."""
         self.actor.load(folder)
 

@@ -53,8 +53,7 @@ def extract_answer(solution_str: str) -> str | None:
 
 
 def evaluate(tokens: Sequence[str]) -> Fraction | None:
-    """Exact value of an infix expression; None if it is malformed or divides by zero. Two stacks
-    instead of recursion: nesting costs memory, not Python frames."""
+    """Exact value of an infix expression, without recursion; None if it has none."""
     values: list[Fraction] = []
     pending = ["("]  # operators and brackets still open; this one is closed by the final ")"
     operand_next = True

@@ -19,8 +19,7 @@ from verl.utils.user_function import UserFunction, load_function, start_event_lo
 
 
 class RewardManager:
-    """Scores samples in the background: on an event loop in a thread, while the driver waits for
-    the next ones to be generated."""
+    """Scores samples in the background, while the driver waits for the next ones."""
 
     def __init__(
         self,
@@ -29,8 +28,7 @@ class RewardManager:
         tokenizer: Any,
         max_response_length: int,
     ) -> None:
-        """Loads the custom reward function, if there is one. Raises: as `load_function`.
-        `max_response_length`: in tokens."""
+        """`max_response_length`: in tokens. Raises: as `load_function`, for a custom function."""
         self.config, self.tokenizer = config, tokenizer
         self.max_response_length = max_response_length
         self.math = MathClient(config.math_server)

@@ -29,8 +29,7 @@ class SamplingParams:
     and the number of engines change the logits' rounding, and nothing else."""
 
 
-Row = tuple[Prompt, int, int]
-"""A response to be generated: its prompt, the prompt's group, and the response's index in it."""
+Row = tuple[Prompt, int, int]  # a response to be generated: prompt, group, and index in the group
 
 
 def rows_of(prompts: Sequence[Prompt], groups: Sequence[int], n: int) -> list[Row]:
@@ -43,19 +42,13 @@ class RolloutEngine(ABC):
     """A model that generates, on one device or on `tensor_model_parallel_size`. Other methods than
     `generate` and `stop` are called while nothing is generated."""
 
-    needs: ClassVar[str | None] = None
-    """Package that the engine imports."""
-    parallel: ClassVar[bool] = False
-    """Whether an engine may have several devices, `tensor_model_parallel_size`."""
-    transfers: ClassVar[tuple[str, ...]] = ("host",)
-    """Values of `weight_transfer` (`verl.weight_sync`) that it supports."""
+    needs: ClassVar[str | None] = None  # package that the engine imports
+    parallel: ClassVar[bool] = False  # whether it may have `tensor_model_parallel_size` devices
+    transfers: ClassVar[tuple[str, ...]] = ("host",)  # of `weight_transfer`: what it supports
 
-    version: int = 0
-    """Training steps that the policy had made when it gave the engine its weights."""
-    stop_ids: Sequence[int] = ()
-    """Tokens that end a response."""
-    stopped: bool = False
-    """Whether the `generate` that runs is to end; each one begins with False."""
+    version: int = 0  # training steps of the policy that gave the engine its weights
+    stop_ids: Sequence[int] = ()  # tokens that end a response
+    stopped: bool = False  # whether the `generate` that runs is to end; each begins with False
 
     def __init__(self, share: float = 1.0, bundles: Sequence[int] = (0,)) -> None:
         """To use `share` of each of its devices: these bundles of Ray's placement group."""
@@ -114,8 +107,7 @@ ENGINES = {"hf": "verl.rollout.hf:HFEngine", "vllm": "verl.rollout.vllm:VLLMEngi
 
 
 def engine_class(name: str) -> type[RolloutEngine]:
-    """The engine called `name`, imported only now. Raises: ValueError if what it needs is not
-    installed."""
+    """The engine called `name`, imported only now. Raises: ValueError if it isn't installed."""
     engine: type[RolloutEngine] = resolve_name(ENGINES[name])
     if engine.needs and find_spec(engine.needs) is None:
         raise ValueError(

@@ -17,8 +17,7 @@ from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import RolloutEngine, Row, SamplingParams, rows_of
 from verl.utils.device import default_dtype, empty_cache, get_device
 
-KEEP_SHARE = 0.85
-"""The batch is compacted when a smaller share of its rows is unfinished."""
+KEEP_SHARE = 0.85  # the batch is compacted when a smaller share of its rows is unfinished
 
 
 class HFEngine(RolloutEngine):

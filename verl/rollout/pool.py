@@ -23,14 +23,10 @@ from verl.rollout.engine import RolloutEngine, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-START_S = 900
-"""Longest time that an engine may take to start, in seconds."""
+START_S = 900  # longest time that an engine may take to start
+STOP_S = 0.2  # after so long engines are told to stop again: a call may have begun only then
 
-STOP_S = 0.2
-"""Seconds after which engines are told to stop again: a call may have begun only then."""
-
-Responses = dict[tuple[int, int], Prompt]
-"""(group, response_index) → prompt."""
+Responses = dict[tuple[int, int], Prompt]  # by (group, response_index)
 
 
 class EnginePool(WorkerGroup):
@@ -57,10 +53,8 @@ class EnginePool(WorkerGroup):
         self.on_restart: Callable[[int], Any] = lambda engine: None
         """Called with the number of an engine that was started anew and needs weights."""
         self.processes: dict[int, int] = {}
-        self.stale: set[int] = set()
-        """Engines that were started again and have got no weights since."""
-        self.cancelled = False
-        """Set from another thread, it ends the `generate` that runs with a RuntimeError."""
+        self.stale: set[int] = set()  # engines that were started again, and have no weights since
+        self.cancelled = False  # set from another thread: `generate` ends with a RuntimeError
 
     def wait_ready(self, engines: Iterable[int] | None = None) -> None:
         """Waits until the engines, or these of them, are ready and idle; those that Ray has started

@@ -3,14 +3,14 @@ changes torch's settings, and the default process group."""
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from verl.config.load import unknown_key
 from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.hf import load_hf_config, stop_token_ids
 from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
@@ -39,7 +39,10 @@ class VLLMEngine(RolloutEngine):
         from verl.rollout.vllm_weights import BACKEND, register
 
         given = rollout.engine_kwargs.vllm
-        check_names(given, [f.name for f in fields(EngineArgs)])
+        known = {f.name: None for f in fields(EngineArgs)}
+        for key in given.keys() - known.keys():
+            name = "actor_rollout_ref.rollout.engine_kwargs.vllm"
+            raise ValueError(f"{name}: {unknown_key(known, key)[0]}")
         register()
         self.stop_ids, self.max_num_seqs = stop_token_ids(model), rollout.max_num_seqs
         at = get_device(device)
@@ -167,11 +170,3 @@ def environment(rollout: RolloutConfig, share: float, bundles: Sequence[int]) ->
         variables["VLLM_RAY_PER_WORKER_GPUS"] = str(share)
         variables["VLLM_RAY_BUNDLE_INDICES"] = ",".join(map(str, bundles))
     return variables
-
-
-def check_names(given: Iterable[str], known: Sequence[str]) -> None:
-    """Raises ValueError for a key of `engine_kwargs.vllm` that is none of vLLM's arguments."""
-    for unknown in [key for key in given if key not in known]:
-        (near,) = get_close_matches(unknown, known, n=1, cutoff=0.0)
-        name = f"actor_rollout_ref.rollout.engine_kwargs.vllm.{unknown}"
-        raise ValueError(f"{name}: vLLM has no such engine argument; the nearest one is {near}")

@@ -49,7 +49,7 @@ def page() -> str:
         entries = "\n".join(_section(config, "", defaults, rules))
         parts.append(f"## Keys of `verl.trainer.{program}`\n\n{entries}")
     parts.append("## Keys of verl without effect\n\nThey are accepted, and named in a warning.\n")
-    for key, (_, reason) in WITHOUT_EFFECT.items():
+    for key, reason in WITHOUT_EFFECT.items():
         parts[-1] += f"\n- `{key}`: {reason}."
     return "\n".join(parts) + "\n"
 
@@ -69,7 +69,7 @@ def _section(
         if isinstance(value, Section):
             below.append((value, f"{key}.", defaults[f.name]))
         else:
-            yield _entry(f.name, str(f.type), defaults[f.name], rules[key])
+            yield _entry(f.name, inspect.formatannotation(f.type), defaults[f.name], rules[key])
             more = [texts[f.name], _on_resume(rules[key]), _idle(rules[key])]
             yield textwrap.indent(_wrapped(" ".join(filter(None, more)), 98), "  ")
     if len(below) < len(fields(section)):

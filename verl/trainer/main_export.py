@@ -57,10 +57,8 @@ def find_checkpoint(path: Path) -> Path:
 
 def main() -> None:
     """Parses the command line. What can't be exported ends the process with one line, status 2."""
-    about = (__doc__ or "").partition("\n\n")[2]
-    parser = argparse.ArgumentParser(prog="python -m verl.trainer.main_export", description=about)
-    about = "a folder global_step_N, or a run's: its latest one"
-    parser.add_argument("checkpoint", type=Path, help=about)
+    parser = argparse.ArgumentParser("python -m verl.trainer.main_export", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a folder global_step_N, or a run's")
     about = "folder to write [huggingface, in the run's folder]"
     parser.add_argument("-o", "--output", type=Path, help=about)
     args = parser.parse_args()

@@ -13,13 +13,11 @@ from verl.config.base import SFTConfig
 from verl.config.load import entry_point, stop
 from verl.utils.signals import StopSignals
 
-LOG_LINES = 100
-"""Lines of metrics of a whole run; each is the mean of the steps since the one before."""
+LOG_LINES = 100  # of metrics, in a whole run; each is the mean of the steps since the one before
 
 
 def train(config: SFTConfig, tokenizer: Any, signals: StopSignals) -> Path:
-    """Trains on the rows of `data.train_files`; returns the folder of the model. Raises: ValueError
-    or FileNotFoundError for data that can't be used, before Ray starts."""
+    """Returns the model's folder. Raises: ValueError or OSError for data, before Ray starts."""
     from verl.algorithms.losses import LossConfig
     from verl.algorithms.weights import response_weights
     from verl.cluster import WorkerGroup, reserve_devices, start_ray
@@ -76,8 +74,7 @@ def train(config: SFTConfig, tokenizer: Any, signals: StopSignals) -> Path:
 
 
 def run(config: SFTConfig) -> None:
-    """Trains as `config` says. Input that can't be used ends the process with status 2, signal N
-    with 128 + N."""
+    """Trains as `config` says. Ends with status 2 for bad input, with 128 + N by signal N."""
     import ray
 
     from verl.models.hf import check_model, load_tokenizer

@@ -58,8 +58,7 @@ def default_packed_attention(device: torch.device, dtype: torch.dtype) -> str:
     return "packed_varlen" if device.type == "cuda" and dtype.itemsize == 2 else "packed_sdpa"
 
 
-REORDERED_FROM = 2**17
-"""Elements from which on a weight multiplies faster as oneDNN orders it (benchmarks/LOG.md)."""
+REORDERED_FROM = 2**17  # elements: then a weight multiplies faster as oneDNN orders it (LOG.md)
 
 
 def multiplies_faster_reordered(weight: torch.Tensor) -> bool:
@@ -89,8 +88,7 @@ def worker_resources(device: str | None, share: float) -> dict[str, float]:
 
 
 def default_weight_transfer(device: str | None, supported: Sequence[str], split: bool) -> str:
-    """The fastest of the transfers of `verl.weight_sync` that the engine supports; `split`: actor
-    and engines have devices of their own."""
+    """The fastest transfer that the engine supports; `split`: it has devices of its own."""
     fastest = "nccl" if split else "ipc"
     return fastest if _uses_gpus(device) and fastest in supported else "host"
 

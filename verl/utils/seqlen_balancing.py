@@ -3,7 +3,6 @@
 import heapq
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 
 def balanced_partitions(
@@ -25,12 +24,6 @@ def balanced_partitions(
             heapq.heapreplace(heap, (total + lengths[i], part))
             result[part].append(i)
     return [sorted(part) for part in result]
-
-
-def equal_partitions(count: int, parts: int) -> list[list[int]]:
-    """Splits `count` indices into consecutive lists whose sizes differ by at most one."""
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return [list(range(a, b)) for a, b in pairwise(bounds)]
 
 
 def micro_batches(

@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -30,8 +29,7 @@ logger = logging.getLogger(__name__)
 Generate = Callable[[list[Prompt], list[int], SamplingParams], Generator[list[Sample], None, None]]
 """(prompts, their group numbers, how to sample) → finished responses, as they come."""
 
-BATCH_ERRORS = (RewardError, ValueError)
-"""What `Batches` raises for prompts or responses that can't be used."""
+BATCH_ERRORS = (RewardError, ValueError)  # for prompts or responses that can't be used
 
 METRICS: dict[str, Callable[[Sample], float]] = {
     "acc": lambda sample: sample.extras["acc"],
@@ -60,8 +58,7 @@ class BatchesState:
 
 
 class Batches:
-    """Makes the batch of each training step, and the responses of a validation, once
-    `connect_rewards` and `connect_engines` have been called."""
+    """Makes the batch of each training step, and the responses of a validation."""
 
     def __init__(self, config: Config, prompts: list[Prompt], rewards: RewardManager) -> None:
         """Raises: ValueError if there are fewer prompts than a batch needs."""
@@ -80,8 +77,7 @@ class Batches:
 
     @classmethod
     def from_config(cls, config: Config, tokenizer: Any) -> Self:
-        """With the prompts and the reward function that the configuration names; starts nothing.
-        Raises: ValueError or FileNotFoundError for data or keys that can't be used."""
+        """With the configuration's prompts and reward function. Raises: ValueError or OSError."""
         data, trainer = config.data, config.trainer
         rewards = RewardManager(
             config.reward_model, config.custom_reward_function, tokenizer, data.max_response_length
@@ -92,23 +88,15 @@ class Batches:
         return batches
 
     def connect_engines(self, generate: Generate, update_engines: Callable[[], None]) -> None:
-        """`generate` yields samples as engines finish them, and stops them when it is closed;
-        `update_engines` gives the idle engines the policy's weights."""
+        """`generate`: `EnginePool.generate`. `update_engines`: gives idle engines the weights."""
         self.generate, self.update_engines = generate, update_engines
-
-    def connect_rewards(self, folder: Path) -> None:
-        """Makes sure that responses can be scored. A LaTeX server that is started for that keeps
-        its log in `folder`. Raises: ValueError or RewardServerError if they can't."""
-        self.rewards.connect([*self.prompts, *self.val_prompts], folder)
 
     def next(self, step: int, timer: Timer) -> TrainBatch:
         """The samples of training step `step`, with scores and rewards. Raises: RewardError;
         ValueError if the filter leaves less than one mini-batch. Both leave all as it was."""
         if not self.config.trainer.async_rollout:
-            if self.prefetched is None:
-                return self._collect(step, timer)
-            batch, self.prefetched = self.prefetched.result(), None  # of a checkpoint
-            return batch
+            saved, self.prefetched = self.prefetched, None  # of a checkpoint
+            return saved.result() if saved else self._collect(step, timer)
         waiting = self.prefetched or self.thread.submit(self._collect, step, Timer())
         with timer("gen"):
             batch = waiting.result()
@@ -133,7 +121,7 @@ class Batches:
             self.update_engines()
         numbers = list(range(len(self.val_prompts)))
         size = self.config.data.val_batch_size or len(numbers)
-        params = validation_sampling(self.config, step)
+        params = sampling(self.config, step, validation=True)
         samples: list[Sample] = []
         for start in range(0, len(numbers), size):
             part = slice(start, start + size)
@@ -228,7 +216,7 @@ class Batches:
         group's turn: when responses are finished doesn't decide whether a run fails."""
         prompts = [self.prompts[i] for i in self.order.next_batch()]
         numbers = [round_ * len(prompts) + i for i in range(len(prompts))]
-        generated = self.generate(prompts, numbers, train_sampling(self.config, step))
+        generated = self.generate(prompts, numbers, sampling(self.config, step))
         waiting: dict[int, list[tuple[Sample, Future[Any]]]] = {number: [] for number in numbers}
         n = self.config.actor_rollout_ref.rollout.n
         with closing(score_while_generating(generated, self.rewards, timer)) as scored:
@@ -325,16 +313,10 @@ def mini_batches(config: Config, samples: list[Sample], step: int) -> Iterator[l
             yield [sample for i in chosen for sample in groups[i]]
 
 
-def train_sampling(config: Config, step: int) -> SamplingParams:
-    """How training responses of `step` are sampled."""
-    r, longest = config.actor_rollout_ref.rollout, config.data.max_response_length
-    seed = (r.seed, 0, step)
-    return SamplingParams(r.n, longest, r.temperature, r.top_p, r.top_k, r.ignore_eos, seed)
-
-
-def validation_sampling(config: Config, step: int) -> SamplingParams:
-    """How validation responses after `step` are sampled."""
-    val, longest = config.actor_rollout_ref.rollout.val_kwargs, config.data.max_response_length
-    seed = (config.actor_rollout_ref.rollout.seed, 1, step)
-    temperature = val.temperature if val.do_sample else 0.0
-    return SamplingParams(val.n, longest, temperature, val.top_p, val.top_k, seed=seed)
+def sampling(config: Config, step: int, validation: bool = False) -> SamplingParams:
+    """How the responses of training step `step`, or of the validation after it, are sampled."""
+    rollout, longest = config.actor_rollout_ref.rollout, config.data.max_response_length
+    keys = rollout.val_kwargs if validation else rollout
+    temperature = keys.temperature if keys.do_sample else 0.0
+    seed, ignore_eos = (rollout.seed, int(validation), step), rollout.ignore_eos and not validation
+    return SamplingParams(keys.n, longest, temperature, keys.top_p, keys.top_k, ignore_eos, seed)

@@ -29,11 +29,8 @@ logger = logging.getLogger(__name__)
 LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 CARRIED, PREFETCHED = "carried.parquet", "prefetched.parquet"
-CHECKED_BYTES = 2**20
-"""Of each file the first and the last so many bytes are compared with the manifest."""
-
-LOCKS: dict[Path, TextIO] = {}
-"""Of the folders that this process writes to; a killed one's are gone with it."""
+CHECKED_BYTES = 2**20  # of each file's start and end are compared with the manifest
+LOCKS: dict[Path, TextIO] = {}  # of the folders that this process writes to
 
 
 @dataclass(slots=True)
@@ -51,8 +48,7 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)  # metrics of the best validation so far
 
 
-SCALARS = [f.name for f in fields(TrainState) if f.name != "batches"]
-"""What stands in trainer.json as it is."""
+SCALARS = [f.name for f in fields(TrainState) if f.name != "batches"]  # as they are in trainer.json
 
 
 class CheckpointFolder:
@@ -63,10 +59,8 @@ class CheckpointFolder:
         self.config, self.trainer = config, trainer
         self.root = Path(trainer.default_local_dir).expanduser().absolute()
         named = trainer.resume_from_path
-        self.named = Path(named).expanduser().absolute() if named else None
-        """What resume_mode=resume_path resumes from."""
-        self.latest: Path | None = None
-        """The last checkpoint that was written or, before that, resumed from."""
+        self.named = Path(named).expanduser().absolute() if named else None  # for resume_path
+        self.latest: Path | None = None  # the last that was written or, before that, resumed from
         self.saved_step = 0
 
     @property
@@ -86,8 +80,7 @@ class CheckpointFolder:
         return f"the same command{how} goes on from {self.latest}"
 
     def make_root(self) -> None:
-        """Makes the folder, and locks it until this process ends. Raises: ValueError if nothing can
-        be written there, or another run does so."""
+        """Makes and locks the folder. Raises: ValueError if it can't, or another run has."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             (self.root / ".writable").touch()

@@ -16,13 +16,11 @@ from verl.utils.flops import ModelSize, update_flops
 VAL_CORE = re.compile(r"val-core/(.+)/(?:acc|reward)/((?:mean|best|maj)@\d+)(?:/mean)?")
 """Data source, and figure, of a validation metric."""
 
-# Phases whose cost grows with the tokens of prompt and response; `gen` only with the response.
-TOKEN_PHASES = ("ref", "old_log_prob", "adv", "update_actor")
+TOKEN_PHASES = ("ref", "old_log_prob", "adv", "update_actor")  # and `gen` by responses alone
 
 
 def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, float]:
-    """Statistics of one train batch, lengths in tokens. An outcome reward's return is its
-    advantage."""
+    """Statistics of a train batch, lengths in tokens. An outcome's return is its advantage."""
     lengths = response_lengths(samples)
     prompt_lengths = np.array([len(s.prompt.token_ids) for s in samples])
     advantages = np.array([s.advantage for s in samples])
@@ -84,8 +82,7 @@ def throughput_metrics(
 
 
 def validation_metrics(samples: list[Sample]) -> dict[str, float]:
-    """Accuracy of each data source: mean over its prompts of a figure of the prompt's N
-    responses."""
+    """Accuracy of each data source: a figure of a prompt's N responses, averaged over prompts."""
     by_source: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_source[sample.prompt.data_source].append(sample)

@@ -1,5 +1,6 @@
 """The training loop: `RayPPOTrainer.fit` is the algorithm, and its stages follow below it."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ COMPARED_WEIGHTS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "
 
 
 class RayPPOTrainer:
-    """Trains one policy. What can be wrong with the input is found before Ray starts, but for
-    arguments of the engine's own."""
+    """Trains one policy. Bad input is found before Ray starts, the engine's arguments excepted."""
 
     def __init__(self, config: Config, tokenizer: Any, latest: Path | None = None) -> None:
         """Reads the data and finds the checkpoint to resume from (`latest`: what this run wrote
@@ -44,7 +44,8 @@ class RayPPOTrainer:
         """Starts Ray, the actor ranks and the engines, with the weights to begin from. Raises:
         ValueError or RewardServerError if data can't be scored, or the cluster lacks devices."""
         self.checkpoints.make_root()
-        self.batches.connect_rewards(self.checkpoints.root)
+        prompts = [*self.batches.prompts, *self.batches.val_prompts]
+        self.batches.rewards.connect(prompts, self.checkpoints.root)
         self.workers = Workers(self.config, self.stop.install)
         self.workers.build(self.total_steps, self.resumed)
         self.batches.connect_engines(self.workers.engines.generate, self.update_engines)
@@ -120,8 +121,7 @@ class RayPPOTrainer:
         return self.subtract_kl(samples) if config.use_kl_in_reward else {}
 
     def subtract_kl(self, samples: list[Sample]) -> dict[str, float]:
-        """reward_i −= β Σ_t kl_it, with the estimator `algorithm.kl_penalty`; moves β if it is
-        adaptive."""
+        """reward_i −= β Σ_t kl_it, by the estimator `kl_penalty`; moves β if it is adaptive."""
         config, beta, divergences = self.config.algorithm, self.state.kl_coef, []
         for s in samples:
             assert s.old_log_probs is not None and s.ref_log_probs is not None
@@ -166,8 +166,7 @@ class RayPPOTrainer:
         return not (self.config.algorithm.filter_overlong_response.enable and sample.truncated)
 
     def update_actor(self, steps: list[OptimizerStep]) -> dict[str, float]:
-        """Makes the optimizer steps; metrics are means over them. Raises: FloatingPointError if too
-        many in a row were not finite."""
+        """Makes the optimizer steps; returns means over them. Raises: as `count_skipped`."""
         by_rank, state = self.workers.update(steps), self.state
         dump = self.checkpoints.root / f"skipped_step_{state.step}.parquet"
         state.skipped_in_a_row = checks.count_skipped(
@@ -249,9 +248,9 @@ class RayPPOTrainer:
 
     def save_checkpoint(self) -> None:
         """Writes what a resumed run needs, or logs why that can't be done."""
-        batches = self.batches.state()
+        batches, actor = self.batches.state(), self.workers.actor
         durable = self.tracking.file.flush()  # a checkpoint is never newer than the metrics
-        self.checkpoints.try_to_save(self.state, batches, self.workers.save_policy, durable)
+        self.checkpoints.try_to_save(self.state, batches, partial(actor.call, "save"), durable)
 
     def save_before_stopping(self) -> None:
         """Between two steps, after an error or a signal: the last complete one isn't lost."""

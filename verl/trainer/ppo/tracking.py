@@ -31,13 +31,11 @@ CONSOLE_COLUMNS = (  # label, key, format
     ("tokens/s", "perf/throughput", "6.0f"),
     ("seconds", "perf/time_per_step", "6.1f"),
 )
-RUN_ID = "wandb_run_id"
-"""File in a run's folder."""
+RUN_ID = "wandb_run_id"  # file in a run's folder
 GENERATIONS = "val/generations"
 
 Metrics = Mapping[str, Any]
-Generations = Sequence[tuple[str, str, float]]
-"""(prompt, response, score) of some samples of a validation, for people to read."""
+Generations = Sequence[tuple[str, str, float]]  # (prompt, response, score), for people to read
 
 
 class Tracking:
@@ -88,9 +86,9 @@ class Tracking:
                 what(each)
             except OSError as error:
                 self.loggers.remove(each)
-                text = "%s: %s; %s gets no more of this run until it is resumed "
+                text = "%s: %s; it gets no more of this run until it is resumed "
                 text += "(metrics.jsonl has everything)"
-                logger.error(text, each.target, error, type(each).__name__)
+                logger.error(text, type(each).__name__, error)
 
     def dump(self, samples: list[Sample], step: int, optimizer_steps: list[OptimizerStep]) -> None:
         """Writes the responses of a training step to `trainer.rollout_data_dir`."""
@@ -98,8 +96,7 @@ class Tracking:
         write_responses(folder, step, samples, self.tokenizer, optimizer_steps)
 
     def dump_validation(self, samples: list[Sample], step: int) -> Generations:
-        """Writes the responses of a validation to `trainer.validation_data_dir`, if there is one;
-        some of them for `log_validation`."""
+        """Keeps a validation's responses, if asked for; some of them for `log_validation`."""
         if folder := self.trainer.validation_data_dir:
             write_responses(folder, step, samples, self.tokenizer)
         return some_generations(samples, self.trainer.log_val_generations, self.tokenizer)
@@ -165,9 +162,7 @@ class MetricsFile:
 
 
 class Logger:
-    """Shows metrics to people. `target`: where it writes, for messages."""
-
-    target: str | Path
+    """Shows metrics to people."""
 
     def log(self, metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
         """New numbers of `step`. `whole_step`: all of the step's, once it is complete."""
@@ -181,8 +176,6 @@ class Logger:
 
 class Console(Logger):
     """Lines and tables on standard output; in a terminal a progress bar on standard error."""
-
-    target = "standard output"
 
     def __init__(self, total_steps: int, step: int) -> None:
         self.total_steps = total_steps
@@ -207,8 +200,6 @@ class Console(Logger):
 
 class Wandb(Logger):
     """Weights & Biases; offline without credentials."""
-
-    target = "Weights & Biases"
 
     def __init__(self, settings: dict[str, Any], run_dir: Path, run_id: str) -> None:
         import wandb
@@ -256,7 +247,6 @@ class TensorBoard(Logger):
     def __init__(self, folder: str | Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.target = folder
         self.writer: Any = SummaryWriter(folder, purge_step=step + 1 if step else 0)
 
     def log(self, metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
@@ -275,8 +265,7 @@ class TensorBoard(Logger):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, one per step; without a half-written last line. Raises:
-    ValueError if another line isn't JSON."""
+    """The records of a metrics.jsonl, a half-written last line left out. Raises: ValueError."""
     lines, records = Path(path).read_text().splitlines(), []
     for number, line in enumerate(lines, start=1):
         try:
@@ -288,8 +277,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def step_line(metrics: Metrics, step: int, total_steps: int) -> str:
-    """One line for the console: the `CONSOLE_COLUMNS` that there are, and the mean validation
-    accuracy."""
+    """A line for the console: the `CONSOLE_COLUMNS` that there are, and the mean accuracy."""
     parts = [f"step {step:{len(str(total_steps))}d}/{total_steps}"]
     for label, key, form in CONSOLE_COLUMNS:
         if key in metrics:
@@ -316,6 +304,16 @@ def validation_table(metrics: Metrics) -> str:
     return align([["data source", *labels], *cells])
 
 
+def align(rows: list[list[str]]) -> str:
+    """Text table: the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(["", first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
 def generations_markdown(generations: Generations) -> str:
     """Samples as TensorBoard's Markdown. A text is one line of HTML, in which nothing is left that
     either language knows: it can't break the page, nor look like another response."""
@@ -325,13 +323,3 @@ def generations_markdown(generations: Generations) -> str:
         shown = ["<pre>" + "&#10;".join(part) + "</pre>" for part in lines]
         parts += [f"**{number}**, score {score:g}", *shown]
     return "\n\n".join(parts)
-
-
-def align(rows: list[list[str]]) -> str:
-    """Text table: the first column flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join(["", first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)

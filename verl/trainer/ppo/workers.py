@@ -16,7 +16,7 @@ from verl.protocol import ARRAYS, OptimizerStep, Prompt, Sample, SampleBatch
 from verl.rollout.engine import SamplingParams, engine_class
 from verl.rollout.pool import EnginePool
 from verl.utils.device import default_weight_transfer
-from verl.utils.seqlen_balancing import balanced_partitions, equal_partitions
+from verl.utils.seqlen_balancing import balanced_partitions
 from verl.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,7 @@ class Workers:
             self.engines.call_all("sleep")
 
     def add_log_probs(self, samples: list[Sample], role: str) -> None:
-        """Gives each sample the log-probabilities of its response tokens under the policy
-        (`role="actor"`: `old_log_probs`) or the reference (`"ref"`: `ref_log_probs`)."""
+        """Gives samples their `old_log_probs` (`role="actor"`) or `ref_log_probs` (`"ref"`)."""
         model = self.config.actor_rollout_ref
         rollout, ref = model.rollout, role == "ref"
         size = rollout.log_prob_micro_batch_size_per_gpu or model.actor.ppo_micro_batch_size_per_gpu
@@ -135,10 +134,6 @@ class Workers:
             logger.warning(text)
         return {"rollout/verify_logprob_diff": worst}
 
-    def save_policy(self, folder: Path) -> None:
-        """Writes parameters, optimizer and schedule below `folder`. Raises: OSError."""
-        self.actor.call("save", str(folder))
-
     def save_hf_model(self, folder: Path, tokenizer: Any) -> None:
         """Writes the policy in Hugging Face format."""
         self.engines.call_all("sleep")
@@ -154,7 +149,7 @@ class Workers:
         """Which samples each rank gets."""
         if self.config.trainer.balance_batch:
             return balanced_partitions([s.num_tokens for s in samples], len(self.actor))
-        return equal_partitions(len(samples), len(self.actor))
+        return [part.tolist() for part in np.array_split(np.arange(len(samples)), len(self.actor))]
 
 
 def needs_reference(config: Config) -> bool:
