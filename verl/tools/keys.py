@@ -81,7 +81,10 @@ def _section(
 def _entry(name: str, kind: str, default: Any, rules: Rules) -> str:
     """The line with a key's type, default and bounds."""
     follows = isinstance(default, str) and default.startswith("${")
-    facts = [kind.replace("Any", "any"), f"default `{'null' if follows else shown(default)}`"]
+    facts = [
+        kind.replace("typing.", "").replace("Any", "any"),
+        f"default `{'null' if follows else shown(default)}`",
+    ]
     if rules.choices:
         facts.append("one of " + ", ".join(f"`{choice}`" for choice in rules.choices))
     for limit, (_, words) in LIMITS.items():
