@@ -33,7 +33,7 @@ def sample(text: str, index: int = 0, data_source: str = "countdown", truth=None
         index, np.array([5]), data_source, truth, {"index": index}, f"a file, row {index}"
     )
     ids = np.array([WORDS.index(word) for word in text.split()], np.int64)
-    return Sample(prompt, group=0, response_ids=ids, finish_reason="stop")
+    return Sample(prompt, 0, ids, "stop" if text.endswith("<eos>") else "length")
 
 
 def custom(tmp_path, code: str, name: str = "compute_score") -> CustomRewardConfig:
@@ -108,11 +108,11 @@ def test_custom_function_gets_verls_arguments_and_keeps_the_order(tmp_path, num_
         """,
         name="judge",
     )
-    samples = [sample("3 + 8 <eos> <pad>", index, "mine", "truth") for index in range(10)]
+    samples = [sample("3 + 8 <eos>", index, "mine", "truth") for index in range(10)]
     manager(RewardModelConfig(num_workers=num_workers), function).submit(samples).result()
     assert [s.score for s in samples] == list(range(10))
     assert [s.extras["acc"] for s in samples] == list(range(10))
-    assert {s.extras["seen"] for s in samples} == {("mine", "3 + 8", "truth")}
+    assert {tuple(s.extras["seen"]) for s in samples} == {("mine", "3 + 8", "truth")}
 
 
 def test_custom_function_may_wait_in_threads(tmp_path):
@@ -145,7 +145,7 @@ def test_custom_function_may_wait_in_threads(tmp_path):
     ],
 )
 def test_results(tmp_path, result, score, extras):
-    code = f"import numpy as np\ndef compute_score(*args): return {result}\n"
+    code = f"import numpy as np\ndef compute_score(**args): return {result}\n"
     one = sample("x")
     manager(function=custom(tmp_path, code)).submit([one]).result()
     assert (one.score, one.reward, one.extras) == (score, score, extras)
@@ -169,7 +169,7 @@ def test_results(tmp_path, result, score, extras):
     ],
 )
 def test_bad_results_name_their_origin(tmp_path, result):
-    function = custom(tmp_path, f"def compute_score(*args): return {result}\n")
+    function = custom(tmp_path, f"def compute_score(**args): return {result}\n")
     samples = [sample("x", index=7, data_source="mine")]
     with pytest.raises(ValueError, match=r"compute_score of .*reward\.py.*'mine'.*row 7"):
         manager(function=function).submit(samples).result()
@@ -253,7 +253,7 @@ def test_dapo_without_buffer():
 @pytest.mark.parametrize("way", ["", "async "])
 @pytest.mark.parametrize("code", ["exit(3)", "raise KeyboardInterrupt"])
 def test_a_function_that_ends_the_process_is_an_error_like_any_other(tmp_path, threads, code, way):
-    function = custom(tmp_path, f"{way}def compute_score(*arguments):\n    {code}\n")
+    function = custom(tmp_path, f"{way}def compute_score(**arguments):\n    {code}\n")
     rewards = manager(RewardModelConfig(num_workers=threads), function)
     with pytest.raises(RewardError, match=r"SystemExit|KeyboardInterrupt"):
         rewards.submit([sample("3")]).result(timeout=60)
@@ -303,8 +303,8 @@ def test_a_function_that_hangs_is_an_error_that_names_the_prompt(tmp_path, how):
     code = f"""
     import asyncio, time
 
-    {kind} compute_score(source, text, truth, extra=None):
-        if text == "8":
+    {kind} compute_score(solution_str):
+        if solution_str == "8":
             {HANGING[how]}
         {sleep}
         return 1.0
@@ -325,7 +325,7 @@ def test_async_functions_that_compute_have_a_time_limit_each(tmp_path):
     code = """
     import time
 
-    async def compute_score(source, text, truth, extra=None):
+    async def compute_score(solution_str, extra_info=None, **others):
         time.sleep(0.3)
         return 1.0
     """
@@ -339,7 +339,7 @@ def test_async_functions_that_compute_have_a_time_limit_each(tmp_path):
 @pytest.mark.parametrize("way", ["", "async "])
 def test_a_manager_that_is_closed_ends_no_process(tmp_path, way):
     """Though calls of it still run."""
-    code = f"import time\n{way}def compute_score(*arguments):\n    time.sleep(1)\n    return 1.0\n"
+    code = f"import time\n{way}def compute_score(**arguments):\n    time.sleep(1)\n    return 1.0\n"
     custom(tmp_path, code)
     program = f"""
     import time
@@ -363,7 +363,7 @@ def test_a_function_that_never_gives_the_lock_back_ends_the_process(tmp_path):
     code = """
     import re
 
-    def compute_score(source, text, truth, extra=None):
+    def compute_score(solution_str, extra_info=None, **others):
         return float(bool(re.fullmatch("(x+x+)+y", "x" * 60)))
     """
     custom(tmp_path, code)
@@ -381,7 +381,7 @@ def test_a_function_that_never_gives_the_lock_back_ends_the_process(tmp_path):
 
 
 def test_a_timeout_of_the_functions_own_is_its_error(tmp_path):
-    code = "def compute_score(*arguments):\n    raise TimeoutError('of mine')\n"
+    code = "def compute_score(**arguments):\n    raise TimeoutError('of mine')\n"
     rewards = manager(function=custom(tmp_path, code))
     with pytest.raises(RewardError, match=r"TimeoutError: of mine$"):
         rewards.submit([sample("3")]).result(timeout=60)
@@ -390,7 +390,7 @@ def test_a_timeout_of_the_functions_own_is_its_error(tmp_path):
 
 def test_a_function_that_raises_stop_iteration_is_an_error(tmp_path):
     rewards = manager(
-        function=custom(tmp_path, "def compute_score(*arguments):\n    next(iter([]))\n")
+        function=custom(tmp_path, "def compute_score(**arguments):\n    next(iter([]))\n")
     )
     with pytest.raises(RewardError, match="StopIteration"):
         rewards.submit([sample("3")]).result(timeout=60)

@@ -13,6 +13,7 @@ from tests.helpers import make_samples, make_tokenizer
 from verl.protocol import OptimizerStep, Sample
 from verl.trainer.ppo.metrics import data_metrics
 from verl.utils.samples import (
+    plain,
     read_samples,
     some_generations,
     write_responses,
@@ -27,17 +28,19 @@ def resumed(samples: list[Sample], folder: Path) -> list[Sample]:
 
 def test_extras_of_every_kind_can_be_saved(tmp_path: Path) -> None:
     samples = make_samples([2])
-    samples[0].extras = {
-        "acc": 1.0,
-        "correct": np.bool_(True),
-        "count": np.int64(3),
-        "f": Fraction(1, 4),
-        "long": np.longdouble(0.5),
-        "pred": [Fraction(1, 2), (3, "x"), None],
-        "parts": {1: np.float32(0.5), (2, 3): {None: Decimal("0.1")}},
-        "array": np.array([1, 2]),
-        7: True,
-    }
+    samples[0].extras = plain(
+        {
+            "acc": 1.0,
+            "correct": np.bool_(True),
+            "count": np.int64(3),
+            "f": Fraction(1, 4),
+            "long": np.longdouble(0.5),
+            "pred": [Fraction(1, 2), (3, "x"), None],
+            "parts": {1: np.float32(0.5), (2, 3): {None: Decimal("0.1")}},
+            "array": np.array([1, 2]),
+            7: True,
+        }
+    )
     assert resumed(samples, tmp_path)[0].extras == {
         "acc": 1.0,
         "correct": True,
@@ -54,7 +57,7 @@ def test_extras_of_every_kind_can_be_saved(tmp_path: Path) -> None:
 def test_metrics_are_the_same_after_a_resume(tmp_path: Path) -> None:
     samples = make_samples([2, 3])
     for sample, numerator in zip(samples, (1, 3), strict=True):
-        sample.extras = {"acc": np.float32(1), "f": Fraction(numerator, 4), "ok": np.bool_(True)}
+        sample.extras = plain({"acc": np.float32(1), "f": Fraction(numerator, 4), "ok": True})
         sample.advantage, sample.prompt = 0.0, samples[0].prompt
     before = data_metrics(samples, 16)
     assert before["reward/f"] == 0.5

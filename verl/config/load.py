@@ -25,8 +25,8 @@ from verl.config.validate import WITHOUT_EFFECT, ignored_keys, validate
 
 logger = logging.getLogger(__name__)
 
-FREE = (".override_config", ".engine_kwargs.vllm")
-"""Sections that take any key: of the model or of vLLM, which no schema knows."""
+FREE = (".override_config", ".engine_kwargs.vllm", ".reward_kwargs")
+"""Sections that take any key: of the model, of vLLM or of a reward, which no schema knows."""
 
 HERE = Path(__file__).parents[1] / "trainer" / "config"
 ConfigStore.instance().store(name="schema", node=Config)

@@ -253,6 +253,8 @@ class RewardModelConfig(Section):
     """Rewards are functions here; a model that scores responses is not supported."""
     reward_manager: str = key("naive", choices=("naive", "dapo"))
     """`dapo` adds the overlong punishment to the score."""
+    skip_special_tokens: bool = False
+    """Leave all special tokens out of the text that is scored, not only the one that ended it."""
     num_workers: int = key(8, **SIZE, idle_if="custom_reward_function.path=null")
     """Calls of a custom reward function at a time, in threads (`async` ones: tasks of a thread)."""
     overlong_buffer: OverlongBufferConfig = key(
@@ -264,12 +266,15 @@ class RewardModelConfig(Section):
 
 
 class CustomRewardConfig(Section):
-    """`custom_reward_function`: `fn(data_source, solution_str, ground_truth, extra_info)`."""
+    """`custom_reward_function`: called by name, with those of `data_source`, `solution_str`,
+    `ground_truth` and `extra_info` that it takes."""
 
     path: str | None = None
     """Python file; null: `verl.rewards.compute_score`."""
     name: str = "compute_score"
     """Function in that file; returns a number, or a dict with `score`."""
+    reward_kwargs: dict[str, Any] = key(dict, idle_if="custom_reward_function.path=null")
+    """More arguments of it, always the same."""
     timeout_s: float = key(300.0, above=0, **FREE, idle_if="custom_reward_function.path=null")
     """Seconds of one call; then the run stops, with a checkpoint (after twice that without one, if
     the function holds Python's global lock)."""

@@ -15,7 +15,10 @@ from verl.config.schema import CustomRewardConfig, OverlongBufferConfig, RewardM
 from verl.protocol import Prompt, Sample
 from verl.rewards import MATH_SOURCES, RULES, RewardError, RewardServerError, compute_score
 from verl.rewards.math import MathClient, reference
-from verl.utils.user_function import UserFunction, load_function, start_event_loop
+from verl.utils.samples import plain, response_texts
+from verl.utils.user_function import UserFunction, load_function, start_event_loop, taken
+
+ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")  # verl's names
 
 
 class RewardManager:
@@ -33,10 +36,16 @@ class RewardManager:
         self.max_response_length = max_response_length
         self.math = MathClient(config.math_server)
         self.custom: UserFunction | None = None
+        self._kwargs = custom.reward_kwargs
         self.function_name = "verl.rewards.compute_score"
         if custom.path is not None:
             self.function_name, key = f"{custom.name} of {custom.path}", "custom_reward_function"
             function = load_function(key, custom.path, custom.name)
+            try:
+                self._taken = taken(function, ARGUMENTS, self._kwargs)
+            except TypeError as error:
+                how = f"it is called by name, with {', '.join([*ARGUMENTS, *self._kwargs])}"
+                raise ValueError(f"{key}.name={custom.name}: {error}; {how}") from None
             self.custom = UserFunction(key, function, config.num_workers, custom.timeout_s)
         self._loop, self._thread = start_event_loop("rewards")
 
@@ -71,6 +80,10 @@ class RewardManager:
         """
         return self._run(self._score(samples))
 
+    def texts(self, samples: Sequence[Sample]) -> list[str]:
+        """The texts that are scored."""
+        return response_texts(samples, self.tokenizer, self.config.skip_special_tokens)
+
     def close(self) -> None:
         """Ends the background thread, and the LaTeX server if it was started here."""
         if not self._loop.is_closed():
@@ -92,17 +105,15 @@ class RewardManager:
         await self.math.close()
 
     async def _score(self, samples: list[Sample]) -> list[Sample]:
-        if not samples:  # some tokenizers decode an empty batch to one empty text
-            return samples
-        ids = [sample.response_ids.tolist() for sample in samples]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        results = await asyncio.gather(*map(self._score_one, samples, texts))
+        results = await asyncio.gather(*map(self._score_one, samples, self.texts(samples)))
         buffer = self.config.overlong_buffer
-        for sample, tokens, (score, extras) in zip(samples, ids, results, strict=True):
+        for sample, (score, extras) in zip(samples, results, strict=True):
             sample.score = sample.reward = score
             sample.extras.update(extras)
             if buffer.enable and self.config.reward_manager == "dapo":
-                penalty = overlong_penalty(len(tokens), self.max_response_length, buffer)
+                penalty = overlong_penalty(
+                    len(sample.response_ids), self.max_response_length, buffer
+                )
                 sample.reward += penalty
                 if buffer.log:
                     sample.extras["overlong_reward"] = penalty
@@ -114,7 +125,9 @@ class RewardManager:
         arguments = (prompt.data_source, text, prompt.ground_truth, prompt.extra_info)
         try:
             if self.custom is not None:
-                result = await self.custom(*arguments)
+                named = dict(zip(ARGUMENTS, arguments, strict=True))
+                chosen = {name: named[name] for name in self._taken}
+                result = await self.custom(**chosen, **self._kwargs)
             elif prompt.data_source in MATH_SOURCES:
                 result = await self.math.compute_score(*arguments)
             else:
@@ -134,7 +147,7 @@ class RewardManager:
 
 
 def _read_result(result: Any) -> tuple[float, dict[str, Any]]:
-    """The score that a reward function returned, and the rest, with `acc`."""
+    """The score that a reward function returned, and the rest, with `acc`, as plain data."""
     extras = dict(result) if isinstance(result, Mapping) else {"score": result}
     if "score" not in extras:
         raise ValueError(f"the returned dict has no 'score', only {list(extras)}")
@@ -147,7 +160,7 @@ def _read_result(result: Any) -> tuple[float, dict[str, Any]]:
         if not math.isfinite(number):
             raise ValueError(f"{key} must be a finite number, but is {value!r:.200}")
         extras[key] = number
-    return extras.pop("score"), extras
+    return extras.pop("score"), {str(key): plain(value) for key, value in extras.items()}
 
 
 def overlong_penalty(length: int, max_response_length: int, buffer: OverlongBufferConfig) -> float:

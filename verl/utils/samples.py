@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -27,7 +28,7 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Writes samples exactly, but of the prompt only its index."""
     columns = {name: [getattr(s, name) for s in samples] for name in SCHEMA.names[1:]}
     columns["prompt_index"] = [s.prompt.index for s in samples]
-    columns["extras"] = [json.dumps(_plain(extras)) for extras in columns["extras"]]
+    columns["extras"] = [json.dumps(extras) for extras in columns["extras"]]
     # Dictionaries of token ids or of log-probabilities take long and save nothing.
     few = [name for name in SCHEMA.names if name not in ARRAYS]
     encoding = {"response_ids.list.element": "DELTA_BINARY_PACKED"}
@@ -52,16 +53,31 @@ def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
     return [Sample(**row) for row in rows]
 
 
-def _plain(value: Any) -> Any:
-    """What JSON can hold: numbers as Python's, keys as text, and of anything else the text."""
+def plain(value: Any) -> Any:
+    """What JSON and UTF-8 can hold, whatever it is: numbers as Python's, keys as text, and of
+    anything else the text."""
     value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if value is None or isinstance(value, str | int | float):
-        return value
-    return float(value) if isinstance(value, Real) else str(value)
+    try:
+        if isinstance(value, Mapping):
+            return {plain(str(key)): plain(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(inner) for inner in value]
+        if value is None or isinstance(value, bool | float):
+            return value
+        if isinstance(value, Real) and math.isfinite(number := float(value)):
+            return int(value) if isinstance(value, int) else number
+        return str(value).encode(errors="replace").decode()  # a lone surrogate is no UTF-8
+    except Exception:  # numbers too large for a float, texts that fail, structures without an end
+        return f"<{type(value).__name__}>"
+
+
+def response_texts(
+    samples: Sequence[Sample], tokenizer: Any, skip_special_tokens: bool = False
+) -> list[str]:
+    """What is scored and shown of responses: their text, without the token that ended them."""
+    ids = [s.response_ids[: len(s.response_ids) - (not s.truncated)].tolist() for s in samples]
+    options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+    return list(tokenizer.batch_decode(ids, **options)) if ids else []
 
 
 def write_responses(
@@ -80,10 +96,10 @@ def write_responses(
         "prompt": [str(tokenizer.decode(s.prompt.token_ids)) for s in samples],
         "response": [str(tokenizer.decode(s.response_ids)) for s in samples],
         "answer": [str(p) if (p := s.extras.get("pred")) is not None else None for s in samples],
-        "ground_truth": [json.dumps(_plain(s.prompt.ground_truth)) for s in samples],
+        "ground_truth": [json.dumps(plain(s.prompt.ground_truth)) for s in samples],
         "prompt_length": [len(s.prompt.token_ids) for s in samples],
         "response_length": [s.length for s in samples],
-        "extras": [json.dumps(_plain(s.extras)) for s in samples],
+        "extras": [json.dumps(s.extras) for s in samples],
     }
     for name in ("group", "response_index", "finish_reason", "score", "reward", "advantage"):
         columns[name] = [getattr(s, name) for s in samples]

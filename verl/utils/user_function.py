@@ -1,16 +1,20 @@
 """A function of the user's: loaded from a file, and called with a time limit."""
 
 import asyncio
+import copy
 import faulthandler
-import importlib.util
+import importlib
 import inspect
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
+
+from verl import user_files
 
 Function = Callable[..., Any]
 
@@ -18,16 +22,18 @@ Function = Callable[..., Any]
 def load_function(key: str, path: str, name: str) -> Function:
     """The function `name` of the Python file `path`; `key`: what the configuration calls it.
     Raises: ValueError if there is none, or the file can't be imported."""
-    file = Path(path).expanduser()
+    file = Path(path).expanduser().absolute()
     if not file.is_file():
         raise ValueError(f"{key}.path={path}: no such file")
-    # Registered under a name of its own: dataclasses and pickle look their module up by name.
-    spec = importlib.util.spec_from_file_location(f"verl_{key}", file)
-    if spec is None or spec.loader is None:
+    if file.suffix != ".py":
         raise ValueError(f"{key}.path={path}: not a Python file (*.py)")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    user_files.__path__.insert(0, str(file.parent))
+    os.environ[user_files.FOLDERS] = os.pathsep.join(user_files.__path__)
+    module_name = f"{user_files.__name__}.{file.stem}"
+    sys.modules.pop(module_name, None)  # one of another folder
+    importlib.invalidate_caches()
     try:
-        spec.loader.exec_module(module)
+        module = importlib.import_module(module_name)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{key}.path={path} can't be imported: {reason}") from error
@@ -35,6 +41,20 @@ def load_function(key: str, path: str, name: str) -> Function:
     if not callable(function):
         raise ValueError(f"{key}.name={name}: {path} has no function of this name")
     return function
+
+
+def taken(function: Function, names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
+    """Those of the arguments `names` that a function takes by name, beside all `others`. Raises:
+    TypeError if it can't be called with them."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions that are written in C don't say what they take
+        return list(names)
+    parameters = signature.parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    found = [name for name in names if anything or name in parameters]
+    signature.bind(**dict.fromkeys([*found, *others]))
+    return found
 
 
 class UserFunction:
@@ -49,11 +69,12 @@ class UserFunction:
         is_async = inspect.iscoroutinefunction(function)
         self._loop = start_event_loop("user_function")[0] if is_async else None
 
-    async def __call__(self, *arguments: Any) -> Any:
-        """What the function returns or raises. Raises: TimeoutError if that takes too long."""
+    async def __call__(self, **arguments: Any) -> Any:
+        """What the function returns or raises; it gets copies, which it may change. Raises:
+        TimeoutError if that takes too long."""
         async with self._slots:
             with self._watchdog():
-                future = asyncio.wrap_future(await self._start(*arguments))
+                future = asyncio.wrap_future(await self._start(arguments))
                 try:
                     done, _ = await asyncio.wait([future], timeout=self.timeout_s)
                 finally:
@@ -68,7 +89,7 @@ class UserFunction:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
 
-    async def _start(self, *arguments: Any) -> Future[Any]:
+    async def _start(self, arguments: dict[str, Any]) -> Future[Any]:
         """The result of a call that has begun."""
         result: Future[Any] = Future()
         result.set_running_or_notify_cancel()  # from here on it can't be cancelled
@@ -76,7 +97,7 @@ class UserFunction:
 
             def call() -> None:
                 with _errors_to(result):
-                    result.set_result(self.function(*arguments))
+                    result.set_result(self.function(**copy.deepcopy(arguments)))
 
             Thread(target=call, daemon=True).start()  # nobody waits for it: the process can end
             return result
@@ -85,7 +106,7 @@ class UserFunction:
         async def call_async() -> None:
             caller.call_soon_threadsafe(begun.set)
             with _errors_to(result):
-                result.set_result(await self.function(*arguments))
+                result.set_result(await self.function(**copy.deepcopy(arguments)))
 
         asyncio.run_coroutine_threadsafe(call_async(), self._loop)
         await begun.wait()  # others may block the loop: their time is not this call's

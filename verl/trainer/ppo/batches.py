@@ -6,6 +6,7 @@ and starts it again.
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -296,7 +297,7 @@ def split_groups(samples: list[Sample]) -> list[list[Sample]]:
 def has_spread(group: list[Sample], metric: str) -> bool:
     """Whether the responses of a prompt differ in `metric`: without, every advantage is 0."""
     values = [METRICS[metric](sample) for sample in group]
-    return min(values) != max(values)
+    return not math.isclose(min(values), max(values), rel_tol=1e-6, abs_tol=1e-9)
 
 
 def mini_batches(config: Config, samples: list[Sample], step: int) -> Iterator[list[Sample]]:

@@ -1,12 +1,14 @@
 """What watches a run: optimizer steps that were skipped, engines that disagree with the actor."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from verl.config.schema import Config
-from verl.protocol import OptimizerStep
+from verl.protocol import OptimizerStep, Sample
+from verl.rewards.scorer import RewardManager
 from verl.utils.device import default_dtype, get_device
 from verl.utils.samples import write_samples
 
@@ -44,6 +46,16 @@ def count_skipped(
         text = "%d of %d optimizer steps skipped: their loss or gradient was not finite"
         logger.warning(text, count, len(flags))
     return in_a_row
+
+
+def warn_of_equal_scores(samples: Sequence[Sample], rewards: RewardManager) -> None:
+    """Warns if no response has another score than the others: nothing could be learned."""
+    scores = [sample.score for sample in samples]
+    if math.isclose(min(scores), max(scores), rel_tol=1e-6, abs_tol=1e-9):
+        text = "all %d responses of the first step have the score %g: nothing can be learned from "
+        text += "them. Two of them:\n%s"
+        shown = f"\n{60 * '-'}\n".join(["", *rewards.texts([samples[0], samples[-1]]), ""])
+        logger.warning(text, len(samples), scores[0], shown.strip("\n"))
 
 
 def warn_of_disagreement(config: Config, metrics: Mapping[str, Any]) -> None:

@@ -74,6 +74,8 @@ class RayPPOTrainer:
                     raise
                 state.step += 1
                 samples = batch.samples
+                if state.step == 1:
+                    checks.warn_of_equal_scores(samples, self.batches.rewards)
                 self.workers.free_devices()
                 record = batch.metrics | self.add_log_probs(samples, timer)
                 with timer("adv"):
