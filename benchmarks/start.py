@@ -110,7 +110,7 @@ def first_step(overrides: list[str]) -> None:
     from verl.models.hf import load_tokenizer
 
     begin = time.perf_counter()
-    tokenizer = load_tokenizer(config.actor_rollout_ref.model, config.data.tokenizer)
+    tokenizer = load_tokenizer(config.actor_rollout_ref.model)
     trainer = module.RayPPOTrainer(config, tokenizer)
     parts["tokenizer, data"] = time.perf_counter() - begin
     module.start_ray = timed("Ray", module.start_ray)

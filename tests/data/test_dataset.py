@@ -69,6 +69,54 @@ def raises(*parts, error=ValueError):
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(str(part)) for part in parts))
 
 
+def with_bos(always: bool):
+    """A tokenizer with a beginning-of-sequence token, which its own call adds, or does not."""
+    tokenizer = make_tokenizer(bos_token="<system>")
+    first = "<system> " if always else ""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first}$A <eos>", special_tokens=[("<eos>", EOS), ("<system>", SYSTEM)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_string_prompts_begin_as_the_tokenizer_has_it(tmp_path, always):
+    path = write(tmp_path / "x.parquet", row("a b"), row("<system> a"))
+    mine = [[SYSTEM, A, B], [SYSTEM, A]] if always else [[A, B], [SYSTEM, A]]
+    for add_bos, expected in (
+        (None, mine),
+        (True, [[SYSTEM, A, B], [SYSTEM, A]]),
+        (False, [[A, B], [SYSTEM, A]]),
+    ):
+        assert ids_of(load_prompts(path, plain(add_bos=add_bos), with_bos(always))) == expected
+    rows = write(tmp_path / "sft.parquet", {"prompt": "a", "response": "b"})
+    (sample,) = load_sft_rows(sft_config(rows), with_bos(always))
+    assert sample.prompt.token_ids.tolist() == ([SYSTEM, A] if always else [A])
+    assert sample.response_ids.tolist() == [B, EOS]
+
+
+def test_chat_messages_begin_as_the_template_has_it(tmp_path):
+    path = write(tmp_path / "x.parquet", row(user("a")))
+    chat = [USER, A, ASSISTANT]
+    for add_bos, expected in ((None, chat), (True, [SYSTEM, *chat]), (False, chat)):
+        assert ids_of(load_prompts(path, DataConfig(add_bos=add_bos), with_bos(True))) == [expected]
+    tokenizer = with_bos(True)
+    tokenizer.chat_template = "<system> " + TEMPLATE  # has one already
+    assert ids_of(load_prompts(path, DataConfig(add_bos=True), tokenizer)) == [[SYSTEM, *chat]]
+    with raises("data.add_bos=True", "has no beginning-of-sequence token"):
+        load_prompts(path, DataConfig(add_bos=True), make_tokenizer())
+
+
+def test_tokens_that_the_model_does_not_have_are_named(tmp_path):
+    path = write(tmp_path / "x.parquet", row("a b"), row("a e"))
+    assert len(load_prompts(path, plain(), make_tokenizer(), num_embeddings=E + 1)) == 2
+    with raises("x.parquet, row 1, key 'prompt'", f"token {E}, but the model has {E}"):
+        load_prompts(path, plain(), make_tokenizer(), num_embeddings=E)
+    rows = write(tmp_path / "sft.parquet", {"prompt": "a", "response": "b d"})
+    with raises("sft.parquet, row 0, key 'response'", f"token {D}, but the model has {D}"):
+        load_sft_rows(sft_config(rows), make_tokenizer(), num_embeddings=D)
+
+
 # ------------------------------------------------------------------------------------- load_prompts
 
 

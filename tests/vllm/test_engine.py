@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import make_samples, make_tiny_model
+from tests.helpers import VOCABULARY, make_samples, make_tiny_model
 from verl.algorithms.losses import LossConfig
 from verl.config.schema import EngineKwargs, FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
 from verl.models.policy import MicroBatchLimit, PolicyWorker
@@ -30,7 +30,9 @@ LIMIT = MicroBatchLimit(64)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     kind, tied = MODELS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    make_tiny_model(folder, kind, tie_word_embeddings=tied, initializer_range=0.1)
+    # Twice as many embeddings as the tokenizer has words.
+    size = 2 * len(VOCABULARY)
+    make_tiny_model(folder, kind, tie_word_embeddings=tied, initializer_range=0.1, vocab_size=size)
     return ModelConfig(path=str(folder))
 
 
@@ -104,7 +106,7 @@ def check(actor: PolicyWorker, engine: RolloutEngine, plain: torch.nn.Module) ->
     for s in generate(engine, PROMPTS, SamplingParams(1, 30, temperature=0)):
         ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
         with torch.no_grad():
-            logits = plain(ids).logits[0, len(s.prompt.token_ids) - 1 : -1]
+            logits = plain(ids).logits[0, len(s.prompt.token_ids) - 1 : -1, : len(VOCABULARY)]
         best, expected = logits.log_softmax(-1).max(-1)
         assert s.response_ids.tolist() == expected.tolist()
         np.testing.assert_allclose(s.rollout_log_probs, best, atol=1e-4)
@@ -166,7 +168,7 @@ def test_top_k_and_top_p_are_in_the_log_probs(
         for s in generate(engine, PROMPTS, params):
             ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
             with torch.no_grad():
-                logits = plain(ids).logits[0, len(s.prompt.token_ids) - 1 : -1]
+                logits = plain(ids).logits[0, len(s.prompt.token_ids) - 1 : -1, : len(VOCABULARY)]
             probs, order = (logits / params.temperature).softmax(-1).sort(descending=True)
             if params.top_k > 0:
                 kept = torch.arange(probs.shape[-1]).expand_as(probs) < params.top_k

@@ -130,6 +130,8 @@ class ModelConfig(Section):
     """Packed forward pass: tokens of all sequences in one row, no padding. False: padded rows."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings along."""
+    tokenizer_path: str | None = None
+    """Follows data.tokenizer."""
 
 
 class OptimConfig(Section):
@@ -178,7 +180,10 @@ class TrainFilesConfig(Section):
     train_files: Any = "~/data/countdown_nochat/train.parquet"
     """Training parquet: a path or a list of paths."""
     tokenizer: str | None = None
-    """Tokenizer path; null: the model's."""
+    """Path of the tokenizer, which also decides how responses end; null: the model's."""
+    add_bos: bool | None = None
+    """Begin prompts with the beginning-of-sequence token; null: where the tokenizer itself does so
+    with a string, and the template with chat messages."""
     prompt_key: str = "prompt"
     """Column with the prompt: chat messages, or a string (all that the warm-up takes)."""
     train_batch_size: int = key(32, low=1)
@@ -245,7 +250,7 @@ class SFTConfig(Section):
     """All keys of `verl.trainer.main_sft`."""
 
     data: SFTDataConfig = key(SFTDataConfig)
-    model: ModelConfig = key(ModelConfig)
+    model: ModelConfig = key(lambda: ModelConfig(tokenizer_path="${data.tokenizer}"))
     optim: OptimConfig = key(OptimConfig)
     fsdp_config: FSDPConfig = key(FSDPConfig)
     trainer: RunConfig = key(RunConfig)

@@ -210,7 +210,7 @@ class RolloutConfig(SamplingConfig):
 class ActorRolloutRefConfig(Section):
     """`actor_rollout_ref`."""
 
-    model: ModelConfig = key(ModelConfig)
+    model: ModelConfig = key(lambda: ModelConfig(tokenizer_path="${data.tokenizer}"))
     actor: ActorConfig = key(ActorConfig)
     ref: RefConfig = key(RefConfig, idle_if="use_kl_loss=False and use_kl_in_reward=False")
     rollout: RolloutConfig = key(RolloutConfig)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from verl.config.base import SFTDataConfig
+from verl.config.base import SFTDataConfig, TrainFilesConfig
 from verl.config.schema import DataConfig
 from verl.protocol import FinishReason, Prompt, Sample
 
@@ -47,8 +47,11 @@ class Row(NamedTuple):
         return value
 
 
-def load_prompts(files: Files, config: DataConfig, tokenizer: Any) -> list[Prompt]:
+def load_prompts(
+    files: Files, config: DataConfig, tokenizer: Any, num_embeddings: int | None = None
+) -> list[Prompt]:
     """Tokenized prompts of all files, in file order; `Prompt.index` counts rows before filtering.
+    `num_embeddings`: ids that the model knows.
 
     Columns: `config.prompt_key` (chat messages, or a string with apply_chat_template=False),
     `config.reward_fn_key`, `reward_model` (struct with `ground_truth`), `extra_info` (optional).
@@ -61,7 +64,9 @@ def load_prompts(files: Files, config: DataConfig, tokenizer: Any) -> list[Promp
         "reward_model": REWARD_MODEL,
     }
     rows = _read_rows(files, required)
-    tokens = _tokenize(tokenizer, rows, config.prompt_key, partial(_render, config, tokenizer))
+    key, bos = config.prompt_key, _bos(config, tokenizer, chat=config.apply_chat_template)
+    render = partial(_render, config, tokenizer)
+    tokens = _tokenize(tokenizer, rows, key, render, num_embeddings, bos)
     prompts, overlong, limit = [], 0, config.max_prompt_length
     for index, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
         if len(ids) > limit:
@@ -90,7 +95,9 @@ def load_prompts(files: Files, config: DataConfig, tokenizer: Any) -> list[Promp
     return prompts
 
 
-def load_sft_rows(config: SFTDataConfig, tokenizer: Any) -> list[Sample]:
+def load_sft_rows(
+    config: SFTDataConfig, tokenizer: Any, num_embeddings: int | None = None
+) -> list[Sample]:
     """One sample per row of `config.train_files`: prompt, and response with end-of-sequence token.
     With truncation=right a response that doesn't fit into max_length loses its last tokens, this
     one included, and its finish_reason is `length`.
@@ -104,8 +111,9 @@ def load_sft_rows(config: SFTDataConfig, tokenizer: Any) -> list[Sample]:
         raise ValueError(f"{problem}: {remedy}")
     keys = {config.prompt_key: "set data.prompt_key", config.response_key: "set data.response_key"}
     rows = _read_rows(config.train_files, keys)
-    prompts = _tokenize(tokenizer, rows, config.prompt_key, Row.typed)
-    responses = _tokenize(tokenizer, rows, config.response_key, Row.typed)
+    bos = _bos(config, tokenizer, chat=False)
+    prompts = _tokenize(tokenizer, rows, config.prompt_key, Row.typed, num_embeddings, bos)
+    responses = _tokenize(tokenizer, rows, config.response_key, Row.typed, num_embeddings)
     samples: list[Sample] = []
     for row, prompt_ids, ids in zip(rows, prompts, responses, strict=True):
         response_ids = np.append(ids, eos)
@@ -242,10 +250,25 @@ def _render(config: DataConfig, tokenizer: Any, row: Row, key: str) -> str:
         raise row.error(key, f"the tokenizer's chat template rejects it: {error}") from error
 
 
+def _bos(config: TrainFilesConfig, tokenizer: Any, chat: bool) -> list[int]:
+    """What prompts begin with: nothing, or the beginning-of-sequence token."""
+    bos, wanted = tokenizer.bos_token_id, config.add_bos
+    if wanted is None:
+        wanted = not chat and bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    if wanted and bos is None:
+        raise ValueError("data.add_bos=True: the tokenizer has no beginning-of-sequence token")
+    return [bos] if wanted else []
+
+
 def _tokenize(
-    tokenizer: Any, rows: list[Row], key: str, read: Callable[[Row, str], str]
+    tokenizer: Any,
+    rows: list[Row],
+    key: str,
+    read: Callable[[Row, str], str],
+    num_embeddings: int | None = None,
+    bos: Sequence[int] = (),
 ) -> Iterator[NDArray[np.int64]]:
-    """Token ids of each row's text, int64 [T], T ≥ 1, without special tokens."""
+    """Token ids of each row's text, int64 [T], T ≥ 1, without special tokens but `bos`, once."""
     remaining = iter(tqdm(rows, desc=f"tokenizing {key}", delay=2, disable=None))
     # Lengths are checked by the callers; verbose would warn about the model's own limit.
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
@@ -254,4 +277,7 @@ def _tokenize(
         for row, ids in zip(batch, encoded["input_ids"], strict=True):
             if not len(ids):
                 raise row.error(key, EMPTY)
-            yield np.asarray(ids, dtype=np.int64)
+            if num_embeddings is not None and (largest := max(ids)) >= num_embeddings:
+                problem = f"the tokenizer gives token {largest}, but the model has {num_embeddings}"
+                raise row.error(key, f"{problem}: take the model's own, or set data.tokenizer")
+            yield np.asarray(ids if ids[:1] == [*bos] else [*bos, *ids], dtype=np.int64)

@@ -11,7 +11,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
 from verl.config.schema import FSDPConfig, ModelConfig
-from verl.models.hf import load_generation_config, load_hf_config, load_hf_model
+from verl.models.hf import (
+    load_generation_config,
+    load_hf_config,
+    load_hf_model,
+    num_embeddings,
+    vocabulary_size,
+)
 from verl.models.logprobs import PolicyModel
 from verl.models.packing import register_packed_attention
 from verl.utils.device import default_dtype, default_packed_attention
@@ -33,7 +39,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Any:
     lm = _skeleton(model, attn_implementation=attention, dtype=torch.float32)
     if model.enable_gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = PolicyModel(lm)
+    policy = PolicyModel(lm, min(vocabulary_size(model), num_embeddings(model)))
     dtypes = MixedPrecisionPolicy(compute_dtype, getattr(torch, precision.reduce_dtype))
     shard = partial(fully_shard, mesh=mesh, mp_policy=dtypes)
     names = set(lm._no_split_modules or ())

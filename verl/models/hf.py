@@ -56,20 +56,42 @@ def load_generation_config(model: ModelConfig) -> Any:
         return GenerationConfig.from_model_config(load_hf_config(model))
 
 
-def load_tokenizer(model: ModelConfig, path: str | None = None) -> Any:
-    """The tokenizer at `path`; None: the model's own."""
-    path = expanduser(path or model.path)
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+def load_tokenizer(model: ModelConfig) -> Any:
+    """What decides prompts, texts and stopping. Raises: ValueError if there is none."""
+    path, remedy = expanduser(model.tokenizer_path or model.path), "name another in data.tokenizer"
+    try:
+        found = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no tokenizer there: {remedy}\n{error}") from error
+    if not found.get_vocab().keys() - {*found.all_special_tokens}:  # made up from nothing
+        raise ValueError(f"{path}: no tokenizer there: {remedy}")
+    return found
+
+
+def vocabulary_size(model: ModelConfig) -> int:
+    """Ids that the tokenizer knows; the model may have more, which are never sampled."""
+    return max(load_tokenizer(model).get_vocab().values()) + 1
+
+
+def num_embeddings(model: ModelConfig) -> int:
+    """Ids that the model knows."""
+    return int(load_hf_config(model).get_text_config().vocab_size)
 
 
 def stop_token_ids(model: ModelConfig) -> list[int]:
-    """Tokens that end a response, of configuration and tokenizer. Raises: ValueError if none."""
-    named = load_generation_config(model).eos_token_id
+    """Tokens that end a response: the tokenizer's own, and those of the generation configuration
+    beside it. Raises: ValueError if there is none."""
+    try:
+        path = expanduser(model.tokenizer_path or model.path)
+        named = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # there is no such file
+        config = None if model.tokenizer_path else load_hf_config(model)
+        named = config and GenerationConfig.from_model_config(config).eos_token_id
     named = named if isinstance(named, list) else [named]
     stop = {*named, load_tokenizer(model).eos_token_id} - {None}
     if not stop:
         raise ValueError(
-            f"{model.path}: neither generation_config.json nor the tokenizer names an "
+            f"{path}: neither generation_config.json nor the tokenizer names an "
             "end-of-sequence token: add eos_token_id to one of them"
         )
     return sorted(stop)

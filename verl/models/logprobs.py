@@ -13,9 +13,10 @@ from verl.utils.device import default_tile
 class PolicyModel(nn.Module):
     """Decoder and output embedding with one forward pass."""
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(self, lm: Any, vocabulary_size: int | None = None) -> None:
+        """`vocabulary_size`: ids that have a probability; None: all that the model knows."""
         super().__init__()
-        self.lm = lm
+        self.lm, self.vocabulary_size = lm, vocabulary_size
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """(log_probs, entropy) of `batch.targets`, float32 [T] each."""
@@ -23,7 +24,8 @@ class PolicyModel(nn.Module):
         output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, **options)
         hidden = output.last_hidden_state.flatten(0, 1)[batch.predictors]  # [T, H]
         head = self.lm.get_output_embeddings()
-        return chunked_log_probs(hidden, head.weight, batch.targets, temperature, head.bias)
+        options = {"bias": head.bias, "vocabulary_size": self.vocabulary_size}
+        return chunked_log_probs(hidden, head.weight, batch.targets, temperature, **options)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -79,16 +81,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
             _subtract_product(grad_hidden[rows], loss, weight[columns])
             _subtract_product(grad_weight[columns], loss.T, hidden[rows])
         # autograd gives each gradient the type of its input
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, *4 * [None]
 
 
 def _tiles(*args: Any) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
     """Rows, vocabulary entries and their logits; the place of each row's target in the tile, and
     whether it is there at all (if not, the place is the nearest one), [n] each."""
-    hidden, weight, bias, targets, temperature, tile = args  # as of `chunked_log_probs`
+    hidden, weight, bias, targets, temperature, tile, size = args  # as of `chunked_log_probs`
     for i in range(0, len(targets), tile[0]):
-        for j in range(0, len(weight), tile[1]):
-            rows, columns = slice(i, i + tile[0]), slice(j, min(j + tile[1], len(weight)))
+        for j in range(0, size, tile[1]):
+            rows, columns = slice(i, i + tile[0]), slice(j, min(j + tile[1], size))
             part = None if bias is None else bias[columns]
             logits = torch.nn.functional.linear(hidden[rows], weight[columns], part).float()
             logits = logits if temperature == 1 else logits.div_(temperature)
@@ -111,6 +113,7 @@ def chunked_log_probs(
     temperature: float = 1.0,
     bias: Tensor | None = None,
     tile: tuple[int, int] | None = None,
+    vocabulary_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of its distribution, in nats: float32 [R] each,
     differentiable.
@@ -118,7 +121,8 @@ def chunked_log_probs(
     Args:
         hidden: final hidden states, [R, H]. weight: output embedding, [V, H]. bias: [V] or None.
         targets: token ids, [R]. temperature: logits are divided by it.
+        vocabulary_size: later tokens have probability 0; default: V.
         tile: rows and vocabulary entries whose logits exist at a time; default: the device's best.
     """
-    tile = tile or default_tile(hidden.device)
-    return _ChunkedLogProbs.apply(hidden, weight, bias, targets, temperature, tile)
+    size, tile = vocabulary_size or len(weight), tile or default_tile(hidden.device)
+    return _ChunkedLogProbs.apply(hidden, weight, bias, targets, temperature, tile, size)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
 
 from verl.config.schema import ModelConfig, RolloutConfig
-from verl.models.hf import load_hf_model, reorder_linears, stop_token_ids
+from verl.models.hf import load_hf_model, reorder_linears, stop_token_ids, vocabulary_size
 from verl.models.kv_cache import DECODE_ATTENTION, in_place_cache
 from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import RolloutEngine, Row, SamplingParams, rows_of
@@ -35,7 +35,7 @@ class HFEngine(RolloutEngine):
         if self.model.config._attn_implementation == "sdpa":
             self.model.set_attn_implementation(DECODE_ATTENTION)
         reorder_linears(self.model)
-        self.stop_ids = stop_token_ids(model)
+        self.stop_ids, self.vocabulary_size = stop_token_ids(model), vocabulary_size(model)
 
     def start_update(self) -> None:
         """Moves the weights to the device."""
@@ -126,7 +126,7 @@ class HFEngine(RolloutEngine):
         return logits[repeat], {"mask": mask[repeat], "prompt_length": lengths[repeat]}
 
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
-        """The next token's logits, [B, V]."""
+        """The next token's logits of the tokenizer's vocabulary, [B, V]."""
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -135,7 +135,7 @@ class HFEngine(RolloutEngine):
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1]
+        return output.logits[:, -1, : self.vocabulary_size]
 
     def _samples(self, rows: list[Row], state: dict[str, Tensor], finished: Tensor) -> list[Sample]:
         names = ("row", "length", "tokens", "log_probs")

@@ -12,7 +12,7 @@ import numpy as np
 
 from verl.config.load import unknown_key
 from verl.config.schema import ModelConfig, RolloutConfig
-from verl.models.hf import load_hf_config, stop_token_ids
+from verl.models.hf import load_hf_config, num_embeddings, stop_token_ids, vocabulary_size
 from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import RolloutEngine, Row, SamplingParams, rows_of
 from verl.utils.device import default_dtype, get_device, kv_cache_bytes
@@ -36,7 +36,7 @@ class VLLMEngine(RolloutEngine):
         from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from verl.rollout.vllm_weights import BACKEND, register
+        from verl.rollout.vllm_worker import BACKEND, VOCABULARY_SIZE, OwnVocabulary, register
 
         given = rollout.engine_kwargs.vllm
         known = {f.name: None for f in fields(EngineArgs)}
@@ -74,6 +74,9 @@ class VLLMEngine(RolloutEngine):
             seed=rollout.seed,
             disable_log_stats=True,
         )
+        if (size := vocabulary_size(model)) < num_embeddings(model):
+            arguments["logits_processors"] = [OwnVocabulary]
+            arguments["additional_config"] = {VOCABULARY_SIZE: size}
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments | given))
 
     def generate(

@@ -35,7 +35,7 @@ def export(checkpoint: Path, folder: Path) -> None:
     except OmegaConfBaseException as error:
         raise ValueError(f"{checkpoint} was written by another version: {error}") from None
     model = config.actor_rollout_ref
-    tokenizer = load_tokenizer(model.model, config.data.tokenizer)
+    tokenizer = load_tokenizer(model.model)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         policy = Policy(model.model, model.actor.fsdp_config, torch.device("cpu"))

@@ -56,7 +56,7 @@ def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
     try:
         engine_class(config.actor_rollout_ref.rollout.name)  # its package may be missing
         check_model(model, config.data.max_prompt_length + config.data.max_response_length)
-        return RayPPOTrainer(config, load_tokenizer(model, config.data.tokenizer), latest)
+        return RayPPOTrainer(config, load_tokenizer(model), latest)
     except (ValueError, OSError) as error:
         stop(2, f"error: {error}")
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ def train(config: SFTConfig, tokenizer: Any, signals: StopSignals) -> Path:
     from verl.algorithms.weights import response_weights
     from verl.cluster import WorkerGroup, reserve_devices, start_ray
     from verl.data.dataset import PromptOrder, load_sft_rows
+    from verl.models.hf import num_embeddings
     from verl.models.policy import MicroBatchLimit, PolicyWorker
     from verl.protocol import OptimizerStep, response_lengths
     from verl.trainer.ppo.checks import count_skipped
@@ -31,7 +32,7 @@ def train(config: SFTConfig, tokenizer: Any, signals: StopSignals) -> Path:
     from verl.utils.timer import Timer
 
     data, trainer = config.data, config.trainer
-    rows = load_sft_rows(data, tokenizer)
+    rows = load_sft_rows(data, tokenizer, num_embeddings(config.model))
     order = PromptOrder(len(rows), data.train_batch_size, data.seed, data.shuffle)
     total = trainer.total_training_steps or trainer.total_epochs * order.steps_per_epoch
     ranks = trainer.nnodes * trainer.n_gpus_per_node
@@ -82,7 +83,7 @@ def run(config: SFTConfig) -> None:
     signals = StopSignals()
     try:
         check_model(config.model, config.data.max_length)
-        tokenizer = load_tokenizer(config.model, config.data.tokenizer)
+        tokenizer = load_tokenizer(config.model)
         folder = train(config, tokenizer, signals)
     except (ValueError, OSError, FloatingPointError) as error:
         stop(2, f"error: {error}")

@@ -19,6 +19,7 @@ import numpy as np
 
 from verl.config.schema import Config
 from verl.data.dataset import PromptOrder, load_prompts
+from verl.models.hf import num_embeddings
 from verl.protocol import Prompt, Sample
 from verl.rewards import RewardError
 from verl.rewards.scorer import RewardManager
@@ -83,9 +84,10 @@ class Batches:
         rewards = RewardManager(
             config.reward_model, config.custom_reward_function, tokenizer, data.max_response_length
         )
-        batches = cls(config, load_prompts(data.train_files, data, tokenizer), rewards)
+        size = num_embeddings(config.actor_rollout_ref.model)
+        batches = cls(config, load_prompts(data.train_files, data, tokenizer, size), rewards)
         if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
-            batches.val_prompts = load_prompts(data.val_files, data, tokenizer)
+            batches.val_prompts = load_prompts(data.val_files, data, tokenizer, size)
         return batches
 
     def connect_engines(self, generate: Generate, update_engines: Callable[[], None]) -> None:

@@ -1,5 +1,6 @@
-"""How a vLLM worker takes the actor's weights: an engine of vLLM's weight-transfer interface
-(https://docs.vllm.ai/en/latest/training/weight_transfer). Imported only where vLLM runs."""
+"""What vLLM's workers get from here: a way to take the actor's weights, by vLLM's weight-transfer
+interface (https://docs.vllm.ai/en/latest/training/weight_transfer), and the tokenizer's vocabulary.
+Imported only where vLLM runs."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -8,11 +9,13 @@ from typing import Any, cast
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory, ipc_engine
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from verl.protocol import WeightChunk
 from verl.utils.device import broadcast_group
 
 BACKEND = "verl"
+VOCABULARY_SIZE = "verl_vocabulary_size"  # key of vLLM's `additional_config`
 
 
 @dataclass
@@ -57,6 +60,25 @@ class ActorWeights(ipc_engine.IPCWeightTransferEngine):
         for module in self.model.modules():
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
+
+
+class OwnVocabulary(LogitsProcessor):
+    """Nothing that the tokenizer doesn't know is sampled."""
+
+    def __init__(self, vllm_config: Any, *_: Any) -> None:
+        self.size = vllm_config.additional_config[VOCABULARY_SIZE]
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Masks [B, V] in place."""
+        logits[:, self.size :] = -torch.inf
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        """No: the most probable token may be one of those."""
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Nothing depends on the requests."""
 
 
 def register() -> None:
