@@ -82,18 +82,15 @@ def serve_plain(port: int) -> None:
         except TimeoutError:
             return False
 
+    @app.post("/is_equal")
     async def is_equal(strings: Strings) -> dict:
         return {"equal": await judge(strings.str1, strings.str2)}
 
+    @app.post("/verify")
     async def verify(batch: Batch) -> dict:
         verdicts = await asyncio.gather(*(judge(pair.gold, pair.pred) for pair in batch.pairs))
         return {"results": [{"equal": verdict} for verdict in verdicts]}
 
-    # Without the decorators, as annotations of local classes have to be real objects.
-    for function in (is_equal, verify):
-        name = next(iter(function.__annotations__))
-        function.__annotations__ = {name: Strings if function is is_equal else Batch}
-        app.post(f"/{function.__name__}")(function)
     app.get("/health")(lambda: {"status": "ok"})
     uvicorn.run(app, port=port, log_level="error")
 

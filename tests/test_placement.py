@@ -97,7 +97,7 @@ def test_it_waits_for_busy_nodes(nodes: list[str]) -> None:
     assert time.monotonic() - started > 2
 
 
-def test_nodes_that_stay_busy_are_named(nodes: list[str]) -> None:
+def test_it_gives_up_on_nodes_that_stay_busy(nodes: list[str]) -> None:
     with busy(nodes[0]), pytest.raises(ValueError) as refused:
         reserve_devices(3, 1, "cpu", timeout_s=2)
     message = str(refused.value)
@@ -117,7 +117,7 @@ def test_what_the_cluster_lacks_is_refused_at_once(
 ) -> None:
     started = time.monotonic()
     with pytest.raises(
-        ValueError, match=f"the cluster has {has}: lower the keys, or start Ray on more"
+        ValueError, match=f"the cluster has {has} .*: lower the keys, or start Ray on more"
     ):
         reserve_devices(*arguments)
     assert time.monotonic() - started < 10

@@ -63,7 +63,8 @@ def reserve_devices(
     per_node = {name: amount * devices_per_node for name, amount in per_device.items()}
     machines = [node for node in ray.nodes() if node["Alive"]]
     enough = sum(all(m["Resources"].get(k, 0) >= per_node[k] for k in per_node) for m in machines)
-    problem = f"the cluster has {enough}: lower the keys, or start Ray on more (docs/multi_node.md)"
+    remedy = "lower the keys, or start Ray on more, or with more --num-cpus (docs/multi_node.md)"
+    problem = f"the cluster has {enough} (`ray status -v`): {remedy}"
     if enough >= nodes:
         deadline = time.monotonic() + timeout_s
         # Asked for whole shares, Ray itself picks machines that have them free, all at once. They

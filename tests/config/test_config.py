@@ -169,7 +169,7 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "flag and mode": (
         ["algorithm.use_grpopp=True", f"{ACTOR}loss_agg_mode=seq-mean-token-mean"],
-        f"and {ACTOR}loss_agg_mode=seq-mean-token-mean contradict each other: drop one",
+        f"chooses the loss aggregation: drop {ACTOR}loss_agg_mode=seq-mean-token-mean",
     ),
     "token-mean-legacy by tokens": (
         [
@@ -241,11 +241,11 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "ipc between GPUs": (
         [*AHEAD, f"{ROLLOUT}name=vllm", f"{ROLLOUT}weight_transfer=ipc"],
-        f"{ROLLOUT}weight_transfer=ipc: ipc is for shared GPUs",
+        f"{ROLLOUT}weight_transfer=ipc: take ipc without trainer.rollout_gpus_per_node, nccl with",
     ),
     "nccl on one GPU": (
         [f"{ROLLOUT}name=vllm", f"{ROLLOUT}weight_transfer=nccl"],
-        f"{ROLLOUT}weight_transfer=nccl: ipc is for shared GPUs",
+        f"{ROLLOUT}weight_transfer=nccl: take ipc without trainer.rollout_gpus_per_node, nccl",
     ),
     "engines over three of eight GPUs": (
         [

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.helpers import free_address, make_tiny_model, make_tokenizer
 from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig
-from verl.models.hf import check_model, stop_token_ids
+from verl.models.hf import stop_token_ids
 from verl.models.policy import PolicyWorker
 
 
@@ -17,21 +17,6 @@ def test_stop_tokens_are_those_of_the_generation_config_and_the_tokenizer(tmp_pa
     path = folder / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [5, 9]}))
     assert stop_token_ids(ModelConfig(path=str(folder))) == [0, 5, 9]
-
-
-def test_models_that_cannot_work_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with pytest.raises(ValueError, match=r"/nowhere: no Hugging Face model there"):
-        check_model(ModelConfig(path="/nowhere"), 10)
-    folder = make_tiny_model(tmp_path)
-    check_model(ModelConfig(path=str(folder)), 512)
-    assert not caplog.records
-    check_model(ModelConfig(path=str(folder)), 513)
-    assert "513 tokens are longer than the 512 positions" in caplog.text
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds no weights"):
-        check_model(ModelConfig(path=str(folder)), 10)
 
 
 def test_recurrent_layers_are_refused_where_sequences_are_packed(tmp_path: Path) -> None:
@@ -56,17 +41,3 @@ def test_recurrent_layers_are_refused_where_sequences_are_packed(tmp_path: Path)
             PolicyWorker("cpu").build(ModelConfig(str(tmp_path)), FSDPConfig(), OptimConfig(), 1)
     finally:
         dist.destroy_process_group()
-
-
-def test_the_generation_config_is_kept(tmp_path: Path) -> None:
-    folder = make_tiny_model(tmp_path / "before")
-    path = folder / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [0, 5]}))
-    dist.init_process_group("gloo", init_method=free_address(), rank=0, world_size=1)
-    try:
-        worker = PolicyWorker("cpu")
-        worker.build(ModelConfig(str(folder)), FSDPConfig(), OptimConfig(), 1)
-        worker.save_hf(str(tmp_path / "after"), make_tokenizer())
-    finally:
-        dist.destroy_process_group()
-    assert stop_token_ids(ModelConfig(path=str(tmp_path / "after"))) == [0, 5]

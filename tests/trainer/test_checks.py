@@ -32,6 +32,8 @@ def test_skipped_steps_are_counted_and_three_in_a_row_stop_the_run(tmp_path: Pat
     assert [row["response_ids"] for row in rows] == [s.response_ids.tolist() for s in samples]
     assert np.isnan(rows[0]["old_log_probs"][1]) and rows[0]["extras"] == '{"acc": 1.0}'
     assert [row["prompt_index"] for row in rows] == [0, 0, 1]
+    assert [row["optimizer_step"] for row in rows] == [0, 0, 1]
+    assert [row["weight"] for row in rows] == step.weights.tolist()
 
 
 def test_a_dump_that_fails_does_not_hide_why_the_run_stops(tmp_path: Path) -> None:

@@ -338,6 +338,29 @@ def test_generation_has_a_price_per_token_without_the_filter_only(
     assert {"timing_s/gen", "timing_per_token_ms/update_actor", "perf/throughput"} <= {*metrics}
 
 
+def test_mfu_is_reported_where_model_and_device_are_known(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    trainer, samples, timer = make_trainer(tiny_model, tmp_path), make_samples([4, 2]), Timer()
+    timer.seconds = {"gen": 1.0, "update_actor": 2.0}
+    trainer.workers = in_process(trainer.config, worker)
+    size, peak = worker.size_and_speed()
+    assert size is not None and peak is None  # a CPU
+    trainer.workers.model_size, trainer.workers.peak_flops = size, 1e9
+    metrics = trainer.step_metrics(samples, [make_step(samples)], timer)
+    assert 0 < metrics["perf/mfu"] < 1
+
+
+def test_every_rank_gets_as_many_responses_without_balance(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_model, tmp_path, "trainer.balance_batch=False")
+    workers = in_process(trainer.config, worker)
+    workers.actor = [None, None]
+    assert workers._shares(make_samples([9, 1, 1, 1])) == [[0, 1], [2, 3]]
+    assert workers._shares(make_samples([9])) == [[0], []]
+
+
 def test_fresh_responses_beside_them_get_the_actors(
     worker: PolicyWorker, tiny_model: Path, tmp_path: Path
 ) -> None:

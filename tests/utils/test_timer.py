@@ -31,3 +31,13 @@ def test_seconds_add_up_by_name(clock):
     with timer("adv"):
         clock.sleep(0.25)
     assert timer.seconds == {"gen": 3.5, "adv": 0.25}
+
+
+def test_a_phase_that_fails_is_counted(clock):
+    timer = Timer()
+    with pytest.raises(RuntimeError), timer("gen"):
+        clock.sleep(1)
+        raise RuntimeError
+    with timer("gen"):
+        clock.sleep(2)
+    assert timer.seconds == {"gen": 3}

@@ -15,7 +15,7 @@ def call(function: Any, times: int, max_calls: int = 4, timeout_s: float = 60) -
     async def main() -> list[Any]:
         user_function = UserFunction("some_key", function, max_calls, timeout_s)
         try:
-            return await asyncio.gather(*map(user_function, range(times)))
+            return await asyncio.gather(*(user_function(number=i) for i in range(times)))
         finally:
             user_function.close()
 

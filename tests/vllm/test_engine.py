@@ -225,7 +225,7 @@ def test_a_stop_ends_what_runs_and_not_what_comes_after(engine: VLLMEngine) -> N
 
 def test_an_unknown_argument_is_named() -> None:
     rollout = RolloutConfig(name="vllm", engine_kwargs=EngineKwargs({"block_sizes": 16}))
-    with pytest.raises(ValueError, match=r"vllm: .*'block_sizes'.* one is 'block_size'"):
+    with pytest.raises(ValueError, match=r"vLLM: .*'block_sizes'.* one is 'block_size'"):
         VLLMEngine().build(ModelConfig(), rollout, "cpu", 64)
 
 

@@ -32,7 +32,7 @@ def grpo_advantages(rewards: Tensor, groups: Tensor, *, norm_by_std: bool, **_: 
 
 
 def rloo_advantages(rewards: Tensor, groups: Tensor, **_: Any) -> Tensor:
-    """r − mean of the group's *other* responses (arXiv 2402.14740, eq. 8), if any. [N] → [N]."""
+    """r − mean of the group's *other* responses (arXiv 2402.14740, eq. 8); 0 without. [N]."""
     mean, _std, count = group_statistics(rewards, groups)
     return (rewards - mean) * count / (count - 1).clamp(min=1)
 

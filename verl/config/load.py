@@ -25,7 +25,7 @@ from verl.config.validate import WITHOUT_EFFECT, ignored_keys, validate
 
 logger = logging.getLogger(__name__)
 
-FREE = (".override_config", ".engine_kwargs.vllm", ".reward_kwargs")
+OPEN = (".override_config", ".engine_kwargs.vllm", ".reward_kwargs")
 """Sections that take any key: of the model, of vLLM or of a reward, which no schema knows."""
 
 HERE = Path(__file__).parents[1] / "trainer" / "config"
@@ -104,7 +104,7 @@ def entry_point(
     try:
         config = compose_config(args.overrides, *source)
     except ConfigError as error:
-        stop(2, f"error: {error}".replace("\n", "\nerror: "))
+        exit_with(2, f"error: {error}".replace("\n", "\nerror: "))
     typed = to_config(config, args.overrides)
     dry_run = os.environ.get("DRY_RUN", "")
     if dry_run in ("", "0"):
@@ -117,7 +117,7 @@ def entry_point(
         print(found.stdout, end="", file=sys.stderr)
 
 
-def stop(status: int, message: str) -> NoReturn:
+def exit_with(status: int, message: str) -> NoReturn:
     """Ends the process, with a message on standard error."""
     print(message, file=sys.stderr)
     raise SystemExit(status) from None
@@ -140,7 +140,7 @@ def _read(
     """Problems, each with the key that it is about; key and text of the overrides without one."""
     known = _flat(OmegaConf.to_container(base))
     defaults = _flat(OmegaConf.to_container(OmegaConf.structured(OmegaConf.get_type(base))))
-    free = tuple(f"{key}." for key in known if key.endswith(FREE))
+    free = tuple(f"{key}." for key in known if key.endswith(OPEN))
     problems: dict[str, str] = {}
     given = []
     for text in overrides:

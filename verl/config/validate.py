@@ -134,7 +134,7 @@ def _method(config: Config) -> Iterator[str]:
     if len(methods) == 2:
         yield "algorithm.use_grpopp and algorithm.use_dr_grpo are two methods: turn one of them off"
     if methods and actor.loss_agg_mode != "token-mean":
-        yield f"{{algorithm.{methods[0]}=}} and {{loss_agg_mode=}} contradict each other: drop one"
+        yield f"{{algorithm.{methods[0]}=}} chooses the loss aggregation: drop {{loss_agg_mode=}}"
     if actor.ppo_micro_batch_size_per_gpu is None:
         if actor.loss_agg_mode == "token-mean-legacy":
             yield "{loss_agg_mode=} averages over micro-batches: set {ppo_micro_batch_size_per_gpu}"
@@ -196,7 +196,7 @@ def _engines(config: Config) -> Iterator[str]:
     if transfer in ("ipc", "nccl") and rollout.name == "hf":
         yield "{weight_transfer=} is for rollout.name=vllm: set it to null"
     if (transfer == "ipc" and split) or (transfer == "nccl" and not split):
-        yield "{weight_transfer=}: ipc is for shared GPUs, nccl for {rollout_gpus_per_node=} alone"
+        yield "{weight_transfer=}: take ipc without {rollout_gpus_per_node}, nccl with it, or null"
     if rollout.name == "hf":
         return
     devices = split or trainer.n_gpus_per_node

@@ -1,6 +1,7 @@
 """A Hugging Face causal model as an FSDP2 policy: build, shard, save."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +12,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
 from verl.config.schema import FSDPConfig, ModelConfig
-from verl.models.hf import (
-    load_generation_config,
-    load_hf_config,
-    load_hf_model,
-    num_embeddings,
-    vocabulary_size,
-)
+from verl.models.folder import skeleton, write_folder
+from verl.models.hf import load_hf_config, load_hf_model, num_embeddings, vocabulary_size
 from verl.models.logprobs import PolicyModel
 from verl.models.packing import register_packed_attention
 from verl.utils.device import default_dtype, default_packed_attention
@@ -36,7 +32,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Any:
         _check_packable(load_hf_config(model), model.path)
         register_packed_attention()
         attention = default_packed_attention(device, compute_dtype)
-    lm = _skeleton(model, attn_implementation=attention, dtype=torch.float32)
+    lm = skeleton(model, attn_implementation=attention, dtype=torch.float32)
     if model.enable_gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = PolicyModel(lm, min(vocabulary_size(model), num_embeddings(model)))
@@ -66,13 +62,6 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Any:
     return policy.train()
 
 
-def _skeleton(model: ModelConfig, **options: Any) -> Any:
-    """The model without memory for its weights."""
-    options["trust_remote_code"] = model.trust_remote_code
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_hf_config(model), **options)
-
-
 def _check_packable(config: Any, path: str) -> None:
     """Raises ValueError for layers that carry state from one packed sequence into the next."""
     others = {*(getattr(config, "layer_types", None) or ())}
@@ -86,14 +75,11 @@ def _check_packable(config: Any, path: str) -> None:
         )
 
 
-def save_hf_model(policy: PolicyModel, model: ModelConfig, folder: str, tokenizer: Any) -> None:
-    """Writes the gathered model in Hugging Face format (rank 0), with its tokenizer."""
+def save_hf_model(
+    policy: PolicyModel, model: ModelConfig, folder: str | Path, dtype: str | None
+) -> None:
+    """Writes the gathered model (rank 0) with `write_folder`."""
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = dcp.get_model_state_dict(policy, options=options)
-    if dist.get_rank() != 0:
-        return
-    shell = _skeleton(model)
-    shell.generation_config = load_generation_config(model)
-    state = {name.removeprefix("lm."): value for name, value in weights.items()}
-    shell.save_pretrained(folder, state_dict=state)
-    tokenizer.save_pretrained(folder)
+    weights: Any = dcp.get_model_state_dict(policy, options=options)
+    if dist.get_rank() == 0:
+        write_folder(model, folder, {n.removeprefix("lm."): w for n, w in weights.items()}, dtype)

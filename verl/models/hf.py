@@ -1,9 +1,9 @@
 """Hugging Face models: configuration, weights, end-of-sequence tokens, size, inference on a CPU."""
 
-import logging
+import re
+from collections.abc import Collection
 from functools import partial
 from os.path import expanduser
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from verl.config.schema import ModelConfig
 from verl.utils.device import multiplies_faster_reordered
 from verl.utils.flops import ModelSize, head_size
-
-logger = logging.getLogger(__name__)
 
 
 def load_hf_config(model: ModelConfig) -> Any:
@@ -41,19 +39,29 @@ def load_hf_config(model: ModelConfig) -> Any:
 
 
 def load_hf_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """The whole model with its weights, on the host."""
+    """The whole model with its weights, on the host. Raises: ValueError if some are missing."""
     path, config, trusted = expanduser(model.path), load_hf_config(model), model.trust_remote_code
-    return AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=dtype, trust_remote_code=trusted
-    )
+    options = {"config": config, "dtype": dtype, "trust_remote_code": trusted}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
+    lm, info = loaded
+    check_names(info["missing_keys"], info["unexpected_keys"], lm, model.path)
+    return lm
 
 
-def load_generation_config(model: ModelConfig) -> Any:
-    """The model's generation_config.json, or what its config.json says where there is none."""
-    try:
-        return GenerationConfig.from_pretrained(expanduser(model.path))
-    except OSError:
-        return GenerationConfig.from_model_config(load_hf_config(model))
+def check_names(missing: Collection[str], others: Collection[str], lm: Any, path: str) -> None:
+    """Raises ValueError for weights of `lm` that are missing in the files at `path`, and for
+    `others` there that look like its own, such as a layer more; the rest is another model's."""
+
+    def pattern(name: str) -> str:
+        return re.sub(r"\d+", "N", name.removeprefix(f"{lm.base_model_prefix}."))
+
+    if missing:
+        text = f"{path}: {len(missing)} weights of the model are missing, such as {min(missing)}"
+        raise ValueError(text + (f"; others are there, such as {min(others)}" if others else ""))
+    own = {pattern(name) for name, _ in lm.named_parameters(remove_duplicate=False)}
+    if more := [name for name in others if pattern(name) in own]:
+        text = f"{path}: {len(more)} weights are more than the model has, such as {min(more)}"
+        raise ValueError(f"{text}: correct its config.json")
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
@@ -98,7 +106,7 @@ def stop_token_ids(model: ModelConfig) -> list[int]:
 
 
 def model_size(lm: Any) -> ModelSize | None:
-    """The model's matrix products; None for experts, and for layers that are no `nn.Linear`."""
+    """The model's matrix products; None for experts, and without `nn.Linear` or heads."""
     config = lm.config.get_text_config()
     linears = [m for m in lm.get_decoder().modules() if isinstance(m, nn.Linear)]
     heads = getattr(config, "num_attention_heads", None)
@@ -111,28 +119,13 @@ def model_size(lm: Any) -> ModelSize | None:
     )
 
 
-def check_model(model: ModelConfig, longest: int) -> None:
-    """Raises ValueError for what would stop the workers later: no model, no weights, no
-    end-of-sequence token. Warns if sequences of `longest` tokens have too few positions."""
-    config = load_hf_config(model)
-    folder = Path(model.path).expanduser()
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise ValueError(f"actor_rollout_ref.model.path={model.path}: the folder holds no weights")
-    stop_token_ids(model)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and longest > positions:
-        logger.warning(
-            f"prompts and responses of {longest} tokens are longer than the {positions} positions "
-            f"{model.path} was made for"
-        )
-
-
-REORDERED_ROWS = 32  # oneDNN's layout is for inputs of so many; good for 1 to 128 (LOG.md)
+REORDERED_ROWS = 32  # the layout is chosen for such inputs; good for 1 to 128 (benchmarks/LOG.md)
 
 
 @torch.no_grad()
 def reorder_linears(model: nn.Module) -> None:
-    """Linear layers that gain by it use a reordered copy of their weight: for each new one."""
+    """Lets linear layers that gain by it multiply with a reordered copy of their weight. To be
+    called again when weights have changed."""
     for module in model.modules():
         if type(module) is nn.Linear and multiplies_faster_reordered(module.weight):
             weight = torch.ops.mkldnn._reorder_linear_weight(module.weight, REORDERED_ROWS)

@@ -181,7 +181,7 @@ class TrainedPolicy(Policy):
         return results
 
     def save(self, folder: str | Path) -> None:
-        """Writes parameters, optimizer, version: each rank its part. Raises: OSError, on all."""
+        """Writes parameters, optimizer, version. Raises: OSError, on all ranks, if one can't."""
         try:
             dcp.save(self._state(), checkpoint_id=folder)
         except CheckpointException as error:  # no Exception, and too long to read
@@ -268,10 +268,10 @@ class PolicyWorker:
         """`TrainedPolicy.load`."""
         self.actor.load(folder)
 
-    def save_hf(self, folder: str, tokenizer: Any) -> None:
+    def save_hf(self, folder: str | Path, dtype: str | None = None) -> None:
         """Writes the policy in Hugging Face format."""
         self.actor.onload()
-        save_hf_model(self.actor.model, self.actor.model_config, folder, tokenizer)
+        save_hf_model(self.actor.model, self.actor.model_config, folder, dtype)
         self.actor.offload()
 
     def join_engines(self, address: str, world_size: int) -> None:

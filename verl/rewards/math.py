@@ -138,7 +138,7 @@ def choice(text: str) -> str:
 
 
 def compute_score(*arguments: Any) -> dict[str, Any]:
-    """`MathClient.compute_score` outside of a training run; waits for the server for 60 s."""
+    """`MathClient.compute_score` outside of a run, of the server at MATH_SERVER_URL."""
 
     async def ask() -> dict[str, Any]:
         client = MathClient(MathServerConfig(max_wait_s=60))
@@ -294,7 +294,7 @@ class ServerProcess:
     when this process is gone, however that came about: its standard input closes then."""
 
     def __init__(self, url: str, log_file: Path) -> None:
-        """Starts nothing. Raises: ValueError for another machine's URL, or without the code."""
+        """Starts nothing. Raises: ValueError for another machine's URL, or without its code."""
         address, key = urlsplit(url), "reward_model.math_server.autostart=True"
         if address.scheme != "http" or address.hostname not in ("127.0.0.1", "localhost", "::1"):
             remedy = f"start that one by hand, or use {DEFAULT_URL}"

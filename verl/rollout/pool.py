@@ -53,7 +53,7 @@ class EnginePool(WorkerGroup):
         self.on_restart: Callable[[int], Any] = lambda engine: None
         """Called with the number of an engine that was started anew and needs weights."""
         self.processes: dict[int, int] = {}
-        self.stale: set[int] = set()  # engines that were started again, and have no weights since
+        self.stale: set[int] = set()  # engines that were started again, and await weights
         self.cancelled = False  # set from another thread: `generate` ends with a RuntimeError
 
     def wait_ready(self, engines: Iterable[int] | None = None) -> None:

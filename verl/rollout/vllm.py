@@ -40,9 +40,9 @@ class VLLMEngine(RolloutEngine):
 
         given = rollout.engine_kwargs.vllm
         known = {f.name: None for f in fields(EngineArgs)}
-        for key in given.keys() - known.keys():
+        for key in [key for key in given if key not in known]:
             name = "actor_rollout_ref.rollout.engine_kwargs.vllm"
-            raise ValueError(f"{name}: {unknown_key(known, key)[0]}")
+            raise ValueError(f"{name}, arguments of vLLM: {unknown_key(known, key)[0]}")
         register()
         self.stop_ids, self.max_num_seqs = stop_token_ids(model), rollout.max_num_seqs
         at = get_device(device)

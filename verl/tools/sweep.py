@@ -15,7 +15,7 @@ from typing import Any
 
 from hydra.errors import HydraException
 
-from verl.config.load import HERE, ConfigError, compose_config, parse_override, stop
+from verl.config.load import HERE, ConfigError, compose_config, exit_with, parse_override
 
 
 def sweep(
@@ -100,7 +100,7 @@ def main(module: str, config_name: str, config_dir: str, *overrides: str) -> Non
     try:
         runs = sweep(overrides, config_name, config_dir)
     except ConfigError as error:
-        stop(2, f"error: {error}".replace("\n", "\nerror: "))
+        exit_with(2, f"error: {error}".replace("\n", "\nerror: "))
     raise SystemExit(run_all(module, runs, config_name, config_dir))
 
 

@@ -12,10 +12,9 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from verl.config.load import stop
+from verl.config.load import exit_with
 from verl.config.schema import Config
 from verl.models.fsdp import save_hf_model
-from verl.models.hf import load_tokenizer
 from verl.models.policy import Policy
 from verl.trainer.ppo.checkpoint import LATEST, damage, read_state
 
@@ -35,12 +34,11 @@ def export(checkpoint: Path, folder: Path) -> None:
     except OmegaConfBaseException as error:
         raise ValueError(f"{checkpoint} was written by another version: {error}") from None
     model = config.actor_rollout_ref
-    tokenizer = load_tokenizer(model.model)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         policy = Policy(model.model, model.actor.fsdp_config, torch.device("cpu"))
         policy.load_parameters(str(checkpoint / "actor"))
-        save_hf_model(policy.model, model.model, str(folder), tokenizer)
+        save_hf_model(policy.model, model.model, folder, config.trainer.hf_model_dtype)
     finally:
         dist.destroy_process_group()
 
@@ -58,7 +56,7 @@ def find_checkpoint(path: Path) -> Path:
 def main() -> None:
     """Parses the command line. What can't be exported ends the process with one line, status 2."""
     parser = argparse.ArgumentParser("python -m verl.trainer.main_export", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a folder global_step_N, or a run's")
+    parser.add_argument("checkpoint", type=Path, help="global_step_N, or a run: its latest")
     about = "folder to write [huggingface, in the run's folder]"
     parser.add_argument("-o", "--output", type=Path, help=about)
     args = parser.parse_args()
@@ -67,7 +65,7 @@ def main() -> None:
         folder = args.output or checkpoint.parent / "huggingface"
         export(checkpoint, folder)
     except (ValueError, OSError) as error:
-        stop(2, f"error: {error}")
+        exit_with(2, f"error: {error}")
     print(f"the model of {checkpoint.name} is in {folder}")
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl.config.load import entry_point, stop
+from verl.config.load import entry_point, exit_with
 from verl.config.schema import Config
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ def run(config: Config) -> None:
             except RayActorError as error:
                 text, latest = _error(error, trainer.checkpoints.root), trainer.checkpoints.latest
                 if error.actor_init_failed:
-                    stop(2, text)
+                    exit_with(2, text)
                 if not left or trainer.stop.number:
-                    stop(1, f"{text}\n{trainer.checkpoints.how_to_resume}")
+                    exit_with(1, f"{text}\n{trainer.checkpoints.how_to_resume}")
                 action = f"goes on from {latest}" if latest else "starts anew"
                 logger.error(
                     "%s. The run %s; trainer.max_restarts: %d left", text, action, left - 1
@@ -48,19 +48,21 @@ def run(config: Config) -> None:
 
 def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
     """A trainer whose input is good; nothing is started."""
-    from verl.models.hf import check_model, load_tokenizer
+    from verl.models.folder import check_model
+    from verl.models.hf import load_tokenizer
     from verl.rollout.engine import engine_class
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     model = config.actor_rollout_ref.model
     try:
         engine_class(config.actor_rollout_ref.rollout.name)  # its package may be missing
-        check_model(model, config.data.max_prompt_length + config.data.max_response_length)
+        length = config.data.max_prompt_length + config.data.max_response_length
+        check_model(model, length, config.trainer.save_hf_model and not config.trainer.val_only)
         return RayPPOTrainer(config, load_tokenizer(model), latest)
     except (ValueError, OSError) as error:
-        stop(2, f"error: {error}")
+        exit_with(2, f"error: {error}")
     except KeyboardInterrupt:
-        stop(130, "stopped")
+        exit_with(130, "stopped")
 
 
 def _train(trainer: "RayPPOTrainer") -> None:
@@ -80,15 +82,15 @@ def _train(trainer: "RayPPOTrainer") -> None:
         raise
     except (ValueError, OSError, FloatingPointError, RewardError, RayError) as error:
         if not started and not isinstance(error, RayError):
-            stop(2, f"error: {error}")
+            exit_with(2, f"error: {error}")
         text = _error(error, checkpoints.root)
         if not isinstance(error, FloatingPointError):  # which says itself what to resume from
             text += f"\n{checkpoints.how_to_resume}" if started else ""
-        stop(1 if started else 2, text)
+        exit_with(1 if started else 2, text)
     except KeyboardInterrupt:
         if not started:
-            stop(128 + (trainer.stop.number or 2), "stopped")
-    stop(128 + (trainer.stop.number or 2), f"stopped; {checkpoints.how_to_resume}")
+            exit_with(128 + (trainer.stop.number or 2), "stopped")
+    exit_with(128 + (trainer.stop.number or 2), f"stopped; {checkpoints.how_to_resume}")
 
 
 def _error(error: Exception, folder: Path) -> str:

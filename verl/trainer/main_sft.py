@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from verl.config.base import SFTConfig
-from verl.config.load import entry_point, stop
+from verl.config.load import entry_point, exit_with
 from verl.utils.signals import StopSignals
 
 LOG_LINES = 100  # of metrics, in a whole run; each is the mean of the steps since the one before
@@ -70,25 +70,26 @@ def train(config: SFTConfig, tokenizer: Any, signals: StopSignals) -> Path:
                 tracking.log(means, step)
                 history.clear()
     folder = root / "huggingface"
-    actor.call("save_hf", str(folder), tokenizer)
+    actor.call("save_hf", folder, trainer.hf_model_dtype)
     return folder
 
 
 def run(config: SFTConfig) -> None:
-    """Trains as `config` says. Ends with status 2 for bad input, with 128 + N by signal N."""
+    """Trains as `config` says. Ends with status 2 for bad input, 128 + N on signal N."""
     import ray
 
-    from verl.models.hf import check_model, load_tokenizer
+    from verl.models.folder import check_model
+    from verl.models.hf import load_tokenizer
 
     signals = StopSignals()
     try:
-        check_model(config.model, config.data.max_length)
+        check_model(config.model, config.data.max_length, export=True)
         tokenizer = load_tokenizer(config.model)
         folder = train(config, tokenizer, signals)
     except (ValueError, OSError, FloatingPointError) as error:
-        stop(2, f"error: {error}")
+        exit_with(2, f"error: {error}")
     except KeyboardInterrupt:
-        stop(128 + (signals.number or 2), "stopped; the warm-up starts anew the next time")
+        exit_with(128 + (signals.number or 2), "stopped; the warm-up starts anew the next time")
     finally:
         ray.shutdown()
         signals.restore()

@@ -58,7 +58,7 @@ def default_packed_attention(device: torch.device, dtype: torch.dtype) -> str:
     return "packed_varlen" if device.type == "cuda" and dtype.itemsize == 2 else "packed_sdpa"
 
 
-REORDERED_FROM = 2**17  # elements: then a weight multiplies faster as oneDNN orders it (LOG.md)
+REORDERED_FROM = 2**17  # weights of so many elements are faster in oneDNN's order (LOG.md)
 
 
 def multiplies_faster_reordered(weight: torch.Tensor) -> bool:

@@ -24,15 +24,18 @@ SCHEMA = pa.schema(
 )
 
 
-def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Writes samples exactly, but of the prompt only its index."""
+def write_samples(path: Path, samples: Sequence[Sample], **others: Sequence[Any]) -> None:
+    """Writes samples exactly, but of the prompt only its index. `others`: more columns, [N]."""
     columns = {name: [getattr(s, name) for s in samples] for name in SCHEMA.names[1:]}
     columns["prompt_index"] = [s.prompt.index for s in samples]
     columns["extras"] = [json.dumps(extras) for extras in columns["extras"]]
     # Dictionaries of token ids or of log-probabilities take long and save nothing.
     few = [name for name in SCHEMA.names if name not in ARRAYS]
     encoding = {"response_ids.list.element": "DELTA_BINARY_PACKED"}
-    pq.write_table(pa.table(columns, SCHEMA), path, use_dictionary=few, column_encoding=encoding)
+    table = pa.table(columns, SCHEMA)
+    for name, values in others.items():
+        table = table.append_column(name, pa.array(values))
+    pq.write_table(table, path, use_dictionary=few, column_encoding=encoding)
 
 
 def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
@@ -41,8 +44,9 @@ def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
         return []
     by_index = {prompt.index: prompt for prompt in prompts}
     table = pq.read_table(path)
-    rows = table.drop_columns(list(ARRAYS)).to_pylist()
-    for name in ARRAYS:
+    arrays = [name for name in ARRAYS if name in table.column_names]
+    rows = table.drop_columns(arrays).to_pylist()
+    for name in arrays:
         for row, x in zip(rows, table[name], strict=True):
             row[name] = x.values.to_numpy(zero_copy_only=False) if x.is_valid else None
     for row in rows:

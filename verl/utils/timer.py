@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 class Timer:
-    """Adds up seconds by name.
+    """Adds up seconds by name. Phases must not be nested.
 
     Example: ``with timer("gen"): …`` then ``timer.seconds["gen"]``.
     """

@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from verl import user_files
+from verl.utils import user_files
 
 Function = Callable[..., Any]
 
@@ -25,8 +25,8 @@ def load_function(key: str, path: str, name: str) -> Function:
     file = Path(path).expanduser().absolute()
     if not file.is_file():
         raise ValueError(f"{key}.path={path}: no such file")
-    if file.suffix != ".py":
-        raise ValueError(f"{key}.path={path}: not a Python file (*.py)")
+    if file.suffix != ".py" or "." in file.stem:
+        raise ValueError(f"{key}.path={path}: not a Python file (*.py, without other dots)")
     user_files.__path__.insert(0, str(file.parent))
     os.environ[user_files.FOLDERS] = os.pathsep.join(user_files.__path__)
     module_name = f"{user_files.__name__}.{file.stem}"

@@ -80,7 +80,7 @@ class CheckpointFolder:
         return f"the same command{how} goes on from {self.latest}"
 
     def make_root(self) -> None:
-        """Makes and locks the folder. Raises: ValueError if it can't, or another run has."""
+        """Makes and locks the folder. Raises: ValueError if it can't be, or another run's."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             (self.root / ".writable").touch()

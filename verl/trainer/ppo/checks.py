@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from verl.config.schema import Config
 from verl.protocol import OptimizerStep, Sample
 from verl.rewards.scorer import RewardManager
@@ -33,14 +35,17 @@ def count_skipped(
         if in_a_row >= limit:
             outcome = f"is in {dump}"
             try:
-                write_samples(dump, [sample for step in steps for sample in step.samples])
+                numbers = [number for number, step in enumerate(steps) for _ in step.samples]
+                weight = np.concatenate([step.weights for step in steps]).tolist()
+                samples = [sample for step in steps for sample in step.samples]
+                write_samples(dump, samples, optimizer_step=numbers, weight=weight)
             except Exception as error:  # which must not hide what is worse
                 outcome = f"could not be written to {dump} ({type(error).__name__}: {error})"
             raise FloatingPointError(
                 f"the loss or the gradient of {in_a_row} optimizer steps in a row was not finite "
                 f"(trainer.max_skipped_steps={limit}), so none was made. The batch {outcome}: look "
-                "there for numbers that are not finite. Else lower the optimizer's lr, and resume "
-                "from a checkpoint before the trouble with trainer.resume_mode=resume_path"
+                "there for numbers that are not finite. Else lower the optimizer's lr or raise its "
+                "warm-up, and resume from before the trouble with trainer.resume_mode=resume_path"
             )
     if count := int(sum(flags)):
         text = "%d of %d optimizer steps skipped: their loss or gradient was not finite"

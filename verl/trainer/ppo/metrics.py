@@ -16,11 +16,11 @@ from verl.utils.flops import ModelSize, update_flops
 VAL_CORE = re.compile(r"val-core/(.+)/(?:acc|reward)/((?:mean|best|maj)@\d+)(?:/mean)?")
 """Data source, and figure, of a validation metric."""
 
-TOKEN_PHASES = ("ref", "old_log_prob", "adv", "update_actor")  # and `gen` by responses alone
+TOKEN_PHASES = ("ref", "old_log_prob", "adv", "update_actor")  # `gen` counts responses only
 
 
 def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, float]:
-    """Statistics of a train batch, lengths in tokens. An outcome's return is its advantage."""
+    """Statistics of a train batch, lengths in tokens. A return is the advantage."""
     lengths = response_lengths(samples)
     prompt_lengths = np.array([len(s.prompt.token_ids) for s in samples])
     advantages = np.array([s.advantage for s in samples])

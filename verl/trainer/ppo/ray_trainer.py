@@ -94,7 +94,7 @@ class RayPPOTrainer:
                 self.save_before_stopping()
             self.stop.patient = False
         if trainer.save_hf_model and not self.stop.number:
-            self.workers.save_hf_model(root / "huggingface", self.tokenizer)
+            self.workers.save_hf_model(root / "huggingface")
 
     # ------------------------------------------------------------------------------- the stages
 

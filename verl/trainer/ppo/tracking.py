@@ -86,7 +86,7 @@ class Tracking:
                 what(each)
             except OSError as error:
                 self.loggers.remove(each)
-                text = "%s: %s; it gets no more of this run until it is resumed "
+                text = "%s: %s; this logger gets no more until the run is resumed "
                 text += "(metrics.jsonl has everything)"
                 logger.error(text, type(each).__name__, error)
 
@@ -96,7 +96,7 @@ class Tracking:
         write_responses(folder, step, samples, self.tokenizer, optimizer_steps)
 
     def dump_validation(self, samples: list[Sample], step: int) -> Generations:
-        """Keeps a validation's responses, if asked for; some of them for `log_validation`."""
+        """Keeps a validation's responses, if asked for; returns some for `log_validation`."""
         if folder := self.trainer.validation_data_dir:
             write_responses(folder, step, samples, self.tokenizer)
         return some_generations(samples, self.trainer.log_val_generations, self.tokenizer)
@@ -265,7 +265,8 @@ class TensorBoard(Logger):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, a half-written last line left out. Raises: ValueError."""
+    """The records of a metrics.jsonl, without a half-written last line. Raises: ValueError for
+    another line that isn't JSON."""
     lines, records = Path(path).read_text().splitlines(), []
     for number, line in enumerate(lines, start=1):
         try:

@@ -4,7 +4,6 @@ import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 class Workers:
     """The policy on all ranks (`actor`), and the generation `engines`; samples go to the ranks in
-    balanced shares. `model_size` and `peak_flops` are None where model or GPU are not known.
+    balanced shares. `model_size` and `peak_flops` are None where they are not known, as on CPUs.
 
     A call goes through Ray by its name: `actor.scatter("update", …)` runs `PolicyWorker.update` on
     each rank, which passes it on to its `TrainedPolicy`; `engines.generate` runs
@@ -134,10 +133,10 @@ class Workers:
             logger.warning(text)
         return {"rollout/verify_logprob_diff": worst}
 
-    def save_hf_model(self, folder: Path, tokenizer: Any) -> None:
+    def save_hf_model(self, folder: Path) -> None:
         """Writes the policy in Hugging Face format."""
         self.engines.call_all("sleep")
-        self.actor.call("save_hf", str(folder), tokenizer)
+        self.actor.call("save_hf", folder, self.config.trainer.hf_model_dtype)
         logger.info("the model is in %s", folder)
 
     def close(self) -> None:

@@ -1,0 +1,140 @@
+"""A model's folder: what its files hold, and how that of a trained one is written."""
+
+import json
+import logging
+import shutil
+from os.path import expanduser
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.utils import cached_file
+
+from verl.config.schema import ModelConfig
+from verl.models.hf import check_names, load_hf_config, load_tokenizer, stop_token_ids
+
+logger = logging.getLogger(__name__)
+
+COPIED = {".json", ".jinja", ".model", ".py", ".tiktoken", ".txt"}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def skeleton(model: ModelConfig, **options: Any) -> Any:
+    """The model without memory for its weights."""
+    options["trust_remote_code"] = model.trust_remote_code
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_hf_config(model), **options)
+
+
+def model_folder(model: ModelConfig) -> Path:
+    """Where the model's files are; of a model of the hub, the cache."""
+    path = Path(expanduser(model.path))
+    return path if path.is_dir() else Path(str(cached_file(model.path, "config.json"))).parent
+
+
+def check_model(model: ModelConfig, longest: int, export: bool) -> None:
+    """Raises ValueError for what would stop the workers later, and with `export` the end of the
+    run. Warns if sequences of `longest` tokens have too few positions."""
+    positions = getattr(load_hf_config(model), "max_position_embeddings", None)
+    folder = Path(model.path).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ValueError(f"actor_rollout_ref.model.path={model.path}: the folder holds no weights")
+    stop_token_ids(model)
+    check_weights(model)
+    if export:
+        with TemporaryDirectory() as place:
+            write_folder(model, place, {}, None)
+    if positions and longest > positions:
+        logger.warning(
+            f"prompts and responses of {longest} tokens are longer than the {positions} positions "
+            f"{model.path} was made for"
+        )
+
+
+def check_weights(model: ModelConfig) -> None:
+    """Compares the headers of the safetensors files with the model. Raises: ValueError for a file
+    that can't be read, and for weights that are missing, left over, or of another shape."""
+    found: dict[str, tuple[Path, list[int]]] = {}
+    folder = model_folder(model)
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    paths = [path for name in sorted(names) if (path := folder / name).is_file() or index.is_file()]
+    for path in [*paths, *sorted(folder.glob("*.bin"))]:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, but {index.name} names it: download it again")
+        with path.open("rb") as file:
+            if file.read(8) == b"version ":
+                raise ValueError(
+                    f"{path} is a pointer of git-lfs: run `git lfs pull` in its folder"
+                )
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as opened:
+                found |= {k: (path, opened.get_slice(k).get_shape()) for k in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} can't be read ({error}): download it again") from None
+    lm = skeleton(model)
+    if found and not get_checkpoint_conversion_mapping(lm.config.model_type):
+        _compare(lm, found, model.path)
+
+
+def _compare(lm: Any, found: dict[str, tuple[Path, list[int]]], path: str) -> None:
+    """Raises ValueError unless the weights that were `found`, with files and shapes, are those of
+    the model, which may have its decoder's prefix or not."""
+    prefix = f"{lm.base_model_prefix}."
+    shapes = {name.removeprefix(prefix): entry for name, entry in found.items()}
+    known: dict[int, list[str]] = {}  # tied ones have several names
+    parameters = dict(lm.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        known.setdefault(id(parameter), []).append(name)
+    missing = [n[0] for n in known.values() if not any(x.removeprefix(prefix) in shapes for x in n)]
+    for name, parameter in parameters.items():
+        file, shape = shapes.get(name.removeprefix(prefix), (None, list(parameter.shape)))
+        if shape != list(parameter.shape):
+            expected = list(parameter.shape)
+            raise ValueError(
+                f"{file}: {name} has the shape {shape}, but config.json says {expected}"
+            )
+    check_names(missing, shapes.keys() - {n.removeprefix(prefix) for n in parameters}, lm, path)
+
+
+def write_folder(
+    model: ModelConfig, folder: str | Path, weights: dict[str, Tensor], dtype: str | None
+) -> None:
+    """Writes the model's own folder with other weights, as `dtype`; None: of its own type."""
+    source, target = model_folder(model), Path(folder)
+    config = json.loads((source / "config.json").read_text())
+    own = load_hf_config(model).dtype or _stored_type(source)
+    kind = getattr(torch, dtype) if dtype else own
+    shell = skeleton(model)
+    shell.generation_config = GenerationConfig()  # the model's own file may be invalid
+    names, unique = (
+        {n for n, _ in shell.named_parameters(remove_duplicate=d)} for d in (False, True)
+    )
+    again = names - unique  # other names of tied weights
+    state = {name: value.to(kind) for name, value in weights.items() if name not in again}
+    shell.save_pretrained(target, state_dict=state)
+    (target / "generation_config.json").unlink(missing_ok=True)
+    for file in source.iterdir():
+        if file.suffix in COPIED and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, target / file.name)
+    config.pop("torch_dtype", None)  # an older name
+    config |= {**model.override_config, "dtype": str(kind).removeprefix("torch.")}
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if model.tokenizer_path:
+        load_tokenizer(model).save_pretrained(target)
+
+
+def _stored_type(folder: Path) -> torch.dtype:
+    """Type of the first weight in the folder's files."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            return DTYPES.get(file.get_slice(next(iter(file.keys()))).get_dtype(), torch.float32)
+    return torch.float32
