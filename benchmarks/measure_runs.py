@@ -120,7 +120,7 @@ def measure(
             "data.max_prompt_length=16",
             "actor_rollout_ref.model.enable_gradient_checkpointing=False",
             "actor_rollout_ref.actor.use_dynamic_bsz=True",
-            "actor_rollout_ref.actor.optim.lr=0",  # so that lengths stay as they are
+            "actor_rollout_ref.actor.optim.lr=1e-30",  # so that lengths stay as they are
             "trainer.logger=[file]",
             "trainer.device=cpu",
             "trainer.val_before_train=False",

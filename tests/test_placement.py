@@ -1,5 +1,6 @@
 """Placement on a real Ray cluster of two large nodes and a small one."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from ray.util.placement_group import (
 )
 
 from tests.helpers import ray_cluster
+from verl import cluster
 from verl.cluster import Slots, WorkerGroup, reserve_devices, start_ray
 
 
@@ -33,6 +35,22 @@ def nodes() -> Iterator[list[str]]:
         start_ray(2)
         cpus = {node["NodeID"]: node["Resources"]["CPU"] for node in ray.nodes()}
         yield sorted(cpus, key=lambda node: -cpus[node])
+
+
+@pytest.mark.parametrize("kind", ["a closed port", "a silent one"])
+def test_a_cluster_that_does_not_answer_is_named(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    assert cluster.ANSWER_S < 15
+    monkeypatch.setattr(cluster, "ANSWER_S", 4)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if kind == "a silent one":
+            listener.listen()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ValueError, match=f"RAY_ADDRESS={address}: no Ray cluster answers"):
+            start_ray(1)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ WORKER_ENV = {
     "PYTHONWARNINGS": "ignore",
 }
 WORKERS_PER_DEVICE = 2  # colocated, an actor rank and an engine share each device, in turns
+ANSWER_S = 12  # longest time that a cluster may take to say that it is there
 DEATH_S = 5  # seconds after one worker's error in which Ray gets to know that another had died
 MAX_DEATHS = 3  # an engine that dies as often without having done anything ends the run
 CONTROL = "control"  # Ray's concurrency group of calls that don't wait for those that run
@@ -40,13 +42,24 @@ def start_ray(devices: int, num_cpus: int | None = None) -> None:
     if the interpreter's path holds a space."""
     if " " in sys.executable:  # Ray's workers would wait for ever
         raise ValueError(f"Ray can't start {sys.executable!r}: move it to a path without spaces")
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_cluster(address)
         # Workers there have the environment of `ray start`, but must find the same code.
         path = {k: v for k, v in os.environ.items() if k == "PYTHONPATH"}
         ray.init(runtime_env={"env_vars": path})
         return
     cpus = num_cpus or max(WORKERS_PER_DEVICE * devices, os.cpu_count() or 1)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+
+
+def _check_cluster(address: str) -> None:
+    """Raises ValueError if no cluster answers, for which `ray.init` would wait for ever."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+    try:
+        subprocess.run(command, capture_output=True, timeout=ANSWER_S, check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        remedy = "start one there with `ray start --head`, or unset the variable"
+        raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers: {remedy}") from None
 
 
 Slots = list[tuple[PlacementGroup, int]]  # a bundle of one device each, in the order of ranks

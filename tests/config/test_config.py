@@ -5,6 +5,7 @@ import itertools
 import logging
 import operator
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,34 @@ def test_all_errors_come_together() -> None:
         "trainer.nnodes=0",
         "algorithm.use_grpopp and algorithm.use_dr_grpo are two methods",
     ]
+
+
+NOTHING_TO_LEARN = {
+    "data.": [],
+    ACTOR: ["optim.lr=0", "grad_clip=0", "clip_ratio=0", "clip_ratio_high=0", "clip_ratio_c=1"],
+    ROLLOUT: ["val_kwargs.top_p=0"],
+    "algorithm.": ["grpopp_config.alpha=1000", "kl_ctrl.target_kl=0"],
+}
+
+
+@pytest.mark.parametrize("text", [p + x for p, texts in NOTHING_TO_LEARN.items() for x in texts])
+def test_values_with_which_nothing_would_be_learned_are_refused(text: str) -> None:
+    assert error_of(text).startswith(f"{text}.0: must be ")
+
+
+NUMBERS = [
+    (name, key)
+    for name in ("ppo_trainer", "sft_trainer")
+    for key, value, _ in loader.load_config((), name).walk()
+    if isinstance(value, float) and ".actor.grpopp_config." not in key  # a copy
+]
+
+
+@pytest.mark.parametrize(("name", "key"), NUMBERS)
+def test_every_number_is_finite(name: str, key: str) -> None:
+    for value in ("inf", "-inf", "nan"):
+        with pytest.raises(ConfigError, match=re.escape(f"{key}={value}: must be ")):
+            loader.load_config([f"{key}={value}"], name)
 
 
 def test_keys_of_verl_without_effect_take_any_value() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -207,6 +208,17 @@ def test_at_start_a_missing_server_is_an_error_that_says_how_to_start_one(tmp_pa
         ask(MathServerConfig(url=url), nothing, tmp_path / "log")
     assert time.monotonic() - start < 20
     assert not (tmp_path / "log").exists()
+
+
+def test_at_start_a_server_that_never_answers_is_not_waited_for(tmp_path, monkeypatch):
+    assert math.FIRST_ANSWER_WITHIN_S + 5 <= 15
+    monkeypatch.setattr(math, "FIRST_ANSWER_WITHIN_S", 1.0)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(RewardServerError, match=rf"{url} .*ReadTimeout.*MATH_SERVER_URL"):
+            ask(MathServerConfig(url=url), nothing, tmp_path / "log")
 
 
 def test_at_start_another_server_is_recognized(server, tmp_path):

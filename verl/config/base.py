@@ -137,7 +137,7 @@ class ModelConfig(Section):
 class OptimConfig(Section):
     """`actor_rollout_ref.actor.optim`, and `optim` of the warm-up: AdamW and its schedule."""
 
-    lr: float = key(1e-6, low=0)
+    lr: float = key(1e-6, above=0)
     """Peak learning rate."""
     betas: list[float] = key(lambda: [0.9, 0.999])
     """AdamW's decay rates of the first and second moment."""
@@ -256,6 +256,6 @@ class SFTConfig(Section):
     optim: OptimConfig = key(OptimConfig)
     fsdp_config: FSDPConfig = key(FSDPConfig)
     trainer: RunConfig = key(RunConfig)
-    grad_clip: float = key(1.0, low=0)
+    grad_clip: float = key(1.0, above=0)
     """Largest norm of the gradient."""
     ray_init: RayInitConfig = key(RayInitConfig)

@@ -56,7 +56,7 @@ class DataConfig(TrainFilesConfig):
 class GrpoppConfig(Section):
     """`grpopp_config`: ∆L Normalization (arXiv 2509.07558)."""
 
-    alpha: float = key(0.75, low=0)
+    alpha: float = key(0.75, low=0, high=10)
     """Exponent α: w_i ∝ L_i^(−α). 0 is Dr. GRPO Norm."""
     scope: str = key("batch", choices=("batch", "mini_batch"))
     """Average L_i^(−α) over the rollout batch (published code) or the mini-batch (paper)."""
@@ -88,15 +88,15 @@ class ActorConfig(Section):
     """Passes over the train batch in each step."""
     shuffle: bool = False
     """Draw the mini-batches in random order."""
-    grad_clip: float = key(1.0, low=0)
+    grad_clip: float = key(1.0, above=0)
     """Largest norm of the gradient."""
-    clip_ratio: float = key(0.2, low=0, idle_if="clip_ratio_low!=null and clip_ratio_high!=null")
+    clip_ratio: float = key(0.2, above=0, idle_if="clip_ratio_low!=null and clip_ratio_high!=null")
     """PPO's ε, where clip_ratio_low or clip_ratio_high is null."""
-    clip_ratio_low: float | None = key(None, low=0)
+    clip_ratio_low: float | None = key(None, above=0)
     """The ratio is clipped at 1 − clip_ratio_low."""
-    clip_ratio_high: float | None = key(None, low=0)
+    clip_ratio_high: float | None = key(None, above=0)
     """The ratio is clipped at 1 + clip_ratio_high."""
-    clip_ratio_c: float = key(3.0, low=1)
+    clip_ratio_c: float = key(3.0, above=1)
     """Dual clip: with a negative advantage A the loss is at most −c·A."""
     loss_agg_mode: str = key(
         "token-mean",
@@ -289,7 +289,7 @@ class KLControlConfig(Section):
     """The coefficient, or its first value."""
     horizon: int = key(10000, low=1, idle_if="kl_ctrl.type=fixed")
     """Adaptive: larger is slower."""
-    target_kl: float = key(0.1, low=0, idle_if="kl_ctrl.type=fixed")
+    target_kl: float = key(0.1, above=0, idle_if="kl_ctrl.type=fixed")
     """Adaptive: divergence per token to steer towards, in nats."""
 
 

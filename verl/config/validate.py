@@ -1,6 +1,7 @@
 """What a type can't express: ranges, contradictions, keys without effect, changes on resume."""
 
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -84,6 +85,8 @@ def _values(config: Section) -> Iterator[tuple[str, str]]:
         if value is None or ".actor.grpopp_config." in key:  # copies of the algorithm's
             continue
         chosen = value if isinstance(value, list) else [value]
+        if not all(math.isfinite(one) for one in chosen if isinstance(one, float)):
+            yield key, f"{key}={value}: must be finite"
         if rules.choices and not all(one in rules.choices for one in chosen):
             yield key, f"{key}={value}: choose from {', '.join(rules.choices)}"
         for name, (holds, words) in LIMITS.items():
@@ -142,8 +145,6 @@ def _method(config: Config) -> Iterator[str]:
             yield "{actor.use_dynamic_bsz=}: set {ppo_micro_batch_size_per_gpu}, or drop it"
     if config.data.train_batch_size % max(1, actor.ppo_mini_batch_size):
         yield "{ppo_mini_batch_size=} must divide {train_batch_size=} (both count prompts)"
-    if algorithm.kl_ctrl.type == "adaptive" and algorithm.kl_ctrl.target_kl == 0:
-        yield "{target_kl=}: {kl_ctrl.type=} steers towards a divergence above 0"
     if groups.enable and groups.metric is None:
         yield "{filter_groups.enable=} needs {filter_groups.metric}, like acc"
     if algorithm.use_kl_in_reward and groups.metric == "seq_final_reward":

@@ -28,13 +28,15 @@ DEFAULT_URL = "http://127.0.0.1:6284"
 START_SCRIPT = Path(__file__).parents[2] / "server" / "math" / "start.sh"
 HOW_TO_START = (
     "start it with `bash server/math/start.sh` (its environment: `bash setup.sh --server-only`), "
-    "or let the trainer do so with reward_model.math_server.autostart=True"
+    "let the trainer do so with reward_model.math_server.autostart=True, or name another in "
+    "MATH_SERVER_URL"
 )
 TEMPORARY = (408, 429)  # client errors that time mends: too slow, or too soon
 WAIT_LONGER = "; reward_model.math_server.max_wait_s waits longer"
 REPORT_EVERY_S = 10.0
 RESTART_PAUSE_S = 5.0
 START_WITHIN_S = 60.0
+FIRST_ANSWER_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 120.0  # then a request is sent again: the server or its host may hang
 
 # A box opens, a brace opens or closes; escaped braces and the line break `\\` are neither (but
@@ -178,7 +180,6 @@ class MathClient:
         self._last_answer = self._last_report = 0.0
         logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
         self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(ANSWER_WITHIN_S, connect=5),
             limits=httpx.Limits(max_connections=config.max_connections),
             trust_env=False,  # no proxy between a cluster and its own server
         )
@@ -193,7 +194,8 @@ class MathClient:
         if self.config.autostart:
             self.process = ServerProcess(self.url, log_file)
         pairs = [(r"\frac{3}{5}", "0.6"), (r"\frac{3}{5}", "0.5")]
-        answers = await self._post(pairs, START_WITHIN_S if self.process else 0)
+        wait = START_WITHIN_S if self.process else 0
+        answers = await self._post(pairs, wait, answer_within=FIRST_ANSWER_WITHIN_S)
         verdicts = [answer["equal"] for answer in answers]
         if verdicts != [True, False]:
             problem = f"{self._server} says {verdicts} to whether 3/5 equals 0.6 and 0.5"
@@ -240,7 +242,12 @@ class MathClient:
                 self._pairs = []
             return await self._post(pairs, self.config.max_wait_s)
 
-    async def _post(self, pairs: list[tuple[str, str]], max_wait_s: float) -> list[dict[str, Any]]:
+    async def _post(
+        self,
+        pairs: list[tuple[str, str]],
+        max_wait_s: float,
+        answer_within: float = ANSWER_WITHIN_S,
+    ) -> list[dict[str, Any]]:
         """The verdicts of one request, however often it has to be sent."""
         document = {"pairs": [{"gold": gold, "pred": pred} for gold, pred in pairs]}
         # A lone surrogate, which JSON has no place for, becomes a question mark.
@@ -249,7 +256,11 @@ class MathClient:
         while True:
             failure = self.process and self.process.failure()
             try:
-                response = await self._http.post(f"{self.url}/verify", content=body)
+                response = await self._http.post(
+                    f"{self.url}/verify",
+                    content=body,
+                    timeout=httpx.Timeout(answer_within, connect=5),
+                )
                 if response.status_code < 500 and response.status_code not in TEMPORARY:
                     return self._read(response, len(pairs))
                 reason = f"status {response.status_code}: {response.text[:200]}"
