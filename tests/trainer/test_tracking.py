@@ -5,15 +5,21 @@ import json
 import math
 import re
 import resource
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, suppress
 
 import numpy as np
+import psutil
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 
+from tests.helpers import make_samples, make_tokenizer
 from verl.config.schema import Config, TrainerConfig
 from verl.trainer.ppo.tracking import (
+    Logger,
+    TensorBoard,
     Tracking,
     generations_markdown,
     read_metrics,
@@ -269,6 +275,75 @@ def test_a_full_disk_ends_tensorboard_alone(tmp_path, caplog):
     with tracking(tmp_path, "tensorboard", step=1) as t:
         t.log({"x": 2}, step=2)
     assert scalars(tmp_path / "tensorboard", "x") == [(1, 1), (2, 2)]
+
+
+class Broken(Logger):
+    def log(self, *_: object) -> None:
+        raise RuntimeError("no more")
+
+    def close(self, failed: bool) -> None:
+        raise AssertionError("left out by then")
+
+
+def test_a_logger_that_fails_costs_itself_alone(tmp_path, caplog):
+    with tracking(tmp_path) as t:
+        t.loggers += [Broken(), TensorBoard(tmp_path / "tensorboard", 0)]
+        for step in (1, 2):
+            t.log({"x": step}, step)
+    assert caplog.text.count("Broken: RuntimeError: no more; this logger gets no more") == 1
+    assert [r["x"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert scalars(tmp_path / "tensorboard", "x") == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("project", "problem"), [("a/b", "UsageError"), (None, "ModuleNotFoundError")]
+)
+def test_a_logger_that_does_not_start_costs_itself_alone(
+    tmp_path, monkeypatch, caplog, project, problem
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    if project is None:
+        monkeypatch.setitem(sys.modules, "wandb", None)  # as if it weren't installed
+    trainer = TrainerConfig(logger=["wandb", "tensorboard"], project_name=project or "p")
+    with Tracking(Config(trainer=trainer), tmp_path, 9) as t:
+        t.log({"x": 1}, step=1)
+    assert f"wandb: {problem}: " in caplog.text and caplog.text.count("ERROR") == 1
+    assert scalars(tmp_path / "tensorboard", "x") == [(1, 1)]
+
+
+def test_wandb_may_be_killed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with tracking(tmp_path, "wandb") as t:
+        t.log({"x": 1}, step=1)
+        children = psutil.Process().children(recursive=True)
+        service = [child for child in children if "wandb-core" in child.name()]
+        assert service
+        for process in service:
+            process.kill()
+        psutil.wait_procs(service, timeout=10)
+        for step in (2, 3):
+            t.log({"x": step}, step=step)
+    with suppress(ConnectionError):
+        wandb.teardown()
+    assert caplog.text.count("Wandb: ") == 1
+    assert [r["x"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_responses_that_can_not_be_kept_stop_nothing(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    trainer = TrainerConfig(
+        logger="file",
+        rollout_data_dir=str(tmp_path / "file" / "a"),
+        validation_data_dir=str(tmp_path / "file" / "b"),
+    )
+    samples = make_samples([2], extras={"acc": 1.0})
+    with Tracking(Config(trainer=trainer), tmp_path / "run", 9, 0, make_tokenizer()) as t:
+        t.dump(samples, 3, [])
+        t.dump_validation(samples, 3)
+        t.tokenizer = None  # whatever it is that fails
+        assert not t.dump_validation(samples, 3)
+    assert "trainer.rollout_data_dir: NotADirectoryError" in caplog.text
+    assert caplog.text.count("the responses of a validation: ") == 2
 
 
 def test_an_error_closes_the_loggers_and_goes_on(tmp_path):

@@ -1,7 +1,6 @@
 """Samples as parquet: what of them must outlive the process."""
 
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -13,8 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.protocol import ARRAYS, OptimizerStep, Prompt, Sample
-
-logger = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     dict.fromkeys(("prompt_index", "group", "response_index", "policy_version"), pa.int64())
@@ -90,15 +87,15 @@ def write_responses(
     samples: Sequence[Sample],
     tokenizer: Any,
     optimizer_steps: Sequence[OptimizerStep] = (),
+    skip_special_tokens: bool = False,
 ) -> None:
     """Writes `folder/{step}.parquet`, a row per response, for people to read; `answer` is the extra
-    `pred`, `weight` that of the first of the `optimizer_steps` with the response. If it can't be
-    written, an error is logged."""
+    `pred`, `weight` that of the first of the `optimizer_steps` with the response."""
     columns: dict[str, list[Any]] = {
         "step": [step] * len(samples),
         "data_source": [s.prompt.data_source for s in samples],
         "prompt": [str(tokenizer.decode(s.prompt.token_ids)) for s in samples],
-        "response": [str(tokenizer.decode(s.response_ids)) for s in samples],
+        "response": response_texts(samples, tokenizer, skip_special_tokens),
         "answer": [str(p) if (p := s.extras.get("pred")) is not None else None for s in samples],
         "ground_truth": [json.dumps(plain(s.prompt.ground_truth)) for s in samples],
         "prompt_length": [len(s.prompt.token_ids) for s in samples],
@@ -113,20 +110,17 @@ def write_responses(
             weights.update(zip(map(id, taken.samples), taken.weights.tolist(), strict=True))
         columns["weight"] = [weights.get(id(s)) for s in samples]
     path = Path(folder).expanduser() / f"{step}.parquet"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(columns), path)
-    except OSError as error:
-        logger.error("the responses of step %d are not kept: %s", step, error)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
 
 
 def some_generations(
-    samples: Sequence[Sample], number: int, tokenizer: Any
+    samples: Sequence[Sample], number: int, tokenizer: Any, skip_special_tokens: bool = False
 ) -> list[tuple[str, str, float]]:
     """(prompt, response, score) of at most `number` samples, for people to read; drawn by their
     positions alone, so that each validation shows the same prompts."""
-    decode, positions = tokenizer.decode, np.random.default_rng(0).permutation(len(samples))
-    return [
-        (str(decode(s.prompt.token_ids)), str(decode(s.response_ids)), float(s.score))
-        for s in (samples[i] for i in positions[:number])
-    ]
+    positions = np.random.default_rng(0).permutation(len(samples))[:number]
+    chosen = [samples[i] for i in positions]
+    texts = response_texts(chosen, tokenizer, skip_special_tokens)
+    prompts = [str(tokenizer.decode(s.prompt.token_ids)) for s in chosen]
+    return [(p, t, float(s.score)) for p, t, s in zip(prompts, texts, chosen, strict=True)]

@@ -7,7 +7,8 @@ import math
 import os
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -38,6 +39,18 @@ Metrics = Mapping[str, Any]
 Generations = Sequence[tuple[str, str, float]]  # (prompt, response, score), for people to read
 
 
+REMEDY = "this logger gets no more until the run is resumed (metrics.jsonl has everything)"
+
+
+@contextmanager
+def _never_fatal(name: str, consequence: str) -> Iterator[None]:
+    """Whatever fails in a report to people is logged, and costs no more than that report."""
+    try:
+        yield
+    except Exception as error:
+        logger.error("%s: %s: %s; %s", name, type(error).__name__, error, consequence)
+
+
 class Tracking:
     """Writes the metrics of each training step to metrics.jsonl and to every logger of
     `trainer.logger`. By `run_dir/wandb_run_id` a resumed run continues the same one in wandb."""
@@ -47,7 +60,7 @@ class Tracking:
     ) -> None:
         """`config`: a `Config` or `SFTConfig`. `step`: that of the checkpoint that the run resumes
         from; 0: a new run, which starts its metrics anew."""
-        self.trainer, self.tokenizer = config.trainer, tokenizer
+        self.config, self.trainer, self.tokenizer = config, config.trainer, tokenizer
         run_dir.mkdir(parents=True, exist_ok=True)
         id_file, settings = run_dir / RUN_ID, asdict(config)
         if not (step and id_file.exists()):
@@ -56,14 +69,16 @@ class Tracking:
         self.file = MetricsFile(run_dir / "metrics.jsonl", step)
         names = self.trainer.logger
         names = [names] if isinstance(names, str) else names
+        folder = os.environ.get("TENSORBOARD_DIR") or run_dir / "tensorboard"
+        starts: dict[str, Callable[[], Logger]] = {
+            "console": lambda: Console(total_steps, step),
+            "wandb": lambda: Wandb(settings, run_dir, id_file.read_text().strip()),
+            "tensorboard": lambda: TensorBoard(folder, step),
+        }
         self.loggers: list[Logger] = []
-        if "console" in names:
-            self.loggers.append(Console(total_steps, step))
-        if "wandb" in names:
-            self.loggers.append(Wandb(settings, run_dir, id_file.read_text().strip()))
-        if "tensorboard" in names:
-            folder = os.environ.get("TENSORBOARD_DIR") or run_dir / "tensorboard"
-            self.loggers.append(TensorBoard(folder, step))
+        for name in (name for name in starts if name in names):
+            with _never_fatal(name, REMEDY):
+                self.loggers.append(starts[name]())
 
     def log_validation(self, metrics: Metrics, step: int, generations: Generations = ()) -> None:
         """Records what a validation after `step` found, before `log` completes the step."""
@@ -79,27 +94,33 @@ class Tracking:
         self._tell(lambda logger: logger.log(floats, step, whole_step if complete else None))
 
     def _tell(self, what: Callable[["Logger"], None]) -> None:
-        """A logger that can't write is left out from then on: in an event file that a full disk has
-        cut off, nothing that comes later would be seen."""
-        for each in list(self.loggers):
-            try:
+        """A logger that fails is left out from then on: in an event file that a full disk has cut
+        off, nothing that comes later would be seen."""
+        loggers, self.loggers = self.loggers, []
+        for each in loggers:
+            with _never_fatal(type(each).__name__, REMEDY):
                 what(each)
-            except OSError as error:
-                self.loggers.remove(each)
-                text = "%s: %s; this logger gets no more until the run is resumed "
-                text += "(metrics.jsonl has everything)"
-                logger.error(text, type(each).__name__, error)
+                self.loggers.append(each)
 
     def dump(self, samples: list[Sample], step: int, optimizer_steps: list[OptimizerStep]) -> None:
         """Writes the responses of a training step to `trainer.rollout_data_dir`."""
-        folder = self.trainer.rollout_data_dir
-        write_responses(folder, step, samples, self.tokenizer, optimizer_steps)
+        with _never_fatal("trainer.rollout_data_dir", f"the responses of step {step} are not kept"):
+            folder = self.trainer.rollout_data_dir
+            skip = self.config.reward_model.skip_special_tokens
+            write_responses(folder, step, samples, self.tokenizer, optimizer_steps, skip)
 
     def dump_validation(self, samples: list[Sample], step: int) -> Generations:
         """Keeps a validation's responses, if asked for; returns some for `log_validation`."""
-        if folder := self.trainer.validation_data_dir:
-            write_responses(folder, step, samples, self.tokenizer)
-        return some_generations(samples, self.trainer.log_val_generations, self.tokenizer)
+        shown: Generations = ()
+        with _never_fatal("the responses of a validation", "they are not kept"):
+            skip, number = (
+                self.config.reward_model.skip_special_tokens,
+                self.trainer.log_val_generations,
+            )
+            shown = some_generations(samples, number, self.tokenizer, skip)
+            if folder := self.trainer.validation_data_dir:
+                write_responses(folder, step, samples, self.tokenizer, (), skip)
+        return shown
 
     def __enter__(self) -> Self:
         return self
