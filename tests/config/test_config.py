@@ -275,7 +275,11 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "betas": ([f"{ACTOR}optim.betas=[0.9,1.0]"], "betas=[0.9, 1.0]: give two numbers"),
     "files": (["data.train_files=null"], "data.train_files=None: give a path"),
-    "validation files": (["data.val_files=[]"], "data.val_files=[]: give a path"),
+    "validation files": (
+        ["data.val_files=null"],
+        "data.val_files=None: give a path or a list of paths, or set trainer.val_before_train=False "
+        "and trainer.test_freq=-1",
+    ),
     "metric": (
         [
             "algorithm.use_kl_in_reward=True",

@@ -115,7 +115,8 @@ def _common(config: Any) -> Iterator[str]:
         given = getattr(config.data, key)
         paths = [given] if isinstance(given, str) else given
         if not (isinstance(paths, list) and paths and all(p and isinstance(p, str) for p in paths)):
-            yield f"{{data.{key}=}}: give a path or a list of paths"
+            other = ", or set {val_before_train}=False and {test_freq}=-1" * (key == "val_files")
+            yield f"{{data.{key}=}}: give a path or a list of paths{other}"
     if config.trainer.logger is None:
         yield "{trainer.logger=}: give a name or a list of names"
     (betas,) = config.ending("optim.betas").values()
