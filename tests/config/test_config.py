@@ -277,7 +277,8 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     "files": (["data.train_files=null"], "data.train_files=None: give a path"),
     "validation files": (
         ["data.val_files=null"],
-        "data.val_files=None: give a path or a list of paths, or set trainer.val_before_train=False "
+        "data.val_files=None: give a path or a list of paths, or set "
+        "trainer.val_before_train=False "
         "and trainer.test_freq=-1",
     ),
     "metric": (
