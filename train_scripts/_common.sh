@@ -10,7 +10,8 @@
 #   SUBMIT      1: send the run to the job server of a cluster, an http address in RAY_ADDRESS
 #               [http://127.0.0.1:8265], and follow it; docs/dapo.md tells what travels along
 #   VERL_PYTHON or PYTHON
-#               interpreter [.venv/bin/python of this repository where there is one, else python3]
+#               interpreter [bin/python of the folder VENV, else of this repository's .venv, else
+#               python3]
 #   DRY_RUN     1: print the resolved configuration as YAML and stop
 # Arguments of a script are overrides (key=value) and win over what stands here.
 # shellcheck shell=bash
@@ -24,7 +25,9 @@ first_comment() { sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//; p;};}' "$1"; }
 
 REPO=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)
 PYTHON=${VERL_PYTHON:-${PYTHON:-}}
-[[ -n $PYTHON || ! -x $REPO/.venv/bin/python ]] || PYTHON=$REPO/.venv/bin/python
+venv=${VENV:-$REPO/.venv}
+[[ $venv == /* ]] || venv=$PWD/$venv
+[[ -n $PYTHON || ! -x $venv/bin/python ]] || PYTHON=$venv/bin/python
 PYTHON=${PYTHON:-python3}
 # Looked for, not imported: that would take as long as a dry run. --help needs none of them.
 if ! asks_for_help "$@" && ! "$PYTHON" -c 'from importlib.util import find_spec as f; f("hydra").name, f("omegaconf").name' \

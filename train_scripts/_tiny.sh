@@ -13,6 +13,7 @@ fi
 source "$HERE/_common.sh"
 if asks_for_help "$@"; then
   first_comment "$0"
-  printf '\n%s\n\n' 'It makes the Python environment, unless VERL_PYTHON or PYTHON names an interpreter.'
+  printf '\n%s\n\n' 'It makes the Python environment, in the folder VENV if that is set,
+unless VERL_PYTHON or PYTHON names an interpreter.'
 fi
 exec "$PYTHON" "$REPO/examples/tiny_run.py" "$@"

@@ -14,6 +14,7 @@ SCRIPTS = Path(__file__).parents[2] / "train_scripts"
 # Variables that steer the scripts: a test starts without the caller's.
 STEERING = (
     "VERL_PYTHON",
+    "VENV",
     "N_GPUS",
     "NNODES",
     "MODEL_PATH",
@@ -299,6 +300,15 @@ def test_variables_arguments_and_working_directory(tmp_path: Path) -> None:
     assert config["actor_rollout_ref.model.path"] == "/models/with space"
     assert config["data.train_files"] == "/data/of mine/train.parquet"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["countdown-3b-dapo-norm", "../examples/smollm2_gsm8k_cpu"])
+def test_the_interpreter_is_that_of_the_folder_venv(script: str, tmp_path: Path) -> None:
+    (folder := tmp_path / "my env/bin").mkdir(parents=True)
+    (python := folder / "python").write_text(f'echo mine >&2\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    result = dry_run(script, cwd=tmp_path, PYTHON="", VENV="my env")
+    assert resolved(result) and "mine\n" in result.stderr
 
 
 def test_model_path_wins_over_its_other_name() -> None:

