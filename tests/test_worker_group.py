@@ -1,6 +1,7 @@
 """Workers over a real Ray: order, streams, errors."""
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -91,6 +92,13 @@ def test_an_interpreter_that_ray_cannot_start_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "executable", "/my files/.venv/bin/python")
     with pytest.raises(ValueError, match=r"'/my files/\.venv/bin/python': move it"):
         start_ray(1)
+
+
+def test_a_ray_of_its_own_says_nothing_about_tokens() -> None:
+    code = "from verl.cluster import start_ray; start_ray(1)"
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0 and b"oken" not in done.stderr
 
 
 def test_the_first_error_is_raised_while_others_hang(workers: WorkerGroup) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+import requests
 import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
@@ -17,6 +18,7 @@ from ray.job_submission import JobSubmissionClient
 REPO = Path(__file__).resolve().parents[1]
 VARIABLES = ("WANDB_", "HF_", "MATH_SERVER_")
 """Beginnings of the names of the variables that a job gets."""
+ANSWER_S = 5  # Ray itself would wait for ever
 
 
 def run_folder(command: list[str]) -> str:
@@ -41,21 +43,22 @@ def run_folder(command: list[str]) -> str:
 def check_server(address: str) -> None:
     """Ends the process, with one message, if no job can be sent to `address`."""
     try:
+        requests.get(address, timeout=ANSWER_S)
         JobSubmissionClient(address)
         return
-    except ConnectionError:
+    except OSError:
         problem = (
-            f"no job server answers at {address}: start one with `ray start --head` in an "
-            "environment that has ray[default], or name another in RAY_ADDRESS"
+            "no job server answers there: start one with `ray start --head` in an environment that "
+            "has ray[default], or name another"
         )
     except AuthenticationError:
         problem = (
-            f"{address} wants a token: set RAY_AUTH_MODE=token, and put the cluster's token into "
+            "it wants a token: set RAY_AUTH_MODE=token, and put the cluster's token into "
             "RAY_AUTH_TOKEN or ~/.ray/auth_token"
         )
     except (RuntimeError, ValueError) as error:
-        problem = f"{address}: {error}"
-    _stop(problem)
+        problem = str(error)
+    _stop(f"RAY_ADDRESS={address}: {problem}")
 
 
 def main() -> None:
@@ -70,10 +73,10 @@ def main() -> None:
         import aiohttp  # noqa: F401  (what ray[default] adds for its job client)
     except ImportError:
         _stop(f"Ray's job client is missing: {sys.executable} -m pip install 'ray[default]'")
-    command = sys.argv[1:]
-    command.append(f"trainer.default_local_dir='{run_folder(command)}'")
     os.environ["RAY_ADDRESS"] = address
     check_server(address)
+    command = sys.argv[1:]
+    command.append(f"trainer.default_local_dir='{run_folder(command)}'")
     variables = {k: v for k, v in os.environ.items() if k.startswith(VARIABLES)}
     # Through a pipe: arguments, and so the keys of services, are for every user to read.
     out, into = os.pipe()

@@ -39,7 +39,7 @@ CONTROL = "control"  # Ray's concurrency group of calls that don't wait for thos
 def start_ray(devices: int, num_cpus: int | None = None) -> None:
     """Joins the cluster at RAY_ADDRESS, or starts one on this machine that ends with this process
     and offers as many CPUs as `devices` hold workers: they are slots, not cores. Raises: ValueError
-    if the interpreter's path holds a space."""
+    if the interpreter's path holds a space, or nobody answers at RAY_ADDRESS."""
     if " " in sys.executable:  # Ray's workers would wait for ever
         raise ValueError(f"Ray can't start {sys.executable!r}: move it to a path without spaces")
     if address := os.environ.get("RAY_ADDRESS"):
@@ -48,6 +48,8 @@ def start_ray(devices: int, num_cpus: int | None = None) -> None:
         path = {k: v for k, v in os.environ.items() if k == "PYTHONPATH"}
         ray.init(runtime_env={"env_vars": path})
         return
+    # It says that it makes a token, as it does for every cluster of its own.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
     cpus = num_cpus or max(WORKERS_PER_DEVICE * devices, os.cpu_count() or 1)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,25 @@ def test_a_missing_client_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     assert f"{sys.executable} -m pip install 'ray[default]'" in last_error(result)
 
 
-def test_no_job_server_is_one_line() -> None:
-    address = f"http://127.0.0.1:{port()}"
-    result = start(SUBMIT="1", RAY_ADDRESS=address)
+@pytest.mark.parametrize("waiting", [None, 0, 3])
+def test_no_job_server_is_one_line(waiting: int | None) -> None:
+    """Nobody listens there, or nobody answers: not even to whoever wants to connect, if as many
+    wait already as may."""
+    with socket.socket() as server, ExitStack() as clients:
+        server.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        if waiting is not None:
+            server.listen(0 if waiting else 1)
+        for _ in range(waiting or 0):
+            client = clients.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(server.getsockname())
+        started = time.monotonic()
+        result = start(SUBMIT="1", RAY_ADDRESS=address)
+    assert time.monotonic() - started < 15
     assert result.returncode == 2
-    assert f"no job server answers at {address}" in last_error(result)
+    (error,) = result.stderr.splitlines()
+    assert f"RAY_ADDRESS={address}: no job server answers there" in error
 
 
 @pytest.fixture(scope="module")
