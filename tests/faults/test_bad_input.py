@@ -1,5 +1,7 @@
 """Input that can't be used: one line that names what is wrong, and no step is lost."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from safetensors.torch import load_file, save_file
 
 from tests.faults.jobs import job, lines
+from tests.helpers import make_tiny_model
 from verl.config.load import load_config
 from verl.trainer import main_ppo
 from verl.trainer.ppo.checkpoint import LATEST
@@ -79,6 +83,48 @@ def test_rows_that_cannot_be_used_are_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     error = refused(rows, tiny_model, tmp_path, capsys)
+    assert message in error and error.count("\n") == 1
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def without_a_norm(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.input_layernorm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_few_embeddings(folder: Path) -> None:
+    make_tiny_model(folder, vocab_size=4)
+
+
+def with_a_pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_tokenizer, "no tokenizer there: name another in data.tokenizer"),
+        (without_a_norm, "1 weights of the model are missing, such as model.layers.1.input_layer"),
+        (with_a_pointer, "model.safetensors is a pointer of git-lfs"),
+        (with_few_embeddings, "train.parquet, row 0, key 'prompt': the tokenizer gives token 5"),
+    ],
+)
+def test_models_that_cannot_be_used_are_named(
+    change: Callable[[Path], None],
+    message: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    change(model)
+    error = refused([ROW] * 4, model, tmp_path, capsys)
     assert message in error and error.count("\n") == 1
 
 
