@@ -25,9 +25,7 @@ REPO=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 USAGE='bash setup.sh [cpu|gpu] [--vllm] [--dev] [--trainer-only|--server-only]; --help tells more'
 [[ ${DRY_RUN:-0} != 0 ]] || DRY_RUN=''
 device='' vllm='' dev='' environments=(trainer server) # what was asked for
-declare -A states gigabytes=([cpu]=6 [cpu--vllm]=9 [gpu]=20 [server]=1) # to install and download
-declare -A places=([trainer]=$(realpath -m -- "${VENV:-$REPO/.venv}")) # of a link: where it leads
-places[server]=$(realpath -m -- "$REPO/.venv-server")
+[[ ! ${VENV:-} || $VENV == /* ]] || VENV=$PWD/$VENV
 
 say() { echo "${DRY_RUN:+# }setup: $*"; }
 
@@ -89,10 +87,11 @@ find_python() {
 # by which packages. The first time also its state: ends if it is missing and can't be made.
 plan() {
   local place='' held='' held_sources='' kind=${device:-cpu} with_vllm=$vllm with_dev=$dev
-  local elsewhere=', or name another place with VENV=FOLDER'
-  [[ $1 == trainer ]] || kind=server with_vllm='' elsewhere=''
+  local elsewhere=', or name another place with VENV=FOLDER' state=setup_state_$1
+  venv=${VENV:-$REPO/.venv}
+  [[ $1 == trainer ]] || kind=server with_vllm='' elsewhere='' venv=$REPO/.venv-server
+  [[ ! -L $venv ]] || venv=$(readlink -f "$venv") # where the link leads
   # The stamp names this repository; once all is whole, what is there and from which files, too.
-  venv=${places[$1]}
   folder=${venv#"$REPO/"} stamp=$venv/setup-stamp
   [[ ! -f $stamp ]] || { read -r place && read -r held && read -r held_sources; } <"$stamp" || true
   [[ $kind != cpu || $held != gpu* ]] || kind=gpu # which does all that cpu does
@@ -114,17 +113,18 @@ plan() {
   # Environments hold absolute paths, and cpu and gpu have other builds of the same releases, which
   # pip can't tell: one that is moved, or of the other kind, is made anew.
   sources=$(cat setup.sh "${files[@]}" | cksum)
-  [[ -z ${states[$1]:-} ]] || return 0
-  states[$1]=missing
+  [[ -z ${!state:-} ]] || return 0
+  printf -v "$state" missing
   if [[ $place == "$REPO" && $held == "$kind"* ]] &&
     "$venv/bin/python" -Pc "import pip,$modules" 2>/dev/null; then
-    states[$1]=outdated
-    [[ $held != "$contents" || $held_sources != "$sources" ]] || states[$1]=ready
+    printf -v "$state" outdated
+    [[ $held != "$contents" || $held_sources != "$sources" ]] || printf -v "$state" ready
   fi
-  [[ ${states[$1]} == missing ]] || return 0
+  [[ ${!state} == missing ]] || return 0
   [[ $place == "$REPO" || ($venv == "$REPO/.venv"* && -f $stamp) || ! $(ls -A "$venv" 2>&-) ]] ||
     die "$venv wasn't made by $REPO/setup.sh: move it away$elsewhere"
-  python=${python:-$(find_python)} needed=${gigabytes[$kind$with_vllm]}
+  python=${python:-$(find_python)}
+  case $kind$with_vllm in cpu) needed=6 ;; cpu*) needed=9 ;; gpu) needed=20 ;; *) needed=1 ;; esac
   free=$(df -Pk "$venv" "$venv/.." . 2>&- | awk 'NR == 2 { print int($4 / 1e6) }') || true
   [[ $DRY_RUN ]] || ((free >= needed)) ||
     die "$free GB free for $folder, but the installation takes up to $needed GB"
@@ -132,8 +132,9 @@ plan() {
 
 # prepare trainer|server: brings the environment up to date.
 prepare() {
+  local state=setup_state_$1
   plan "$1"
-  case ${states[$1]} in
+  case ${!state} in
     ready) say "$folder is up to date (to make it anew, delete it)" && return ;;
     # Whoever is stopped midway leaves nothing that looks whole, but can be told to be ours.
     outdated) run sed -i.old 1q "$stamp" ;;

@@ -150,7 +150,7 @@ def test_needs_are_checked_before_anything_starts(repo: Path, tmp_path: Path) ->
     no_python = error(setup(repo, PYTHON="/no/python"))
     assert "venv module: tried /no/python\n" in no_python and "or name it: PYTHON=" in no_python
     script = repo / "setup.sh"
-    script.write_text(script.read_text().replace("[server]=1", "[server]=1000000"))
+    script.write_text(script.read_text().replace("*) needed=1 ;;", "*) needed=1000000 ;;"))
     assert "takes up to 1000000 GB" in error(setup(repo, "--server-only"))
     assert not list(repo.glob(".venv*"))
 
