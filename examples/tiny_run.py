@@ -262,8 +262,11 @@ def digest(*parts: str) -> str:
 
 def call(program: str, *arguments: str) -> None:
     """``python -m MODULE ARGUMENT…`` or ``python FILE ARGUMENT…``, but within this process: so that
-    Ctrl-C and SIGTERM reach the trainer, and its exit status is this program's."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signals reach the trainer, and its exit status is this program's."""
+    from verl.utils.signals import SIGNALS  # not at the top: --help needs no packages
+
+    for number in set(SIGNALS) - {signal.SIGINT}:  # every time: Ray takes SIGTERM
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     sys.argv = [program, *arguments]
     if program.endswith(".py"):
         runpy.run_path(program, run_name="__main__")

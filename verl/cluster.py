@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -51,7 +52,10 @@ def start_ray(devices: int, num_cpus: int | None = None) -> None:
     # It says that it makes a token, as it does for every cluster of its own.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
     cpus = num_cpus or max(WORKERS_PER_DEVICE * devices, os.cpu_count() or 1)
+    # Ray's processes live until this one has ended in order, also where a terminal is closed.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 def _check_cluster(address: str) -> None:

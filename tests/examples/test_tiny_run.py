@@ -46,7 +46,9 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     environment = os.environ | {"VERL_PYTHON": sys.executable, "DRY_RUN": "0"}
     with (
         log.open("w") as file,
-        subprocess.Popen(command, env=environment, stdout=file, stderr=file) as process,
+        subprocess.Popen(
+            command, env=environment, stdout=file, stderr=file, process_group=0
+        ) as process,
     ):
         children = []
         try:
@@ -68,17 +70,18 @@ def wait_until(
 
 
 def end(process: subprocess.Popen[bytes], number: int) -> int:
-    """Sends the signal to this process alone; its status, once all that it had started is gone."""
+    """Sends the signal to this process alone, or as from its terminal to all that it has started;
+    its status, once all of them are gone."""
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) > 2, "Ray and its workers"
-    process.send_signal(number)
+    (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
     status = process.wait(120)
     _, left = psutil.wait_procs(children, timeout=60)
     assert not left
     return status
 
 
-def test_a_task_of_ones_own_stopped_by_sigterm_and_finished(tmp_path: Path) -> None:
+def test_a_task_of_ones_own_stopped_by_signals_and_finished(tmp_path: Path) -> None:
     (program := tmp_path / "mine.py").write_text(OWN_TASK)
     out, log = tmp_path / "out", tmp_path / "log"
     command = [sys.executable, str(program), "--out", str(out)]
@@ -86,14 +89,15 @@ def test_a_task_of_ones_own_stopped_by_sigterm_and_finished(tmp_path: Path) -> N
     def metrics() -> list[dict[str, float]]:
         return [line for file in out.glob("*/metrics.jsonl") for line in read_metrics(file)]
 
-    with started(command, log) as process:
-        wait_until(process, log, lambda: len(metrics()) >= 2)
-        assert end(process, signal.SIGTERM) == 128 + signal.SIGTERM
-    assert "stopping after this step, with a checkpoint" in log.read_text()
-    warm, run = sorted(out.iterdir(), key=lambda path: not path.name.startswith("warm-up-seed-0-"))
-    reached = metrics()[-1]["step"]
-    assert (run / "latest_checkpointed_iteration.txt").read_text() == str(reached)
-    assert reached < STEPS and not (run / "summary.txt").exists()
+    for steps, number in ((2, signal.SIGTERM), (6, signal.SIGHUP)):
+        with started(command, log) as process:
+            wait_until(process, log, lambda steps=steps: len(metrics()) >= steps)
+            assert end(process, number) == 128 + number
+        assert "stopping after this step, with a checkpoint" in log.read_text()
+        warm, run = sorted(out.iterdir(), key=lambda path: not path.name.startswith("warm-up-"))
+        reached = metrics()[-1]["step"]
+        assert (run / "latest_checkpointed_iteration.txt").read_text() == str(reached)
+        assert reached < STEPS and not (run / "summary.txt").exists()
 
     with started(command, log) as process:
         assert process.wait(300) == 0, log.read_text()
@@ -110,7 +114,7 @@ def test_a_task_of_ones_own_stopped_by_sigterm_and_finished(tmp_path: Path) -> N
     assert shown.strip() and shown in printed
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_warm_up_leaves_nothing(tmp_path: Path, number: int) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     with started([*QUICKSTART, "--out", str(out)], log) as process:

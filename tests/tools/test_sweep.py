@@ -150,9 +150,11 @@ def test_a_run_that_fails_does_not_stop_the_others(sleeper: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("number", "whom"), [("SIGINT", os.killpg), ("SIGTERM", os.kill)])
+@pytest.mark.parametrize(
+    ("number", "whom"), [("SIGINT", os.killpg), ("SIGTERM", os.kill), ("SIGHUP", os.killpg)]
+)
 def test_a_signal_ends_the_run_and_the_sweep(sleeper: Path, number: str, whom: object) -> None:
-    """Ctrl-C reaches all processes of the terminal; a job manager tells the first alone."""
+    """A terminal's reach all its processes; a job manager tells the first alone."""
     process = start("sleeper", "-m", "data.seed=600,601", path=sleeper)
     assert process.stdout and process.stdout.readline().split()[0].endswith("/gsm8k-seed-600")
     began = time.monotonic()

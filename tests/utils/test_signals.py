@@ -1,13 +1,15 @@
 """The first signal asks, the second one ends."""
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
-from verl.utils.signals import StopSignals
+from verl.utils.signals import SIGNALS, StopSignals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_asks_and_the_second_ends(number: int, capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(number)
     stop = StopSignals()
@@ -23,6 +25,13 @@ def test_the_first_asks_and_the_second_ends(number: int, capfd: pytest.CaptureFi
     finally:
         stop.restore()
     assert signal.getsignal(number) is before
+
+
+def test_a_closed_terminal_is_nothing_to_nohup() -> None:
+    code = "from verl.utils.signals import SIGNALS; print(len(SIGNALS))"
+    for command, number in ([], 3), (["nohup"], 2):
+        done = subprocess.run([*command, sys.executable, "-c", code], capture_output=True)
+        assert int(done.stdout) == number
 
 
 def test_nobody_is_asked_who_does_not_look() -> None:

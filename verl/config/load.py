@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -119,7 +120,8 @@ def entry_point(
 
 def exit_with(status: int, message: str) -> NoReturn:
     """Ends the process, with a message on standard error."""
-    print(message, file=sys.stderr)
+    with suppress(OSError):  # the terminal may be gone
+        print(message, file=sys.stderr)
     raise SystemExit(status) from None
 
 

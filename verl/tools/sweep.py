@@ -16,6 +16,7 @@ from typing import Any
 from hydra.errors import HydraException
 
 from verl.config.load import HERE, ConfigError, compose_config, exit_with, parse_override
+from verl.utils.signals import SIGNALS
 
 
 def sweep(
@@ -75,10 +76,10 @@ def run_all(
 
     def stop(number: int, frame: Any) -> None:
         stopped.append(number)
-        if process and number == signal.SIGTERM:  # the terminal sends Ctrl-C to the run itself
+        if process and number == signal.SIGTERM:  # the others come from a terminal, to the run, too
             process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, stop)
     lines, failed = [], False
     for i, (name, overrides) in enumerate(runs.items(), 1):

@@ -1,11 +1,15 @@
-"""Ctrl-C and SIGTERM: the first asks for an orderly end, the second one ends at once."""
+"""Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed: the first asks for an orderly end, the
+second one ends at once."""
 
 import os
 import signal
 import threading
+from contextlib import suppress
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup started this
+    SIGNALS.append(signal.SIGHUP)
 
 
 class StopSignals:
@@ -37,4 +41,5 @@ class StopSignals:
         if not (first and self.patient):
             raise KeyboardInterrupt
         text = "stopping after this step, with a checkpoint; once more: at once\n"
-        os.write(2, text.encode())  # print could have been interrupted right in a line
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, text.encode())  # print could have been interrupted right in a line
