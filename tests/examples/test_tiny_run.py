@@ -14,6 +14,7 @@ import pytest
 
 from tests.helpers import ROOT
 from verl.trainer.ppo.tracking import read_metrics
+from verl.utils.signals import SIGNALS
 
 QUICKSTART = ["bash", str(ROOT / "train_scripts" / "quickstart.sh")]
 STEPS = 15
@@ -89,7 +90,7 @@ def test_a_task_of_ones_own_stopped_by_signals_and_finished(tmp_path: Path) -> N
     def metrics() -> list[dict[str, float]]:
         return [line for file in out.glob("*/metrics.jsonl") for line in read_metrics(file)]
 
-    for steps, number in ((2, signal.SIGTERM), (6, signal.SIGHUP)):
+    for steps, number in ((2, signal.SIGTERM), (6, SIGNALS[-1])):
         with started(command, log) as process:
             wait_until(process, log, lambda steps=steps: len(metrics()) >= steps)
             assert end(process, number) == 128 + number
@@ -114,7 +115,7 @@ def test_a_task_of_ones_own_stopped_by_signals_and_finished(tmp_path: Path) -> N
     assert shown.strip() and shown in printed
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_stopped_warm_up_leaves_nothing(tmp_path: Path, number: int) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     with started([*QUICKSTART, "--out", str(out)], log) as process:

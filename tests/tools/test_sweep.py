@@ -16,6 +16,7 @@ import yaml
 from tests.helpers import ROOT
 from verl.config.load import ConfigError
 from verl.tools.sweep import sweep
+from verl.utils.signals import SIGNALS
 
 ALPHA = "algorithm.grpopp_config.alpha"
 SLEEPER = """
@@ -150,18 +151,16 @@ def test_a_run_that_fails_does_not_stop_the_others(sleeper: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("number", "whom"), [("SIGINT", os.killpg), ("SIGTERM", os.kill), ("SIGHUP", os.killpg)]
-)
-def test_a_signal_ends_the_run_and_the_sweep(sleeper: Path, number: str, whom: object) -> None:
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_the_run_and_the_sweep(sleeper: Path, number: int) -> None:
     """A terminal's reach all its processes; a job manager tells the first alone."""
     process = start("sleeper", "-m", "data.seed=600,601", path=sleeper)
     assert process.stdout and process.stdout.readline().split()[0].endswith("/gsm8k-seed-600")
     began = time.monotonic()
-    whom(process.pid, getattr(signal, number))
+    (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
     out, err = process.communicate()
     assert time.monotonic() - began < 60 and out == ""
-    assert process.returncode == 128 + getattr(signal, number)
+    assert process.returncode == 128 + number
     assert err.splitlines()[-1] == "  not started  gsm8k-seed-601"
 
 

@@ -37,6 +37,8 @@ class StopSignals:
             signal.signal(*self._before.popitem())
 
     def _handle(self, number: int, frame: Any) -> None:
+        if number == signal.SIGHUP == self.number:  # a closed terminal sends two
+            return
         first, self.number = self.number is None, number
         if not (first and self.patient):
             raise KeyboardInterrupt
