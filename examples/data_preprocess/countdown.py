@@ -128,7 +128,11 @@ def load_from_hub(args: argparse.Namespace) -> tuple[list[Problem], list[Problem
     Raises:
         ValueError: the set cannot be loaded, or is too small.
     """
-    from datasets import load_dataset  # not at the top: --generate can do without its second
+    # Not at the top: --generate can do without their second. The hub comes first.
+    from verl.utils.hub import ask_hub
+
+    ask_hub()
+    from datasets import load_dataset
 
     remedy = "pass --generate to draw the problems here instead"
     try:

@@ -12,6 +12,7 @@ chat message), `ability`, `reward_model` (rule and ground truth) and `extra_info
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,11 @@ def load_from_hub(split: str) -> Iterable[tuple[str, Row]]:
 
     Raises: ValueError if the set can't be loaded.
     """
-    from datasets import load_dataset  # not at the top: local files can do without its second
+    # Not at the top: local files can do without their second. The hub comes first.
+    from verl.utils.hub import ask_hub
+
+    ask_hub()
+    from datasets import load_dataset
 
     remedy = "pass --train_file and --test_file with JSON lines instead"
     try:
@@ -139,4 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

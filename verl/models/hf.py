@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 from functools import partial
-from os.path import expanduser
+from os.path import expanduser, isdir
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from verl.config.schema import ModelConfig
 from verl.utils.device import multiplies_faster_reordered
 from verl.utils.flops import ModelSize, head_size
+from verl.utils.hub import ask_hub
 
 
 def load_hf_config(model: ModelConfig) -> Any:
@@ -21,14 +22,7 @@ def load_hf_config(model: ModelConfig) -> Any:
 
     Raises: ValueError if there is no such model, or its head isn't a plain matrix product.
     """
-    path, trusted = expanduser(model.path), model.trust_remote_code
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
-    except OSError as error:
-        raise ValueError(
-            f"actor_rollout_ref.model.path={model.path}: no Hugging Face model there; name a "
-            f"folder or a model of the hub (in scripts by MODEL_PATH)\n{error}"
-        ) from error
+    config = _load(AutoConfig, model.path, trust_remote_code=model.trust_remote_code)
     config.update(model.override_config)
     for name in [n for n in vars(config) if n.endswith(("dropout", "_pdrop"))]:
         setattr(config, name, 0.0)
@@ -40,10 +34,9 @@ def load_hf_config(model: ModelConfig) -> Any:
 
 def load_hf_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """The whole model with its weights, on the host. Raises: ValueError if some are missing."""
-    path, config, trusted = expanduser(model.path), load_hf_config(model), model.trust_remote_code
-    options = {"config": config, "dtype": dtype, "trust_remote_code": trusted}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
-    lm, info = loaded
+    options = {"config": load_hf_config(model), "trust_remote_code": model.trust_remote_code}
+    options |= {"dtype": dtype, "output_loading_info": True}
+    lm, info = _load(AutoModelForCausalLM, model.path, **options)
     check_names(info["missing_keys"], info["unexpected_keys"], lm, model.path)
     return lm
 
@@ -66,14 +59,28 @@ def check_names(missing: Collection[str], others: Collection[str], lm: Any, path
 
 def load_tokenizer(model: ModelConfig) -> Any:
     """What decides prompts, texts and stopping. Raises: ValueError if there is none."""
-    path, remedy = expanduser(model.tokenizer_path or model.path), "name another in data.tokenizer"
-    try:
-        found = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no tokenizer there: {remedy}\n{error}") from error
+    path, options = (
+        model.tokenizer_path or model.path,
+        {"trust_remote_code": model.trust_remote_code},
+    )
+    found = _load(AutoTokenizer, path, "data.tokenizer", **options)
     if not found.get_vocab().keys() - {*found.all_special_tokens}:  # made up from nothing
-        raise ValueError(f"{path}: no tokenizer there: {remedy}")
+        raise ValueError(f"{path}: no tokenizer there: name another in data.tokenizer")
     return found
+
+
+def _load(kind: Any, path: str, key: str = "actor_rollout_ref.model.path", **options: Any) -> Any:
+    """`kind.from_pretrained`. Raises: ValueError, of one line, if there is none at `path`."""
+    folder = expanduser(path)
+    if not isdir(folder):
+        ask_hub()
+    try:
+        return kind.from_pretrained(folder, **options)
+    except OSError as error:
+        raise ValueError(
+            f"{key}={path}: no Hugging Face model there; name a folder or a model of the hub (in "
+            f"scripts by MODEL_PATH): {' '.join(str(error).split())}"
+        ) from error
 
 
 def vocabulary_size(model: ModelConfig) -> int:
@@ -89,10 +96,10 @@ def num_embeddings(model: ModelConfig) -> int:
 def stop_token_ids(model: ModelConfig) -> list[int]:
     """Tokens that end a response: the tokenizer's own, and those of the generation configuration
     beside it. Raises: ValueError if there is none."""
+    path = model.tokenizer_path or model.path
     try:
-        path = expanduser(model.tokenizer_path or model.path)
-        named = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # there is no such file
+        named = _load(GenerationConfig, path).eos_token_id
+    except ValueError:  # there is no such file
         config = None if model.tokenizer_path else load_hf_config(model)
         named = config and GenerationConfig.from_model_config(config).eos_token_id
     named = named if isinstance(named, list) else [named]

@@ -1,0 +1,94 @@
+"""A hub that can't be reached costs seconds, and says so in one line."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+ASK = """
+import huggingface_hub, os
+from verl.utils.hub import ask_hub
+ask_hub()
+print(huggingface_hub.is_offline_mode(), os.environ.get("HF_HUB_OFFLINE"))
+"""
+MAIN = ["-m", "verl.trainer.main_ppo", "actor_rollout_ref.model.path=a/b"]
+EXAMPLES = "examples/data_preprocess"
+
+
+@contextmanager
+def endpoint(kind: str) -> Iterator[str]:
+    """Address of a hub where nobody listens, that never answers, or that has nothing."""
+    if kind == "empty":
+        with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # 501 to everything
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}"
+            server.shutdown()
+    else:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            if kind == "silent":
+                server.listen()
+            yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def run(kind: str, folder: Path, *arguments: str, **variables: str) -> tuple[list[str], list[str]]:
+    """Lines of output and of errors."""
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder)}
+    started = time.monotonic()
+    with endpoint(kind) as address:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            env=environment | {"HF_ENDPOINT": address} | variables,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+    assert time.monotonic() - started < 20
+    return done.stdout.splitlines(), done.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("kind", "variable", "expected"),
+    [
+        ("dead", None, "True 1"),
+        ("silent", None, "True 1"),
+        ("empty", None, "False None"),
+        ("dead", "0", "False 0"),
+    ],
+)
+def test_only_a_hub_that_answers_is_asked(
+    kind: str, variable: str | None, expected: str, tmp_path: Path
+) -> None:
+    variables = {"HF_HUB_OFFLINE": variable} if variable else {}
+    assert run(kind, tmp_path, "-c", ASK, **variables) == ([expected], [])
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        ([f"{EXAMPLES}/gsm8k.py"], "pass --train_file and --test_file"),
+        ([f"{EXAMPLES}/countdown.py"], "pass --generate"),
+        (MAIN, "actor_rollout_ref.model.path=a/b: no Hugging Face model there; name a folder or"),
+    ],
+)
+def test_what_cannot_be_had_is_one_line(command: list[str], remedy: str, tmp_path: Path) -> None:
+    _, lines = run("dead", tmp_path, *command)
+    (error,) = [line for line in lines if not line.startswith(("INFO ", "WARNING "))]
+    assert error.startswith("error: ") and remedy in error
+
+
+def test_a_tokenizer_is_named_by_its_key(tiny_model: Path, tmp_path: Path) -> None:
+    model = f"actor_rollout_ref.model.path={tiny_model}"
+    _, lines = run("dead", tmp_path, *MAIN[:2], model, "data.tokenizer=a/b")
+    assert lines[-1].startswith("error: data.tokenizer=a/b: no Hugging Face model there")
