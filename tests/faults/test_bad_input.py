@@ -152,7 +152,7 @@ def test_a_key_that_vllm_does_not_know_is_named(
     if "not installed" in error:
         pytest.skip("needs vLLM")
     assert "engine_kwargs.vllm, arguments of vLLM: there is no key 'block_sizes'" in error
-    assert "the nearest one is block_size" in error and error.count("\n") == 1
+    assert "the nearest one is 'block_size'" in error and error.count("\n") == 1
 
 
 @pytest.fixture
