@@ -21,6 +21,7 @@ STEERING = (
     "BASE_MODEL",
     "DATA_DIR",
     "RAY_ADDRESS",
+    "CUDA_VISIBLE_DEVICES",
     "MATH_SERVER_URL",
     "SUBMIT",
 )
@@ -182,6 +183,36 @@ def test_experiment(results: dict[str, Result], name: str) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_holds_only_what_differs(name: str) -> None:
     assert len((SCRIPTS / f"{name}.sh").read_text().splitlines()) <= 6
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "message"),
+    [
+        ({}, (), "n_gpus_per_node=4, but this machine has 2 GPUs: take 2 at most"),
+        (
+            {"N_GPUS": "2"},
+            ("trainer.rollout_gpus_per_node=1",),
+            "has 2 GPUs, 1 for engines alone: take 1 at most (in scripts by N_GPUS=1)",
+        ),
+        (
+            {"CUDA_VISIBLE_DEVICES": ""},
+            ("trainer.n_gpus_per_node=999",),
+            "this machine has no GPU and ",
+        ),
+        ({"N_GPUS": "2"}, (), "no Hugging Face model there"),
+        ({}, ("trainer.device=cpu",), "no Hugging Face model there"),
+    ],
+)
+def test_more_ranks_than_devices_are_an_error_at_once(
+    variables: dict[str, str], arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    (smi := tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU 0\necho GPU 1\n")
+    smi.chmod(0o755)
+    variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL_PATH": "/nowhere"}
+    given = ("actor_rollout_ref.rollout.name=hf", *arguments)
+    result = dry_run("countdown-3b-dapo-norm", *given, DRY_RUN="0", **variables)
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and message in error
 
 
 def test_keys_without_effect_are_named_on_stderr(results: dict[str, Result]) -> None:

@@ -112,6 +112,21 @@ def default_ranks(device: str | None, rollout_gpus: int | None) -> int:
     return gpus if gpus > 0 else min(2, os.cpu_count() or 1)
 
 
+def too_many_ranks(trainer: "RunConfig") -> str | None:
+    """What is wrong with `trainer.n_gpus_per_node` if this machine alone lacks the devices."""
+    ranks, gpus, cores = trainer.n_gpus_per_node, count_gpus(), max(2, os.cpu_count() or 1)
+    engines = getattr(trainer, "rollout_gpus_per_node", None) or 0
+    most = gpus - engines if gpus else cores
+    if ranks <= most or trainer.device == "cpu" or os.environ.get("RAY_ADDRESS"):
+        return None
+    found = f"{gpus} GPUs" if gpus else f"no GPU and {cores} cores"
+    found += f", {engines} for engines alone" if gpus and engines else ""
+    return (
+        f"trainer.n_gpus_per_node={ranks}, but this machine has {found}: take {most} at most (in "
+        f"scripts by N_GPUS={most}), or a cluster (RAY_ADDRESS)"
+    )
+
+
 OmegaConf.register_new_resolver("verl.ranks", default_ranks)
 OmegaConf.register_new_resolver("verl.is_null", lambda value: value is None)
 OmegaConf.register_new_resolver("verl.token_budget", lambda *lengths: max(16384, sum(lengths)))

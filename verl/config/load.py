@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from verl.config.base import SFTConfig
+from verl.config.base import SFTConfig, too_many_ranks
 from verl.config.schema import Config
 from verl.config.validate import WITHOUT_EFFECT, ignored_keys, validate
 
@@ -109,6 +109,8 @@ def entry_point(
     typed = to_config(config, args.overrides)
     dry_run = os.environ.get("DRY_RUN", "")
     if dry_run in ("", "0"):
+        if problem := too_many_ranks(typed.trainer):
+            stop(2, f"error: {problem}")
         return run(typed)
     text = OmegaConf.to_yaml(config, resolve=True)
     print(text, end="", flush=True)
