@@ -110,7 +110,7 @@ def entry_point(
     dry_run = os.environ.get("DRY_RUN", "")
     if dry_run in ("", "0"):
         if problem := too_many_ranks(typed.trainer):
-            stop(2, f"error: {problem}")
+            exit_with(2, f"error: {problem}")
         return run(typed)
     text = OmegaConf.to_yaml(config, resolve=True)
     print(text, end="", flush=True)
