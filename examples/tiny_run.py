@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait cost more than they gain
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # no warning about GPUs that nobody asked for
     "PYTHONUNBUFFERED": "1",

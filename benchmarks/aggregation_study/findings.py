@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from benchmarks.aggregation_study.gradients import Measurement
 from benchmarks.aggregation_study.noise import NAMES, REFERENCE, Key, Noise, noise_of
-from verl.trainer.ppo.tracking import read_metrics, validation_scores
+from verl.trainer.ppo.metrics import validation_scores
+from verl.trainer.ppo.tracking import read_metrics
 
 COLORS = dict(zip(NAMES, ("C0", "C1", "C4", "C5", "#8fd18f", "C2", "#0b6b0b"), strict=True))
 BASELINES = ("DAPO Norm", "GRPO Norm", "Dr. GRPO", "Dr. GRPO Norm")

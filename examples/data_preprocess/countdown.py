@@ -105,7 +105,7 @@ def generate(args: argparse.Namespace) -> tuple[list[Problem], list[Problem]]:
     """
     wanted = args.train_size + args.test_size
     problems: list[Problem] = []
-    with tqdm(total=wanted, desc="drawing problems", unit="", mininterval=1) as bar:
+    with tqdm(total=wanted, desc="drawing problems", delay=1, leave=False, disable=None) as bar:
         for problem in draw_problems(args):
             problems.append(problem)
             bar.update()

@@ -3,9 +3,13 @@
 import html
 import json
 import math
+import os
+import pty
 import re
 import resource
+import subprocess
 import sys
+import termios
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -18,6 +22,7 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from tests.helpers import make_samples, make_tokenizer
 from verl.config.schema import Config, TrainerConfig
 from verl.trainer.ppo.tracking import (
+    CONSOLE_COLUMNS,
     Logger,
     TensorBoard,
     Tracking,
@@ -126,10 +131,13 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path):
 
 def test_step_line():
     assert step_line(STEP | VALIDATION, 7, 100) == (
-        "step   7/100 | reward  0.500 | acc 0.250 | length   231.4 | entropy  1.250"
-        " | grad norm   0.125 | tokens/s   1234 | seconds   10.0 | val acc 0.375"
+        "step   7/100  reward  0.500  acc 0.250  len   231  entropy 1.250  grad  0.125"
+        "    1234 tok/s    10.0 s"
     )
-    assert step_line({"actor/grad_norm": None}, 1, 9) == "step 1/9 | grad norm     nan"
+    assert step_line({"actor/grad_norm": None}, 1, 9) == "step 1/9  grad    nan"
+    long = dict.fromkeys(CONSOLE_COLUMNS, -1.0) | {"perf/throughput": 2e5, "reward/acc": 1.0}
+    long |= {"response_length/mean": 2e4, "actor/grad_norm": 20.0, "perf/time_per_step": 2e3}
+    assert len(step_line(long | {"actor/entropy": 1.0}, 12345, 99999)) <= 120
 
 
 def test_validation_table():
@@ -158,7 +166,27 @@ def test_console_in_a_terminal_shows_the_time_left(tmp_path, capsys, monkeypatch
         t.log(STEP, step=41)
     out, err = capsys.readouterr()
     assert out == step_line(STEP, 41, 100) + "\n"
-    assert " 40/100 " in err and " 41/100 " in err and "<" in err
+    assert " 40/100 " in err and "<" in err
+
+
+def test_lines_of_the_log_do_not_end_in_a_progress_bar(tmp_path):
+    code = (
+        "import logging, pathlib, sys\n"
+        "from verl.config.load import entry_point\n"
+        "from verl.trainer.ppo.tracking import Tracking\n"
+        "def run(config):\n"
+        "    with Tracking(config, pathlib.Path(sys.argv[1]), 2) as tracking:\n"
+        "        tracking.log({'x': 1}, 1)\n"
+        "        logging.warning('hello')\n"
+        "entry_point(run, 'sft_trainer', argv=['trainer.logger=console'])\n"
+    )
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 120))
+    subprocess.run([sys.executable, "-c", code, tmp_path], stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 10_000).decode()
+    assert " 0/2 " in shown and re.search(r"\r *\rWARNING hello\r\n", shown)
+    assert re.search(r"\r *\r$", shown), "nothing is left of the bar"
 
 
 def test_other_loggers_print_nothing(tmp_path, capsys):

@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from verl.config.base import SFTConfig, too_many_ranks
 from verl.config.schema import Config
@@ -111,7 +112,8 @@ def entry_point(
     if dry_run in ("", "0"):
         if problem := too_many_ranks(typed.trainer):
             exit_with(2, f"error: {problem}")
-        return run(typed)
+        with logging_redirect_tqdm():  # so that lines of the log don't end in a progress bar
+            return run(typed)
     text = OmegaConf.to_yaml(config, resolve=True)
     print(text, end="", flush=True)
     if isinstance(typed, Config) and dry_run != "quiet":

@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from verl.trainer.ppo.tracking import read_metrics, validation_scores
+from verl.trainer.ppo.metrics import validation_scores
+from verl.trainer.ppo.tracking import read_metrics
 
 METHODS = {
     "token-mean": "DAPO Norm",

@@ -42,6 +42,6 @@ class StopSignals:
         first, self.number = self.number is None, number
         if not (first and self.patient):
             raise KeyboardInterrupt
-        text = "stopping after this step, with a checkpoint; once more: at once\n"
+        text = "\nstopping after this step, with a checkpoint; once more: at once\n"
         with suppress(OSError):  # the terminal may be gone
             os.write(2, text.encode())  # print could have been interrupted right in a line

@@ -17,21 +17,21 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from verl.protocol import OptimizerStep, Sample
-from verl.trainer.ppo.metrics import VAL_CORE, validation_scores
+from verl.trainer.ppo.metrics import VAL_CORE
 from verl.utils.samples import some_generations, write_responses
 
 logger = logging.getLogger(__name__)
 
-CONSOLE_COLUMNS = (  # label, key, format
-    ("reward", "critic/rewards/mean", "6.3f"),
-    ("acc", "reward/acc", "5.3f"),
-    ("length", "response_length/mean", "7.1f"),
-    ("loss", "train/loss", "7.4f"),
-    ("entropy", "actor/entropy", "6.3f"),
-    ("grad norm", "actor/grad_norm", "7.3f"),
-    ("tokens/s", "perf/throughput", "6.0f"),
-    ("seconds", "perf/time_per_step", "6.1f"),
-)
+CONSOLE_COLUMNS = {
+    "critic/rewards/mean": "reward {:6.3f}",
+    "reward/acc": "acc {:5.3f}",
+    "response_length/mean": "len {:5.0f}",
+    "train/loss": "loss {:7.4f}",
+    "actor/entropy": "entropy {:5.3f}",
+    "actor/grad_norm": "grad {:6.3f}",
+    "perf/throughput": "{:6.0f} tok/s",
+    "perf/time_per_step": "{:6.1f} s",
+}
 RUN_ID = "wandb_run_id"  # file in a run's folder
 GENERATIONS = "val/generations"
 
@@ -201,7 +201,12 @@ class Console(Logger):
     def __init__(self, total_steps: int, step: int) -> None:
         self.total_steps = total_steps
         self.bar = tqdm(  # disable=None: no bar without a terminal
-            total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=None
+            total=total_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None,
+            leave=False,
         )
 
     def log(self, metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
@@ -299,16 +304,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def step_line(metrics: Metrics, step: int, total_steps: int) -> str:
-    """A line for the console: the `CONSOLE_COLUMNS` that there are, and the mean accuracy."""
+    """A line for the console, of 120 columns at most: the `CONSOLE_COLUMNS` that there are."""
     parts = [f"step {step:{len(str(total_steps))}d}/{total_steps}"]
-    for label, key, form in CONSOLE_COLUMNS:
+    for key, form in CONSOLE_COLUMNS.items():
         if key in metrics:
-            value = math.nan if metrics[key] is None else metrics[key]
-            parts.append(f"{label} {value:{form}}")
-    scores = [score for score in validation_scores(metrics).values() if score is not None]
-    if scores:
-        parts.append(f"val acc {sum(scores) / len(scores):.3f}")
-    return " | ".join(parts)
+            parts.append(form.format(math.nan if metrics[key] is None else metrics[key]))
+    return "  ".join(parts)
 
 
 def validation_table(metrics: Metrics) -> str:
