@@ -126,7 +126,7 @@ def read_problems(path: Path) -> pd.DataFrame:
         truth = rule["ground_truth"]
         if "<think>" not in prompt or len(prompt.split()) != 5 or len(truth["numbers"]) != 3:
             raise ValueError(
-                f"{path}: {prompt!r} has another form than '7 3 9 =24 <think>': {remedy}"
+                f"{path}: {prompt!r} has another form than '7 3 9 =30 <think>': {remedy}"
             )
         if max(*truth["numbers"], truth["target"]) >= LIMIT:
             raise ValueError(f"{path}: {prompt!r} holds numbers above {LIMIT - 1}: {remedy}")

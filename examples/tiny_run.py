@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     report(run_dir, folder.name)
     show(run_dir)
     minutes, seconds = divmod(int(time.monotonic() - started), 60)
-    print(f"  altogether  {minutes} min {seconds:02d} s")
+    print(f"  altogether, with all before the steps: {minutes} min {seconds:02d} s")
 
 
 def die(message: str) -> NoReturn:

@@ -52,8 +52,8 @@ TEMPLATES = {
 def make_prompt(problem: Problem, template_type: str) -> str:
     """The text that the model continues.
 
-    >>> make_prompt(((7, 3, 9), 24), "tiny")
-    '7 3 9 =24 <think>'
+    >>> make_prompt(((7, 3, 9), 30), "tiny")
+    '7 3 9 =30 <think>'
     """
     numbers, target = problem
     words = " ".join(map(str, numbers))

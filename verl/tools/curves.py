@@ -126,7 +126,7 @@ def _noise(groups: list[Group], window: int) -> Section:
             lines.append(_points(legend.index(label), mean) | {"bold": used in names})
         charts.append({"title": group.label, "unit": "", "lines": lines})
     note = (
-        "loss_agg/cv: the noise of the gradient beside the gradient, as the lengths of each step's "
+        "loss_agg/cv: the noise of the gradient relative to it, as the lengths of each step's "
         "responses predict it, for each aggregation, up to a factor that the policy decides: "
         "compare the aggregations of a step, not the steps. Thick: the one in use."
     )
