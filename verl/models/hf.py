@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
 from verl.config.schema import ModelConfig
 from verl.utils.device import multiplies_faster_reordered
 from verl.utils.flops import ModelSize, head_size
 from verl.utils.hub import ask_hub
+
+disable_progress_bar()  # one per file and process, in the middle of the log
 
 
 def load_hf_config(model: ModelConfig) -> Any:

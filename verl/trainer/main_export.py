@@ -4,6 +4,7 @@ Needs no GPU, and memory for at least two copies of the parameters in float32.
 """
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def main() -> None:
     about = "folder to write [huggingface, in the run's folder]"
     parser.add_argument("-o", "--output", type=Path, help=about)
     args = parser.parse_args()
+    warnings.simplefilter("ignore")  # torch's own, about a process group of one rank
     try:
         checkpoint = find_checkpoint(args.checkpoint.expanduser().absolute())
         folder = args.output or checkpoint.parent / "huggingface"

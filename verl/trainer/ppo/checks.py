@@ -59,7 +59,8 @@ def warn_of_equal_scores(samples: Sequence[Sample], rewards: RewardManager) -> N
     if math.isclose(min(scores), max(scores), rel_tol=1e-6, abs_tol=1e-9):
         text = "all %d responses of the first step have the score %g: nothing can be learned from "
         text += "them. Two of them:\n%s"
-        shown = f"\n{60 * '-'}\n".join(["", *rewards.texts([samples[0], samples[-1]]), ""])
+        texts = [text or "(empty)" for text in rewards.texts([samples[0], samples[-1]])]
+        shown = f"\n{60 * '-'}\n".join(["", *texts, ""])
         logger.warning(text, len(samples), scores[0], shown.strip("\n"))
 
 
