@@ -208,7 +208,7 @@ def test_life_of_an_environment(outdated: Path) -> None:
     start = time.monotonic()
     again = setup(repo, "--server-only")
     assert "is up to date" in again.stdout and TABLE_LINE not in again.stdout
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 5
 
     # Other requirements that can't be had: an error, and the environment stays as it was.
     before = requirements.read_text()
