@@ -125,7 +125,7 @@ plan() {
     die "$venv wasn't made by $REPO/setup.sh: move it away$elsewhere"
   python=${python:-$(find_python)}
   case $kind$with_vllm in cpu) needed=6 ;; cpu*) needed=9 ;; gpu) needed=20 ;; *) needed=1 ;; esac
-  free=$(df -Pk "$venv" "$venv/.." . 2>&- | awk 'NR == 2 { print int($4 / 1e6) }') || true
+  free=$(df -Pk "$venv" "${venv%/*}/" . 2>&- | awk 'NR == 2 { print int($4 / 1e6) }') || true
   [[ $DRY_RUN ]] || ((free >= needed)) ||
     die "$free GB free for $folder, but the installation takes up to $needed GB"
 }
@@ -136,7 +136,7 @@ prepare() {
   plan "$1"
   case ${!state} in
     ready) say "$folder is up to date (to make it anew, delete it)" && return ;;
-    # Whoever is stopped midway leaves nothing that looks whole, but can be told to be ours.
+    # Whoever is stopped midway leaves nothing that looks whole, but the line that says whose it is.
     outdated) run sed -i.old 1q "$stamp" ;;
     missing)
       say "making $folder with $("$python" --version)"
