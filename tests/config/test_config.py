@@ -281,6 +281,10 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
         "trainer.val_before_train=False "
         "and trainer.test_freq=-1",
     ),
+    "its own model": (
+        ["trainer.default_local_dir=a/b", "actor_rollout_ref.model.path=a/x/../b/huggingface/"],
+        "actor_rollout_ref.model.path=a/x/../b/huggingface/ is where the run writes its own model",
+    ),
     "metric": (
         [
             "algorithm.use_kl_in_reward=True",
@@ -301,6 +305,24 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
 def test_contradictory_keys(name: str) -> None:
     overrides, message = CONTRADICTIONS[name]
     assert message in error_of(*overrides)
+
+
+def test_an_evaluation_needs_only_what_it_uses() -> None:
+    overrides = [
+        "data.train_files=null",
+        "data.train_batch_size=7",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=3",
+        f"{ROLLOUT}n=1",
+        f"{ROLLOUT}do_sample=False",
+        "trainer.default_local_dir=run",
+        "actor_rollout_ref.model.path=run/huggingface",
+    ]
+    with pytest.raises(ConfigError) as error:
+        load_config(overrides)
+    assert len(str(error.value).splitlines()) == 5
+    assert load_config([*overrides, "trainer.val_only=True"]).trainer.val_only
+    with pytest.raises(ConfigError, match=r"data\.val_files"):
+        load_config([*overrides, "trainer.val_only=True", "data.val_files=null"])
 
 
 @pytest.mark.parametrize("rule", ["{enable:True,metric:acc,carry_over:False}", "{enable:False}"])

@@ -20,7 +20,8 @@ BASE = [
 
 def changes(*overrides: str) -> tuple[list[str], list[str]]:
     saved = json.loads(json.dumps(asdict(load_config(BASE))))
-    return changed_keys(saved, load_config([*BASE, *overrides]))
+    found = changed_keys(saved, load_config([*BASE, *overrides]))
+    return found["error"], found["warn"]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_a_key_that_alters_the_training(override: str, text: str) -> None:
         "trainer.nnodes=2",
         "trainer.max_restarts=2",
         "data.val_files=other.parquet",
-        "actor_rollout_ref.rollout.val_kwargs.n=9",
+        "actor_rollout_ref.rollout.val_kwargs.top_k=9",
         "actor_rollout_ref.rollout.max_num_seqs=9",
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2",
         "critic.optim.lr=1",
@@ -83,8 +84,8 @@ def test_micro_batches_matter_where_the_method_averages_over_them() -> None:
     legacy = "actor_rollout_ref.actor.loss_agg_mode=token-mean-legacy"
     micro = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
     saved = asdict(load_config([BASE[1], f"{micro}=4", legacy]))
-    other, _ = changed_keys(saved, load_config([BASE[1], f"{micro}=2", legacy]))
-    assert other == [f"{micro}: 4 → 2"]
+    found = changed_keys(saved, load_config([BASE[1], f"{micro}=2", legacy]))
+    assert found["error"] == [f"{micro}: 4 → 2"]
 
 
 def test_micro_batches_matter_there_with_a_token_budget_too() -> None:
@@ -95,8 +96,8 @@ def test_micro_batches_matter_there_with_a_token_budget_too() -> None:
     ]
     micro = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
     saved = asdict(load_config([*base, f"{micro}=4"]))
-    other, _ = changed_keys(saved, load_config([*base, f"{micro}=2"]))
-    assert other == [f"{micro}: 4 → 2"]
+    found = changed_keys(saved, load_config([*base, f"{micro}=2"]))
+    assert found["error"] == [f"{micro}: 4 → 2"]
 
 
 def test_the_references_type_matters_where_there_is_one() -> None:
@@ -105,14 +106,14 @@ def test_the_references_type_matters_where_there_is_one() -> None:
     base = [*BASE, "actor_rollout_ref.actor.use_kl_loss=True"]
     saved = asdict(load_config(base))
     offload = "actor_rollout_ref.ref.fsdp_config.param_offload=True"
-    other, _ = changed_keys(saved, load_config([*base, f"{key}=bfloat16", offload]))
-    assert other == [f"{key}: None → bfloat16"]
+    found = changed_keys(saved, load_config([*base, f"{key}=bfloat16", offload]))
+    assert found["error"] == [f"{key}: None → bfloat16"]
 
 
 def test_a_key_that_the_checkpoint_does_not_know_is_no_change() -> None:
     saved = asdict(load_config(BASE))
     del saved["data"]["seed"]
-    assert changed_keys(saved, load_config([*BASE, "data.seed=5"])) == ([], [])
+    assert changed_keys(saved, load_config([*BASE, "data.seed=5"])) == {}
 
 
 def saved_by(trainer: RayPPOTrainer) -> Path:
@@ -130,7 +131,7 @@ def test_another_method_is_an_error_and_may_be_taken_over(
     state = resumed.state
     assert (state.step, state.kl_coef, state.skipped_in_a_row) == (3, 0.25, 1)
     assert state.best["val-core/best_acc"] == 0.5
-    assert resumed.checkpoints.how_to_resume == f"the same command goes on from {folder}"
+    assert resumed.how_to_resume == f"the same command goes on from {folder}"
     other = ["algorithm.use_grpopp=True", "actor_rollout_ref.actor.clip_ratio=0.1"]
     with pytest.raises(ValueError) as error:
         make_trainer(tiny_model, tmp_path, *other)
@@ -147,23 +148,19 @@ def test_another_method_is_an_error_and_may_be_taken_over(
     assert (
         taken.state.step == 3
         and taken.state.best == {}
-        and taken.checkpoints.how_to_resume.startswith("the same command goes on from")
+        and taken.how_to_resume.startswith("the same command goes on from")
     )
     again = make_trainer(tiny_model, tmp_path, *other, "trainer.resume_mode=disable")
     again.checkpoints.latest = folder  # as after a restart
-    assert again.checkpoints.how_to_resume.endswith(
-        f"with trainer.resume_mode=auto goes on from {folder}"
-    )
+    assert again.how_to_resume.endswith(f"with trainer.resume_mode=auto goes on from {folder}")
     taken.checkpoints.latest = own = taken.checkpoints.root / "global_step_4"
-    assert taken.checkpoints.how_to_resume.endswith(
-        f"with trainer.resume_mode=auto goes on from {own}"
-    )
+    assert taken.how_to_resume.endswith(f"with trainer.resume_mode=auto goes on from {own}")
     assert "algorithm.use_grpopp: False → True" in caplog.text
     assert make_trainer(tiny_model, tmp_path, *other, "trainer.resume_mode=disable").state.step == 0
 
 
 def test_the_best_of_another_validation_is_forgotten(tiny_model: Path, tmp_path: Path) -> None:
     saved_by(make_trainer(tiny_model, tmp_path))
-    greedy = "actor_rollout_ref.rollout.val_kwargs.n=2"
-    assert make_trainer(tiny_model, tmp_path, greedy).state.best == {}
+    other = "actor_rollout_ref.rollout.val_kwargs.top_k=2"
+    assert make_trainer(tiny_model, tmp_path, other).state.best == {}
     assert make_trainer(tiny_model, tmp_path, "data.val_batch_size=7").state.best != {}

@@ -256,6 +256,25 @@ def test_dumps_elsewhere_and_with_few_columns(tmp_path):
     ]
 
 
+def test_dumps_of_an_earlier_run_and_of_an_evaluation(tmp_path):
+    """Each run finds its own in the folder that all of them name."""
+    place = tmp_path / "dumps"
+    config = settings(trainer={"validation_data_dir": str(place)})
+    parts = {"": "earlier_run_1", "earlier_run_1": "earlier_run_2", "val_only": "val_only"}
+    for step, (name, part) in enumerate(parts.items(), start=1):
+        make(tmp_path / "run" / name, config=config)
+        dump(place / part / f"{step}.parquet", [{"prompt": "a", "response": "b"}])
+        for folder in (tmp_path / "run" / name, place / part):
+            (folder / "wandb_run_id").write_text(f"id {step}")
+    (place / "wandb_run_id").write_text("of a run elsewhere")
+    dump(place / "9.parquet", [{"prompt": "a", "response": "b"}])
+    for step, name in enumerate(parts, start=1):
+        (found,) = dumps(read_run(tmp_path / "run" / name))
+        assert found.step == step
+    (tmp_path / "run" / "wandb_run_id").write_text("of no dumps")
+    assert dumps(read_run(tmp_path / "run")) == []
+
+
 # --------------------------------------------------------------------------------------- the page
 
 

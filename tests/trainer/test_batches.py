@@ -119,9 +119,9 @@ def test_groups_come_in_the_order_of_the_prompts_with_scores():
     engine = Engine(mixed_every(2))
     batches = make_batches(make_config(), engine)
 
-    def late(*arguments: Any) -> Any:  # else whether scores come before the end is chance
+    def late(**arguments: Any) -> Any:  # else whether scores come before the end is chance
         assert engine.ended.wait(60)
-        return compute_score(*arguments)
+        return compute_score(**arguments)
 
     batches.rewards.custom = UserFunction("custom_reward_function", late, 8, 60)
     timer = Timer()

@@ -15,6 +15,7 @@ import pytest
 
 from tests.helpers import make_samples
 from verl.config.schema import Config, TrainerConfig
+from verl.trainer.main_export import find_checkpoint
 from verl.trainer.ppo.batches import BatchesState, TrainBatch, split_groups
 from verl.trainer.ppo.checkpoint import (
     LATEST,
@@ -23,7 +24,7 @@ from verl.trainer.ppo.checkpoint import (
     TrainState,
     read_state,
 )
-from verl.trainer.ppo.tracking import RUN_ID
+from verl.trainer.ppo.tracking import RUN_ID, Tracking, make_folder, owner, read_metrics
 
 
 def folder(root: Path, **settings) -> CheckpointFolder:
@@ -44,6 +45,10 @@ def save_actor(content: str = "weights"):
     return save
 
 
+def names(root: Path) -> list[str]:
+    return sorted(name for name in os.listdir(root) if name != ".lock")
+
+
 def steps(root: Path) -> list[int]:
     return sorted(int(path.name.rpartition("_")[2]) for path in root.glob("global_step_*"))
 
@@ -58,7 +63,7 @@ def test_saved_and_found(tmp_path):
     assert checkpoints.load(saved, []) == state(20)
     assert (checkpoints.latest, checkpoints.saved_step) == (saved, 20)
     assert json.loads((saved / "trainer.json").read_text())["kl_coef"] == 0.25
-    assert sorted(os.listdir(root)) == ["global_step_20", LATEST]
+    assert names(root) == ["global_step_20", LATEST]
     assert (root / LATEST).read_text() == "20"
 
 
@@ -112,16 +117,14 @@ def test_the_one_just_saved_is_never_deleted(tmp_path):
 def test_two_runs_cannot_write_to_one_folder(tmp_path):
     """Another process can't, the same one may again, and one that is over is not in the way."""
     program = f"""
-    from verl.config.schema import Config, TrainerConfig
-    from verl.trainer.ppo.checkpoint import CheckpointFolder
+    from verl.trainer.ppo.tracking import make_folder
 
-    trainer = TrainerConfig(default_local_dir={str(tmp_path)!r})
-    CheckpointFolder(Config(trainer=trainer)).make_root()
+    make_folder({str(tmp_path)!r})
     """
     other = [sys.executable, "-c", textwrap.dedent(program)]
     assert subprocess.run(other).returncode == 0
     for _ in range(2):
-        folder(tmp_path).make_root()
+        make_folder(tmp_path)
     failed = subprocess.run(other, capture_output=True, text=True)
     assert failed.returncode and f"another run writes to trainer.default_local_dir={tmp_path}" in (
         failed.stderr
@@ -149,7 +152,7 @@ def test_killed_while_the_policy_is_written(tmp_path, next_step):
     new = checkpoints.save(state(next_step), save_actor("new"))
     assert checkpoints.find() == new
     assert (new / "actor" / "shard").read_text() == "new"
-    assert sorted(os.listdir(tmp_path)) == [new.name, LATEST]
+    assert names(tmp_path) == [new.name, LATEST]
 
 
 def kill_at_rename(monkeypatch, survived):
@@ -207,15 +210,34 @@ def test_a_path_without_a_checkpoint_is_an_error(tmp_path, monkeypatch, path):
         checkpoints.find()
 
 
-def test_without_a_whole_checkpoint_it_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    "content", ["9", "", "ten", "global_step_20", "٢٠", "9" * 5000, b"\xff\xfe2\x000\x00"]
+)
+def test_nonsense_about_the_latest_is_a_warning(tmp_path, content, caplog):
     checkpoints = folder(tmp_path)
-    checkpoints.save(state(10), save_actor())
-    for number in ("9", "", "ten"):
-        (tmp_path / LATEST).write_text(number)
-        with pytest.raises(ValueError, match=r"latest_checkpointed.*trainer\.resume_mode=disable"):
-            checkpoints.find()
-    (tmp_path / LATEST).write_text("10\n")
+    for step in (10, 20):
+        checkpoints.save(state(step), save_actor())
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / LATEST).write_bytes(content)
+    assert checkpoints.find() == find_checkpoint(tmp_path) == tmp_path / "global_step_20"
+    (first, second) = caplog.messages
+    assert first == second and f"global_step_20 ({LATEST} names " in first and len(first) < 400
+    cut(tmp_path / "global_step_20" / MANIFEST)
     assert checkpoints.find() == tmp_path / "global_step_10"
+    cut(tmp_path / "global_step_10" / MANIFEST)
+    for find in (checkpoints.find, lambda: find_checkpoint(tmp_path)):
+        with pytest.raises(ValueError, match=r"no checkpoint.* whole .*trainer\.resume_mode=dis"):
+            find()
+
+
+@pytest.mark.parametrize("content", ["10\n", "\ufeff10\r\n", " 10 "])
+def test_what_editors_add_to_the_latest_is_none(tmp_path, content, caplog):
+    checkpoints = folder(tmp_path)
+    for step in (10, 20):
+        checkpoints.save(state(step), save_actor())
+    (tmp_path / LATEST).write_text(content)
+    assert checkpoints.find() == find_checkpoint(tmp_path) == tmp_path / "global_step_10"
+    assert not caplog.records
 
 
 def cut(path):
@@ -266,13 +288,13 @@ def test_an_earlier_run_in_the_same_folder_is_never_resumed(tmp_path):
     checkpoints, run_id = folder(tmp_path), tmp_path / RUN_ID
     run_id.write_text("old")
     checkpoints.save(state(10), save_actor())
-    checkpoints.forget()
     run_id.write_text("new")
-    assert checkpoints.find() is None
+    with pytest.raises(ValueError, match="no checkpoint of the run"):
+        checkpoints.find()
     last = checkpoints.save(state(20), save_actor())
     assert checkpoints.find() == last
     cut(last / "trainer.json")
-    with pytest.raises(ValueError, match="no checkpoint of this run is whole"):
+    with pytest.raises(ValueError, match="no checkpoint of the run"):
         checkpoints.find()
     run_id.write_text("old")
     assert checkpoints.find() == tmp_path / "global_step_10"
@@ -307,19 +329,21 @@ def test_the_whole_state_comes_back(tmp_path):
             np.testing.assert_equal(getattr(a, f.name), getattr(b, f.name), f.name)
 
 
-@pytest.mark.parametrize("survived", [0, 1, 2])
+@pytest.mark.parametrize("survived", [0, 1])
 def test_killed_while_a_step_is_saved_again(tmp_path, monkeypatch, survived):
-    """Whichever of the three renames comes last: there is a whole checkpoint."""
-    folder(tmp_path).save(state(10), save_actor("old"))
+    """The run has gone back to step 10. Whichever rename comes last, there is a whole one."""
+    for step in (10, 20):
+        folder(tmp_path).save(state(step), save_actor("old"))
     kill_at_rename(monkeypatch, survived)
     with pytest.raises(Killed):
-        folder(tmp_path).save(state(10), save_actor("new"))
+        folder(tmp_path).save(state(20), save_actor("new"))
     monkeypatch.undo()
     found = folder(tmp_path).find()
-    assert (found / "actor" / "shard").read_text() == ("new" if survived == 2 else "old")
-    new = folder(tmp_path).save(state(10), save_actor("newest"))
+    assert found.name == ("global_step_10", "global_step_20")[survived]
+    assert (found / "actor" / "shard").read_text() == ("old", "new")[survived]
+    new = folder(tmp_path).save(state(20), save_actor("newest"))
     assert (new / "actor" / "shard").read_text() == "newest"
-    assert sorted(os.listdir(tmp_path)) == [new.name, LATEST]
+    assert names(tmp_path) == ["global_step_10", new.name, LATEST]
 
 
 def test_a_full_disk_costs_only_the_save(tmp_path):
@@ -332,7 +356,7 @@ def test_a_full_disk_costs_only_the_save(tmp_path):
 
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(state(20), full)
-    assert sorted(os.listdir(tmp_path)) == [old.name, LATEST]  # what was half written makes room
+    assert names(tmp_path) == [old.name, LATEST]  # what was half written makes room
     assert checkpoints.find() == old
     assert checkpoints.find() != checkpoints.save(state(20), save_actor()) == checkpoints.find()
 
@@ -349,3 +373,98 @@ def test_a_checkpoint_of_another_version_is_one_line(tmp_path):
     (saved / "trainer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"another version.*validation_due.*resume_mode=disable"):
         folder(tmp_path).load(saved, [])
+
+
+def begin(checkpoints: CheckpointFolder, *saved: int) -> Path | None:
+    """What a run does: it resumes, opens its metrics, and writes these checkpoints, with a line for
+    each step. Returns what it has resumed from."""
+    checkpoints.trainer.logger = "file"
+    resumed, step = checkpoints.find(), 0
+    if resumed:
+        step = checkpoints.load(resumed, []).step
+    root, run_id = checkpoints.root, checkpoints.run_id
+    with Tracking(checkpoints.config, root, run_id, 100, step, None) as tracking:
+        for step in saved:
+            tracking.log({"x": step}, step)
+            checkpoints.save(state(step), save_actor(f"of {owner(root)}"))
+    return resumed
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All that a run left in its folder."""
+    files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    others = ("earlier_run_", ".lock", "val_only/.lock")
+    return {name: p.read_bytes() for name, p in files.items() if not name.startswith(others)}
+
+
+@pytest.mark.parametrize("where", ["disable", "resume_path"])
+def test_a_new_run_in_a_used_folder_touches_nothing_of_the_earlier_one(tmp_path, where, caplog):
+    """Not even with the same steps, and when it may keep one checkpoint only."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    begin(folder(elsewhere), 5)
+    for step in (5, 9, 20):
+        begin(folder(here), step)
+    left, named = tree(here), elsewhere / "global_step_5"
+    assert {"global_step_5/trainer.json", "global_step_20/trainer.json", RUN_ID} <= left.keys()
+    path = {"resume_from_path": str(named)} if where == "resume_path" else {}
+    settings = {"max_actor_ckpt_to_keep": 1, "resume_mode": where} | path
+    assert begin(folder(here, **settings), 7, 9) == (named if path else None)
+    (moved,) = here.glob("earlier_run_*")
+    assert tree(moved) == left
+    assert sum(str(moved) in message for message in caplog.messages) == 1
+    assert steps(here) == [9] and [r["step"] for r in read_metrics(here / "metrics.jsonl")] == [
+        7,
+        9,
+    ]
+    mine = owner(here)
+    assert mine not in (owner(moved), owner(elsewhere))
+    assert read_state(here / "global_step_9")["run_id"] == mine
+    # Each goes on where it is.
+    assert begin(folder(here), 30) == here / "global_step_9" and owner(here) == mine
+    assert begin(folder(moved), 30) == moved / "global_step_20"
+    assert [r["step"] for r in read_metrics(moved / "metrics.jsonl")] == [5, 9, 20, 30]
+    assert len(list(tmp_path.rglob("earlier_run_*"))) == 1
+
+
+def test_a_run_that_goes_back_stays_in_its_folder(tmp_path, caplog):
+    begin(folder(tmp_path), 5, 9, 20)
+    named = tmp_path / "x" / ".." / "global_step_5"
+    checkpoints = folder(tmp_path, resume_mode="resume_path", resume_from_path=str(named))
+    before = owner(tmp_path)
+    assert begin(checkpoints, 9) == tmp_path / "global_step_5"
+    assert owner(tmp_path) == before and steps(tmp_path) == [5, 9, 20]
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [5, 9]
+    assert folder(tmp_path).find() == tmp_path / "global_step_9"
+    assert not list(tmp_path.glob("earlier_run_*"))
+
+
+def test_without_its_id_a_run_goes_on_all_the_same(tmp_path):
+    begin(folder(tmp_path), 5)
+    lost = owner(tmp_path)
+    (tmp_path / RUN_ID).unlink()
+    assert begin(folder(tmp_path), 6) == tmp_path / "global_step_5"
+    assert owner(tmp_path) == lost == read_state(tmp_path / "global_step_6")["run_id"]
+    assert not list(tmp_path.glob("earlier_run_*"))
+
+
+def test_another_runs_checkpoint_in_its_folder_is_not_resumed(tmp_path):
+    begin(folder(tmp_path / "other"), 5)
+    begin(folder(tmp_path), 9)
+    before = tree(tmp_path)
+    copy = shutil.copytree(tmp_path / "other" / "global_step_5", tmp_path / "global_step_5")
+    with pytest.raises(ValueError, match=r"of another run than its folder: move it elsewhere"):
+        begin(folder(tmp_path, resume_mode="resume_path", resume_from_path=str(copy)))
+    shutil.rmtree(copy)
+    assert tree(tmp_path) == before
+
+
+def test_an_evaluation_finds_the_runs_checkpoints_and_is_a_run_of_its_own(tmp_path):
+    begin(folder(tmp_path), 5)
+    before = tree(tmp_path)
+    make_folder(tmp_path)  # the run is still under way
+    evaluation = folder(tmp_path, val_only=True)
+    assert begin(evaluation) == tmp_path / "global_step_5"
+    assert evaluation.root == tmp_path / "val_only" and evaluation.run_id == ""
+    new = tree(tmp_path).items() - before.items()
+    assert {name.split("/")[0] for name, _ in new} == {"val_only"}
+    assert before.items() <= tree(tmp_path).items()

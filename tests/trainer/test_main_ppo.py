@@ -301,20 +301,61 @@ def test_one_rank_resumes_what_two_saved_and_all_terms_run(
 
 
 def test_a_checkpoint_can_be_validated(settings: list[str], finished: Path, tmp_path: Path) -> None:
-    """A resumed run with val_only validates; a new one in a used folder starts anew."""
-    here = f"trainer.default_local_dir={tmp_path}"
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")  # an earlier run's
-    run(
-        settings,
-        here,
-        "trainer.resume_mode=resume_path",
-        f"trainer.resume_from_path={finished}/global_step_2",
-        "trainer.val_only=True",
+    """In the run's own folder, whose files stay as they are, and without training data."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for step in (2, 4):
+        path = f"trainer.resume_from_path={folder}/global_step_{step}"
+        done = run(
+            settings,
+            f"trainer.default_local_dir={folder}",
+            *(["trainer.resume_mode=resume_path", path] if step == 2 else []),
+            "data.train_files=/nowhere.parquet",
+            "trainer.val_only=True",
+            "trainer.n_gpus_per_node=1",
+        )
+        (line,) = read(folder / "val_only")
+        validated = {k: v for k, v in read(finished)[step].items() if k.startswith("val-")}
+        best = {"val-core/best_acc", "val-core/best_step"}
+        assert validated and {k: line[k] for k in validated if k not in best} == {
+            k: v for k, v in validated.items() if k not in best
+        }
+        assert f"validation at step {step}" in done.stdout
+        assert {path: path.read_bytes() for path in before} == before
+    moved = f"what another run left was moved to {folder}/val_only/earlier_run_"
+    assert done.stderr.count(moved) == 1
+
+
+def test_a_new_run_in_a_used_folder(settings: list[str], finished: Path, tmp_path: Path) -> None:
+    """It moves nothing before its workers have started, and then everything."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "error.log").write_text("an earlier error\n")
+    before = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    before = {name: path.read_bytes() for name, path in before.items() if name != ".lock"}
+    overrides = [
+        f"trainer.default_local_dir={folder}",
+        "trainer.resume_mode=disable",
+        "trainer.total_training_steps=2",
+        "trainer.max_actor_ckpt_to_keep=1",
         "trainer.n_gpus_per_node=1",
+        "trainer.test_freq=-1",
+        "trainer.val_before_train=False",
+    ]
+    engine = "actor_rollout_ref.rollout.name=hf"
+    failed = subprocess.run(
+        command(settings, *overrides, engine, "trainer.nnodes=9"), capture_output=True, text=True
     )
-    (line,) = read(tmp_path)
-    validated = {k: v for k, v in read(finished)[2].items() if k.startswith("val-")}
-    assert validated and {k: line[k] for k in validated} == validated
+    assert failed.returncode == 2, failed.stderr
+    assert not list(folder.glob("earlier_run_*"))
+    done = run(settings, *overrides)
+    (moved,) = folder.glob("earlier_run_*")
+    after = {str(path.relative_to(moved)): path for path in moved.rglob("*") if path.is_file()}
+    assert {name: path.read_bytes() for name, path in after.items()} == before
+    assert done.stderr.count(f"what another run left was moved to {moved}\n") == 1
+    assert [line["step"] for line in read(folder)] == [1, 2]
+    assert not (folder / "error.log").exists()
 
 
 @pytest.mark.parametrize(
@@ -334,6 +375,13 @@ def test_input_that_cannot_be_used_is_named_before_anything_starts(
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not ray.is_initialized()
+
+
+def test_an_error_leaves_the_traceback_of_the_one_before(tmp_path: Path) -> None:
+    for text in ("the first", "the second"):
+        details = f" (details: {tmp_path}/error.log)"
+        assert main_ppo._error(ValueError(text), tmp_path) == f"error: {text}{details}"
+    assert (tmp_path / "error.log").read_text() == "ValueError: the first\nValueError: the second\n"
 
 
 def test_an_engine_that_is_not_installed_is_named(

@@ -45,7 +45,11 @@ def mean_nll(model: Path) -> float:
 
 
 def test_it_learns_the_rows(tiny_model: Path, tmp_path: Path) -> None:
+    """In a folder that another run has used, and whose files it moves aside."""
     overrides = settings(tiny_model, tmp_path, "trainer.total_training_steps=30")
+    for name in ("metrics.jsonl", "huggingface/model.safetensors", "wandb_run_id"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("earlier")
     main_sft.run(load_config(overrides, "sft_trainer"))
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 31))
@@ -55,6 +59,9 @@ def test_it_learns_the_rows(tiny_model: Path, tmp_path: Path) -> None:
     assert final < 0.5 and final < lines[0]["train/loss"] / 4
     assert math.isclose(lines[-1]["actor/lr"], 0, abs_tol=1e-4)  # cosine schedule
     assert not ray.is_initialized()
+    (moved,) = (tmp_path / "run").glob("earlier_run_*")
+    for name in ("metrics.jsonl", "huggingface/model.safetensors", "wandb_run_id"):
+        assert (moved / name).read_text() == "earlier"
 
 
 def test_rows_that_are_too_long_are_named(

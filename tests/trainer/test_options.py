@@ -38,8 +38,9 @@ def test_filters_and_kl_in_reward(
         "trainer.save_freq=-1",
     )
     first, second = read(tmp_path)[1:]
-    assert [p.name for p in (tmp_path / "validation").iterdir()] == ["0.parquet"]
-    assert sorted(p.name for p in (tmp_path / "rollouts").iterdir()) == ["1.parquet", "2.parquet"]
+    assert [p.name for p in (tmp_path / "validation").glob("*.parquet")] == ["0.parquet"]
+    dumped = sorted(path.name for path in (tmp_path / "rollouts").glob("*.parquet"))
+    assert dumped == ["1.parquet", "2.parquet"]
     rows = pq.read_table(tmp_path / "rollouts" / "1.parquet").to_pylist()
     assert len(rows) == first["train/num_prompts"] * 8
     rewards = [row["reward"] for row in rows]

@@ -1,9 +1,12 @@
 """What the driver computes between generation and update, without any worker."""
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import free_address, make_samples, make_step
 from tests.models.test_policy import distance, gradient
@@ -21,10 +24,11 @@ from verl.config.load import load_config
 from verl.config.schema import LOSS_AGG_MODES, Config, FSDPConfig, ModelConfig, OptimConfig
 from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import OptimizerStep, Sample
-from verl.trainer.ppo.batches import TrainBatch
+from verl.trainer.ppo.batches import TrainBatch, split_groups
 from verl.trainer.ppo.metrics import update_metrics
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.trainer.ppo.workers import Workers, loss_config
+from verl.trainer.ppo.tracking import read_metrics
+from verl.trainer.ppo.workers import Workers, loss_config, needs_reference
 from verl.utils.timer import Timer
 
 LENGTHS = [2, 4, 5, 10, 1, 1, 3, 4]  # four prompts, two responses each
@@ -380,16 +384,30 @@ def test_fresh_responses_beside_them_get_the_actors(
         assert np.abs(sample.old_log_probs - sample.rollout_log_probs).max() > 0.01
 
 
+def prepare(trainer: RayPPOTrainer, worker: PolicyWorker) -> list[str]:
+    """Makes it train on given responses with that worker alone. Returns what the worker writes:
+    the list grows."""
+    written: list[str] = []
+
+    def write(method: str, *args: Any) -> None:
+        written.append(method)
+        getattr(worker, method)(*args)
+
+    trainer.workers = in_process(trainer.config, worker)
+    trainer.workers.actor.call = write
+    trainer.workers.engines = SimpleNamespace(call_all=lambda method: None)
+    trainer.workers.free_devices = trainer.batches.policy_updated = lambda: None
+    trainer.batches.next = lambda step, timer: TrainBatch(make_samples(LENGTHS), {})
+    return written
+
+
 def test_a_signal_during_a_validation_ends_the_run_with_a_checkpoint(
     worker: PolicyWorker, tiny_model: Path, tmp_path: Path
 ) -> None:
     """However it comes: the steps since the last checkpoint are not lost."""
     overrides = ["trainer.test_freq=1", f"data.val_files={tmp_path}/data.parquet"]
     trainer = make_trainer(tiny_model, tmp_path, *overrides)
-    trainer.workers = in_process(trainer.config, worker)
-    trainer.workers.actor.call = lambda method, folder: folder.mkdir()
-    trainer.workers.free_devices = trainer.batches.policy_updated = lambda: None
-    trainer.batches.next = lambda step, timer: TrainBatch(make_samples(LENGTHS), {})
+    assert prepare(trainer, worker) == []
 
     def validation(step: int) -> list[Sample]:
         trainer.stop.number = signal.SIGTERM
@@ -400,3 +418,136 @@ def test_a_signal_during_a_validation_ends_the_run_with_a_checkpoint(
     assert trainer.state.step == 1
     assert trainer.checkpoints.latest == tmp_path / "global_step_1"
     assert not trainer.state.validation_due
+
+
+TWO_STEPS = "trainer.total_training_steps=2"
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_the_last_checkpoint_comes_before_the_export(
+    every: int, worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_model, tmp_path, TWO_STEPS, f"trainer.save_freq={every}")
+    written = prepare(trainer, worker)
+    trainer.fit()
+    assert written == [*["save"] * (2 if every == 1 else 1), "save_hf"]
+    assert trainer.checkpoints.latest == tmp_path / "global_step_2"
+
+
+@pytest.mark.parametrize("save_freq", [-1, 2])
+def test_after_a_failed_export_nothing_is_trained_again(
+    save_freq: int,
+    worker: PolicyWorker,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overrides = [TWO_STEPS, f"trainer.save_freq={save_freq}"]
+    trainer = make_trainer(tiny_model, tmp_path, *overrides)
+    written = prepare(trainer, worker)
+    save_hf, latest = worker.save_hf, tmp_path / "global_step_2"
+    monkeypatch.setattr(worker, "save_hf", lambda folder, *args: save_hf("/proc/no/where", *args))
+    with pytest.raises(OSError, match="/proc/no"):
+        trainer.fit()
+    monkeypatch.undo()
+    assert written == (["save_hf", "save"] if save_freq < 0 else ["save", "save_hf"])
+    assert trainer.how_to_resume == (
+        f"the same command goes on from {latest}: only the export is left (or `python -m "
+        f"verl.trainer.main_export {latest}`)"
+    )
+    # The same command exports, and so does the other one.
+    again = make_trainer(tiny_model, tmp_path, *overrides)
+    written = prepare(again, worker)
+    again.fit()
+    assert written == ["save_hf"] and again.state.step == 2
+    command = [sys.executable, "-m", "verl.trainer.main_export", latest, "-o", tmp_path / "two"]
+    subprocess.run(command, check=True)
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        for name in ("huggingface", "two")
+    )
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_signal_during_the_export_waits_for_it_and_for_a_checkpoint(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tiny_model, tmp_path, TWO_STEPS)
+    written, save_hf = prepare(trainer, worker), worker.save_hf
+
+    def interrupted(*args: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        save_hf(*args)
+
+    monkeypatch.setattr(worker, "save_hf", interrupted)
+    trainer.stop.install()
+    try:
+        trainer.fit()
+    finally:
+        trainer.stop.restore()
+    assert written == ["save_hf", "save"] and trainer.stop.number == signal.SIGTERM
+    assert (tmp_path / "huggingface" / "model.safetensors").exists()
+    assert trainer.checkpoints.latest == tmp_path / "global_step_2"
+
+
+def test_an_error_that_nobody_knows_costs_no_step_either(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_model, tmp_path, TWO_STEPS)
+    written, given = prepare(trainer, worker), trainer.batches.next
+
+    def fails(step: int, timer: Timer) -> TrainBatch:
+        if step == 2:
+            raise RuntimeError("an engine's")
+        return given(step, timer)
+
+    trainer.batches.next = fails
+    with pytest.raises(RuntimeError, match="an engine's"):
+        trainer.fit()
+    assert written == ["save"]
+    assert trainer.how_to_resume == f"the same command goes on from {tmp_path}/global_step_1"
+
+
+def test_an_evaluation_asks_for_nothing_that_only_training_needs(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A checkpoint whose training files are gone is validated beside the run, which stays as it is.
+    Groups that it carries over stay there, and no reference is loaded."""
+    carrying = "algorithm.filter_groups={enable:True,metric:acc}"
+    trainer = make_trainer(tiny_model, tmp_path, TWO_STEPS, "trainer.save_freq=1", carrying)
+    prepare(trainer, worker)
+    trainer.batches.carried = split_groups(
+        make_samples([1, 2], extras={"acc": 1.0}, prompt=trainer.batches.prompts[0])
+    )
+    trainer.fit()
+    (tmp_path / "data.parquet").rename(tmp_path / "test.parquet")
+    files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for step, mode in ((2, "auto"), (1, "resume_path")):
+        config = load_config(
+            [
+                "trainer.val_only=True",
+                "data.train_files=null",
+                f"data.val_files={tmp_path}/test.parquet",
+                "data.train_batch_size=7",
+                "data.apply_chat_template=False",
+                "data.max_response_length=10",
+                f"actor_rollout_ref.model.path={tiny_model}",
+                "actor_rollout_ref.actor.ppo_mini_batch_size=3",
+                "actor_rollout_ref.actor.use_kl_loss=True",
+                "actor_rollout_ref.rollout.n=1",
+                "actor_rollout_ref.rollout.do_sample=False",
+                f"trainer.default_local_dir={tmp_path}",
+                f"trainer.resume_mode={mode}",
+                f"trainer.resume_from_path={tmp_path}/global_step_{step}",
+            ]
+        )
+        evaluation = RayPPOTrainer(config, trainer.tokenizer)
+        assert prepare(evaluation, worker) == [] and evaluation.batches.prompts == []
+        assert not needs_reference(config)
+        evaluation.batches.validation = lambda step: make_samples([2, 3], extras={"acc": 1.0})
+        evaluation.fit()
+        (line,) = read_metrics(tmp_path / "val_only" / "metrics.jsonl")
+        assert line["step"] == step and line["val-core/countdown/acc/mean@2"] == 1
+        assert {p: p.read_bytes() for p in files} == files
+    new = {p for p in tmp_path.rglob("*") if p.is_file()} - set(files)
+    assert {p.relative_to(tmp_path).parts[0] for p in new} == {"val_only"}

@@ -7,10 +7,14 @@ import os
 import pty
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import termios
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,15 +22,21 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from tests.helpers import make_samples, make_tokenizer
+from tests.helpers import make_samples
 from verl.config.schema import Config, TrainerConfig
 from verl.trainer.ppo.tracking import (
     CONSOLE_COLUMNS,
+    LATEST,
+    RUN_ID,
     Logger,
     TensorBoard,
     Tracking,
+    claim,
     generations_markdown,
+    owner,
     read_metrics,
     step_line,
     validation_table,
@@ -58,9 +68,33 @@ HOSTILE = """</pre><script>alert(1)</script> <!-- ![x](http://e/x.png) </td>|a|b
 GENERATIONS = [("1 + 1 =", HOSTILE, 0.0), ("1 + 2 =", "3", 1.0)]
 
 
-def tracking(run_dir, *loggers, step=0, total_steps=100):
-    trainer = TrainerConfig(logger=list(loggers) or "file", project_name="p", experiment_name="e")
-    return Tracking(Config(trainer=trainer), run_dir, total_steps, step)
+def generations_tokenizer():
+    """One whose tokens are the texts of `GENERATIONS`."""
+    texts = ["<unk>", *(text for *pair, _ in GENERATIONS for text in pair)]
+    vocabulary = {text: i for i, text in enumerate(texts)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def generation_samples():
+    """They are shown in another order than they have here."""
+    samples = make_samples([1, 1], prompt_length=1, finish_reason="length")
+    for i, (sample, (_, _, score)) in enumerate(zip(samples, GENERATIONS, strict=True)):
+        sample.prompt = replace(sample.prompt, token_ids=np.array([2 * i + 1]))
+        sample.response_ids, sample.score = np.array([2 * i + 2]), score
+    return [samples[i] for i in np.argsort(np.random.default_rng(0).permutation(2))]
+
+
+def tracking(run_dir, *loggers, step=0, **settings):
+    """Of a run that goes on, if there is a `step`."""
+    settings = {"logger": list(loggers) or "file", "log_val_generations": 2} | settings
+    config = Config(trainer=TrainerConfig(project_name="p", experiment_name="e", **settings))
+    run_id = (owner(run_dir) or "lost") if step else ""
+    return Tracking(config, run_dir, run_id, 100, step, generations_tokenizer())
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def test_one_line_a_step_at_once_on_disk(tmp_path):
@@ -77,7 +111,7 @@ def test_one_line_a_step_at_once_on_disk(tmp_path):
         '{"step": 1, "x": 1.0}\n'
         '{"step": 2, "val-core/a/acc/mean@1": 1.0, "x": 2.0}\n'
     )
-    assert sorted(p.name for p in run.iterdir()) == ["config.yaml", "metrics.jsonl", "wandb_run_id"]
+    assert names(run) == ["config.yaml", "metrics.jsonl", "wandb_run_id"]
 
 
 def test_numbers_that_json_does_not_have_are_null(tmp_path):
@@ -175,7 +209,7 @@ def test_lines_of_the_log_do_not_end_in_a_progress_bar(tmp_path):
         "from verl.config.load import entry_point\n"
         "from verl.trainer.ppo.tracking import Tracking\n"
         "def run(config):\n"
-        "    with Tracking(config, pathlib.Path(sys.argv[1]), 2) as tracking:\n"
+        "    with Tracking(config, pathlib.Path(sys.argv[1]), '', 2, 0, None) as tracking:\n"
         "        tracking.log({'x': 1}, 1)\n"
         "        logging.warning('hello')\n"
         "entry_point(run, 'sft_trainer', argv=['trainer.logger=console'])\n"
@@ -215,14 +249,14 @@ def test_wandb_offline_and_resumed(tmp_path, monkeypatch, capfd):
         with tracking(run, "wandb", step=step) as t:
             assert ((run / "wandb_run_id").read_text() == first) is same
     assert "no WANDB_API_KEY" not in capfd.readouterr().err
-    assert list((run / "wandb").glob(f"offline-run-*-{first}"))
+    assert list(run.glob(f"earlier_run_*/wandb/offline-run-*-{first}"))
 
 
 def test_generations_are_one_growing_table_in_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     with tracking(tmp_path, "wandb") as t:
         for step in (0, 2):
-            t.log_validation(VALIDATION, step, GENERATIONS)
+            t.log_validation(VALIDATION, step, generation_samples())
             t.log(STEP, step)
         assert t.loggers[0].run.summary["val/generations"]["nrows"] == 2
         assert t.loggers[0].run.summary["val-core/countdown/acc/mean@4"] == 0.25
@@ -246,7 +280,7 @@ def scalars(folder, name):
 
 def test_tensorboard_shows_each_step_once(tmp_path):
     with tracking(tmp_path, "tensorboard") as t:
-        t.log_validation(VALIDATION, 0, GENERATIONS)
+        t.log_validation(VALIDATION, 0, generation_samples())
         for step in range(1, 6):
             t.log({"actor/entropy": step, "bad": math.nan}, step)
         seen = scalars(tmp_path / "tensorboard", "actor/entropy")  # a kill would lose nothing
@@ -270,11 +304,16 @@ def test_the_folder_of_tensorboard_can_be_chosen(tmp_path, monkeypatch):
         t.log({"x": 1}, 1)
     assert scalars(tmp_path / "elsewhere", "x") == [(1, 1)]
     assert not (tmp_path / "run" / "tensorboard").exists()
+    with tracking(tmp_path / "another", "tensorboard") as t:
+        t.log({"x": 2}, 1)
+    assert scalars(tmp_path / "elsewhere", "x") == [(1, 2)]
+    (moved,) = (tmp_path / "elsewhere").glob("earlier_run_*")
+    assert scalars(moved, "x") == [(1, 1)]  # which TensorBoard shows as another run
 
 
 def test_generations_in_tensorboard_are_text_that_breaks_nothing(tmp_path):
     with tracking(tmp_path, "tensorboard") as t:
-        t.log_validation({}, 4, GENERATIONS)
+        t.log_validation({}, 4, generation_samples())
     (event,) = events(tmp_path / "tensorboard").Tensors("val/generations/text_summary")
     (written,) = event.tensor_proto.string_val
     assert event.step == 4 and written.decode() == generations_markdown(GENERATIONS)
@@ -333,7 +372,7 @@ def test_a_logger_that_does_not_start_costs_itself_alone(
     if project is None:
         monkeypatch.setitem(sys.modules, "wandb", None)  # as if it weren't installed
     trainer = TrainerConfig(logger=["wandb", "tensorboard"], project_name=project or "p")
-    with Tracking(Config(trainer=trainer), tmp_path, 9) as t:
+    with Tracking(Config(trainer=trainer), tmp_path, "", 9, 0, None) as t:
         t.log({"x": 1}, step=1)
     assert f"wandb: {problem}: " in caplog.text and caplog.text.count("ERROR") == 1
     assert scalars(tmp_path / "tensorboard", "x") == [(1, 1)]
@@ -358,20 +397,19 @@ def test_wandb_may_be_killed(tmp_path, monkeypatch, caplog):
 
 
 def test_responses_that_can_not_be_kept_stop_nothing(tmp_path, caplog):
-    (tmp_path / "file").touch()
-    trainer = TrainerConfig(
-        logger="file",
-        rollout_data_dir=str(tmp_path / "file" / "a"),
-        validation_data_dir=str(tmp_path / "file" / "b"),
-    )
+    folders = {f"{kind}_data_dir": str(tmp_path / kind) for kind in ("rollout", "validation")}
     samples = make_samples([2], extras={"acc": 1.0})
-    with Tracking(Config(trainer=trainer), tmp_path / "run", 9, 0, make_tokenizer()) as t:
-        t.dump(samples, 3, [])
-        t.dump_validation(samples, 3)
+    with tracking(tmp_path / "run", **folders) as t:
+        for folder in map(Path, folders.values()):
+            shutil.rmtree(folder)
+            folder.touch()
+        t.dump("rollout", samples, 3)
+        t.log_validation({"x": 1}, 3, samples)
         t.tokenizer = None  # whatever it is that fails
-        assert not t.dump_validation(samples, 3)
-    assert "trainer.rollout_data_dir: NotADirectoryError" in caplog.text
-    assert caplog.text.count("the responses of a validation: ") == 2
+        t.log_validation({"x": 1}, 3, samples)
+    for kind in ("rollout", "validation"):
+        assert f"trainer.{kind}_data_dir: FileExistsError" in caplog.text
+    assert "trainer.log_val_generations: AttributeError" in caplog.text
 
 
 def test_an_error_closes_the_loggers_and_goes_on(tmp_path):
@@ -427,3 +465,178 @@ def test_lines_that_wait_at_the_end_are_written(tmp_path):
     with tracking(tmp_path) as t, longest_file(5):
         t.log({"x": 1}, step=1)
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "x": 1.0}]
+
+
+LEFT = (
+    "global_step_5/trainer.json",
+    "global_step_5/actor/shard",
+    "global_step_9/trainer.json",
+    "global_step_12.tmp/actor/shard",
+    LATEST,
+    "metrics.jsonl",
+    "config.yaml",
+    "wandb/offline-run-1/files/x",
+    "tensorboard/events.out.tfevents.1.host",
+    "events.out.tfevents.2.host",
+    "huggingface/model.safetensors",
+    "error.log",
+    "skipped_step_3.parquet",
+    "7.parquet",
+    "val_only/metrics.jsonl",
+)
+"""What a run leaves in its folder, beside its id."""
+STAYS = ("math_server.log", "notes.txt", "train.parquet", "model/config.json", "global_step_best/x")
+"""What is somebody else's."""
+
+
+def write_files(folder: Path, files, run_id: str | None = "old") -> None:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"of {run_id}: {name}")
+    if run_id is not None:
+        (folder / RUN_ID).write_text(run_id)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """All files below it but locks, and what is in them."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+@pytest.mark.parametrize("run_id", ["old", None])
+def test_what_another_run_left_is_moved_aside(tmp_path, caplog, run_id):
+    root, rollouts = tmp_path / "run", tmp_path / "rollouts"
+    write_files(root, LEFT, run_id)
+    write_files(rollouts, ["1.parquet", "2.parquet"], run_id)
+    left, dumps = contents(root), contents(rollouts)
+    write_files(root, STAYS, run_id)
+    settings = {
+        "rollout_data_dir": str(rollouts),
+        "validation_data_dir": str(root / "validation"),
+    }
+    write_files(root / "validation", ["0.parquet"], run_id)
+    with tracking(root, **settings) as t:
+        t.log({"x": 1}, step=1)
+    (moved,) = root.glob("earlier_run_*")
+    without_id = {RUN_ID: ""} if run_id is None else {}
+    assert contents(moved) == left | without_id
+    assert contents(rollouts / moved.name) == dumps | without_id
+    assert (root / "validation" / moved.name / "0.parquet").is_file()
+    assert caplog.messages == [
+        f"what another run left was moved to {moved}, {rollouts / moved.name}, "
+        f"{root / 'validation' / moved.name}"
+    ]
+    assert names(root) == sorted(
+        {name.split("/")[0] for name in STAYS}
+        | {"config.yaml", "metrics.jsonl", RUN_ID, moved.name, "validation"}
+    )
+    assert read_metrics(root / "metrics.jsonl") == [{"step": 1, "x": 1.0}]
+    # It is a run's folder again, and the next new run leaves it as it is.
+    caplog.clear()
+    with tracking(root, **settings) as t:
+        t.log({"x": 2}, step=1)
+    assert contents(moved) == left | without_id
+    (second,) = set(root.glob("earlier_run_*")) - {moved}
+    assert read_metrics(second / "metrics.jsonl") == [{"step": 1, "x": 1.0}]
+    assert caplog.messages == [f"what another run left was moved to {second}"]  # no dumps were made
+
+
+def test_a_run_that_goes_on_moves_nothing_but_the_dumps_of_another(tmp_path, caplog):
+    root, others, own = tmp_path / "run", tmp_path / "others", tmp_path / "own"
+    write_files(root, [name for name in LEFT if name != "metrics.jsonl"])
+    write_files(own, ["1.parquet"])
+    write_files(others, ["1.parquet"], "another")
+    before = contents(root)
+    folders = {"rollout_data_dir": str(others), "validation_data_dir": str(own)}
+    with tracking(root, step=9, **folders):
+        pass
+    assert {name: text for name, text in contents(root).items() if name in before} == (
+        before | {"config.yaml": (root / "config.yaml").read_text()}
+    )
+    (moved,) = tmp_path.rglob("earlier_run_*")
+    assert moved.parent == others and contents(own)["1.parquet"] == "of old: 1.parquet"
+    assert owner(others) == owner(own) == owner(root) == "old" and owner(moved) == "another"
+    assert caplog.messages == [f"what another run left was moved to {moved}"]
+
+
+def test_an_id_that_got_lost_is_written_again(tmp_path, caplog):
+    write_files(tmp_path, LEFT, None)
+    before = contents(tmp_path)
+    for _ in range(2):
+        assert claim({"trainer.default_local_dir": tmp_path}, "old") == "old"
+        assert contents(tmp_path) == before | {RUN_ID: "old"}
+        (tmp_path / RUN_ID).write_text("")  # as a full disk leaves it
+    assert not caplog.records
+
+
+def test_killed_while_files_are_moved(tmp_path, monkeypatch):
+    """Whichever file was the last: all is there, and nothing resumes from half of it."""
+    rename = Path.rename
+    for number in count():
+        root = tmp_path / str(number)
+        write_files(root, LEFT)
+        left = list(range(number))
+
+        def kill(path, target, left=left):
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", kill)
+        try:
+            claim({"trainer.default_local_dir": root}, "")
+            break
+        except KeyboardInterrupt:
+            assert (root / LATEST).exists() is (number == 0)
+        monkeypatch.undo()
+        assert claim({"trainer.default_local_dir": root}, "") == owner(root) != "old"
+        assert names(root) == [*sorted(p.name for p in root.glob("earlier_run_*")), RUN_ID]
+        found = {}
+        for folder in root.glob("earlier_run_*"):
+            found |= {k: v for k, v in contents(folder).items() if k != RUN_ID}
+        assert found == {name: f"of old: {name}" for name in LEFT}
+    assert number == len({name.split("/")[0] for name in LEFT})
+
+
+def test_two_runs_cannot_write_their_responses_to_one_folder(tmp_path):
+    program = f"""if True:
+    from pathlib import Path
+    from verl.trainer.ppo.tracking import claim
+    claim({{"trainer.rollout_data_dir": Path({str(tmp_path / "dumps")!r})}}, "")
+    input()
+    """
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as other:
+        while not (tmp_path / "dumps" / RUN_ID).exists():
+            assert other.poll() is None
+        with pytest.raises(ValueError, match=r"another run writes to trainer\.rollout_data_dir=/"):
+            tracking(tmp_path / "run", rollout_data_dir=str(tmp_path / "dumps"))
+        other.communicate(b"\n")
+
+
+def test_an_evaluation_writes_beside_the_run(tmp_path, monkeypatch):
+    """In folders that it shares with the run, too."""
+    monkeypatch.setenv("TENSORBOARD_DIR", str(tmp_path / "board"))
+    folders = {
+        "rollout_data_dir": str(tmp_path / "rollouts"),
+        "validation_data_dir": str(tmp_path / "validation"),
+    }
+    with tracking(tmp_path / "run", "tensorboard", **folders) as t:
+        t.log_validation(VALIDATION, 3, generation_samples())
+        t.log(STEP, 3)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    evaluation = tmp_path / "run" / "val_only"
+    with tracking(evaluation, "tensorboard", val_only=True, **folders) as t:
+        t.log_validation(VALIDATION, 3, generation_samples())
+    assert all(path.read_bytes() == content for path, content in files.items())
+    new = {path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert {str(path.relative_to(tmp_path)).partition(".out.")[0] for path in new - set(files)} == {
+        "run/val_only/metrics.jsonl",
+        "run/val_only/config.yaml",
+        "run/val_only/wandb_run_id",
+        "board/val_only/wandb_run_id",
+        "board/val_only/events",
+        "validation/val_only/wandb_run_id",
+        "validation/val_only/3.parquet",
+    }

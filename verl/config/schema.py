@@ -362,7 +362,7 @@ class TrainerConfig(RunConfig):
     val_before_train: bool = True
     """Validate before the first step of a new run."""
     val_only: bool = False
-    """Validate (a resumed run, too) and stop."""
+    """Validate (a resumed run, too) and stop. What that writes is in default_local_dir/val_only."""
     test_freq: int = key(-1, low=-1)
     """Validate every so many steps, and after the last; -1: never during training."""
     save_freq: int = key(-1, low=-1)

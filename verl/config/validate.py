@@ -4,9 +4,11 @@ import json
 import math
 import operator
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from verl.config.base import Section, SFTConfig
@@ -34,7 +36,8 @@ def validate(config: Config | SFTConfig, wrong: Collection[str] = ()) -> list[st
     wrong = {*wrong, *(key for key, _ in values)}
     found = [*_common(config)]
     if isinstance(config, Config):
-        found += [*_method(config), *_sampling(config), *_engines(config)]
+        found += [*_method(config), *_validation(config), *_engines(config)]
+        found += [] if config.trainer.val_only else _training(config)
     lines = [_filled(text, config) for text in found]
     return [text for _, text in values] + [x for x in lines if not any(key in x for key in wrong)]
 
@@ -51,31 +54,18 @@ def ignored_keys(config: Section, given: Collection[str]) -> dict[str, str]:
     return found
 
 
-def changed_keys(saved: Mapping[str, Any], config: Config) -> tuple[list[str], list[str]]:
-    """Keys that differ from a checkpoint's configuration, nested dicts with fewer keys perhaps:
-    those that make it another training, those changed on purpose; each as ``key: old → new``."""
-    found = _differing(saved, config)
-    idle = ignored_keys(config, found)
-    deliberate = [text for text, on_resume in found.values() if on_resume == "warn"]
-    other = [t for k, (t, on_resume) in found.items() if on_resume == "error" and k not in idle]
-    return other, deliberate
-
-
-def same_validation(saved: Mapping[str, Any], config: Config) -> bool:
-    """Whether what a run has validated may be compared with what the resumed one will."""
-    return all(on_resume != "validation" for _, on_resume in _differing(saved, config).values())
-
-
-def _differing(saved: Mapping[str, Any], config: Config) -> dict[str, tuple[str, str]]:
-    """Key → ``key: old → new`` and `Rules.on_resume`, where both have it and the values differ."""
-    found = {}
+def changed_keys(saved: Mapping[str, Any], config: Config) -> dict[str, list[str]]:
+    """Keys that differ from a checkpoint's configuration, nested dicts with fewer keys perhaps, as
+    ``key: old → new``, by what the change means (`Rules.on_resume`): `error`, `warn`, …"""
+    found: dict[str, list[str]] = defaultdict(list)
     for key, value, rules in config.walk():
         with suppress(KeyError):
             old = reduce(operator.getitem, key.split("."), saved)
             if old != (new := json.loads(json.dumps(value))):
                 on_resume, _, condition = rules.on_resume.partition(" unless ")
                 matters = not on_resume or (condition and config.holds(condition))
-                found[key] = f"{key}: {old} → {new}", "error" if matters else on_resume
+                if not (matters and ignored_keys(config, [key])):
+                    found["error" if matters else on_resume].append(f"{key}: {old} → {new}")
     return found
 
 
@@ -106,17 +96,21 @@ def _filled(text: str, config: Section) -> str:
 
 
 def _common(config: Any) -> Iterator[str]:
-    files = ["train_files"]
+    trains, validates = True, False
     if isinstance(config, Config):
         trainer = config.trainer
-        if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
-            files.append("val_files")
-    for key in files:
+        trains = not trainer.val_only
+        validates = trainer.val_before_train or trainer.val_only or trainer.test_freq > 0
+    for key in ["train_files"] * trains + ["val_files"] * validates:
         given = getattr(config.data, key)
         paths = [given] if isinstance(given, str) else given
         if not (isinstance(paths, list) and paths and all(p and isinstance(p, str) for p in paths)):
             other = ", or set {val_before_train}=False and {test_freq}=-1" * (key == "val_files")
             yield f"{{data.{key}=}}: give a path or a list of paths{other}"
+    (model,) = config.ending("model.path").values()
+    own = Path(config.trainer.default_local_dir).expanduser() / "huggingface"
+    if trains and Path(model).expanduser().resolve() == own.resolve():
+        yield "{model.path=} is where the run writes its own model: take another {experiment_name}"
     if config.trainer.logger is None:
         yield "{trainer.logger=}: give a name or a list of names"
     (betas,) = config.ending("optim.betas").values()
@@ -144,8 +138,6 @@ def _method(config: Config) -> Iterator[str]:
             yield "{loss_agg_mode=} averages over micro-batches: set {ppo_micro_batch_size_per_gpu}"
         if not actor.use_dynamic_bsz:
             yield "{actor.use_dynamic_bsz=}: set {ppo_micro_batch_size_per_gpu}, or drop it"
-    if config.data.train_batch_size % max(1, actor.ppo_mini_batch_size):
-        yield "{ppo_mini_batch_size=} must divide {train_batch_size=} (both count prompts)"
     if groups.enable and groups.metric is None:
         yield "{filter_groups.enable=} needs {filter_groups.metric}, like acc"
     if algorithm.use_kl_in_reward and groups.metric == "seq_final_reward":
@@ -160,8 +152,17 @@ def _method(config: Config) -> Iterator[str]:
         yield "{trainer.resume_mode=} needs {trainer.resume_from_path}"
 
 
-def _sampling(config: Config) -> Iterator[str]:
+def _validation(config: Config) -> Iterator[str]:
+    val = config.actor_rollout_ref.rollout.val_kwargs
+    if val.n > 1 and (not val.do_sample or val.temperature == 0):
+        others = "{val_kwargs.do_sample}=True and {val_kwargs.temperature}=1"
+        yield "{val_kwargs.n=}: greedy responses don't differ: set " + others
+
+
+def _training(config: Config) -> Iterator[str]:
     rollout, groups = config.actor_rollout_ref.rollout, config.algorithm.filter_groups
+    if config.data.train_batch_size % max(1, config.actor_rollout_ref.actor.ppo_mini_batch_size):
+        yield "{ppo_mini_batch_size=} must divide {train_batch_size=} (both count prompts)"
     if rollout.n == 1:
         yield "{rollout.n=}: advantages compare a prompt's responses, so n must be at least 2"
     if not rollout.do_sample:

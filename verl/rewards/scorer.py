@@ -36,7 +36,7 @@ class RewardManager:
         self.max_response_length = max_response_length
         self.math = MathClient(config.math_server)
         self.custom: UserFunction | None = None
-        self._kwargs = custom.reward_kwargs
+        self._taken, self._kwargs = [*ARGUMENTS], custom.reward_kwargs
         self.function_name = "verl.rewards.compute_score"
         if custom.path is not None:
             self.function_name, key = f"{custom.name} of {custom.path}", "custom_reward_function"

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from verl.tools.runs import Run
+from verl.trainer.ppo.tracking import owner
 
 COUNT = 3
 KINDS = (  # title, key of the folder, where it lies by default
@@ -47,10 +48,12 @@ def dumps(run: Run) -> list[Dump]:
     """The last readable dump of each kind that the run has."""
     found = []
     for title, key, default in KINDS:
-        folder = Path(run.settings.get(key) or run.folder / default).expanduser()
-        # The folder may have been moved since.
-        folder = folder if folder.is_dir() else run.folder / default
-        files = [path for path in folder.glob("*.parquet") if path.stem.isdecimal()]
+        named = Path(run.settings.get(key) or run.folder / default).expanduser()
+        # Another run may have moved them aside since, or somebody the whole folder.
+        places = [named, *named.glob("earlier_run_*"), named / "val_only", run.folder / default]
+        mine = [p for p in places if p.is_dir() and owner(p) in (None, owner(run.folder))]
+        files = [path for folder in mine[:1] for path in folder.glob("*.parquet")]
+        files = [path for path in files if path.stem.isdecimal()]
         for path in sorted(files, key=lambda path: int(path.stem), reverse=True):
             try:
                 found.append(_read(title, path))

@@ -17,7 +17,7 @@ from verl.config.load import exit_with
 from verl.config.schema import Config
 from verl.models.fsdp import save_hf_model
 from verl.models.policy import Policy
-from verl.trainer.ppo.checkpoint import LATEST, damage, read_state
+from verl.trainer.ppo.checkpoint import damage, find_latest, read_state
 
 
 def export(checkpoint: Path, folder: Path) -> None:
@@ -48,10 +48,10 @@ def find_checkpoint(path: Path) -> Path:
     """`path`, if it is a checkpoint; of a run's folder the latest one. Raises: ValueError."""
     if path.name.startswith("global_step_"):
         return path
-    if not (path / LATEST).is_file():
+    if (found := find_latest(path)) is None:
         remedy = "name a run's folder (trainer.default_local_dir) or one of its global_step_N"
         raise ValueError(f"{path} holds no checkpoint: {remedy}")
-    return path / f"global_step_{(path / LATEST).read_text().strip()}"
+    return found
 
 
 def main() -> None:

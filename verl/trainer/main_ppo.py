@@ -39,7 +39,7 @@ def run(config: Config) -> None:
                 if error.actor_init_failed:
                     exit_with(2, text)
                 if not left or trainer.stop.number:
-                    exit_with(1, f"{text}\n{trainer.checkpoints.how_to_resume}")
+                    exit_with(1, f"{text}\n{trainer.how_to_resume}")
                 action = f"goes on from {latest}" if latest else "starts anew"
                 logger.error(
                     "%s. The run %s; trainer.max_restarts: %d left", text, action, left - 1
@@ -71,7 +71,7 @@ def _train(trainer: "RayPPOTrainer") -> None:
 
     from verl.rewards import RewardError
 
-    checkpoints, started = trainer.checkpoints, False
+    started = False
     try:
         trainer.start_workers()
         started = True
@@ -83,14 +83,14 @@ def _train(trainer: "RayPPOTrainer") -> None:
     except (ValueError, OSError, FloatingPointError, RewardError, RayError) as error:
         if not started and not isinstance(error, RayError):
             exit_with(2, f"error: {error}")
-        text = _error(error, checkpoints.root)
+        text = _error(error, trainer.checkpoints.root)
         if not isinstance(error, FloatingPointError):  # which says itself what to resume from
-            text += f"\n{checkpoints.how_to_resume}" if started else ""
+            text += f"\n{trainer.how_to_resume}" if started else ""
         exit_with(1 if started else 2, text)
     except KeyboardInterrupt:
         if not started:
             exit_with(128 + (trainer.stop.number or 2), "stopped")
-    exit_with(128 + (trainer.stop.number or 2), f"stopped; {checkpoints.how_to_resume}")
+    exit_with(128 + (trainer.stop.number or 2), f"stopped; {trainer.how_to_resume}")
 
 
 def _error(error: Exception, folder: Path) -> str:
@@ -98,8 +98,8 @@ def _error(error: Exception, folder: Path) -> str:
     from ray.exceptions import RayActorError, RayError, RayTaskError
 
     details = ""
-    with suppress(OSError):  # the disk may be what is wrong
-        (folder / "error.log").write_text("".join(traceback.format_exception(error)))
+    with suppress(OSError), (folder / "error.log").open("a") as log:  # the disk may be full
+        log.writelines(traceback.format_exception(error))
         details = f" (details: {folder / 'error.log'})"
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause

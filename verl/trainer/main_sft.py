@@ -49,7 +49,7 @@ def train(config: SFTConfig, tokenizer: Any, signals: StopSignals) -> Path:
     every, skipped_in_a_row = max(1, total // LOG_LINES), 0
     history: list[dict[str, float]] = []
     timer = Timer()
-    with Tracking(config, root, total) as tracking:
+    with Tracking(config, root, "", total, 0, tokenizer) as tracking:
         for step in range(1, total + 1):
             batch = [rows[i] for i in order.next_batch()]
             weights = response_weights(response_lengths(batch), "token-mean", data.max_length)

@@ -25,7 +25,7 @@ def write_samples(path: Path, samples: Sequence[Sample], **others: Sequence[Any]
     """Writes samples exactly, but of the prompt only its index. `others`: more columns, [N]."""
     columns = {name: [getattr(s, name) for s in samples] for name in SCHEMA.names[1:]}
     columns["prompt_index"] = [s.prompt.index for s in samples]
-    columns["extras"] = [json.dumps(extras) for extras in columns["extras"]]
+    columns["extras"] = [json.dumps(plain(extras)) for extras in columns["extras"]]
     # Dictionaries of token ids or of log-probabilities take long and save nothing.
     few = [name for name in SCHEMA.names if name not in ARRAYS]
     encoding = {"response_ids.list.element": "DELTA_BINARY_PACKED"}
@@ -100,7 +100,7 @@ def write_responses(
         "ground_truth": [json.dumps(plain(s.prompt.ground_truth)) for s in samples],
         "prompt_length": [len(s.prompt.token_ids) for s in samples],
         "response_length": [s.length for s in samples],
-        "extras": [json.dumps(s.extras) for s in samples],
+        "extras": [json.dumps(plain(s.extras)) for s in samples],
     }
     for name in ("group", "response_index", "finish_reason", "score", "reward", "advantage"):
         columns[name] = [getattr(s, name) for s in samples]

@@ -21,7 +21,6 @@ from verl.config.schema import Config
 from verl.data.dataset import PromptOrder, load_prompts
 from verl.models.hf import num_embeddings
 from verl.protocol import Prompt, Sample
-from verl.rewards import RewardError
 from verl.rewards.scorer import RewardManager
 from verl.rollout.engine import SamplingParams
 from verl.utils.timer import Timer
@@ -30,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 Generate = Callable[[list[Prompt], list[int], SamplingParams], Generator[list[Sample], None, None]]
 """(prompts, their group numbers, how to sample) → finished responses, as they come."""
-
-BATCH_ERRORS = (RewardError, ValueError)  # for prompts or responses that can't be used
 
 METRICS: dict[str, Callable[[Sample], float]] = {
     "acc": lambda sample: sample.extras["acc"],
@@ -67,10 +64,10 @@ class Batches:
         self.config, self.prompts, self.rewards = config, prompts, rewards
         self.val_prompts: list[Prompt] = []
         data, trainer = config.data, config.trainer
-        key, size = "data.train_batch_size", data.train_batch_size
-        if config.algorithm.filter_groups.enable:
-            key, size = "data.gen_batch_size", data.gen_batch_size
-        self.order = PromptOrder(len(prompts), size, data.seed, data.shuffle, key)
+        key = "gen_batch_size" if config.algorithm.filter_groups.enable else "train_batch_size"
+        size: int = getattr(data, key)
+        num = len(prompts) or size  # without any, for a validation alone, none are drawn
+        self.order = PromptOrder(num, size, data.seed, data.shuffle, f"data.{key}")
         epochs = trainer.total_epochs * self.order.steps_per_epoch
         self.total_steps = trainer.total_training_steps or epochs
         self.carried: list[list[Sample]] = []
@@ -84,8 +81,10 @@ class Batches:
         rewards = RewardManager(
             config.reward_model, config.custom_reward_function, tokenizer, data.max_response_length
         )
-        size = num_embeddings(config.actor_rollout_ref.model)
-        batches = cls(config, load_prompts(data.train_files, data, tokenizer, size), rewards)
+        size, prompts = num_embeddings(config.actor_rollout_ref.model), []
+        if not trainer.val_only:
+            prompts = load_prompts(data.train_files, data, tokenizer, size)
+        batches = cls(config, prompts, rewards)
         if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
             batches.val_prompts = load_prompts(data.val_files, data, tokenizer, size)
         return batches

@@ -6,31 +6,28 @@
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from verl.config.schema import Config
-from verl.config.validate import changed_keys, same_validation
+from verl.config.validate import changed_keys
 from verl.protocol import Prompt
 from verl.trainer.ppo.batches import BatchesState, TrainBatch, split_groups
-from verl.trainer.ppo.tracking import RUN_ID
+from verl.trainer.ppo.tracking import LATEST, make_folder, owner
 from verl.utils.samples import read_samples, write_samples
 
 logger = logging.getLogger(__name__)
 
-LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 CARRIED, PREFETCHED = "carried.parquet", "prefetched.parquet"
 CHECKED_BYTES = 2**20  # of each file's start and end are compared with the manifest
-LOCKS: dict[Path, TextIO] = {}  # of the folders that this process writes to
 
 
 @dataclass(slots=True)
@@ -55,56 +52,20 @@ class CheckpointFolder:
     """The checkpoints below `trainer.default_local_dir`."""
 
     def __init__(self, config: Config) -> None:
-        trainer = config.trainer
-        self.config, self.trainer = config, trainer
-        self.root = Path(trainer.default_local_dir).expanduser().absolute()
-        named = trainer.resume_from_path
-        self.named = Path(named).expanduser().absolute() if named else None  # for resume_path
+        self.config, self.trainer = config, config.trainer
+        self.home = Path(self.trainer.default_local_dir).expanduser().resolve()
+        self.root = self.home / "val_only" if self.trainer.val_only else self.home
+        """Where this run writes: what is only validated stays as it is."""
+        self.named = Path(self.trainer.resume_from_path or "").expanduser().resolve()
+        self.run_id = ""  # of the run that goes on; empty for a new one
         self.latest: Path | None = None  # the last that was written or, before that, resumed from
         self.saved_step = 0
-
-    @property
-    def run_id(self) -> str | None:
-        """What tells this run from another in the same folder; None before it has begun."""
-        path = self.root / RUN_ID
-        return path.read_text().strip() if path.is_file() else None
-
-    @property
-    def how_to_resume(self) -> str:
-        """What to tell users when the run ends too early."""
-        if self.latest is None:
-            return "no step was saved: the same command starts anew"
-        mode = self.trainer.resume_mode
-        named = mode == "resume_path" and self.latest == self.named
-        how = "" if mode == "auto" or named else " with trainer.resume_mode=auto"
-        return f"the same command{how} goes on from {self.latest}"
-
-    def make_root(self) -> None:
-        """Makes and locks the folder. Raises: ValueError if it can't be, or another run's."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            (self.root / ".writable").touch()
-            (self.root / ".writable").unlink()
-            lock = LOCKS.setdefault(self.root, (self.root / ".lock").open("a"))
-        except OSError as error:
-            text = f"trainer.default_local_dir={self.root} can't be written: {error}"
-            raise ValueError(text) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another run writes to trainer.default_local_dir={self.root}: wait for its end, "
-                "or give this one a trainer.experiment_name of its own"
-            ) from None
-        except OSError as error:  # file systems without locks
-            logger.info("%s can't be locked: %s", self.root, error)
 
     def save(self, state: TrainState, save_policy: Callable[[Path], Any]) -> Path:
         """Writes a checkpoint, whose `actor` is made by `save_policy`; until its last rename, the
         one before it is the latest. Raises: OSError if the disk is full, or the like."""
         final = self.root / f"global_step_{state.step}"
-        aside, replaced = (self.root / f"{final.name}.{end}" for end in ("tmp", "old"))
-        self._undo_swap()
+        aside = self.root / f"{final.name}.tmp"
         for rest in self.root.glob("global_step_*.*"):
             shutil.rmtree(rest, ignore_errors=True)
         try:
@@ -115,8 +76,8 @@ class CheckpointFolder:
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        if final.exists():  # never without a whole one: `find` takes the old one back
-            os.replace(final, replaced)
+        if final.exists():  # the run has gone back to an earlier one, which is whole
+            shutil.rmtree(final)
         os.replace(aside, final)
         sync(self.root)
         pointer = self.root / f"{LATEST}.tmp"
@@ -124,29 +85,23 @@ class CheckpointFolder:
         sync(pointer)
         os.replace(pointer, self.root / LATEST)
         sync(self.root)
-        shutil.rmtree(replaced, ignore_errors=True)
         self._prune(final)
         self.latest, self.saved_step = final, state.step
         return final
 
     def try_to_save(
-        self,
-        state: TrainState,
-        batches: BatchesState,
-        save_policy: Callable[[Path], Any],
-        metrics_written: bool,
+        self, state: TrainState, save_policy: Callable[[Path], Any], metrics_written: bool
     ) -> None:
-        """`save`, with these `batches`; if it can't, or not all metrics are written (no checkpoint
-        is newer than they), that is logged and nothing else happens."""
+        """`save`; if it can't, or not all metrics are written (no checkpoint is newer than they),
+        that is logged and nothing else happens."""
         logger.info("writing a checkpoint of step %d", state.step)
         try:
             if not metrics_written:
                 raise OSError("metrics.jsonl can't be written")
-            self.save(replace(state, batches=batches), save_policy)
+            self.save(state, save_policy)
         except OSError as error:
             cause = getattr(error, "cause", error)  # of a worker's error, without its traceback
-            text = "NO CHECKPOINT OF STEP %d: %s. The run goes on; the latest one is %s. "
-            text += "Make room in %s before the next is due"
+            text = "NO CHECKPOINT OF STEP %d: %s. The latest one is %s; make room in %s"
             logger.error(text, state.step, cause, self.latest, self.root)
 
     def _write_state(self, folder: Path, state: TrainState) -> None:
@@ -155,33 +110,39 @@ class CheckpointFolder:
         if prefetched is not None:
             write_samples(folder / PREFETCHED, prefetched.samples)
         saved = {f: getattr(state, f) for f in SCALARS}
-        saved |= {"order": batches.order, "run_id": self.run_id, "config": asdict(self.config)}
+        saved |= {"order": batches.order, "run_id": owner(self.root), "config": asdict(self.config)}
         saved["prefetched_metrics"] = prefetched.metrics if prefetched else None
         (folder / "trainer.json").write_text(json.dumps(saved))
 
     def load(self, folder: Path, prompts: Sequence[Prompt]) -> TrainState:
-        """The inverse of `save`, without the policy. `prompts`: those of training. Raises:
-        ValueError if it belongs to another training that `trainer.resume_mode` doesn't allow."""
+        """The inverse of `save`, without the policy. `prompts`: those of training; without any,
+        nothing that waits for the next step comes back. Raises: ValueError if it belongs to another
+        training that `trainer.resume_mode` doesn't allow."""
         saved = read_state(folder)
-        if missing := {*SCALARS, "prefetched_metrics"} - saved.keys():
+        if missing := {*SCALARS, "prefetched_metrics", "run_id"} - saved.keys():
             raise ValueError(
                 f"{folder} was written by another version, which did not save {min(missing)}: go "
                 "on with that one, or start anew with trainer.resume_mode=disable"
             )
-        same = self._compare_config(folder, saved["config"])
-        carried = split_groups(read_samples(folder / CARRIED, prompts))
-        batches = BatchesState(saved["order"], carried)
-        if (found := saved["prefetched_metrics"]) is not None:
-            batches.prefetched = TrainBatch(read_samples(folder / PREFETCHED, prompts), found)
+        if not self._compare_config(folder, saved["config"]):
+            saved["best"] = {}  # its validations can't be compared with what comes
+        batches = BatchesState(saved["order"])
+        if prompts:
+            batches.carried = split_groups(read_samples(folder / CARRIED, prompts))
+            if (found := saved["prefetched_metrics"]) is not None:
+                batches.prefetched = TrainBatch(read_samples(folder / PREFETCHED, prompts), found)
         state = TrainState(batches, **{f: saved[f] for f in SCALARS})
-        if not same:  # its validations can't be compared with what comes
-            state.best = {}
+        if folder.parent == self.root:  # else it is where a new run begins
+            self.run_id = saved["run_id"]
+            if owner(self.root) not in (None, self.run_id):
+                raise ValueError(f"{folder} is of another run than its folder: move it elsewhere")
         self.latest, self.saved_step = folder, state.step
         return state
 
     def _compare_config(self, folder: Path, saved: dict[str, Any]) -> bool:
         """Whether it is the same training, validated in the same way."""
-        other, deliberate = changed_keys(saved, self.config)
+        changed = changed_keys(saved, self.config)
+        other = changed["error"]
         if other and self.trainer.resume_mode == "auto" and not self.trainer.val_only:
             lines = "".join(f"\n  {text}" for text in other)
             raise ValueError(
@@ -189,76 +150,65 @@ class CheckpointFolder:
                 "trainer.experiment_name (or default_local_dir), or take the checkpoint over with "
                 f"trainer.resume_mode=resume_path trainer.resume_from_path={folder}"
             )
-        for text in other + deliberate:
+        for text in other + changed["warn"]:
             logger.warning("changed since the checkpoint was written: %s", text)
-        return not other and same_validation(saved, self.config)
+        return not other and not changed["validation"]
 
     def _prune(self, newest: Path) -> None:
         """Deletes what is more than `max_actor_ckpt_to_keep`, but never the one that was named."""
         if limit := self.trainer.max_actor_ckpt_to_keep:
-            named = self.named and self.named.resolve()
-            others = [path for path in self.saved().values() if path.resolve() != named]
+            others = [path for path in all_checkpoints(self.root) if path != self.named]
             others.sort(key=lambda p: (p == newest, p.stat().st_mtime))
             for old in others[:-limit]:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def saved(self) -> dict[int, Path]:
-        """All checkpoints' folders by step, damaged ones included."""
-        found = {p.name.removeprefix("global_step_"): p for p in self.root.glob("global_step_*")}
-        return {int(step): path for step, path in found.items() if step.isdecimal()}
-
     def find(self) -> Path | None:
-        """The checkpoint to resume from, as `trainer.resume_mode` says; None: start anew. `auto`
-        takes the latest of this run that is whole.
-
-        Raises: ValueError if there is none, or the one that was named isn't whole.
-        """
+        """Locks the folder. The checkpoint to resume from, as `trainer.resume_mode` says; None:
+        start anew. Raises: ValueError if that can't be, or none is whole."""
+        make_folder(self.root)
         if self.trainer.resume_mode == "disable":
             return None
-        if self.trainer.resume_mode == "resume_path":
-            folder = self.named or Path()
-            if problem := damage(folder):
-                text = f"trainer.resume_from_path={folder}: there is no whole checkpoint"
-                raise ValueError(f"{text} ({problem}); name another folder called global_step_N")
+        if self.trainer.resume_mode == "auto":
+            return find_latest(self.home)
+        if problem := damage(self.named):
+            text = f"trainer.resume_from_path={self.named}: there is no whole checkpoint"
+            raise ValueError(f"{text} ({problem}); name another folder called global_step_N")
+        return self.named
+
+
+def all_checkpoints(root: Path) -> list[Path]:
+    """The checkpoints in a run's folder, damaged ones included, in the order of their steps."""
+    steps = {path.name.removeprefix("global_step_"): path for path in root.glob("global_step_*")}
+    return [steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)]
+
+
+def find_latest(root: Path) -> Path | None:
+    """The latest checkpoint of the run in `root` that is whole, with a warning if that isn't the
+    one that `LATEST` names; None without such a file. Raises: ValueError if none is whole."""
+    found, run_id, problems = all_checkpoints(root), owner(root), []
+    if not (root / LATEST).exists():
+        return None
+    text = (root / LATEST).read_text("utf-8-sig", "replace").strip()
+    if (last := root / f"global_step_{text}") in found:
+        found = found[: found.index(last) + 1]
+    else:
+        problems.append(f"{LATEST} names {last.name[:40]!r}, which isn't there")
+    for folder in reversed(found):
+        if problem := damage(folder):
+            problems.append(f"{folder.name}: {problem}")
+        elif run_id in (None, read_state(folder)["run_id"]):
+            if problems:
+                logger.warning("taking the checkpoint %s (%s)", folder, "; ".join(problems))
             return folder
-        self._undo_swap()
-        latest = self.root / LATEST
-        if not latest.is_file():
-            return None
-        last, steps, problems = latest.read_text().strip(), self.saved(), []
-        if last.isdecimal():
-            steps.setdefault(int(last), self.root / f"global_step_{last}")
-            for step, folder in sorted(steps.items(), reverse=True):
-                if step > int(last):
-                    continue
-                if problem := damage(folder):
-                    problems.append(f"{folder.name}: {problem}")
-                elif self.run_id in (None, read_state(folder)["run_id"]):
-                    if problems:
-                        text = "resuming from %s, as what was written later is damaged (%s)"
-                        logger.warning(text, folder, "; ".join(problems))
-                    return folder
-        raise ValueError(
-            f"{latest} names step {last or 'none'}, but no checkpoint of this run is whole "
-            f"({'; '.join(problems)}): bring one back, or start anew with "
-            "trainer.resume_mode=disable"
-        )
-
-    def forget(self) -> None:
-        """Leaves another run's checkpoints where they are, but nothing resumes from them."""
-        (self.root / LATEST).unlink(missing_ok=True)
-
-    def _undo_swap(self) -> None:
-        """Takes a checkpoint back that was about to be replaced when the run was killed."""
-        for old in self.root.glob("global_step_*.old"):
-            if not old.with_suffix("").exists():
-                os.replace(old, old.with_suffix(""))
+    raise ValueError(
+        f"no checkpoint of the run in {root} is whole ({'; '.join(problems)}): bring one back, or "
+        "start anew with trainer.resume_mode=disable"
+    )
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The scalars of a checkpoint's `TrainState`, and `config`: the resolved configuration."""
-    state: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
-    return state
+    return json.loads((folder / "trainer.json").read_text())
 
 
 def seal(folder: Path) -> None:

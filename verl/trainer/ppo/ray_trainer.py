@@ -1,6 +1,6 @@
 """The training loop: `RayPPOTrainer.fit` is the algorithm, and its stages follow below it."""
 
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from verl.algorithms import advantages, kl, weights
 from verl.config.schema import Config
 from verl.protocol import OptimizerStep, Sample, response_lengths
 from verl.trainer.ppo import checks, metrics
-from verl.trainer.ppo.batches import BATCH_ERRORS, Batches, mini_batches
+from verl.trainer.ppo.batches import Batches, mini_batches
 from verl.trainer.ppo.checkpoint import CheckpointFolder, TrainState
 from verl.trainer.ppo.tracking import Tracking
 from verl.trainer.ppo.workers import Workers, needs_reference
@@ -36,14 +36,14 @@ class RayPPOTrainer:
         self.resumed = latest or self.checkpoints.find()
         if self.resumed:
             self.state = self.checkpoints.load(self.resumed, self.batches.prompts)
-            self.batches.load(self.state.batches)
+            if not config.trainer.val_only:
+                self.batches.load(self.state.batches)
         self.engine_metrics: dict[str, float] = {}
         self.stop = StopSignals()
 
     def start_workers(self) -> None:
         """Starts Ray, the actor ranks and the engines, with the weights to begin from. Raises:
         ValueError or RewardServerError if data can't be scored, or the cluster lacks devices."""
-        self.checkpoints.make_root()
         prompts = [*self.batches.prompts, *self.batches.val_prompts]
         self.batches.rewards.connect(prompts, self.checkpoints.root)
         self.workers = Workers(self.config, self.stop.install)
@@ -54,10 +54,8 @@ class RayPPOTrainer:
     def fit(self) -> None:
         """Trains from the current step to the last one, or until a signal asks for an end."""
         trainer, state, root = self.config.trainer, self.state, self.checkpoints.root
-        if not self.resumed:
-            self.checkpoints.forget()
-        tracking = Tracking(self.config, root, self.total_steps, state.step, self.tokenizer)
-        with tracking as self.tracking:
+        run = self.checkpoints.run_id, self.total_steps, state.step, self.tokenizer
+        with Tracking(self.config, root, *run) as self.tracking:
             if trainer.val_only or (trainer.val_before_train and not self.resumed):
                 state.validation_due = True
             if state.validation_due and self.batches.val_prompts:
@@ -67,11 +65,7 @@ class RayPPOTrainer:
             self.stop.patient = True
             while state.step < self.total_steps and not self.stop.number:
                 timer = Timer()
-                try:
-                    batch = self.batches.next(state.step + 1, timer)
-                except BATCH_ERRORS:
-                    self.save_before_stopping()
-                    raise
+                batch = self.rescue(self.batches.next, state.step + 1, timer)
                 state.step += 1
                 samples = batch.samples
                 if state.step == 1:
@@ -87,14 +81,14 @@ class RayPPOTrainer:
                     self.batches.policy_updated()
                 if trainer.rollout_data_dir:
                     with timer("dump"):
-                        self.tracking.dump(samples, state.step, steps)
+                        self.tracking.dump("rollout", samples, state.step, *steps)
                 record |= self.step_metrics(samples, steps, timer)
-                self.end_step(record)
+                self.rescue(self.end_step, record)
+            if trainer.save_hf_model and not self.stop.number:
+                self.rescue(self.workers.save_hf_model, root / "huggingface")
             if self.stop.number:
-                self.save_before_stopping()
+                self.save_checkpoint()
             self.stop.patient = False
-        if trainer.save_hf_model and not self.stop.number:
-            self.workers.save_hf_model(root / "huggingface")
 
     # ------------------------------------------------------------------------------- the stages
 
@@ -186,7 +180,7 @@ class RayPPOTrainer:
     def verify_engines(self, strict: bool) -> None:
         """What `rollout.verify_weights` asks for."""
         if self.config.actor_rollout_ref.rollout.verify_weights:
-            prompt = self.batches.prompts[0]
+            prompt = [*self.batches.prompts, *self.batches.val_prompts][0]
             self.engine_metrics = self.workers.verify_engines(prompt, self.state.step, strict)
 
     def step_metrics(
@@ -219,16 +213,12 @@ class RayPPOTrainer:
         self.state.validation_due = self.is_due(trainer.test_freq)
         timer = Timer()
         try:
-            try:
-                if self.state.validation_due and not self.stop.number:
-                    with timer("testing"):
-                        self.validate()
-                    record |= {"timing_s/testing": timer.seconds["testing"]}
-            finally:  # whatever happens to the validation, the step is complete
-                self.tracking.log(record, self.state.step)
-        except BATCH_ERRORS:
-            self.save_before_stopping()
-            raise
+            if self.state.validation_due and not self.stop.number:
+                with timer("testing"):
+                    self.validate()
+                record |= {"timing_s/testing": timer.seconds["testing"]}
+        finally:  # whatever happens to the validation, the step is complete
+            self.tracking.log(record, self.state.step)
         if self.is_due(trainer.save_freq):
             self.save_checkpoint()
 
@@ -240,8 +230,7 @@ class RayPPOTrainer:
         accuracy = float(np.mean(list(metrics.validation_scores(record).values())))
         if accuracy > self.state.best.get("val-core/best_acc", -np.inf):
             self.state.best = {"val-core/best_acc": accuracy, "val-core/best_step": step}
-        shown = self.tracking.dump_validation(samples, step)
-        self.tracking.log_validation(record | self.state.best, step, shown)
+        self.tracking.log_validation(record | self.state.best, step, samples)
         self.state.validation_due = False
 
     def is_due(self, every: int) -> bool:
@@ -249,15 +238,34 @@ class RayPPOTrainer:
         return every > 0 and (self.state.step % every == 0 or self.state.step == self.total_steps)
 
     def save_checkpoint(self) -> None:
-        """Writes what a resumed run needs, or logs why that can't be done."""
-        batches, actor = self.batches.state(), self.workers.actor
+        """Writes what a resumed run needs, if that is new, or logs why it can't be done."""
+        if self.state.step in (0, self.checkpoints.saved_step):  # without a step: starts anew
+            return
+        state, actor = replace(self.state, batches=self.batches.state()), self.workers.actor
         durable = self.tracking.file.flush()  # a checkpoint is never newer than the metrics
-        self.checkpoints.try_to_save(self.state, batches, partial(actor.call, "save"), durable)
+        self.checkpoints.try_to_save(state, lambda path: actor.call("save", path), durable)
 
-    def save_before_stopping(self) -> None:
-        """Between two steps, after an error or a signal: the last complete one isn't lost."""
-        if self.state.step not in (0, self.checkpoints.saved_step):  # without a step: starts anew
+    def rescue(self, action: Any, *args: Any) -> Any:
+        """`action(*args)` between two steps; if it fails, no step is lost."""
+        try:
+            return action(*args)
+        except Exception:
             self.save_checkpoint()
+            raise
+
+    @property
+    def how_to_resume(self) -> str:
+        """What to tell users when the run ends too early."""
+        trainer, latest = self.config.trainer, self.checkpoints.latest
+        if latest is None:
+            return "no step was saved: the same command starts anew"
+        named = trainer.resume_mode == "resume_path" and latest == self.checkpoints.named
+        how = "" if trainer.resume_mode == "auto" or named else " with trainer.resume_mode=auto"
+        text = f"the same command{how} goes on from {latest}"
+        exports = trainer.save_hf_model and not trainer.val_only
+        if exports and self.checkpoints.saved_step >= self.total_steps:
+            text += f": only the export is left (or `python -m verl.trainer.main_export {latest}`)"
+        return text
 
     def close(self) -> None:
         """Ends what generates and what scores; Ray belongs to the caller."""

@@ -1,17 +1,19 @@
-"""Where the metrics of a run go: metrics.jsonl, console, Weights & Biases, TensorBoard."""
+"""A run's folder, and where its metrics go: a file, console, Weights & Biases, TensorBoard."""
 
+import fcntl
 import html
 import json
 import logging
 import math
 import os
+import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from omegaconf import OmegaConf
 from tqdm import tqdm
@@ -32,8 +34,16 @@ CONSOLE_COLUMNS = {
     "perf/throughput": "{:6.0f} tok/s",
     "perf/time_per_step": "{:6.1f} s",
 }
-RUN_ID = "wandb_run_id"  # file in a run's folder
 GENERATIONS = "val/generations"
+LATEST = "latest_checkpointed_iteration.txt"
+RUN_ID = "wandb_run_id"  # file with the id of the run that a folder belongs to
+RUN_FILES = re.compile(
+    r"(global_step_\d+|latest_checkpointed_iteration\.txt|metrics\.jsonl|huggingface)(\..+)?|"
+    r"config\.yaml|wandb|tensorboard|events\.out\.tfevents\..+|error\.log|val_only|"
+    r"(skipped_step_)?\d+\.parquet"
+)
+"""What a run leaves; but math_server.log, to which a server may be writing already."""
+LOCKS: dict[Path, TextIO] = {}  # of the folders that this process writes to
 
 Metrics = Mapping[str, Any]
 Generations = Sequence[tuple[str, str, float]]  # (prompt, response, score), for people to read
@@ -53,38 +63,48 @@ def _never_fatal(name: str, consequence: str) -> Iterator[None]:
 
 class Tracking:
     """Writes the metrics of each training step to metrics.jsonl and to every logger of
-    `trainer.logger`. By `run_dir/wandb_run_id` a resumed run continues the same one in wandb."""
+    `trainer.logger`, and responses to the folders for them."""
 
     def __init__(
-        self, config: Any, run_dir: Path, total_steps: int, step: int = 0, tokenizer: Any = None
+        self, config: Any, run_dir: Path, run_id: str, total_steps: int, step: int, tokenizer: Any
     ) -> None:
-        """`config`: a `Config` or `SFTConfig`. `step`: that of the checkpoint that the run resumes
-        from; 0: a new run, which starts its metrics anew."""
+        """`config`: a `Config` or `SFTConfig`. `run_id`: of the run that goes on after `step`, here
+        and in wandb; empty: a new one. What another run left in its folders is moved aside."""
         self.config, self.trainer, self.tokenizer = config, config.trainer, tokenizer
-        run_dir.mkdir(parents=True, exist_ok=True)
-        id_file, settings = run_dir / RUN_ID, asdict(config)
-        if not (step and id_file.exists()):
-            id_file.write_text(uuid.uuid4().hex[:8])
+        settings = asdict(config)
+        trainer, names = settings["trainer"], self.trainer.logger
+        names = [names] if isinstance(names, str) else names
+        part = "val_only" if trainer.get("val_only") else ""
+        folders = {
+            "trainer.rollout_data_dir": not part and trainer.get("rollout_data_dir"),
+            "trainer.validation_data_dir": trainer.get("validation_data_dir"),
+            "TENSORBOARD_DIR": "tensorboard" in names and os.environ.get("TENSORBOARD_DIR"),
+        }
+        self.folders = {key: Path(f).expanduser() / part for key, f in folders.items() if f}
+        run_id = claim({"trainer.default_local_dir": run_dir} | self.folders, run_id)
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(settings))
         self.file = MetricsFile(run_dir / "metrics.jsonl", step)
-        names = self.trainer.logger
-        names = [names] if isinstance(names, str) else names
-        folder = os.environ.get("TENSORBOARD_DIR") or run_dir / "tensorboard"
+        board = self.folders.get("TENSORBOARD_DIR", run_dir / "tensorboard")
         starts: dict[str, Callable[[], Logger]] = {
             "console": lambda: Console(total_steps, step),
-            "wandb": lambda: Wandb(settings, run_dir, id_file.read_text().strip()),
-            "tensorboard": lambda: TensorBoard(folder, step),
+            "wandb": lambda: Wandb(settings, run_dir, run_id),
+            "tensorboard": lambda: TensorBoard(board, step),
         }
         self.loggers: list[Logger] = []
         for name in (name for name in starts if name in names):
             with _never_fatal(name, REMEDY):
                 self.loggers.append(starts[name]())
 
-    def log_validation(self, metrics: Metrics, step: int, generations: Generations = ()) -> None:
-        """Records what a validation after `step` found, before `log` completes the step."""
+    def log_validation(self, metrics: Metrics, step: int, samples: Sequence[Sample] = ()) -> None:
+        """Records what a validation after `step` found, before `log` completes the step, and of its
+        responses as many as are asked for."""
         self.log(metrics, step, complete=False)
-        if generations:
-            self._tell(lambda logger: logger.log_generations(generations, step))
+        self.dump("validation", samples, step)
+        if number := min(len(samples), self.trainer.log_val_generations):
+            with _never_fatal("trainer.log_val_generations", "no responses are shown"):
+                skip = self.config.reward_model.skip_special_tokens
+                shown = some_generations(samples, number, self.tokenizer, skip)
+                self._tell(lambda logger: logger.log_generations(shown, step))
 
     def log(self, metrics: Metrics, step: int, complete: bool = True) -> None:
         """Records numbers of `step`; a line is printed when it is complete."""
@@ -102,25 +122,12 @@ class Tracking:
                 what(each)
                 self.loggers.append(each)
 
-    def dump(self, samples: list[Sample], step: int, optimizer_steps: list[OptimizerStep]) -> None:
-        """Writes the responses of a training step to `trainer.rollout_data_dir`."""
-        with _never_fatal("trainer.rollout_data_dir", f"the responses of step {step} are not kept"):
-            folder = self.trainer.rollout_data_dir
-            skip = self.config.reward_model.skip_special_tokens
-            write_responses(folder, step, samples, self.tokenizer, optimizer_steps, skip)
-
-    def dump_validation(self, samples: list[Sample], step: int) -> Generations:
-        """Keeps a validation's responses, if asked for; returns some for `log_validation`."""
-        shown: Generations = ()
-        with _never_fatal("the responses of a validation", "they are not kept"):
-            skip, number = (
-                self.config.reward_model.skip_special_tokens,
-                self.trainer.log_val_generations,
-            )
-            shown = some_generations(samples, number, self.tokenizer, skip)
-            if folder := self.trainer.validation_data_dir:
-                write_responses(folder, step, samples, self.tokenizer, (), skip)
-        return shown
+    def dump(self, kind: str, samples: Sequence[Sample], step: int, *taken: OptimizerStep) -> None:
+        """Keeps responses in `trainer.{kind}_data_dir`, if there is such a folder."""
+        if folder := self.folders.get(key := f"trainer.{kind}_data_dir"):
+            with _never_fatal(key, f"the responses of step {step} are not kept"):
+                skip = self.config.reward_model.skip_special_tokens
+                write_responses(folder, step, samples, self.tokenizer, taken, skip)
 
     def __enter__(self) -> Self:
         return self
@@ -128,7 +135,8 @@ class Tracking:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Closes the loggers; wandb shows a run that ends with an error as failed."""
         self._tell(lambda logger: logger.close(failed=kind is not None))
-        self.file.close()
+        self.file.flush()
+        self.file.file.close()
 
 
 class MetricsFile:
@@ -140,7 +148,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         """Opens it with the lines up to `step`. Raises: OSError if it can't be written."""
-        before = read_metrics(path) if step and path.exists() else []
+        before = read_metrics(path) if path.exists() else []
         self.pending = [record for record in before if record["step"] <= step]
         """Records that are to be written, and the last one, which may grow."""
         # Written aside and renamed while open: a run killed right here loses nothing.
@@ -176,11 +184,6 @@ class MetricsFile:
         self.pending = self.pending[-1:]
         return True
 
-    def close(self) -> None:
-        """Writes what waits, as far as there is room for it."""
-        self.flush()
-        self.file.close()
-
 
 class Logger:
     """Shows metrics to people."""
@@ -199,7 +202,6 @@ class Console(Logger):
     """Lines and tables on standard output; in a terminal a progress bar on standard error."""
 
     def __init__(self, total_steps: int, step: int) -> None:
-        self.total_steps = total_steps
         self.bar = tqdm(  # disable=None: no bar without a terminal
             total=total_steps,
             initial=step,
@@ -211,13 +213,13 @@ class Console(Logger):
 
     def log(self, metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
         """Prints a line, or a validation's table."""
-        text = f"validation at step {step}\n{validation_table(metrics)}"
-        if whole_step is not None:
-            text = step_line(whole_step, step, self.total_steps)
+        if whole_step is None:
+            text = f"validation at step {step}\n{validation_table(metrics)}"
+        else:
+            text = step_line(whole_step, step, self.bar.total)
+            self.bar.update(step - self.bar.n)
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-        if whole_step is not None:
-            self.bar.update(step - self.bar.n)
 
     def close(self, failed: bool) -> None:
         """Takes the bar away."""
@@ -268,7 +270,7 @@ class Wandb(Logger):
 
 
 class TensorBoard(Logger):
-    """Event files, which hide those of earlier runs from the first step on that this one logs."""
+    """Event files, which hide from earlier ones what comes after the step that a run resumes at."""
 
     def __init__(self, folder: str | Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -346,3 +348,50 @@ def generations_markdown(generations: Generations) -> str:
         shown = ["<pre>" + "&#10;".join(part) + "</pre>" for part in lines]
         parts += [f"**{number}**, score {score:g}", *shown]
     return "\n\n".join(parts)
+
+
+def make_folder(path: str | Path, key: str = "trainer.default_local_dir") -> Path:
+    """Makes and locks a folder. Raises: ValueError if it can't, or another run has."""
+    folder = Path(path).expanduser().resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = LOCKS.get(folder) or LOCKS.setdefault(folder, (folder / ".lock").open("a"))
+    except OSError as error:
+        raise ValueError(f"{key}={folder} can't be written: {error}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        remedy = "wait for its end, or give this one a trainer.experiment_name of its own"
+        raise ValueError(f"another run writes to {key}={folder}: {remedy}") from None
+    except OSError as error:  # file systems without locks
+        logger.info("%s can't be locked: %s", folder, error)
+    return folder
+
+
+def owner(folder: Path) -> str | None:
+    """The id of the run that a folder belongs to, as far as it tells."""
+    path = folder / RUN_ID
+    return path.read_text().strip() or None if path.is_file() else None
+
+
+def claim(folders: Mapping[str, Path], run_id: str) -> str:
+    """Makes folders, by their keys, those of the run `run_id` or, if that is empty, of a new one,
+    whose id it returns. What another run left is moved into a subfolder, which is a run's folder
+    again; `LATEST` goes first, so that after a kill nothing resumes from the rest."""
+    new, token, moved = not run_id, uuid.uuid4().hex[:8], []
+    run_id = run_id or token
+    for key, path in folders.items():
+        folder = make_folder(path, key)
+        left = [file for file in folder.iterdir() if RUN_FILES.fullmatch(file.name)]
+        other = owner(folder)
+        if left and other != run_id and (new or other):
+            aside = folder / f"earlier_run_{token}"
+            aside.mkdir()
+            for file in sorted(left, key=lambda file: file.name != LATEST):
+                file.rename(aside / file.name)
+            (aside / RUN_ID).write_text(other or "")
+            moved.append(str(aside))
+        (folder / RUN_ID).write_text(run_id)
+    if moved:
+        logger.warning("what another run left was moved to %s", ", ".join(moved))
+    return run_id

@@ -68,6 +68,8 @@ class Workers:
         self.actor.call("build", model.model, actor.fsdp_config, actor.optim, total_steps, ref)
         sizes, peaks = zip(*self.actor.call("size_and_speed"), strict=True)
         self.model_size, self.peak_flops = sizes[0], sum(peaks) if all(peaks) else None
+        if self.config.trainer.val_only:
+            logger.info("validating %s", checkpoint or model.model.path)
         if checkpoint:
             logger.info("resuming from %s", checkpoint)
             self.actor.call("load", str(checkpoint / "actor"))
@@ -153,7 +155,8 @@ class Workers:
 
 def needs_reference(config: Config) -> bool:
     """Whether a KL term needs the reference policy."""
-    return config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+    in_loss = config.actor_rollout_ref.actor.use_kl_loss
+    return not config.trainer.val_only and (in_loss or config.algorithm.use_kl_in_reward)
 
 
 def loss_config(config: Config) -> LossConfig:
