@@ -60,12 +60,17 @@ def start_ray(devices: int, num_cpus: int | None = None) -> None:
 
 def _check_cluster(address: str) -> None:
     """Raises ValueError if no cluster answers, for which `ray.init` would wait for ever."""
+    if "://" in address or address == "local":  # Ray itself doesn't wait long for these
+        return
     command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
     try:
         subprocess.run(command, capture_output=True, timeout=ANSWER_S, check=True)
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        said = (error.stderr or b"").decode().strip().rpartition("\n")[2] or "nothing"
         remedy = "start one there with `ray start --head`, or unset the variable"
-        raise ValueError(f"RAY_ADDRESS={address}: no Ray cluster answers: {remedy}") from None
+        raise ValueError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers (`ray status`: {said}): {remedy}"
+        ) from None
 
 
 Slots = list[tuple[PlacementGroup, int]]  # a bundle of one device each, in the order of ranks

@@ -283,7 +283,7 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "its own model": (
         ["trainer.default_local_dir=a/b", "actor_rollout_ref.model.path=a/x/../b/huggingface/"],
-        "actor_rollout_ref.model.path=a/x/../b/huggingface/ is where the run writes its own model",
+        "actor_rollout_ref.model.path=a/x/../b/huggingface/ is where the run writes its model",
     ),
     "metric": (
         [

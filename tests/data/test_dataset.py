@@ -115,6 +115,8 @@ def test_tokens_that_the_model_does_not_have_are_named(tmp_path):
     rows = write(tmp_path / "sft.parquet", {"prompt": "a", "response": "b d"})
     with raises("sft.parquet, row 0, key 'response'", f"token {D}, but the model has {D}"):
         load_sft_rows(sft_config(rows), make_tokenizer(), num_embeddings=D)
+    with raises(f"the tokenizer ends with token {EOS}, but the model has {EOS}"):
+        load_sft_rows(sft_config(rows), make_tokenizer(), num_embeddings=EOS)
 
 
 # ------------------------------------------------------------------------------------- load_prompts

@@ -106,6 +106,7 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
     with pytest.raises(ValueError, match=r"model\.safetensors is a pointer of git-lfs: run"):
         check_weights(model)
+    file.unlink()
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {ROW: "model-00002-of-00002.safetensors"}})
     )
@@ -163,8 +164,10 @@ def test_an_export_has_the_tokenizer_of_the_run(tmp_path: Path) -> None:
     tokenizer.eos_token = VOCABULARY[12]
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     model = ModelConfig(str(source), tokenizer_path=str(tmp_path / "tokenizer"))
+    (source / "chat_template.jinja").write_text("another's")
     write_folder(model, tmp_path / "after", {}, None)
-    assert stop_token_ids(ModelConfig(str(tmp_path / "after"))) == [0, 12]
+    assert stop_token_ids(model) == stop_token_ids(ModelConfig(str(tmp_path / "after"))) == [12]
+    assert not (tmp_path / "after" / "chat_template.jinja").exists()
 
 
 def test_what_an_export_can_not_write_is_found_before_the_run(tmp_path: Path) -> None:

@@ -67,6 +67,21 @@ def test_more_arguments_come_from_the_configuration(tmp_path: Path) -> None:
         manager(function=config)
 
 
+def test_arguments_that_are_given_twice_are_refused(tmp_path: Path) -> None:
+    function = custom(tmp_path, "def compute_score(**others): return 1.0\n")
+    function.reward_kwargs = {"extra_info": 1}
+    with pytest.raises(ValueError, match="extra_info is given with each call: drop it"):
+        manager(function=function)
+
+
+def test_a_package_beside_the_file_is_no_reward_function(tmp_path: Path) -> None:
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "__init__.py").write_text("def compute_score(): return 0.0\n")
+    function = custom(tmp_path, "def compute_score(): return 1.0\n")
+    with pytest.raises(ValueError, match="the folder reward beside it hides it"):
+        manager(function=function)
+
+
 @pytest.mark.parametrize("kind", ["", "async "])
 def test_what_a_function_does_to_its_arguments_reaches_no_other_call(
     tmp_path: Path, kind: str

@@ -197,8 +197,8 @@ class TrainFilesConfig(Section):
     tokenizer: str | None = None
     """Path of the tokenizer, which also decides how responses end; null: the model's."""
     add_bos: bool | None = None
-    """Begin prompts with the beginning-of-sequence token; null: where the tokenizer itself does so
-    with a string, and the template with chat messages."""
+    """Begin prompts with the beginning-of-sequence token. False: add none to what a chat template
+    makes; null: as the tokenizer itself does with strings, and add none to chat messages."""
     prompt_key: str = "prompt"
     """Column with the prompt: chat messages, or a string (all that the warm-up takes)."""
     train_batch_size: int = key(32, low=1)

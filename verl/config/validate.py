@@ -107,10 +107,10 @@ def _common(config: Any) -> Iterator[str]:
         if not (isinstance(paths, list) and paths and all(p and isinstance(p, str) for p in paths)):
             other = ", or set {val_before_train}=False and {test_freq}=-1" * (key == "val_files")
             yield f"{{data.{key}=}}: give a path or a list of paths{other}"
-    (model,) = config.ending("model.path").values()
-    own = Path(config.trainer.default_local_dir).expanduser() / "huggingface"
-    if trains and Path(model).expanduser().resolve() == own.resolve():
-        yield "{model.path=} is where the run writes its own model: take another {experiment_name}"
+    own = (Path(config.trainer.default_local_dir).expanduser() / "huggingface").resolve()
+    for key, path in (config.ending("model.path") | config.ending("data.tokenizer")).items():
+        if trains and path and Path(path).expanduser().resolve().is_relative_to(own):
+            yield f"{key}={path} is where the run writes its model: change {{experiment_name}}"
     if config.trainer.logger is None:
         yield "{trainer.logger=}: give a name or a list of names"
     (betas,) = config.ending("optim.betas").values()

@@ -109,6 +109,8 @@ def load_sft_rows(
         problem = "the tokenizer has no end-of-sequence token, so no response could learn to end"
         remedy = "set eos_token in its tokenizer_config.json, or choose another with data.tokenizer"
         raise ValueError(f"{problem}: {remedy}")
+    if num_embeddings is not None and eos >= num_embeddings:
+        raise ValueError(f"the tokenizer ends with token {eos}, but the model has {num_embeddings}")
     keys = {config.prompt_key: "set data.prompt_key", config.response_key: "set data.response_key"}
     rows = _read_rows(config.train_files, keys)
     bos = _bos(config, tokenizer, chat=False)
@@ -277,7 +279,7 @@ def _tokenize(
         for row, ids in zip(batch, encoded["input_ids"], strict=True):
             if not len(ids):
                 raise row.error(key, EMPTY)
-            if num_embeddings is not None and (largest := max(ids)) >= num_embeddings:
+            if num_embeddings is not None and (largest := max(*ids, *bos, 0)) >= num_embeddings:
                 problem = f"the tokenizer gives token {largest}, but the model has {num_embeddings}"
                 raise row.error(key, f"{problem}: take the model's own, or set data.tokenizer")
             yield np.asarray(ids if ids[:1] == [*bos] else [*bos, *ids], dtype=np.int64)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from os.path import expanduser
 from pathlib import Path
@@ -16,10 +17,20 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import cached_file
 
 from verl.config.schema import ModelConfig
-from verl.models.hf import check_names, load_hf_config, load_tokenizer, stop_token_ids
+from verl.models.hf import (
+    check_names,
+    load_hf_config,
+    load_tokenizer,
+    num_embeddings,
+    stop_token_ids,
+)
 
 logger = logging.getLogger(__name__)
 
+GENERATION = "generation_config.json"
+TOKENIZER = re.compile(
+    r"tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|generation_"
+)
 COPIED = {".json", ".jinja", ".model", ".py", ".tiktoken", ".txt"}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -44,7 +55,8 @@ def check_model(model: ModelConfig, longest: int, export: bool) -> None:
     folder = Path(model.path).expanduser()
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ValueError(f"actor_rollout_ref.model.path={model.path}: the folder holds no weights")
-    stop_token_ids(model)
+    if min(stop_token_ids(model)) >= (size := num_embeddings(model)):
+        raise ValueError(f"{model.path} has {size} tokens, and the tokenizer's end is none of them")
     check_weights(model)
     if export:
         with TemporaryDirectory() as place:
@@ -61,14 +73,17 @@ def check_weights(model: ModelConfig) -> None:
     that can't be read, and for weights that are missing, left over, or of another shape."""
     found: dict[str, tuple[Path, list[int]]] = {}
     folder = model_folder(model)
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
+    index, paths = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if index.is_file() and not paths[0].is_file():
         names = set(json.loads(index.read_text())["weight_map"].values())
-    paths = [path for name in sorted(names) if (path := folder / name).is_file() or index.is_file()]
+        paths = [folder / name for name in sorted(names)]
+    if absent := [path for path in paths if not path.is_file()]:
+        if index.is_file() and folder == Path(expanduser(model.path)):
+            raise ValueError(
+                f"{absent[0]} is missing, but {index.name} names it: download it again"
+            )
+        paths = []  # of another format, or still to be downloaded
     for path in [*paths, *sorted(folder.glob("*.bin"))]:
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, but {index.name} names it: download it again")
         with path.open("rb") as file:
             if file.read(8) == b"version ":
                 raise ValueError(
@@ -119,17 +134,23 @@ def write_folder(
         {n for n, _ in shell.named_parameters(remove_duplicate=d)} for d in (False, True)
     )
     again = names - unique  # other names of tied weights
-    state = {name: value.to(kind) for name, value in weights.items() if name not in again}
+    state = {n: w.to(kind) if n in names else w for n, w in weights.items() if n not in again}
     shell.save_pretrained(target, state_dict=state)
-    (target / "generation_config.json").unlink(missing_ok=True)
+    (target / GENERATION).unlink(missing_ok=True)
+    other = model.tokenizer_path is not None
     for file in source.iterdir():
-        if file.suffix in COPIED and not file.name.endswith(".index.json"):
+        left_out = file.name.endswith(".index.json") or (other and TOKENIZER.match(file.name))
+        if file.suffix in COPIED and not left_out:
             shutil.copyfile(file, target / file.name)
     config.pop("torch_dtype", None)  # an older name
     config |= {**model.override_config, "dtype": str(kind).removeprefix("torch.")}
+    if other:
+        tokenizer = load_tokenizer(model)
+        tokenizer.save_pretrained(target)
+        ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        config |= ids | {"eos_token_id": stop_token_ids(model)}
+        GenerationConfig(**ids, eos_token_id=stop_token_ids(model)).save_pretrained(target)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if model.tokenizer_path:
-        load_tokenizer(model).save_pretrained(target)
 
 
 def _stored_type(folder: Path) -> torch.dtype:

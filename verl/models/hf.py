@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 from functools import partial
-from os.path import expanduser, isdir
+from os.path import expanduser, isdir, isfile, join
 from typing import Any
 
 import torch
@@ -62,11 +62,9 @@ def check_names(missing: Collection[str], others: Collection[str], lm: Any, path
 
 def load_tokenizer(model: ModelConfig) -> Any:
     """What decides prompts, texts and stopping. Raises: ValueError if there is none."""
-    path, options = (
-        model.tokenizer_path or model.path,
-        {"trust_remote_code": model.trust_remote_code},
-    )
-    found = _load(AutoTokenizer, path, "data.tokenizer", **options)
+    path = model.tokenizer_path or model.path
+    key = "data.tokenizer" if model.tokenizer_path else "actor_rollout_ref.model.path"
+    found = _load(AutoTokenizer, path, key, trust_remote_code=model.trust_remote_code)
     if not found.get_vocab().keys() - {*found.all_special_tokens}:  # made up from nothing
         raise ValueError(f"{path}: no tokenizer there: name another in data.tokenizer")
     return found
@@ -87,7 +85,7 @@ def _load(kind: Any, path: str, key: str = "actor_rollout_ref.model.path", **opt
 
 
 def vocabulary_size(model: ModelConfig) -> int:
-    """Ids that the tokenizer knows; the model may have more, which are never sampled."""
+    """Ids up to the tokenizer's largest; the model may have more, which are never sampled."""
     return max(load_tokenizer(model).get_vocab().values()) + 1
 
 
@@ -102,7 +100,9 @@ def stop_token_ids(model: ModelConfig) -> list[int]:
     path = model.tokenizer_path or model.path
     try:
         named = _load(GenerationConfig, path).eos_token_id
-    except ValueError:  # there is no such file
+    except ValueError:
+        if isfile(join(expanduser(path), "generation_config.json")):
+            raise  # there is one, but it is broken
         config = None if model.tokenizer_path else load_hf_config(model)
         named = config and GenerationConfig.from_model_config(config).eos_token_id
     named = named if isinstance(named, list) else [named]

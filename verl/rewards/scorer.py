@@ -41,6 +41,10 @@ class RewardManager:
         if custom.path is not None:
             self.function_name, key = f"{custom.name} of {custom.path}", "custom_reward_function"
             function = load_function(key, custom.path, custom.name)
+            if twice := {*ARGUMENTS} & custom.reward_kwargs.keys():
+                raise ValueError(
+                    f"{key}.reward_kwargs: {min(twice)} is given with each call: drop it"
+                )
             try:
                 self._taken = taken(function, ARGUMENTS, self._kwargs)
             except TypeError as error:

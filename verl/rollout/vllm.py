@@ -30,7 +30,9 @@ class VLLMEngine(RolloutEngine):
         self, model: ModelConfig, rollout: RolloutConfig, device: str | None, max_model_len: int
     ) -> None:
         """See `RolloutEngine.build`."""
-        os.environ.update(environment(rollout, self.share, self.bundles))
+        size, at = vocabulary_size(model), get_device(device)
+        masked = size < num_embeddings(model)
+        os.environ.update(environment(rollout, self.share, self.bundles, masked))
         from vllm.config.weight_transfer import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
@@ -45,7 +47,6 @@ class VLLMEngine(RolloutEngine):
             raise ValueError(f"{name}, arguments of vLLM: {unknown_key(known, key)[0]}")
         register()
         self.stop_ids, self.max_num_seqs = stop_token_ids(model), rollout.max_num_seqs
-        at = get_device(device)
         dtype = rollout.dtype or default_dtype(at)
         cache = kv_cache_bytes(at, load_hf_config(model), dtype, max_model_len, self.max_num_seqs)
         self.sleeps = rollout.free_cache_engine and current_platform.is_sleep_mode_available()
@@ -74,9 +75,10 @@ class VLLMEngine(RolloutEngine):
             seed=rollout.seed,
             disable_log_stats=True,
         )
-        if (size := vocabulary_size(model)) < num_embeddings(model):
-            arguments["logits_processors"] = [OwnVocabulary]
-            arguments["additional_config"] = {VOCABULARY_SIZE: size}
+        if masked:
+            processors = [OwnVocabulary, *given.get("logits_processors", [])]
+            config = {**given.get("additional_config", {}), VOCABULARY_SIZE: size}
+            given = given | {"logits_processors": processors, "additional_config": config}
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments | given))
 
     def generate(
@@ -159,14 +161,18 @@ class VLLMEngine(RolloutEngine):
             self.asleep = True
 
 
-def environment(rollout: RolloutConfig, share: float, bundles: Sequence[int]) -> dict[str, str]:
-    """Variables that vLLM reads when it is imported."""
+def environment(
+    rollout: RolloutConfig, share: float, bundles: Sequence[int], masked: bool = False
+) -> dict[str, str]:
+    """Variables that vLLM reads when it is imported. `masked`: `OwnVocabulary` is needed."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in our process
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines would all bind to the same core
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if masked:
+        variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # which takes other logits processors
     if rollout.enforce_eager:
         variables["TORCHDYNAMO_DISABLE"] = "1"  # else the first log-probabilities compile
     if rollout.tensor_model_parallel_size > 1:  # where its Ray executor puts vLLM's workers

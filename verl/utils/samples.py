@@ -55,8 +55,8 @@ def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
 
 
 def plain(value: Any) -> Any:
-    """What JSON and UTF-8 can hold, whatever it is: numbers as Python's, keys as text, and of
-    anything else the text."""
+    """What Python's JSON and UTF-8 can hold, whatever it is: numbers as Python's, keys as text, and
+    of anything else the text."""
     value = value.item() if isinstance(value, np.generic) else value
     try:
         if isinstance(value, Mapping):

@@ -37,6 +37,10 @@ def load_function(key: str, path: str, name: str) -> Function:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{key}.path={path} can't be imported: {reason}") from error
+    if module.__file__ != str(file):
+        raise ValueError(
+            f"{key}.path={path}: the folder {file.stem} beside it hides it: rename one"
+        )
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{key}.name={name}: {path} has no function of this name")

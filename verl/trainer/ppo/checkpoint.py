@@ -192,6 +192,8 @@ def find_latest(root: Path) -> Path | None:
     if (last := root / f"global_step_{text}") in found:
         found = found[: found.index(last) + 1]
     else:
+        if text.isdecimal() and len(text) < 10:  # later ones may be of a branch that was left
+            found = [p for p in found if int(p.name.rpartition("_")[2]) <= int(text)] or found
         problems.append(f"{LATEST} names {last.name[:40]!r}, which isn't there")
     for folder in reversed(found):
         if problem := damage(folder):

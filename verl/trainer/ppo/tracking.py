@@ -35,6 +35,7 @@ CONSOLE_COLUMNS = {
     "perf/time_per_step": "{:6.1f} s",
 }
 GENERATIONS = "val/generations"
+HOME = "trainer.default_local_dir"
 LATEST = "latest_checkpointed_iteration.txt"
 RUN_ID = "wandb_run_id"  # file with the id of the run that a folder belongs to
 RUN_FILES = re.compile(
@@ -43,6 +44,7 @@ RUN_FILES = re.compile(
     r"(skipped_step_)?\d+\.parquet"
 )
 """What a run leaves; but math_server.log, to which a server may be writing already."""
+DATA_FILES = re.compile(r"events\.out\.tfevents\..+|\d+\.parquet")  # of it in other folders
 LOCKS: dict[Path, TextIO] = {}  # of the folders that this process writes to
 
 Metrics = Mapping[str, Any]
@@ -81,7 +83,7 @@ class Tracking:
             "TENSORBOARD_DIR": "tensorboard" in names and os.environ.get("TENSORBOARD_DIR"),
         }
         self.folders = {key: Path(f).expanduser() / part for key, f in folders.items() if f}
-        run_id = claim({"trainer.default_local_dir": run_dir} | self.folders, run_id)
+        run_id = claim({HOME: run_dir} | self.folders, run_id)
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(settings))
         self.file = MetricsFile(run_dir / "metrics.jsonl", step)
         board = self.folders.get("TENSORBOARD_DIR", run_dir / "tensorboard")
@@ -350,7 +352,7 @@ def generations_markdown(generations: Generations) -> str:
     return "\n\n".join(parts)
 
 
-def make_folder(path: str | Path, key: str = "trainer.default_local_dir") -> Path:
+def make_folder(path: str | Path, key: str = HOME) -> Path:
     """Makes and locks a folder. Raises: ValueError if it can't, or another run has."""
     folder = Path(path).expanduser().resolve()
     try:
@@ -361,8 +363,9 @@ def make_folder(path: str | Path, key: str = "trainer.default_local_dir") -> Pat
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        remedy = "wait for its end, or give this one a trainer.experiment_name of its own"
-        raise ValueError(f"another run writes to {key}={folder}: {remedy}") from None
+        remedy = "wait for its end, or give this one another"
+        other = " (by another trainer.experiment_name, if that is part of it)" * (key == HOME)
+        raise ValueError(f"another run writes to {key}={folder}: {remedy}{other}") from None
     except OSError as error:  # file systems without locks
         logger.info("%s can't be locked: %s", folder, error)
     return folder
@@ -382,14 +385,16 @@ def claim(folders: Mapping[str, Path], run_id: str) -> str:
     run_id = run_id or token
     for key, path in folders.items():
         folder = make_folder(path, key)
-        left = [file for file in folder.iterdir() if RUN_FILES.fullmatch(file.name)]
-        other = owner(folder)
+        other, pattern = owner(folder), RUN_FILES if key == HOME else DATA_FILES
+        left = [file for file in folder.iterdir() if pattern.fullmatch(file.name)]
+        if key == HOME and not other and not (folder / "metrics.jsonl").exists():
+            left = [file for file in left if file.name.startswith("global_step_")]
         if left and other != run_id and (new or other):
             aside = folder / f"earlier_run_{token}"
             aside.mkdir()
+            (aside / RUN_ID).write_text(other or "")
             for file in sorted(left, key=lambda file: file.name != LATEST):
                 file.rename(aside / file.name)
-            (aside / RUN_ID).write_text(other or "")
             moved.append(str(aside))
         (folder / RUN_ID).write_text(run_id)
     if moved:
