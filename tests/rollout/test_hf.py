@@ -47,7 +47,7 @@ def plain_log_probs(folder: Path, s: Sample, temperature: float) -> np.ndarray:
     ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
     start = len(s.prompt.token_ids) - 1
     with torch.no_grad():
-        logits = model(ids).logits[0, start : start + s.length] / temperature
+        logits = model(ids).logits[0, start : start + s.length, : len(VOCABULARY)] / temperature
     return logits.log_softmax(-1).gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0].numpy()
 
 
