@@ -38,9 +38,9 @@ check() {
 }
 
 shellcheck=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck
-# Four tests at a time: three leave two cores idle for a seventh of the time. On a GPU, which they
-# would share, one after the other.
-selection=(-m "not gpu" -n 4 --dist loadfile --no-loadscope-reorder)
+# Three tests at a time: none keeps two cores busy from start to end. On a GPU, which they would
+# share, one after the other.
+selection=(-m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder)
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   selection=(-m "gpu or not gpu")
 fi

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,10 +224,11 @@ def test_a_stop_ends_what_runs_and_not_what_comes_after(engine: VLLMEngine) -> N
     assert len(generate(engine, PROMPTS, SamplingParams(2, 40))) == 8
 
 
-def test_an_unknown_argument_is_named() -> None:
+def test_an_unknown_argument_is_named(tmp_path: Path) -> None:
+    model = ModelConfig(path=str(make_tiny_model(tmp_path)))
     rollout = RolloutConfig(name="vllm", engine_kwargs=EngineKwargs({"block_sizes": 16}))
     with pytest.raises(ValueError, match=r"vLLM: .*'block_sizes'.* one is 'block_size'"):
-        VLLMEngine().build(ModelConfig(), rollout, "cpu", 64)
+        VLLMEngine().build(model, rollout, "cpu", 64)
 
 
 def test_the_workers_of_a_parallel_engine_get_its_bundles() -> None:
