@@ -27,7 +27,6 @@ from verl.models.hf import (
 
 logger = logging.getLogger(__name__)
 
-GENERATION = "generation_config.json"
 TOKENIZER = re.compile(
     r"tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|generation_"
 )
@@ -136,7 +135,7 @@ def write_folder(
     again = names - unique  # other names of tied weights
     state = {n: w.to(kind) if n in names else w for n, w in weights.items() if n not in again}
     shell.save_pretrained(target, state_dict=state)
-    (target / GENERATION).unlink(missing_ok=True)
+    (target / "generation_config.json").unlink(missing_ok=True)
     other = model.tokenizer_path is not None
     for file in source.iterdir():
         left_out = file.name.endswith(".index.json") or (other and TOKENIZER.match(file.name))
@@ -148,8 +147,9 @@ def write_folder(
         tokenizer = load_tokenizer(model)
         tokenizer.save_pretrained(target)
         ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        config |= ids | {"eos_token_id": stop_token_ids(model)}
-        GenerationConfig(**ids, eos_token_id=stop_token_ids(model)).save_pretrained(target)
+        ids["eos_token_id"] = stop_token_ids(model)
+        config |= ids
+        GenerationConfig(**ids).save_pretrained(target)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

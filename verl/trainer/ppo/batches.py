@@ -8,7 +8,7 @@ and starts it again.
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -295,8 +295,8 @@ def split_groups(samples: list[Sample]) -> list[list[Sample]]:
     return [list(group) for _, group in groupby(samples, key=lambda sample: sample.group)]
 
 
-def has_spread(group: list[Sample], metric: str) -> bool:
-    """Whether the responses of a prompt differ in `metric`: without, every advantage is 0."""
+def has_spread(group: Sequence[Sample], metric: str) -> bool:
+    """Whether responses differ in `metric`. If those of a prompt don't, every advantage is 0."""
     values = [METRICS[metric](sample) for sample in group]
     return not math.isclose(min(values), max(values), rel_tol=1e-6, abs_tol=1e-9)
 

@@ -1,7 +1,6 @@
 """What watches a run: optimizer steps that were skipped, engines that disagree with the actor."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from verl.config.schema import Config
 from verl.protocol import OptimizerStep, Sample
 from verl.rewards.scorer import RewardManager
+from verl.trainer.ppo.batches import has_spread
 from verl.utils.device import default_dtype, get_device
 from verl.utils.samples import write_samples
 
@@ -55,13 +55,12 @@ def count_skipped(
 
 def warn_of_equal_scores(samples: Sequence[Sample], rewards: RewardManager) -> None:
     """Warns if no response has another score than the others: nothing could be learned."""
-    scores = [sample.score for sample in samples]
-    if math.isclose(min(scores), max(scores), rel_tol=1e-6, abs_tol=1e-9):
+    if not has_spread(samples, "score"):
         text = "all %d responses of the first step have the score %g: nothing can be learned from "
         text += "them. Two of them:\n%s"
         texts = [text or "(empty)" for text in rewards.texts([samples[0], samples[-1]])]
         shown = f"\n{60 * '-'}\n".join(["", *texts, ""])
-        logger.warning(text, len(samples), scores[0], shown.strip("\n"))
+        logger.warning(text, len(samples), samples[0].score, shown.strip("\n"))
 
 
 def warn_of_disagreement(config: Config, metrics: Mapping[str, Any]) -> None:
