@@ -6,7 +6,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Job:
 
     def __init__(self, settings: list[str], folder: Path, *overrides: str) -> None:
         self.folder, self.mark = folder, uuid.uuid4().hex
+        self._known: dict[psutil.Process, bool] = {}  # all that were seen: whether it is a part
         self.log_file = folder.with_name(f"{folder.name}-{self.mark}.log")
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
@@ -64,27 +65,21 @@ class Job:
 
     def processes(self) -> list[psutil.Process]:
         """All that belong to it and live."""
-        found = []
         for process in psutil.process_iter():
-            try:
-                if (
-                    process.environ().get("TEST_JOB") == self.mark
-                    and process.status() != psutil.STATUS_ZOMBIE
-                ):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+            if process not in self._known:  # it has its mark, or not, from its start
+                try:
+                    self._known[process] = process.environ().get("TEST_JOB") == self.mark
+                except psutil.Error:
+                    continue
+        return [process for process, mine in self._known.items() if mine and alive(process)]
 
     def find(self, text: str) -> list[psutil.Process]:
         """Those of its processes whose command line holds `text`."""
         found = []
         for process in self.processes():
-            try:
+            with suppress(psutil.Error):
                 if text in " ".join(process.cmdline()):
                     found.append(process)
-            except psutil.Error:
-                continue
         return found
 
     def kill(self, text: str, choose: Callable[[list[Any]], Any] = lambda found: found[0]) -> bool:
@@ -114,6 +109,13 @@ class Job:
         while left := set(self.processes()) - set(self.find(but) if but else ()):
             assert time.monotonic() < deadline, left
             time.sleep(0.1)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 @contextmanager

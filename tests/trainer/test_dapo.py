@@ -13,8 +13,10 @@ import pytest
 import ray
 from transformers import AutoTokenizer
 
+from tests.helpers import ROOT
 from tests.trainer.test_main_ppo import read
 from verl.config.load import load_config
+from verl.trainer import main_ppo
 from verl.trainer.ppo.batches import sampling
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
@@ -77,18 +79,12 @@ def start(settings: list[str], folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    with process:
-        _, log = process.communicate(timeout=300)
-    assert process.returncode == 0, log
-    return log
-
-
 @pytest.fixture(scope="module")
 def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    log = finish(start(settings, folder))
-    assert "prompts kept: " in log
+    with start(settings, folder) as process:
+        _, log = process.communicate(timeout=300)
+    assert process.returncode == 0 and "prompts kept: " in log, log
     return folder
 
 
@@ -107,7 +103,7 @@ def test_it_learns_with_the_filter_on(finished: Path) -> None:
 
 
 def test_a_killed_run_goes_on_with_what_it_carried(
-    settings: list[str], finished: Path, tmp_path: Path
+    settings: list[str], finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     latest = tmp_path / "latest_checkpointed_iteration.txt"
     with start(settings, tmp_path) as process:
@@ -117,8 +113,10 @@ def test_a_killed_run_goes_on_with_what_it_carried(
         os.killpg(process.pid, signal.SIGKILL)
     saved = latest.read_text()
     assert pq.read_metadata(tmp_path / f"global_step_{saved}" / "carried.parquet").num_rows
-    log = finish(start(settings, tmp_path))
-    assert f"resuming from {tmp_path}/global_step_{saved}" in log
+    caplog.set_level("INFO")
+    overrides = [*settings, f"trainer.default_local_dir={tmp_path}"]
+    main_ppo.run(load_config(overrides, "dapo_trainer", ROOT / "recipe/dapo/config"))
+    assert f"resuming from {tmp_path}/global_step_{saved}" in caplog.text
     assert read(tmp_path) == read(finished)
 
 

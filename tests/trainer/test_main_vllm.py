@@ -19,9 +19,13 @@ VLLM = (
 )
 
 
-def test_two_ranks_and_two_engines(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
-    done = run(settings, *VLLM, f"trainer.default_local_dir={tmp_path}")
-    assert "is not the actor's model" not in done.stdout + done.stderr
+def test_two_ranks_and_two_engines(
+    settings: list[str],  # noqa: F811
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run(settings, *VLLM, f"trainer.default_local_dir={tmp_path}")
+    assert "is not the actor's model" not in "".join(capfd.readouterr())
     steps = read(tmp_path)
     assert [line["step"] for line in steps] == [0, 1, 2, 3, 4]
     assert steps[4]["critic/score/mean"] > 3 * steps[1]["critic/score/mean"]
@@ -42,9 +46,13 @@ SPLIT = (
 )
 
 
-def test_split_and_one_step_ahead(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
-    done = run(settings, *SPLIT, f"trainer.default_local_dir={tmp_path}")
-    assert "is not the actor's model" not in done.stdout + done.stderr
+def test_split_and_one_step_ahead(
+    settings: list[str],  # noqa: F811
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run(settings, *SPLIT, f"trainer.default_local_dir={tmp_path}")
+    assert "is not the actor's model" not in "".join(capfd.readouterr())
     steps = read(tmp_path)
     ages = [(line["rollout/policy_age_mean"], line["rollout/policy_age_max"]) for line in steps[1:]]
     assert ages == [(0, 0), *[(1, 1)] * 5]

@@ -15,6 +15,7 @@ def test_two_nodes_train_and_resume_like_one(
     finished: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As the scripts start it: from any folder, with the code in PYTHONPATH."""
     monkeypatch.chdir(tmp_path)
@@ -23,7 +24,8 @@ def test_two_nodes_train_and_resume_like_one(
         monkeypatch.setenv("PYTHONPATH", str(ROOT))  # which the nodes don't have
         monkeypatch.setenv("RAY_ADDRESS", address)
         run(settings, *here, "trainer.total_training_steps=2")
-        resumed = run(settings, *here)
+        caplog.set_level("INFO")
+        run(settings, *here)
         ray.init(logging_level="warning")
         nodes: dict[tuple[str, str], set[str]] = {}
         for actor in actors().values():
@@ -31,7 +33,7 @@ def test_two_nodes_train_and_resume_like_one(
             pair.add(actor["Address"]["NodeID"])
     assert len(nodes) == 4  # actors and engines of both runs
     assert all(len(pair) == 2 for pair in nodes.values())
-    assert "resuming from" in resumed.stderr
+    assert "resuming from" in caplog.text
     steps = read(Path("two"))
     assert [step["step"] for step in steps] == [0, 1, 2, 3, 4]
     assert steps == read(finished)
