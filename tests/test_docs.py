@@ -62,7 +62,7 @@ def test_the_task_of_your_own_runs(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(REPO / "examples")
     commands = re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[0]
     script = commands.replace(".venv/bin/python", sys.executable).rstrip()
-    script += " trainer.total_training_steps=2"
+    script += " trainer.total_training_steps=2 trainer.n_gpus_per_node=1"
     environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         ["bash", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, text=True

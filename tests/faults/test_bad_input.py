@@ -173,7 +173,8 @@ def test_a_reward_function_that_hangs_costs_no_step(
     folder, flag, code = tmp_path / "run", tmp_path / "training", path.read_text()
     code = code.replace("    share =", "    if FLAG.exists(): time.sleep(3600)\n    share =", 1)
     path.write_text(f"import time\nfrom pathlib import Path\nFLAG = Path({str(flag)!r})\n{code}")
-    with job(settings, folder, "trainer.save_freq=4", "custom_reward_function.timeout_s=2") as hung:
+    overrides = ("trainer.save_freq=4", "trainer.n_gpus_per_node=1")
+    with job(settings, folder, *overrides, "custom_reward_function.timeout_s=2") as hung:
         hung.until_step(1)
         flag.touch()
         log = hung.end(1)

@@ -124,6 +124,7 @@ def test_an_engine_that_dies_loses_and_doubles_nothing(
     assert restarted == [0, 1]
 
 
+@pytest.mark.parametrize("workers", ["hf"], indirect=True)
 def test_an_engine_that_died_idle_gets_weights_before_it_is_asked(
     workers: tuple[WorkerGroup, EnginePool], expected: list
 ) -> None:

@@ -1,6 +1,5 @@
 """`-m`: one run for each value, checked before the first starts, each in a process of its own."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,8 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -124,18 +121,23 @@ def test_several_values_need_the_option() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "option"),
-    [("verl.trainer.main_ppo", "-m"), ("recipe.dapo.main_dapo", "--multirun")],
+    ("module", "option", "name"),
+    [
+        ("verl.trainer.main_ppo", "-m", "gsm8k"),
+        ("recipe.dapo.main_dapo", "--multirun", "gsm8k"),
+        ("verl.trainer.main_sft", "-m", "warm-up"),
+    ],
 )
-def test_dry_run_prints_a_document_for_each(module: str, option: str) -> None:
-    process = start(module, "data.seed=1,2", option, "data.shuffle=False", DRY_RUN="quiet")
+def test_dry_run_prints_a_document_for_each(module: str, option: str, name: str) -> None:
+    shuffle = "data.shuffle=False"
+    process = start(module, "data.seed=1,2", option, shuffle, DRY_RUN="quiet")
     out, err = process.communicate()
     documents = list(yaml.safe_load_all(out))
     assert [d["data"]["seed"] for d in documents] == [1, 2]
     assert not any(d["data"]["shuffle"] for d in documents)
     names = [d["trainer"]["default_local_dir"].split("/")[-1] for d in documents]
-    assert names == ["gsm8k-seed-1", "gsm8k-seed-2"]
-    assert process.returncode == 0 and "[2/2] gsm8k-seed-2\n" in err
+    assert names == [f"{name}-seed-1", f"{name}-seed-2"]
+    assert process.returncode == 0 and f"[2/2] {name}-seed-2\n" in err
 
 
 def test_a_run_that_fails_does_not_stop_the_others(sleeper: Path) -> None:
@@ -162,25 +164,3 @@ def test_a_signal_ends_the_run_and_the_sweep(sleeper: Path, number: int) -> None
     assert time.monotonic() - began < 60 and out == ""
     assert process.returncode == 128 + number
     assert err.splitlines()[-1] == "  not started  gsm8k-seed-601"
-
-
-def test_two_warm_ups(tiny_model: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": f"{i} + 1 =", "response": f"{i + 1}"} for i in range(1, 9)]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "sft.parquet")
-    process = start(
-        "verl.trainer.main_sft",
-        f"data.train_files={tmp_path}/sft.parquet",
-        f"model.path={tiny_model}",
-        "data.train_batch_size=8",
-        "trainer.total_training_steps=1",
-        "trainer.n_gpus_per_node=1",
-        "trainer.device=cpu",
-        f"trainer.default_local_dir={tmp_path}/${{trainer.experiment_name}}",
-        "-m",
-        "optim.lr=0.01,0.001",
-    )
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    for rate in "0.01", "0.001":
-        lines = (tmp_path / f"warm-up-lr-{rate}" / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [1]

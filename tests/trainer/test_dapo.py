@@ -122,6 +122,7 @@ def test_a_killed_run_goes_on_with_what_it_carried(
 
 def test_closing_a_generation_frees_the_engines(settings: list[str], tmp_path: Path) -> None:
     overrides = [
+        "trainer.n_gpus_per_node=1",
         "data.max_response_length=200",
         "actor_rollout_ref.rollout.ignore_eos=True",
         "actor_rollout_ref.rollout.max_num_seqs=8",
@@ -135,17 +136,15 @@ def test_closing_a_generation_frees_the_engines(settings: list[str], tmp_path: P
         trainer.start_workers()
         list(trainer.batches.generate(prompts[:2], [0, 1], params))  # warm
         began = time.monotonic()
-        stream = trainer.batches.generate(
-            prompts, list(range(96)), params
-        )  # each engine: 48 times 8
+        stream = trainer.batches.generate(prompts, list(range(96)), params)  # 96 times 8
         assert len(next(stream)) == 8
-        one_of_48 = time.monotonic() - began
+        one_of_96 = time.monotonic() - began
         stream.close()
         samples = [
             s for part in trainer.batches.generate(prompts[:2], [0, 1], params) for s in part
         ]
         assert len(samples) == 16
-        assert time.monotonic() - began < 20 * one_of_48
+        assert time.monotonic() - began < 40 * one_of_96
     finally:
         trainer.close()
         ray.shutdown()
