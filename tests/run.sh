@@ -30,11 +30,12 @@ if ! "$MATH_SERVER_PYTHON" -c 'import math_verify, pytest' 2>/dev/null; then
   exit 1
 fi
 
-failed=()
+printed=$(mktemp -d)
+trap 'rm -rf "$printed"' EXIT
 # check NAME COMMAND…: goes on after a failure, so that one run shows them all.
 check() {
   printf '== %s\n' "$1"
-  "${@:2}" || failed+=("$1")
+  "${@:2}" || echo "failed: $1" >>"$printed/failed"
 }
 
 shellcheck=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck
@@ -47,15 +48,20 @@ fi
 
 check "ruff check" "$PYTHON" -m ruff check .
 check "ruff format" "$PYTHON" -m ruff format --check .
-check mypy "$PYTHON" -m mypy
-check shellcheck find . \( -name '.venv*' -o -name outputs \) -prune -o \
-  \( -name '*.sh' -o -path ./.ci/run \) -exec "$shellcheck" -x -P SCRIPTDIR {} +
+# What keeps one core busy runs beside the trainer's tests, which don't keep two busy all the time.
+{
+  check mypy "$PYTHON" -m mypy
+  check shellcheck find . \( -name '.venv*' -o -name outputs \) -prune -o \
+    \( -name '*.sh' -o -path ./.ci/run \) -exec "$shellcheck" -x -P SCRIPTDIR {} +
+  check "pytest of the LaTeX server" "$MATH_SERVER_PYTHON" -m pytest \
+    --confcutdir=tests/server tests/server
+} >"$printed/beside" 2>&1 &
 check pytest "$PYTHON" -m pytest "${selection[@]}" --durations=15 "$@"
+wait
+cat "$printed/beside"
 check "pytest of vLLM" "$PYTHON" -m pytest tests/vllm
-check "pytest of the LaTeX server" "$MATH_SERVER_PYTHON" -m pytest \
-  --confcutdir=tests/server tests/server
 
-if ((${#failed[@]})); then
-  printf 'failed: %s\n' "${failed[@]}"
+if [[ -f $printed/failed ]]; then
+  cat "$printed/failed"
   exit 1
 fi
