@@ -150,6 +150,7 @@ def configure(responses: int, ranks: int) -> Config:
             f"actor_rollout_ref.rollout.n={PER_PROMPT}",
             "actor_rollout_ref.rollout.max_num_seqs=256",
             f"trainer.n_gpus_per_node={ranks}",
+            "trainer.device=cpu",
         ]
     )
 
@@ -226,13 +227,10 @@ def run_steps(responses: int, ranks: int, repeats: int) -> None:
     prompts = make_prompts(responses // PER_PROMPT)
     slots = reserve_devices(1, ranks, "cpu")
     actor = WorkerGroup(Actor, slots, "cpu", [()] * ranks)
-    model = config.actor_rollout_ref
-    engines = EnginePool(Engine, slots, "cpu", 0.5, model.model, model.rollout, 2 * LONGEST)
+    engines = EnginePool(Engine, slots, config, 0.5)
     engines.wait_ready()
     trainer = make_trainer(config, actor)
-    rewards = RewardManager(
-        config.reward_model, config.custom_reward_function, Tokenizer(), LONGEST
-    )
+    rewards = RewardManager(config, Tokenizer())
     stages = Stages()
     gc.freeze()  # as `start_workers` does
     with tempfile.TemporaryDirectory() as folder:

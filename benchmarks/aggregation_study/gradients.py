@@ -131,9 +131,7 @@ def measure(config_yaml: str, model_path: str, batches: int, seed: int, name: st
     engine = HFEngine()
     engine.build(model, rollout, "cpu", longest)
     policy = PolicyModel(load_hf_model(model, torch.float32))
-    rewards = RewardManager(
-        config.reward_model, config.custom_reward_function, tokenizer, data.max_response_length
-    )
+    rewards = RewardManager(config, tokenizer)
 
     def draw(number: int) -> list[Sample]:
         rng = np.random.default_rng([seed, number])

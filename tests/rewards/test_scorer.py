@@ -7,7 +7,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from verl.config.schema import CustomRewardConfig, OverlongBufferConfig, RewardModelConfig
+from verl.config.schema import (
+    Config,
+    CustomRewardConfig,
+    OverlongBufferConfig,
+    RewardModelConfig,
+)
 from verl.protocol import Prompt, Sample
 from verl.rewards import RewardError, compute_score
 from verl.rewards.scorer import RewardManager, overlong_penalty
@@ -43,12 +48,12 @@ def custom(tmp_path, code: str, name: str = "compute_score") -> CustomRewardConf
 
 
 def manager(config=None, function=None, max_response_length=100) -> RewardManager:
-    return RewardManager(
-        config or RewardModelConfig(),
-        function or CustomRewardConfig(),
-        TOKENIZER,
-        max_response_length,
+    whole = Config(
+        reward_model=config or RewardModelConfig(),
+        custom_reward_function=function or CustomRewardConfig(),
     )
+    whole.data.max_response_length = max_response_length
+    return RewardManager(whole, TOKENIZER)
 
 
 def test_built_in_rule():

@@ -13,7 +13,7 @@ import ray
 
 from tests.rollout.test_hf import make_prompts
 from verl.cluster import WorkerGroup, reserve_devices, start_ray
-from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
+from verl.config.schema import Config, FSDPConfig, ModelConfig, OptimConfig, TrainerConfig
 from verl.models.policy import PolicyWorker
 from verl.protocol import Sample
 from verl.rollout.engine import ENGINES, SamplingParams, engine_class
@@ -24,6 +24,14 @@ from verl.weight_sync import WeightSync
 PROMPTS = make_prompts([3, 9, 5, 4, 6, 8, 7, 3, 5])
 NUMBERS = list(range(len(PROMPTS)))
 PARAMS = SamplingParams(3, 60, seed=(7, 1))
+
+
+def make_config(model: Path) -> Config:
+    """Engines of this model, for sequences of at most 80 tokens."""
+    config = Config(trainer=TrainerConfig(device="cpu"))
+    config.actor_rollout_ref.model = ModelConfig(path=str(model))
+    config.data.max_prompt_length, config.data.max_response_length = 20, 60
+    return config
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -39,9 +47,10 @@ def workers(
     slots = reserve_devices(1, 2, "cpu")
     actor = WorkerGroup(PolicyWorker, slots[:1], "cpu", [("cpu",)])
     actor.connect()
-    model, rollout = ModelConfig(path=str(tiny_model)), RolloutConfig(max_num_seqs=12)
-    actor.call("build", model, FSDPConfig(), OptimConfig(), 10)
-    engines = EnginePool(engine, slots, "cpu", 0.5, model, rollout, 80)
+    config = make_config(tiny_model)
+    config.actor_rollout_ref.rollout.max_num_seqs = 12
+    actor.call("build", config.actor_rollout_ref.model, FSDPConfig(), OptimConfig(), 10)
+    engines = EnginePool(engine, slots, config, 0.5)
     engines.wait_ready()
     yield actor, engines
     ray.shutdown()
@@ -175,8 +184,8 @@ class Doomed(HFEngine):
 
 @pytest.mark.parametrize("workers", ["hf"], indirect=True)
 def test_an_engine_that_always_dies_ends_the_run(engines: EnginePool, tiny_model: Path) -> None:
-    model, slots = ModelConfig(path=str(tiny_model)), reserve_devices(1, 1, "cpu", timeout_s=30)
-    doomed = EnginePool(Doomed, slots, "cpu", 0.5, model, RolloutConfig(), 80)
+    slots = reserve_devices(1, 1, "cpu", timeout_s=30)
+    doomed = EnginePool(Doomed, slots, make_config(tiny_model), 0.5)
     with pytest.raises(ray.exceptions.RayActorError):
         list(doomed.generate(PROMPTS[:1], [0], PARAMS))
 

@@ -26,7 +26,6 @@ from verl.trainer.ppo.batches import (
     has_spread,
     mini_batches,
     sampling,
-    score_while_generating,
     split_groups,
 )
 from verl.utils.samples import read_samples, write_samples
@@ -93,13 +92,7 @@ def make_config(**filter_groups) -> Config:
 
 
 def make_batches(config: Config, engine: Engine, count: int = 16) -> Batches:
-    rewards = RewardManager(
-        config.reward_model,
-        config.custom_reward_function,
-        TOKENIZER,
-        config.data.max_response_length,
-    )
-    batches = Batches(config, prompts(count), rewards)
+    batches = Batches(config, prompts(count), RewardManager(config, TOKENIZER))
     batches.connect_engines(engine, lambda: None)
     return batches
 
@@ -367,10 +360,9 @@ def test_an_error_of_a_prompt_that_is_needed_is_raised(engine, enable):
 def test_every_error_of_a_validation_is_raised(engine):
     config = make_config()
     batches = failing(make_batches(config, engine(all_mixed)), 15)
-    generated = batches.generate(batches.prompts, range(16), sampling(config, 1, True))
+    batches.val_prompts = batches.prompts
     with pytest.raises(RewardError, match="row 15"):
-        for _, scores in score_while_generating(generated, batches.rewards, Timer()):
-            scores.result()
+        batches.validation(1)
 
 
 class Together(Engine):

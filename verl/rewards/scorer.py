@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from verl.config.schema import CustomRewardConfig, OverlongBufferConfig, RewardModelConfig
+from verl.config.schema import Config, OverlongBufferConfig
 from verl.protocol import Prompt, Sample
 from verl.rewards import MATH_SOURCES, RULES, RewardError, RewardServerError, compute_score
 from verl.rewards.math import MathClient, reference
@@ -24,17 +24,11 @@ ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")  # ver
 class RewardManager:
     """Scores samples in the background, while the driver waits for the next ones."""
 
-    def __init__(
-        self,
-        config: RewardModelConfig,
-        custom: CustomRewardConfig,
-        tokenizer: Any,
-        max_response_length: int,
-    ) -> None:
-        """`max_response_length`: in tokens. Raises: as `load_function`, for a custom function."""
-        self.config, self.tokenizer = config, tokenizer
-        self.max_response_length = max_response_length
-        self.math = MathClient(config.math_server)
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        """Raises: as `load_function`, for a custom function."""
+        self.config, custom = config.reward_model, config.custom_reward_function
+        self.tokenizer, self.max_response_length = tokenizer, config.data.max_response_length
+        self.math = MathClient(self.config.math_server)
         self.custom: UserFunction | None = None
         self._taken, self._kwargs = [*ARGUMENTS], custom.reward_kwargs
         self.function_name = "verl.rewards.compute_score"
@@ -50,7 +44,7 @@ class RewardManager:
             except TypeError as error:
                 how = f"it is called by name, with {', '.join([*ARGUMENTS, *self._kwargs])}"
                 raise ValueError(f"{key}.name={custom.name}: {error}; {how}") from None
-            self.custom = UserFunction(key, function, config.num_workers, custom.timeout_s)
+            self.custom = UserFunction(key, function, self.config.num_workers, custom.timeout_s)
         self._loop, self._thread = start_event_loop("rewards")
 
     def connect(self, prompts: Sequence[Prompt], folder: Path) -> None:

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from verl.cluster import CONTROL, MAX_DEATHS, Slots, WorkerGroup, despite_deaths
-from verl.config.schema import ModelConfig, RolloutConfig
+from verl.config.schema import Config
 from verl.protocol import Prompt, Sample
 from verl.rollout.engine import RolloutEngine, SamplingParams
 
@@ -33,17 +33,12 @@ class EnginePool(WorkerGroup):
     """One engine per `tensor_model_parallel_size` slots."""
 
     def __init__(
-        self,
-        cls: type[RolloutEngine],
-        slots: Slots,
-        device: str | None,
-        share: float,
-        model: ModelConfig,
-        rollout: RolloutConfig,
-        max_model_len: int,
+        self, cls: type[RolloutEngine], slots: Slots, config: Config, share: float
     ) -> None:
         """Starts the engines' processes, each with `share` of its devices."""
-        self.max_num_seqs = rollout.max_num_seqs
+        model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+        device, self.max_num_seqs = config.trainer.device, rollout.max_num_seqs
+        max_model_len = config.data.max_prompt_length + config.data.max_response_length
         self.ranks = rollout.tensor_model_parallel_size if cls.parallel else 1
         first = slots[:: self.ranks]
         self.settings = model, rollout, device, max_model_len

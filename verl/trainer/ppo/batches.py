@@ -7,12 +7,11 @@ and starts it again.
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby, islice
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -78,9 +77,7 @@ class Batches:
     def from_config(cls, config: Config, tokenizer: Any) -> Self:
         """With the configuration's prompts and reward function. Raises: ValueError or OSError."""
         data, trainer = config.data, config.trainer
-        rewards = RewardManager(
-            config.reward_model, config.custom_reward_function, tokenizer, data.max_response_length
-        )
+        rewards = RewardManager(config, tokenizer)
         size, prompts = num_embeddings(config.actor_rollout_ref.model), []
         if not trainer.val_only:
             prompts = load_prompts(data.train_files, data, tokenizer, size)
@@ -121,16 +118,13 @@ class Batches:
             self.prefetched.exception()  # waits until the engines are idle
         if self.config.trainer.async_rollout:
             self.update_engines()
-        numbers = list(range(len(self.val_prompts)))
-        size = self.config.data.val_batch_size or len(numbers)
+        size = self.config.data.val_batch_size or len(self.val_prompts)
         params = sampling(self.config, step, validation=True)
         samples: list[Sample] = []
-        for start in range(0, len(numbers), size):
-            part = slice(start, start + size)
-            generated = self.generate(self.val_prompts[part], numbers[part], params)
-            scored = score_while_generating(generated, self.rewards, Timer())
-            samples += [sample for _, scores in scored for sample in scores.result()]
-        return sorted(samples, key=lambda s: (s.group, s.response_index))
+        for first in range(0, len(self.val_prompts), size):
+            prompts = self.val_prompts[first : first + size]
+            samples += chain.from_iterable(self.scored(prompts, first, params, Timer()))
+        return samples
 
     def state(self) -> BatchesState:
         """What a resumed run needs; waits for the batch that is being prefetched."""
@@ -167,42 +161,38 @@ class Batches:
     def _filtered(self, step: int, timer: Timer) -> TrainBatch:
         """Rounds of generation until enough groups have spread, those carried over first."""
         rule, needed = self.config.algorithm.filter_groups, self.config.data.train_batch_size
-        kept, carried = list(self.carried), len(self.carried)
+        kept = list(self.carried)
         most = needed * 2 if rule.carry_over else needed  # what this step and the next can use
         outcomes, rounds = Outcomes(str(rule.metric), len(self.prompts)), 0
         while len(kept) < needed and not (rounds and rounds == rule.max_num_gen_batches):
             with closing(self._round(step, rounds, timer)) as groups:
-                for group in groups:
-                    if outcomes.add(group):
-                        kept.append(group)
-                        if len(kept) == most:
-                            break
+                kept += islice(filter(outcomes.add, groups), most - len(kept))
             rounds += 1
-            enough = min(len(kept), needed)
+            surplus = max(0, len(kept) - needed)
             text = "prompts kept: %d of %d, surplus: %d"
-            logger.info(text, enough, needed, len(kept) - enough)
-        usable = self._usable(len(kept), carried, rounds, outcomes)
-        fresh = [group for group in kept[usable:] if group[0].policy_version >= step - 1]
-        self.carried = fresh if rule.carry_over else []
+            logger.info(text, len(kept) - surplus, needed, surplus)
+        usable = self._usable(len(kept), rounds, outcomes)
         for number, group in enumerate(kept[:usable]):
             for sample in group:
                 sample.group = number
         metrics = {
             "train/num_gen_batches": float(rounds),
             "train/num_prompts": float(usable),
-            "train/carried_prompts": float(min(carried, usable)),
+            "train/carried_prompts": float(min(len(self.carried), usable)),
+            **outcomes.shares(),
         }
-        metrics |= outcomes.metrics(len(kept) - carried)
+        fresh = [group for group in kept[usable:] if group[0].policy_version >= step - 1]
+        self.carried = fresh if rule.carry_over else []
         return TrainBatch([sample for group in kept[:usable] for sample in group], metrics)
 
-    def _usable(self, kept: int, carried: int, rounds: int, outcomes: "Outcomes") -> int:
+    def _usable(self, kept: int, rounds: int, outcomes: "Outcomes") -> int:
         """How many of the kept groups this step trains on: whole mini-batches."""
         needed = self.config.data.train_batch_size
         mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
         usable = min(kept // mini * mini, needed)
         if not usable:
             raise ValueError(
-                f"algorithm.filter_groups kept {kept - carried} of {outcomes.total} prompts in "
+                f"algorithm.filter_groups kept {outcomes.kept} of {outcomes.total} prompts in "
                 f"{rounds} rounds, less than one mini-batch of {mini}: all responses to the others "
                 f"had the same {outcomes.metric} ({outcomes}). Take easier or harder prompts, a "
                 "larger actor_rollout_ref.rollout.n or max_num_gen_batches"
@@ -213,23 +203,42 @@ class Batches:
         return usable
 
     def _round(self, step: int, round_: int, timer: Timer) -> Generator[list[Sample], None, None]:
-        """Every response to the next prompts, scored: the groups in the order of the prompts, as
-        soon as they are complete. Closing it stops the engines. A reward's error is raised at its
-        group's turn: when responses are finished doesn't decide whether a run fails."""
+        """All responses to the next prompts (see `scored`); no two rounds share a group."""
         prompts = [self.prompts[i] for i in self.order.next_batch()]
-        numbers = [round_ * len(prompts) + i for i in range(len(prompts))]
-        generated = self.generate(prompts, numbers, sampling(self.config, step))
-        waiting: dict[int, list[tuple[Sample, Future[Any]]]] = {number: [] for number in numbers}
-        n = self.config.actor_rollout_ref.rollout.n
-        with closing(score_while_generating(generated, self.rewards, timer)) as scored:
-            for samples, scores in scored:
-                waiting[samples[0].group] += [(sample, scores) for sample in samples]
-                while waiting and len(waiting[first := next(iter(waiting))]) == n:
-                    group = sorted(waiting.pop(first), key=lambda pair: pair[0].response_index)
-                    for _, scores in group:
-                        scores.result()
-                    yield [sample for sample, _ in group]
-        assert not waiting, "an engine left responses out"
+        return self.scored(prompts, round_ * len(prompts), sampling(self.config, step), timer)
+
+    def scored(
+        self, prompts: list[Prompt], first: int, params: SamplingParams, timer: Timer
+    ) -> Generator[list[Sample], None, None]:
+        """The responses to these prompts, whose groups are numbered from `first`: in this order, a
+        group as soon as it is complete and scored. Closing it ends generation and scoring. A
+        reward's error is raised at its group's turn: when responses are finished doesn't decide
+        whether a run fails."""
+        numbers = list(range(first, first + len(prompts)))
+        scoring: list[list[Future[list[Sample]]]] = [[] for _ in prompts]
+        generated, more = self.generate(prompts, numbers, params), True
+
+        def complete(scores: list[Future[list[Sample]]]) -> bool:
+            done = all(part.done() for part in scores)
+            return done and sum(len(part.result()) for part in scores) == params.n
+
+        try:
+            for scores in scoring:
+                while more and not complete(scores):
+                    with timer("gen"):
+                        finished = next(generated, None)
+                    more = finished is not None
+                    for samples in split_groups(finished or []):
+                        scoring[samples[0].group - first].append(self.rewards.submit(samples))
+                with timer("reward"):
+                    wait(scores)
+                assert complete(scores), "an engine left responses out"
+                group = chain.from_iterable(part.result() for part in scores)
+                yield sorted(group, key=lambda sample: sample.response_index)
+        finally:
+            generated.close()
+            for part in chain.from_iterable(scoring):
+                part.cancel()
 
 
 class Outcomes:
@@ -237,57 +246,29 @@ class Outcomes:
 
     def __init__(self, metric: str, num_prompts: int) -> None:
         self.metric, self.num_prompts = metric, num_prompts
-        self.total = self.right = self.wrong = self.without_spread = 0
+        self.total = self.kept = self.right = self.wrong = self.without_spread = 0
 
     def add(self, group: list[Sample]) -> bool:
         """Counts one group; whether its responses differ in `metric`."""
-        accuracies = {sample.extras["acc"] for sample in group}
+        accuracies, kept = {s.extras["acc"] for s in group}, has_spread(group, self.metric)
         self.total += 1
+        self.kept += kept
         self.right += accuracies == {1}
         self.wrong += accuracies == {0}
-        if has_spread(group, self.metric):
-            self.without_spread = 0
-            return True
-        self.without_spread += 1
-        if self.without_spread % self.num_prompts == 0:
+        self.without_spread = 0 if kept else self.without_spread + 1
+        if self.without_spread and self.without_spread % self.num_prompts == 0:
             text = "algorithm.filter_groups kept none of %d prompts, as many as there are: %s"
             logger.warning(text, self.num_prompts, str(self))
-        return False
+        return kept
 
-    def metrics(self, kept: int) -> dict[str, float]:
-        """Shares of the groups that were kept, all right and all wrong."""
-        shares = {"kept_prompts": kept, "all_right": self.right, "all_wrong": self.wrong}
-        return {f"train/{k}_ratio": v / self.total for k, v in shares.items() if self.total}
+    def shares(self) -> dict[str, float]:
+        """Metrics: of all groups those that were kept, all right and all wrong."""
+        counts = {"kept_prompts": self.kept, "all_right": self.right, "all_wrong": self.wrong}
+        return {f"train/{k}_ratio": n / self.total for k, n in counts.items() if self.total}
 
     def __str__(self) -> str:
         right, wrong = self.right / self.total, self.wrong / self.total
         return f"{right:.0%} of the prompts all right, {wrong:.0%} all wrong"
-
-
-def score_while_generating(
-    generated: Generator[list[Sample], None, None], rewards: RewardManager, timer: Timer
-) -> Generator[tuple[list[Sample], Future[Any]], None, None]:
-    """The generated samples as they come, a prompt's at a time, with a future that is done: its
-    `result()` raises the error if they have no scores. Closing it closes `generated`, and cancels
-    what is still being scored."""
-    scoring: deque[tuple[list[Sample], Future[Any]]] = deque()
-    try:
-        with closing(generated):
-            while True:
-                with timer("gen"):
-                    finished = next(generated, None)
-                if finished is None:
-                    break
-                scoring += [(group, rewards.submit(group)) for group in split_groups(finished)]
-                while scoring and scoring[0][1].done():
-                    yield scoring.popleft()
-        while scoring:
-            with timer("reward"):
-                wait([scoring[0][1]])
-            yield scoring.popleft()
-    finally:
-        for _, scores in scoring:
-            scores.cancel()
 
 
 def split_groups(samples: list[Sample]) -> list[list[Sample]]:

@@ -48,10 +48,7 @@ class Workers:
             engine_slots = [slot for i, slot in enumerate(slots) if i % per_node >= ranks]
         arguments = [(device,)] * len(actor_slots)
         self.actor = WorkerGroup(PolicyWorker, actor_slots, device, arguments, share)
-        length = config.data.max_prompt_length + config.data.max_response_length
-        self.engines = EnginePool(
-            engine, engine_slots, device, share, model.model, model.rollout, length
-        )
+        self.engines = EnginePool(engine, engine_slots, config, share)
         transfer = model.rollout.weight_transfer or default_weight_transfer(
             device, engine.transfers, not self.colocated
         )
