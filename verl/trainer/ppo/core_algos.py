@@ -1,18 +1,7 @@
 """The names by which users of verl know the maths of a step; it stands in `verl.algorithms`."""
+# ruff: noqa: F401
 
 from verl.algorithms.advantages import ADVANTAGES, advantages
 from verl.algorithms.kl import KL_ESTIMATORS, adapted_kl_coef, kl_divergence
 from verl.algorithms.losses import policy_loss, rollout_is_weights
 from verl.algorithms.weights import WEIGHTS, response_weights
-
-__all__ = [
-    "ADVANTAGES",
-    "KL_ESTIMATORS",
-    "WEIGHTS",
-    "adapted_kl_coef",
-    "advantages",
-    "kl_divergence",
-    "policy_loss",
-    "response_weights",
-    "rollout_is_weights",
-]
