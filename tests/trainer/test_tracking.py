@@ -32,12 +32,12 @@ from verl.trainer.ppo.tracking import (
     LATEST,
     RUN_ID,
     Logger,
-    TensorBoard,
     Tracking,
     claim,
     generations_markdown,
     owner,
     read_metrics,
+    start_tensorboard,
     step_line,
     validation_table,
 )
@@ -238,8 +238,8 @@ def test_wandb_offline_and_resumed(tmp_path, monkeypatch, capfd):
     with tracking(run, "wandb") as t:
         t.log_validation(VALIDATION, step=0)
         t.log(STEP, step=1)
-        summary, first = dict(t.loggers[0].run.summary), t.loggers[0].run.id
-        assert t.loggers[0].run.settings.mode == "offline" and t.loggers[0].run.step == 2
+        summary, first = dict(wandb.run.summary), wandb.run.id
+        assert wandb.run.settings.mode == "offline" and wandb.run.step == 2
     assert summary["critic/rewards/mean"] == 0.5
     assert summary["val-core/countdown/acc/mean@4"] == 0.25
     assert capfd.readouterr().err.count("no WANDB_API_KEY") == 1
@@ -258,8 +258,8 @@ def test_generations_are_one_growing_table_in_wandb(tmp_path, monkeypatch):
         for step in (0, 2):
             t.log_validation(VALIDATION, step, generation_samples())
             t.log(STEP, step)
-        assert t.loggers[0].run.summary["val/generations"]["nrows"] == 2
-        assert t.loggers[0].run.summary["val-core/countdown/acc/mean@4"] == 0.25
+        assert wandb.run.summary["val/generations"]["nrows"] == 2
+        assert wandb.run.summary["val-core/countdown/acc/mean@4"] == 0.25
     tables = [json.loads(path.read_text()) for path in tmp_path.rglob("generations*.table.json")]
     assert len(tables) == 2  # each upload holds what is new
     assert {tuple(table["columns"]) for table in tables} == {
@@ -344,17 +344,20 @@ def test_a_full_disk_ends_tensorboard_alone(tmp_path, caplog):
     assert scalars(tmp_path / "tensorboard", "x") == [(1, 1), (2, 2)]
 
 
-class Broken(Logger):
-    def log(self, *_: object) -> None:
-        raise RuntimeError("no more")
+def broken(*_: object) -> None:
+    raise RuntimeError("no more")
 
-    def close(self, failed: bool) -> None:
-        raise AssertionError("left out by then")
+
+def closed(failed: bool) -> None:
+    raise AssertionError("left out by then")
 
 
 def test_a_logger_that_fails_costs_itself_alone(tmp_path, caplog):
     with tracking(tmp_path) as t:
-        t.loggers += [Broken(), TensorBoard(tmp_path / "tensorboard", 0)]
+        t.loggers += [
+            Logger("Broken", broken, closed),
+            start_tensorboard(tmp_path / "tensorboard", 0),
+        ]
         for step in (1, 2):
             t.log({"x": step}, step)
     assert caplog.text.count("Broken: RuntimeError: no more; this logger gets no more") == 1

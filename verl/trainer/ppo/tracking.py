@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, NamedTuple, Self, TextIO
 
 from omegaconf import OmegaConf
 from tqdm import tqdm
@@ -35,6 +35,7 @@ CONSOLE_COLUMNS = {
     "perf/time_per_step": "{:6.1f} s",
 }
 GENERATIONS = "val/generations"
+REMEDY = "this logger gets no more until the run is resumed (metrics.jsonl has everything)"
 HOME = "trainer.default_local_dir"
 LATEST = "latest_checkpointed_iteration.txt"
 RUN_ID = "wandb_run_id"  # file with the id of the run that a folder belongs to
@@ -49,9 +50,6 @@ LOCKS: dict[Path, TextIO] = {}  # of the folders that this process writes to
 
 Metrics = Mapping[str, Any]
 Generations = Sequence[tuple[str, str, float]]  # (prompt, response, score), for people to read
-
-
-REMEDY = "this logger gets no more until the run is resumed (metrics.jsonl has everything)"
 
 
 @contextmanager
@@ -74,8 +72,7 @@ class Tracking:
         and in wandb; empty: a new one. What another run left in its folders is moved aside."""
         self.config, self.trainer, self.tokenizer = config, config.trainer, tokenizer
         settings = asdict(config)
-        trainer, names = settings["trainer"], self.trainer.logger
-        names = [names] if isinstance(names, str) else names
+        trainer, names = settings["trainer"], self.trainer.logger  # a list, or one
         part = "val_only" if trainer.get("val_only") else ""
         folders = {
             "trainer.rollout_data_dir": not part and trainer.get("rollout_data_dir"),
@@ -88,9 +85,9 @@ class Tracking:
         self.file = MetricsFile(run_dir / "metrics.jsonl", step)
         board = self.folders.get("TENSORBOARD_DIR", run_dir / "tensorboard")
         starts: dict[str, Callable[[], Logger]] = {
-            "console": lambda: Console(total_steps, step),
-            "wandb": lambda: Wandb(settings, run_dir, run_id),
-            "tensorboard": lambda: TensorBoard(board, step),
+            "console": lambda: start_console(total_steps, step),
+            "wandb": lambda: start_wandb(settings, run_dir, run_id),
+            "tensorboard": lambda: start_tensorboard(board, step),
         }
         self.loggers: list[Logger] = []
         for name in (name for name in starts if name in names):
@@ -120,7 +117,7 @@ class Tracking:
         off, nothing that comes later would be seen."""
         loggers, self.loggers = self.loggers, []
         for each in loggers:
-            with _never_fatal(type(each).__name__, REMEDY):
+            with _never_fatal(each.name, REMEDY):
                 what(each)
                 self.loggers.append(each)
 
@@ -135,8 +132,7 @@ class Tracking:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Closes the loggers; wandb shows a run that ends with an error as failed."""
-        self._tell(lambda logger: logger.close(failed=kind is not None))
+        self._tell(lambda logger: logger.close(kind is not None))
         self.file.flush()
         self.file.file.close()
 
@@ -187,111 +183,82 @@ class MetricsFile:
         return True
 
 
-class Logger:
+class Logger(NamedTuple):
     """Shows metrics to people."""
 
-    def log(self, metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
-        """New numbers of `step`. `whole_step`: all of the step's, once it is complete."""
+    name: str
+    log: Callable[[Metrics, int, Metrics | None], Any]
+    """New numbers of a step; and all of the step's, once it is complete."""
+    close: Callable[[bool], Any]
+    """The run has ended: whether with an error."""
+    log_generations: Callable[[Generations, int], Any] = lambda generations, step: None
+    """Responses of the validation after a step."""
 
-    def log_generations(self, generations: Generations, step: int) -> None:
-        """Responses of a validation."""
 
-    def close(self, failed: bool) -> None:
-        """The run has ended, with an error or without."""
-
-
-class Console(Logger):
+def start_console(total_steps: int, step: int) -> Logger:
     """Lines and tables on standard output; in a terminal a progress bar on standard error."""
+    options: Any = {"unit": "step", "dynamic_ncols": True, "leave": False}
+    # disable=None: no bar without a terminal
+    bar = tqdm(total=total_steps, initial=step, disable=None, **options)
 
-    def __init__(self, total_steps: int, step: int) -> None:
-        self.bar = tqdm(  # disable=None: no bar without a terminal
-            total=total_steps,
-            initial=step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=None,
-            leave=False,
-        )
-
-    def log(self, metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
-        """Prints a line, or a validation's table."""
+    def log(metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
         if whole_step is None:
             text = f"validation at step {step}\n{validation_table(metrics)}"
         else:
-            text = step_line(whole_step, step, self.bar.total)
-            self.bar.update(step - self.bar.n)
+            text = step_line(whole_step, step, total_steps)
+            bar.update(step - bar.n)
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
-    def close(self, failed: bool) -> None:
-        """Takes the bar away."""
-        self.bar.close()
+    return Logger("Console", log, lambda failed: bar.close())
 
 
-class Wandb(Logger):
-    """Weights & Biases; offline without credentials."""
+def start_wandb(settings: dict[str, Any], run_dir: Path, run_id: str) -> Logger:
+    """Weights & Biases; offline without credentials. A run that ends with an error has failed."""
+    import wandb
 
-    def __init__(self, settings: dict[str, Any], run_dir: Path, run_id: str) -> None:
-        import wandb
+    mode: Any = os.environ.get("WANDB_MODE")
+    # Asked of wandb itself: where it keeps keys, and for which host, changes with its version.
+    if not mode and not wandb.login(prompt=False, verify=False):
+        mode = "offline"
+        text = "wandb: no WANDB_API_KEY and no `wandb login`, so this run is kept offline; "
+        print(text + "upload it later with `wandb sync`", file=sys.stderr)
+    project, name = (settings["trainer"][f"{key}_name"] for key in ("project", "experiment"))
+    where: Any = {"dir": str(run_dir), "id": run_id, "resume": "allow", "mode": mode}
+    run = wandb.init(project=project, name=name, config=settings, **where)
+    table: Any = None
 
-        mode: Any = os.environ.get("WANDB_MODE")
-        # Asked of wandb itself: where it keeps keys, and for which host, changes with its version.
-        if not mode and not wandb.login(prompt=False, verify=False):
-            mode = "offline"
-            text = "wandb: no WANDB_API_KEY and no `wandb login`, so this run is kept offline; "
-            print(text + "upload it later with `wandb sync`", file=sys.stderr)
-        self.table: Any = None
-        self.run = wandb.init(
-            project=settings["trainer"]["project_name"],
-            name=settings["trainer"]["experiment_name"],
-            config=settings,
-            dir=str(run_dir),
-            id=run_id,
-            resume="allow",
-            mode=mode,
-        )
+    def log(metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
+        run.log(dict(metrics), step=step, commit=whole_step is not None)
 
-    def log(self, metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
-        """Hands the numbers on."""
-        self.run.log(dict(metrics), step=step, commit=whole_step is not None)
-
-    def log_generations(self, generations: Generations, step: int) -> None:
+    def log_generations(generations: Generations, step: int) -> None:
         """Adds a row, laid out as verl does: step, input_1, output_1, score_1, input_2, …"""
-        import wandb
-
-        if self.table is None:  # only new rows are uploaded, in the mode INCREMENTAL
+        nonlocal table
+        if table is None:  # only new rows are uploaded, in the mode INCREMENTAL
             names = ("input", "output", "score")
             columns = [f"{name}_{i}" for i in range(1, len(generations) + 1) for name in names]
-            self.table = wandb.Table(columns=["step", *columns], log_mode="INCREMENTAL")
-        self.table.add_data(step, *(value for sample in generations for value in sample))
-        self.run.log({GENERATIONS: self.table}, step=step, commit=False)
+            table = wandb.Table(columns=["step", *columns], log_mode="INCREMENTAL")
+        table.add_data(step, *(value for sample in generations for value in sample))
+        run.log({GENERATIONS: table}, step=step, commit=False)
 
-    def close(self, failed: bool) -> None:
-        """A run that ends with an error is shown as failed."""
-        self.run.finish(exit_code=1 if failed else 0)
+    return Logger("Wandb", log, lambda failed: run.finish(int(failed)), log_generations)
 
 
-class TensorBoard(Logger):
+def start_tensorboard(folder: Path, step: int) -> Logger:
     """Event files, which hide from earlier ones what comes after the step that a run resumes at."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: str | Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    writer: Any = SummaryWriter(folder, purge_step=step + 1 if step else 0)
 
-        self.writer: Any = SummaryWriter(folder, purge_step=step + 1 if step else 0)
-
-    def log(self, metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
-        """Writes one event a number."""
+    def log(metrics: Metrics, step: int, _: Metrics | None) -> None:
         for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
-    def log_generations(self, generations: Generations, step: int) -> None:
-        """Writes them as Markdown."""
-        self.writer.add_text(GENERATIONS, generations_markdown(generations), step)
+    def log_generations(generations: Generations, step: int) -> None:
+        writer.add_text(GENERATIONS, generations_markdown(generations), step)
 
-    def close(self, failed: bool) -> None:
-        """Closes the file."""
-        self.writer.close()
+    return Logger("TensorBoard", log, lambda failed: writer.close(), log_generations)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -333,12 +300,9 @@ def validation_table(metrics: Metrics) -> str:
 
 def align(rows: list[list[str]]) -> str:
     """Text table: the first column flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join(["", first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    form = "  ".join(["", f"{{:{first}}}", *(f"{{:>{width}}}" for width in others)])
+    return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
 def generations_markdown(generations: Generations) -> str:
