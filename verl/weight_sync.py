@@ -14,7 +14,6 @@ from typing import Any
 import ray
 
 from verl.cluster import WorkerGroup, despite_deaths
-from verl.protocol import WeightChunk
 from verl.rollout.pool import EnginePool
 
 CHUNK_BYTES = 256 * 2**20  # about the size of one chunk; a larger tensor stands alone
@@ -61,23 +60,19 @@ class WeightSync:
         self.engines.call("start_update", only=only)
         pending: list[Any] = []
         for chunk in chunks:
-            calls = self._move(chunk, transfer, only)
+            exported = self.actor.submit("export", chunk, transfer)
+            filled: Any = chunk
+            if transfer == "host":
+                filled = exported[0]
+            elif transfer == "ipc":
+                by_rank = [part.ipc_handles for part in ray.get(exported)]
+                # Of each weight, the handles of all ranks, by GPU.
+                handles = [dict(ChainMap(*weight)) for weight in zip(*by_rank, strict=True)]
+                filled = replace(chunk, ipc_handles=handles)
+            calls = exported + self.engines.submit("load_weights", filled, only=only)
             # Copies on the host are made while the engines still read those before them.
             self.engines.wait(pending if transfer == "host" else calls)
             pending = calls
         self.engines.wait(pending)
         self.actor.call("finish_export")
         self.engines.call("finish_update", version, only=only)
-
-    def _move(self, chunk: WeightChunk, transfer: str, only: int | None) -> list[Any]:
-        """Starts to send one chunk; returns all calls to wait for."""
-        exported = self.actor.submit("export", chunk, transfer)
-        filled: Any = chunk
-        if transfer == "host":
-            filled = exported[0]
-        elif transfer == "ipc":
-            by_rank = [part.ipc_handles for part in ray.get(exported)]
-            # Of each weight, the handles of all ranks, by GPU.
-            handles = [dict(ChainMap(*weight)) for weight in zip(*by_rank, strict=True)]
-            filled = replace(chunk, ipc_handles=handles)
-        return exported + self.engines.submit("load_weights", filled, only=only)
