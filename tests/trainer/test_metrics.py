@@ -11,8 +11,7 @@ from verl.trainer.ppo.metrics import (
     best_of,
     data_metrics,
     loss_agg_metrics,
-    throughput_metrics,
-    timing_metrics,
+    speed_metrics,
     validation_metrics,
 )
 
@@ -67,12 +66,21 @@ def test_numeric_extras_are_averaged_over_the_responses_that_have_them():
 def test_responses_of_no_tokens():
     m = data_metrics([sample(0)], 16)
     assert m["response_length/mean"] == 0 and m["response_length/cv"] == 0
-    assert timing_metrics([sample(0)], {"gen": 1.0}) == {"timing_s/gen": 1.0}
+    assert timings([sample(0)], {"gen": 1.0, "step": 1.0}) == {
+        "timing_s/gen": 1.0,
+        "timing_s/step": 1.0,
+    }
+
+
+def timings(samples, seconds, **options):
+    """What `speed_metrics` says about the phases."""
+    metrics = speed_metrics(samples, seconds, num_devices=2, **options)
+    return {name: value for name, value in metrics.items() if name.startswith("timing_")}
 
 
 def test_timing_per_token():
     # 8 response tokens, 12 prompt tokens.
-    m = timing_metrics(BATCH, {"gen": 4.0, "update_actor": 5.0, "reward": 1.0, "step": 10.0})
+    m = timings(BATCH, {"gen": 4.0, "update_actor": 5.0, "reward": 1.0, "step": 10.0})
     assert m == {
         "timing_s/gen": 4.0,
         "timing_s/update_actor": 5.0,
@@ -84,16 +92,18 @@ def test_timing_per_token():
 
 
 def test_generation_has_no_price_per_token_where_other_responses_are_generated():
-    m = timing_metrics(BATCH, {"gen": 4.0, "update_actor": 5.0}, filtering=True)
+    m = timings(BATCH, {"gen": 4.0, "update_actor": 5.0, "step": 9.0}, filtering=True)
     assert m == {
         "timing_s/gen": 4.0,
         "timing_s/update_actor": 5.0,
+        "timing_s/step": 9.0,
         "timing_per_token_ms/update_actor": 250.0,
     }
 
 
 def test_throughput_is_per_device():
-    assert throughput_metrics(BATCH, step_seconds=5.0, num_devices=2) == {
+    assert speed_metrics(BATCH, {"step": 5.0}, num_devices=2) == {
+        "timing_s/step": 5.0,
         "perf/total_num_tokens": 20.0,
         "perf/time_per_step": 5.0,
         "perf/throughput": 2.0,
@@ -153,12 +163,14 @@ def test_every_source_stands_alone():
     assert m["val-core/openai/gsm/acc/mean@1"] == 0.0
 
 
-def test_without_acc_the_score_is_the_core_variable():
-    m = validation_metrics([sample(2, score=0.25), sample(4, score=0.75, finish="length")])
-    assert m["val-core/countdown/reward/mean@2"] == 0.5
-    assert m["val-core/countdown/reward/best@2/mean"] == 0.75
+def test_accuracy_is_the_core_variable_and_the_score_stands_beside_it():
+    one = sample(2, score=0.25, extras={"acc": 1.0})
+    m = validation_metrics([one, sample(4, score=0.75, finish="length", extras={"acc": 0.0})])
+    assert m["val-core/countdown/acc/mean@2"] == 0.5
+    assert m["val-core/countdown/acc/best@2/mean"] == 1.0
+    assert m["val-aux/countdown/reward/mean@2"] == 0.5
     assert m["val-aux/countdown/response_length/clip_ratio"] == 0.5
-    assert not [name for name in m if "/acc/" in name]
+    assert {name for name in m if "/reward/" in name} == {"val-aux/countdown/reward/mean@2"}
 
 
 def test_equal_group_numbers_of_two_rollout_batches_stay_apart():

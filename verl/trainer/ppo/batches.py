@@ -128,9 +128,8 @@ class Batches:
 
     def state(self) -> BatchesState:
         """What a resumed run needs; waits for the batch that is being prefetched."""
-        batch = None
-        if self.prefetched and not self.prefetched.exception():
-            batch = self.prefetched.result()
+        waiting = self.prefetched
+        batch = waiting.result() if waiting and not waiting.exception() else None
         return BatchesState(self.order.state_dict(), self.carried, batch)
 
     def load(self, state: BatchesState) -> None:
@@ -159,7 +158,8 @@ class Batches:
         return TrainBatch([s for group in groups for s in group], {"train/num_gen_batches": 1.0})
 
     def _filtered(self, step: int, timer: Timer) -> TrainBatch:
-        """Rounds of generation until enough groups have spread, those carried over first."""
+        """Rounds of generation until enough groups have spread, those carried over first; whole
+        mini-batches of them."""
         rule, needed = self.config.algorithm.filter_groups, self.config.data.train_batch_size
         kept = list(self.carried)
         most = needed * 2 if rule.carry_over else needed  # what this step and the next can use
@@ -171,7 +171,18 @@ class Batches:
             surplus = max(0, len(kept) - needed)
             text = "prompts kept: %d of %d, surplus: %d"
             logger.info(text, len(kept) - surplus, needed, surplus)
-        usable = self._usable(len(kept), rounds, outcomes)
+        mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
+        usable = min(len(kept) // mini * mini, needed)
+        if not usable:
+            raise ValueError(
+                f"algorithm.filter_groups kept {outcomes.kept} of {outcomes.total} prompts in "
+                f"{rounds} rounds, less than one mini-batch of {mini}: all responses to the others "
+                f"had the same {rule.metric} ({outcomes}). Take easier or harder prompts, a "
+                "larger actor_rollout_ref.rollout.n or max_num_gen_batches"
+            )
+        if usable < needed:
+            text = "training on %d of %d prompts: algorithm.filter_groups.max_num_gen_batches=%d"
+            logger.warning(text, usable, needed, rounds)
         for number, group in enumerate(kept[:usable]):
             for sample in group:
                 sample.group = number
@@ -184,23 +195,6 @@ class Batches:
         fresh = [group for group in kept[usable:] if group[0].policy_version >= step - 1]
         self.carried = fresh if rule.carry_over else []
         return TrainBatch([sample for group in kept[:usable] for sample in group], metrics)
-
-    def _usable(self, kept: int, rounds: int, outcomes: "Outcomes") -> int:
-        """How many of the kept groups this step trains on: whole mini-batches."""
-        needed = self.config.data.train_batch_size
-        mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
-        usable = min(kept // mini * mini, needed)
-        if not usable:
-            raise ValueError(
-                f"algorithm.filter_groups kept {outcomes.kept} of {outcomes.total} prompts in "
-                f"{rounds} rounds, less than one mini-batch of {mini}: all responses to the others "
-                f"had the same {outcomes.metric} ({outcomes}). Take easier or harder prompts, a "
-                "larger actor_rollout_ref.rollout.n or max_num_gen_batches"
-            )
-        if usable < needed:
-            text = "training on %d of %d prompts: algorithm.filter_groups.max_num_gen_batches=%d"
-            logger.warning(text, usable, needed, rounds)
-        return usable
 
     def _round(self, step: int, round_: int, timer: Timer) -> Generator[list[Sample], None, None]:
         """All responses to the next prompts (see `scored`); no two rounds share a group."""

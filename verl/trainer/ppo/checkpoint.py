@@ -89,21 +89,6 @@ class CheckpointFolder:
         self.latest, self.saved_step = final, state.step
         return final
 
-    def try_to_save(
-        self, state: TrainState, save_policy: Callable[[Path], Any], metrics_written: bool
-    ) -> None:
-        """`save`; if it can't, or not all metrics are written (no checkpoint is newer than they),
-        that is logged and nothing else happens."""
-        logger.info("writing a checkpoint of step %d", state.step)
-        try:
-            if not metrics_written:
-                raise OSError("metrics.jsonl can't be written")
-            self.save(state, save_policy)
-        except OSError as error:
-            cause = getattr(error, "cause", error)  # of a worker's error, without its traceback
-            text = "NO CHECKPOINT OF STEP %d: %s. The latest one is %s; make room in %s"
-            logger.error(text, state.step, cause, self.latest, self.root)
-
     def _write_state(self, folder: Path, state: TrainState) -> None:
         batches, prefetched = state.batches, state.batches.prefetched
         write_samples(folder / CARRIED, [s for group in batches.carried for s in group])
@@ -157,7 +142,7 @@ class CheckpointFolder:
     def _prune(self, newest: Path) -> None:
         """Deletes what is more than `max_actor_ckpt_to_keep`, but never the one that was named."""
         if limit := self.trainer.max_actor_ckpt_to_keep:
-            others = [path for path in all_checkpoints(self.root) if path != self.named]
+            others = [path for path in all_checkpoints(self.root).values() if path != self.named]
             others.sort(key=lambda p: (p == newest, p.stat().st_mtime))
             for old in others[:-limit]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -176,26 +161,24 @@ class CheckpointFolder:
         return self.named
 
 
-def all_checkpoints(root: Path) -> list[Path]:
-    """The checkpoints in a run's folder, damaged ones included, in the order of their steps."""
-    steps = {path.name.removeprefix("global_step_"): path for path in root.glob("global_step_*")}
-    return [steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)]
+def all_checkpoints(root: Path) -> dict[int, Path]:
+    """The checkpoints in a run's folder, damaged ones included, by their steps in rising order."""
+    found = {path.name.removeprefix("global_step_"): path for path in root.glob("global_step_*")}
+    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
 
 
 def find_latest(root: Path) -> Path | None:
     """The latest checkpoint of the run in `root` that is whole, with a warning if that isn't the
     one that `LATEST` names; None without such a file. Raises: ValueError if none is whole."""
-    found, run_id, problems = all_checkpoints(root), owner(root), []
     if not (root / LATEST).exists():
         return None
     text = (root / LATEST).read_text("utf-8-sig", "replace").strip()
-    if (last := root / f"global_step_{text}") in found:
-        found = found[: found.index(last) + 1]
-    else:
-        if text.isdecimal() and len(text) < 10:  # later ones may be of a branch that was left
-            found = [p for p in found if int(p.name.rpartition("_")[2]) <= int(text)] or found
-        problems.append(f"{LATEST} names {last.name[:40]!r}, which isn't there")
-    for folder in reversed(found):
+    found, run_id, problems = all_checkpoints(root), owner(root), []
+    if text.isdecimal() and len(text) < 10:  # later ones may be of a branch that was left
+        found = {step: path for step, path in found.items() if step <= int(text)} or found
+    if (named := root / f"global_step_{text}") not in found.values():
+        problems.append(f"{LATEST} names {named.name[:40]!r}, which isn't there")
+    for folder in reversed(found.values()):
         if problem := damage(folder):
             problems.append(f"{folder.name}: {problem}")
         elif run_id in (None, read_state(folder)["run_id"]):

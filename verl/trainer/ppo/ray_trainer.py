@@ -1,5 +1,6 @@
 """The training loop: `RayPPOTrainer.fit` is the algorithm, and its stages follow below it."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from verl.trainer.ppo.tracking import Tracking
 from verl.trainer.ppo.workers import Workers, needs_reference
 from verl.utils.signals import StopSignals
 from verl.utils.timer import Timer
+
+logger = logging.getLogger(__name__)
 
 COMPARED_WEIGHTS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "dr-grpo", "delta-l")
 """Aggregations whose gradient noise is predicted from the lengths of every step."""
@@ -49,7 +52,8 @@ class RayPPOTrainer:
         self.workers = Workers(self.config, self.stop.install)
         self.workers.build(self.total_steps, self.resumed)
         self.batches.connect_engines(self.workers.engines.generate, self.update_engines)
-        self.verify_engines(strict=True)
+        self.probe = prompts[0]  # what engines are compared on
+        self.engine_metrics = self.workers.verify_engines(self.probe, self.state.step, strict=True)
 
     def fit(self) -> None:
         """Trains from the current step to the last one, or until a signal asks for an end."""
@@ -132,13 +136,10 @@ class RayPPOTrainer:
 
     def add_advantages(self, samples: list[Sample]) -> dict[str, float]:
         """One advantage per response; metrics of the aggregation."""
-        values = advantages.advantages(
-            [s.reward for s in samples],
-            [s.group for s in samples],
-            response_lengths(samples),
-            self.config.algorithm.adv_estimator,
-            self.aggregation.norm_by_std,
-        )
+        rewards, groups = [s.reward for s in samples], [s.group for s in samples]
+        estimator, by_std = self.config.algorithm.adv_estimator, self.aggregation.norm_by_std
+        lengths = response_lengths(samples)
+        values = advantages.advantages(rewards, groups, lengths, estimator, by_std)
         for sample, value in zip(samples, values.tolist(), strict=True):
             sample.advantage = value
         lengths = response_lengths(filter(self.counts, samples))
@@ -148,13 +149,12 @@ class RayPPOTrainer:
 
     def optimizer_steps(self, samples: list[Sample]) -> list[OptimizerStep]:
         """The responses of each optimizer step that have a part in its loss, with their weights."""
-        rollout_lengths = response_lengths(s for s in samples if self.counts(s))
+        rollout_lengths = response_lengths(filter(self.counts, samples))
         steps = []
         for mini_batch in mini_batches(self.config, samples, self.state.step):
-            counting = [s for s in mini_batch if self.counts(s)]
+            counting = list(filter(self.counts, mini_batch))
             w = self.aggregation.weights(response_lengths(counting), rollout_lengths)
-            kept = np.flatnonzero(w)
-            steps.append(OptimizerStep([counting[i] for i in kept], w[kept]))
+            steps.append(OptimizerStep(counting, w).share(np.flatnonzero(w).tolist()))
         return steps
 
     def counts(self, sample: Sample) -> bool:
@@ -175,13 +175,7 @@ class RayPPOTrainer:
     def update_engines(self) -> None:
         """Gives the engines the policy's weights and, on request, checks that they have them."""
         self.workers.update_engines()
-        self.verify_engines(strict=False)
-
-    def verify_engines(self, strict: bool) -> None:
-        """What `rollout.verify_weights` asks for."""
-        if self.config.actor_rollout_ref.rollout.verify_weights:
-            prompt = [*self.batches.prompts, *self.batches.val_prompts][0]
-            self.engine_metrics = self.workers.verify_engines(prompt, self.state.step, strict)
+        self.engine_metrics = self.workers.verify_engines(self.probe, self.state.step)
 
     def step_metrics(
         self, samples: list[Sample], steps: list[OptimizerStep], timer: Timer
@@ -189,6 +183,7 @@ class RayPPOTrainer:
         """What the samples and the clock say about a step, validation and checkpoint apart."""
         seconds = timer.seconds | {"step": sum(timer.seconds.values())}
         filtering, workers = self.config.algorithm.filter_groups.enable, self.workers
+        model, peak = workers.model_size, workers.peak_flops
         ages = [self.state.step - 1 - s.policy_version for s in samples]
         return {
             "training/global_step": self.state.step,
@@ -197,11 +192,8 @@ class RayPPOTrainer:
             "rollout/policy_age_max": float(max(ages)),
             **self.engine_metrics,
             **metrics.data_metrics(samples, self.config.data.max_prompt_length),
-            **metrics.timing_metrics(samples, seconds, filtering),
-            **metrics.throughput_metrics(samples, seconds["step"], workers.num_devices),
-            **metrics.mfu_metrics(
-                workers.model_size, steps, seconds["update_actor"], workers.peak_flops
-            ),
+            **metrics.speed_metrics(samples, seconds, workers.num_devices, filtering),
+            **metrics.mfu_metrics(model, steps, seconds["update_actor"], peak),
         }
 
     # ------------------------------------------------------- validation, checkpoints, the end
@@ -239,11 +231,19 @@ class RayPPOTrainer:
 
     def save_checkpoint(self) -> None:
         """Writes what a resumed run needs, if that is new, or logs why it can't be done."""
-        if self.state.step in (0, self.checkpoints.saved_step):  # without a step: starts anew
+        step, checkpoints, actor = self.state.step, self.checkpoints, self.workers.actor
+        if step in (0, checkpoints.saved_step):  # without a step: starts anew
             return
-        state, actor = replace(self.state, batches=self.batches.state()), self.workers.actor
-        durable = self.tracking.file.flush()  # a checkpoint is never newer than the metrics
-        self.checkpoints.try_to_save(state, lambda path: actor.call("save", path), durable)
+        logger.info("writing a checkpoint of step %d", step)
+        state = replace(self.state, batches=self.batches.state())
+        try:
+            if not self.tracking.file.flush():  # a checkpoint is never newer than the metrics
+                raise OSError("metrics.jsonl can't be written")
+            checkpoints.save(state, lambda path: actor.call("save", path))
+        except OSError as error:
+            cause = getattr(error, "cause", error)  # of a worker's error, without its traceback
+            text = "NO CHECKPOINT OF STEP %d: %s. The latest one is %s; make room in %s"
+            logger.error(text, step, cause, checkpoints.latest, checkpoints.root)
 
     def rescue(self, action: Any, *args: Any) -> Any:
         """`action(*args)` between two steps; if it fails, no step is lost."""

@@ -113,11 +113,13 @@ class Workers:
         with self.actor.exclusive:  # else an engine that starts again could get half an update
             return self.actor.scatter("update", arguments)
 
-    def verify_engines(self, prompt: Prompt, step: int, strict: bool) -> dict[str, float]:
-        """Has each engine generate a few tokens, and compares their log-probabilities with the
-        actor's. A mean difference above `verify_weights_tolerance` is a warning or, if `strict`, a
-        ValueError."""
+    def verify_engines(self, prompt: Prompt, step: int, strict: bool = False) -> dict[str, float]:
+        """With `verify_weights` has each engine generate a few tokens, and compares their
+        log-probabilities with the actor's. A mean difference above `verify_weights_tolerance` is a
+        warning or, if `strict`, a ValueError."""
         rollout = self.config.actor_rollout_ref.rollout
+        if not rollout.verify_weights:
+            return {}
         params = SamplingParams(1, 8, rollout.temperature, seed=(rollout.seed, 2, step))
         by_engine = self.engines.call("generate_all", [prompt], [0], params)
         samples = [sample for found in by_engine for sample in found]
