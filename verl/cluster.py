@@ -36,6 +36,8 @@ DEATH_S = 5  # seconds after one worker's error in which Ray gets to know that a
 MAX_DEATHS = 3  # an engine that dies as often without having done anything ends the run
 CONTROL = "control"  # Ray's concurrency group of calls that don't wait for those that run
 
+Slots = list[tuple[PlacementGroup, int]]  # a bundle of one device each, in the order of ranks
+
 
 def start_ray(devices: int, num_cpus: int | None = None) -> None:
     """Joins the cluster at RAY_ADDRESS, or starts one on this machine that ends with this process
@@ -71,9 +73,6 @@ def _check_cluster(address: str) -> None:
         raise ValueError(
             f"RAY_ADDRESS={address}: no Ray cluster answers (`ray status`: {said}): {remedy}"
         ) from None
-
-
-Slots = list[tuple[PlacementGroup, int]]  # a bundle of one device each, in the order of ranks
 
 
 def reserve_devices(

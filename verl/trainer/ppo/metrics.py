@@ -17,7 +17,6 @@ VAL_CORE = re.compile(r"val-core/(.+)/acc/((?:mean|best|maj)@\d+)(?:/mean)?")
 """Data source, and figure, of a validation metric."""
 
 TOKEN_PHASES = ("ref", "old_log_prob", "adv", "update_actor")  # `gen` counts responses only
-
 SHARED = ("grad_norm", "lr", "skipped")  # of an optimizer step, the same on all ranks
 
 

@@ -10,10 +10,10 @@ import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from omegaconf import OmegaConf
 from tqdm import tqdm
@@ -61,7 +61,7 @@ def _never_fatal(name: str, consequence: str) -> Iterator[None]:
         logger.error("%s: %s: %s; %s", name, type(error).__name__, error, consequence)
 
 
-class Tracking:
+class Tracking(AbstractContextManager["Tracking"]):
     """Writes the metrics of each training step to metrics.jsonl and to every logger of
     `trainer.logger`, and responses to the folders for them."""
 
@@ -127,9 +127,6 @@ class Tracking:
             with _never_fatal(key, f"the responses of step {step} are not kept"):
                 skip = self.config.reward_model.skip_special_tokens
                 write_responses(folder, step, samples, self.tokenizer, taken, skip)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._tell(lambda logger: logger.close(kind is not None))
