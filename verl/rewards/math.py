@@ -45,6 +45,9 @@ _BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\\\(?!boxed)|\\[{}]|(?P<brace>[{}]
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _LETTER = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 
+Pair = tuple[str, str]  # a reference and an answer
+Verdict = dict[str, Any]  # on a pair: `equal`, `how` and `status`, as the server answers
+
 
 class RewardError(RuntimeError):
     """A response could not be scored. That is never a score."""
@@ -83,14 +86,11 @@ def compare(
     Comparison(pred='\\frac{3}{5}', gold='0.6', equal=None)
     """
     gold = reference(data_source, ground_truth)
-    boxes = boxed_answers(solution_str)
-    if not boxes:
-        pred = solution_str.strip()
-    elif (extra_info or {}).get("find_maj"):
+    answers = boxed_answers(solution_str) or [solution_str.strip()]
+    pred = answers[-1]
+    if (extra_info or {}).get("find_maj"):
         # Of equal counts `most_common` takes the first that it has seen, so it starts at the end.
-        pred = Counter(reversed(boxes)).most_common(1)[0][0]
-    else:
-        pred = boxes[-1]
+        pred = Counter(reversed(answers)).most_common(1)[0][0]
     if pred != gold and len(pred) > max_answer_length:
         return Comparison(pred, gold, False)
     if data_source == "gpqa":
@@ -175,11 +175,12 @@ class MathClient:
         self.process: ServerProcess | None = None
         self._server = f"the LaTeX server at {self.url}"
         self._connections = asyncio.Semaphore(config.max_connections)
-        self._pairs: list[tuple[str, str]] = []  # the batch that others may join
-        self._verdicts: asyncio.Task[list[dict[str, Any]]]  # of that batch
+        self._pairs: list[Pair] = []  # the batch that others may join
+        self._verdicts: asyncio.Task[list[Verdict]]  # of that batch
         self._last_answer = self._last_report = 0.0
         logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
         self._http = httpx.AsyncClient(
+            base_url=self.url,
             limits=httpx.Limits(max_connections=config.max_connections),
             trust_env=False,  # no proxy between a cluster and its own server
         )
@@ -195,7 +196,7 @@ class MathClient:
             self.process = ServerProcess(self.url, log_file)
         pairs = [(r"\frac{3}{5}", "0.6"), (r"\frac{3}{5}", "0.5")]
         wait = START_WITHIN_S if self.process else 0
-        answers = await self._post(pairs, wait, answer_within=FIRST_ANSWER_WITHIN_S)
+        answers = await self._post(pairs, wait, FIRST_ANSWER_WITHIN_S)
         verdicts = [answer["equal"] for answer in answers]
         if verdicts != [True, False]:
             problem = f"{self._server} says {verdicts} to whether 3/5 equals 0.6 and 0.5"
@@ -211,22 +212,22 @@ class MathClient:
         """
         limit = self.config.max_answer_length
         pred, gold, equal = compare(*arguments, max_answer_length=limit)
-        verdict: dict[str, Any] = {"equal": equal, "status": "ok"}
+        verdict: Verdict = {"equal": equal, "status": "ok"}
         if equal is None:
             verdict = await self.verify(gold, pred)
         score = float(verdict["equal"])
         undecided = float(verdict["status"] in ("timeout", "memory", "error"))
         return {"score": score, "acc": score, "pred": pred, "undecided": undecided}
 
-    async def verify(self, gold: str, pred: str) -> dict[str, Any]:
-        """`equal`, `how` and `status` of one pair, as the server answers it; errors as above."""
+    async def verify(self, gold: str, pred: str) -> Verdict:
+        """The verdict on one pair; errors as above."""
         if len(self._pairs) in (0, self.config.batch_size):
             self._pairs = []
             self._verdicts = asyncio.create_task(self._send(self._pairs))
             # An error counts as seen, also if all that waited have been cancelled.
             self._verdicts.add_done_callback(lambda task: task.cancelled() or task.exception())
+        position = len(self._pairs)
         self._pairs.append((gold, pred))
-        position = len(self._pairs) - 1
         return (await asyncio.shield(self._verdicts))[position]
 
     async def close(self) -> None:
@@ -235,19 +236,14 @@ class MathClient:
         if self.process is not None:
             self.process.stop()
 
-    async def _send(self, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    async def _send(self, pairs: list[Pair]) -> list[Verdict]:
         """The verdicts of a batch, which others may join until a connection is free."""
         async with self._connections:
             if self._pairs is pairs:
                 self._pairs = []
-            return await self._post(pairs, self.config.max_wait_s)
+            return await self._post(pairs, self.config.max_wait_s, ANSWER_WITHIN_S)
 
-    async def _post(
-        self,
-        pairs: list[tuple[str, str]],
-        max_wait_s: float,
-        answer_within: float = ANSWER_WITHIN_S,
-    ) -> list[dict[str, Any]]:
+    async def _post(self, pairs: list[Pair], max_wait_s: float, within_s: float) -> list[Verdict]:
         """The verdicts of one request, however often it has to be sent."""
         document = {"pairs": [{"gold": gold, "pred": pred} for gold, pred in pairs]}
         # A lone surrogate, which JSON has no place for, becomes a question mark.
@@ -256,11 +252,8 @@ class MathClient:
         while True:
             failure = self.process and self.process.failure()
             try:
-                response = await self._http.post(
-                    f"{self.url}/verify",
-                    content=body,
-                    timeout=httpx.Timeout(answer_within, connect=5),
-                )
+                timeout = httpx.Timeout(within_s, connect=5)
+                response = await self._http.post("/verify", content=body, timeout=timeout)
                 if response.status_code < 500 and response.status_code not in TEMPORARY:
                     return self._read(response, len(pairs))
                 reason = f"status {response.status_code}: {response.text[:200]}"
@@ -282,7 +275,7 @@ class MathClient:
             await asyncio.sleep(pause * random.uniform(0.5, 1))
             pause = min(2 * pause, 2.0)
 
-    def _read(self, response: httpx.Response, count: int) -> list[dict[str, Any]]:
+    def _read(self, response: httpx.Response, count: int) -> list[Verdict]:
         """What the server answers, if it is a LaTeX server and the answer is whole."""
         try:
             verdicts = response.json()["results"]
@@ -290,7 +283,7 @@ class MathClient:
             if types != [(bool, str)] * count:
                 raise TypeError
         except (ValueError, KeyError, TypeError) as error:
-            answer = f"{self.url}/verify answers {response.status_code} {response.text[:200]!r}"
+            answer = f"{response.url} answers {response.status_code} {response.text[:200]!r}"
             question = "is this a LaTeX server of this project?"
             raise ValueError(f"{answer}, which is not {count} verdicts: {question}") from error
         self._last_answer = time.monotonic()
@@ -305,14 +298,11 @@ class ServerProcess:
     when this process is gone, however that came about: its standard input closes then."""
 
     def __init__(self, url: str, log_file: Path) -> None:
-        """Starts nothing. Raises: ValueError for another machine's URL, or without its code."""
+        """Starts nothing. Raises: ValueError for another machine's URL."""
         address, key = urlsplit(url), "reward_model.math_server.autostart=True"
         if address.scheme != "http" or address.hostname not in ("127.0.0.1", "localhost", "::1"):
             remedy = f"start that one by hand, or use {DEFAULT_URL}"
             raise ValueError(f"{key} is for this machine, but the URL is {url}: {remedy}")
-        if not START_SCRIPT.is_file():
-            remedy = "run from a clone of the repository, or start a server by hand"
-            raise ValueError(f"{key} needs {START_SCRIPT}: {remedy}")
         self.url, self.log_file = url, log_file
         self.command = ["bash", str(START_SCRIPT), "--stop-at-end-of-input", "1"]
         self.command += ["--host", address.hostname, "--port", str(address.port or 80)]
