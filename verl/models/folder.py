@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import shutil
-from os.path import expanduser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,7 +30,6 @@ TOKENIZER = re.compile(
     r"tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|generation_"
 )
 COPIED = {".json", ".jinja", ".model", ".py", ".tiktoken", ".txt"}
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def skeleton(model: ModelConfig, **options: Any) -> Any:
@@ -43,7 +41,7 @@ def skeleton(model: ModelConfig, **options: Any) -> Any:
 
 def model_folder(model: ModelConfig) -> Path:
     """Where the model's files are; of a model of the hub, the cache."""
-    path = Path(expanduser(model.path))
+    path = Path(model.path).expanduser()
     return path if path.is_dir() else Path(str(cached_file(model.path, "config.json"))).parent
 
 
@@ -77,17 +75,15 @@ def check_weights(model: ModelConfig) -> None:
         names = set(json.loads(index.read_text())["weight_map"].values())
         paths = [folder / name for name in sorted(names)]
     if absent := [path for path in paths if not path.is_file()]:
-        if index.is_file() and folder == Path(expanduser(model.path)):
-            raise ValueError(
-                f"{absent[0]} is missing, but {index.name} names it: download it again"
-            )
+        if index.is_file() and Path(model.path).expanduser().is_dir():
+            problem = f"{absent[0]} is missing, but {index.name} names it"
+            raise ValueError(f"{problem}: download it again")
         paths = []  # of another format, or still to be downloaded
     for path in [*paths, *sorted(folder.glob("*.bin"))]:
         with path.open("rb") as file:
             if file.read(8) == b"version ":
-                raise ValueError(
-                    f"{path} is a pointer of git-lfs: run `git lfs pull` in its folder"
-                )
+                remedy = "run `git lfs pull` in its folder"
+                raise ValueError(f"{path} is a pointer of git-lfs: {remedy}")
     for path in paths:
         try:
             with safe_open(path, "pt") as opened:
@@ -95,28 +91,22 @@ def check_weights(model: ModelConfig) -> None:
         except SafetensorError as error:
             raise ValueError(f"{path} can't be read ({error}): download it again") from None
     lm = skeleton(model)
-    if found and not get_checkpoint_conversion_mapping(lm.config.model_type):
-        _compare(lm, found, model.path)
-
-
-def _compare(lm: Any, found: dict[str, tuple[Path, list[int]]], path: str) -> None:
-    """Raises ValueError unless the weights that were `found`, with files and shapes, are those of
-    the model, which may have its decoder's prefix or not."""
-    prefix = f"{lm.base_model_prefix}."
-    shapes = {name.removeprefix(prefix): entry for name, entry in found.items()}
-    known: dict[int, list[str]] = {}  # tied ones have several names
-    parameters = dict(lm.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters.items():
-        known.setdefault(id(parameter), []).append(name)
-    missing = [n[0] for n in known.values() if not any(x.removeprefix(prefix) in shapes for x in n)]
-    for name, parameter in parameters.items():
-        file, shape = shapes.get(name.removeprefix(prefix), (None, list(parameter.shape)))
-        if shape != list(parameter.shape):
-            expected = list(parameter.shape)
-            raise ValueError(
-                f"{file}: {name} has the shape {shape}, but config.json says {expected}"
-            )
-    check_names(missing, shapes.keys() - {n.removeprefix(prefix) for n in parameters}, lm, path)
+    if not found or get_checkpoint_conversion_mapping(lm.config.model_type):
+        return
+    prefix = f"{lm.base_model_prefix}."  # which the files may lack
+    parameters = lm.named_parameters(remove_duplicate=False)
+    own = {name.removeprefix(prefix): parameter for name, parameter in parameters}
+    there, others = set(), []  # parameters, of which tied ones have several names
+    for name, (place, shape) in found.items():
+        parameter = own.get(name.removeprefix(prefix))
+        if parameter is None:
+            others.append(name)
+        elif shape != (size := [*parameter.shape]):
+            raise ValueError(f"{place}: {name} has the shape {shape}, but config.json says {size}")
+        else:
+            there.add(parameter)
+    missing = [name for name, parameter in lm.named_parameters() if parameter not in there]
+    check_names(missing, others, lm, model.path)
 
 
 def write_folder(
@@ -157,5 +147,5 @@ def _stored_type(folder: Path) -> torch.dtype:
     """Type of the first weight in the folder's files."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            return DTYPES.get(file.get_slice(next(iter(file.keys()))).get_dtype(), torch.float32)
+            return file.get_tensor(next(iter(file.keys()))).dtype
     return torch.float32

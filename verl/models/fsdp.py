@@ -53,9 +53,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Any:
     # Buffers (rotary frequencies, …) are in no state dict.
     source = dict(loaded.named_buffers()) if loaded else {}
     for name, buffer in list(policy.named_buffers()):
-        value = torch.empty_like(buffer, device=device)
-        if loaded:
-            value.copy_(source[name])
+        value = source[name].to(device) if loaded else torch.empty_like(buffer, device=device)
         dist.broadcast(value, 0)
         parent, _, leaf = name.rpartition(".")
         setattr(policy.get_submodule(parent), leaf, value)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -41,36 +40,32 @@ class Batch:
 def pack(samples: Sequence[Sample], device: torch.device, remove_padding: bool = True) -> Batch:
     """The tensors of one forward pass. Without samples there is one token that predicts nothing: a
     rank that has run out of sequences still takes part in collective operations."""
-    rows = [np.concatenate([s.prompt.token_ids, s.response_ids])[:-1] for s in samples]
-    rows = [row if len(row) else np.zeros(1, np.int64) for row in rows or [np.zeros(0)]]
-    lengths = np.array([len(row) for row in rows])
+    none = np.zeros(0, np.int64)
+    rows = [np.concatenate([s.prompt.token_ids, s.response_ids])[:-1] for s in samples] or [none]
+    lengths = np.array([max(1, len(row)) for row in rows])
     tensor = partial(torch.as_tensor, device=device)
+    position_ids = np.tile(np.arange(lengths.max()), (len(rows), 1))
+    input_ids, mask = np.zeros_like(position_ids), position_ids < lengths[:, None]
+    for padded, row in zip(input_ids, rows, strict=True):
+        padded[: len(row)] = row
+    starts = np.arange(len(rows)) * lengths.max()
+    model_kwargs: dict[str, Any] = {"attention_mask": tensor(mask)}
     if remove_padding:
+        input_ids, position_ids = input_ids[mask][None], position_ids[mask][None]
         starts = np.cumsum(lengths) - lengths
-        input_ids = np.concatenate(rows)[None]
-        position_ids = np.concatenate([np.arange(n) for n in lengths])[None]
         model_kwargs = {
             "sequence_lengths": lengths.tolist(),
             "sequence_bounds": tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
             "attention_mask": None,
         }
-    else:
-        starts = np.arange(len(rows)) * lengths.max()
-        input_ids = pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True).numpy()
-        position_ids = np.tile(np.arange(lengths.max()), (len(rows), 1))
-        model_kwargs = {"attention_mask": tensor(position_ids < lengths[:, None])}
-    predictors, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    predictors, targets = [none], [none]
     for s, start in zip(samples, starts, strict=False):
         before = start + len(s.prompt.token_ids) - 1 + np.arange(len(s.response_ids))
         predictors.append(s.counted(before))
         targets.append(s.counted(s.response_ids))
-    return Batch(
-        tensor(input_ids),
-        tensor(position_ids),
-        targets=tensor(np.concatenate(targets)),
-        predictors=tensor(np.concatenate(predictors)),
-        model_kwargs=model_kwargs,
-    )
+    ids, positions = tensor(input_ids), tensor(position_ids)
+    indices = tensor(np.concatenate(predictors))
+    return Batch(ids, positions, tensor(np.concatenate(targets)), indices, model_kwargs)
 
 
 def loss_inputs(step: OptimizerStep, log_probs: Tensor, entropy: Tensor) -> LossInputs:
@@ -128,9 +123,8 @@ def packed_sdpa(
     for q, k, v in zip(*parts, strict=True):
         mask = None
         if window is not None and q.shape[2] > window:
-            t = torch.arange(q.shape[2], device=q.device)
-            age = t[:, None] - t[None]
-            mask = (age >= 0) & (age < window)
+            whole = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
+            mask = whole.tril().triu(1 - window)
         outputs.append(sdpa(q, k, v, mask, is_causal=mask is None, scale=options.get("scaling")))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
