@@ -6,13 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import make_samples
-from verl.models.packing import (
-    loss_inputs,
-    pack,
-    packed_sdpa,
-    per_token_of_response,
-    register_packed_attention,
-)
+from verl.models.packing import loss_inputs, pack, packed_sdpa, per_token_of_response
 from verl.protocol import OptimizerStep, Prompt, Sample
 
 CPU = torch.device("cpu")
@@ -181,7 +175,6 @@ def test_default_scale_is_that_of_the_head_size():
 
 
 def test_model_sees_the_same_in_packed_and_padded_rows(tiny_model):
-    register_packed_attention()
     samples = make_samples([4, 1, 0, 7, 2])
     logits = []
     for remove_padding, attention in ((True, "packed_sdpa"), (False, "eager")):

@@ -138,12 +138,10 @@ def _rollout_factors(log_ratio: Tensor, x: LossInputs, config: LossConfig) -> tu
     compared = torch.ones_like(log_ratio, dtype=torch.bool)
     if x.old_log_probs is not None:  # those that are the engine's own have nothing to report
         response = _response_of_token(x.lengths)
-        differs = torch.zeros_like(x.lengths, dtype=torch.bool)
-        differs[response[log_ratio != 0]] = True
-        compared = differs[response]
+        compared = torch.isin(response, response[log_ratio != 0])
     sums = {
-        "rollout/logprob_diff_mean": log_ratio[compared].abs().sum(),
-        "rollout/kl": -log_ratio[compared].sum(),
+        "rollout/logprob_diff_mean": log_ratio.abs().sum(),
+        "rollout/kl": -log_ratio.sum(),
         "rollout/tokens": compared.sum(),
     }
     if len(log_ratio):

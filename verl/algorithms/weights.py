@@ -137,11 +137,8 @@ class LossAggregation:
 def resolve_aggregation(config: Config) -> LossAggregation:
     """Turns loss_agg_mode, use_dr_grpo, use_grpopp and grpopp_config into one value object."""
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
-    mode = actor.loss_agg_mode
-    if algorithm.use_grpopp:
-        mode = "delta-l"
-    elif algorithm.use_dr_grpo:
-        mode = "dr-grpo"
+    mode = "dr-grpo" if algorithm.use_dr_grpo else actor.loss_agg_mode
+    mode = "delta-l" if algorithm.use_grpopp else mode
     return LossAggregation(
         mode=mode,
         max_response_length=config.data.max_response_length,

@@ -15,7 +15,6 @@ from verl.config.schema import FSDPConfig, ModelConfig
 from verl.models.folder import skeleton, write_folder
 from verl.models.hf import load_hf_config, load_hf_model, num_embeddings, vocabulary_size
 from verl.models.logprobs import PolicyModel
-from verl.models.packing import register_packed_attention
 from verl.utils.device import default_dtype, default_packed_attention
 
 
@@ -30,7 +29,6 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Any:
     attention = "sdpa"
     if model.use_remove_padding:
         _check_packable(load_hf_config(model), model.path)
-        register_packed_attention()
         attention = default_packed_attention(device, compute_dtype)
     lm = skeleton(model, attn_implementation=attention, dtype=torch.float32)
     if model.enable_gradient_checkpointing:

@@ -19,7 +19,7 @@ class InPlaceLayer(DynamicLayer):
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit = limit
-        self.buffers: tuple[Tensor, Tensor]  # [B, heads, capacity, D] each
+        self.buffers: list[Tensor]  # keys and values, [B, heads, capacity, D] each
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -27,13 +27,12 @@ class InPlaceLayer(DynamicLayer):
         """Appends [B, heads, new, D] and returns views of all, [B, heads, length, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.buffers = key_states[:, :, :0], value_states[:, :, :0]
+            self.buffers = [key_states[:, :, :0], value_states[:, :, :0]]
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if end > self.buffers[0].shape[-2]:
             free = (0, 0, 0, min(self.limit, 2 * end) - start)
-            keys, values = (F.pad(buffer[:, :, :start], free) for buffer in self.buffers)
-            self.buffers = keys, values
+            self.buffers = [F.pad(buffer[:, :, :start], free) for buffer in self.buffers]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = new
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
@@ -42,9 +41,8 @@ class InPlaceLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps only these rows of the batch, in this order; may repeat them."""
         length = self.get_seq_length()
-        keys, values = (buffer.index_select(0, indices) for buffer in self.buffers)
-        self.buffers = keys, values
-        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        self.buffers = [buffer.index_select(0, indices) for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
 
 def in_place_cache(limit: int) -> Cache:

@@ -160,9 +160,6 @@ def _sliding_window(options: dict[str, Any]) -> int | None:
 
 PACKED_ATTENTION = {"packed_sdpa": packed_sdpa, "packed_varlen": packed_varlen}
 
-
-def register_packed_attention() -> None:
-    """Makes `PACKED_ATTENTION` known to transformers under its names; they build no mask."""
-    for name, function in PACKED_ATTENTION.items():
-        AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+for name, function in PACKED_ATTENTION.items():  # transformers' names of them; they need no mask
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)

@@ -11,13 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.reductions import reduce_tensor
 
@@ -31,6 +26,8 @@ from verl.utils import device as devices
 from verl.utils.flops import ModelSize
 from verl.utils.safe_load import SafePlanner, SafeReader
 from verl.utils.seqlen_balancing import micro_batches
+
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +61,12 @@ class Policy:
         self.packed = model.use_remove_padding
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         self.model = build_policy(model, fsdp_config, mesh)
-        self.offload()
+        self.move(HOST)
 
-    def onload(self) -> None:
-        """Brings the parameters to the device."""
+    def move(self, device: torch.device) -> None:
+        """Brings parameters that are kept in host memory to the device, or back."""
         if self.config.param_offload:
-            self.model.to(self.device)
-
-    def offload(self) -> None:
-        """Sends the parameters to host memory, if that is where they are kept."""
-        if self.config.param_offload:
-            self.model.to("cpu")
+            self.model.to(device)
         devices.empty_cache(self.device)
 
     def micro_batches(self, samples: Sequence[Sample], limit: MicroBatchLimit) -> list[list[int]]:
@@ -89,22 +81,22 @@ class Policy:
         self, samples: Sequence[Sample], temperature: float, limit: MicroBatchLimit
     ) -> list[np.ndarray]:
         """Of each sample's response tokens, float32 [R] per sample; 0 where one doesn't count."""
-        self.onload()
+        self.move(self.device)
         results: dict[int, np.ndarray] = {}
         for indices in self.micro_batches(samples, limit):
             part = [samples[i] for i in indices]
             values, _ = self.model(pack(part, self.device, self.packed), temperature)
             results.update(zip(indices, per_token_of_response(values, part), strict=True))
         self.model.reshard()  # without a backward pass the root's parameters stay gathered
-        self.offload()
+        self.move(HOST)
         return [results[i] for i in range(len(samples))]
 
     def load_parameters(self, folder: str | Path) -> None:
         """Takes the parameters alone from what `TrainedPolicy.save` wrote. Raises:
         ValueError, on all ranks, if the checkpoint is not one of this model."""
-        state = {"model": get_model_state_dict(self.model)}
+        state = {"model": states.get_model_state_dict(self.model)}
         _read(state, folder)
-        set_model_state_dict(self.model, state["model"])
+        states.set_model_state_dict(self.model, state["model"])
 
     def accumulate_gradient(
         self, step: OptimizerStep, loss: LossConfig, limit: MicroBatchLimit
@@ -142,12 +134,13 @@ class TrainedPolicy(Policy):
         self.optim, self.total_steps, self.version = optim, total_steps, 0
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=optim.lr)
 
-    def _move_optimizer(self, device: torch.device) -> None:
+    def _move_all(self, device: torch.device) -> None:
         for state in self.optimizer.state.values() if self.config.optimizer_offload else ():
             for name, value in state.items():
                 if value.dim():
                     # Towards the host, a copy that doesn't block would take pinned memory.
                     state[name] = value.to(device, non_blocking=device.type == "cuda")
+        self.move(device)
 
     def update(
         self, steps: list[OptimizerStep], loss: LossConfig, limit: MicroBatchLimit, grad_clip: float
@@ -157,8 +150,7 @@ class TrainedPolicy(Policy):
         Returns: per optimizer step this rank's sums, and the global `grad_norm`, `lr` and
         `skipped`: 1 if the loss of a rank or the gradient was not finite, and no step was made.
         """
-        self.onload()
-        self._move_optimizer(self.device)
+        self._move_all(self.device)
         optim = self.optim
         lr = optim.lr * learning_rate_factor(self.version, optim, self.total_steps)
         for group in self.optimizer.param_groups:  # a resumed run may change its settings
@@ -176,8 +168,7 @@ class TrainedPolicy(Policy):
             self.optimizer.zero_grad()
             results.append(sums | {"grad_norm": norm.item(), "lr": lr, "skipped": skipped.item()})
         self.version += 1
-        self._move_optimizer(torch.device("cpu"))
-        self.offload()
+        self._move_all(HOST)
         return results
 
     def save(self, folder: str | Path) -> None:
@@ -189,18 +180,16 @@ class TrainedPolicy(Policy):
 
     def load(self, folder: str | Path) -> None:
         """The inverse of `save`, for any number of ranks. Raises: as `load_parameters`."""
-        self.onload()
-        self._move_optimizer(self.device)
+        self._move_all(self.device)
         state = self._state()
         _read(state, folder)
         parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        set_state_dict(self.model, self.optimizer, **parts)
+        states.set_state_dict(self.model, self.optimizer, **parts)
         self.version = state["training_steps"]
-        self._move_optimizer(torch.device("cpu"))
-        self.offload()
+        self._move_all(HOST)
 
     def _state(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = states.get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer, "training_steps": self.version}
 
 
@@ -270,9 +259,9 @@ class PolicyWorker:
 
     def save_hf(self, folder: str | Path, dtype: str | None = None) -> None:
         """Writes the policy in Hugging Face format."""
-        self.actor.onload()
+        self.actor.move(self.device)
         save_hf_model(self.actor.model, self.actor.model_config, folder, dtype)
-        self.actor.offload()
+        self.actor.move(HOST)
 
     def join_engines(self, address: str, world_size: int) -> None:
         """Becomes rank 0 of the process group in which weights are broadcast to the engines."""
@@ -297,7 +286,7 @@ class PolicyWorker:
 
     def export(self, chunk: WeightChunk, transfer: str) -> WeightChunk:
         """Gathers and sends these weights; returns the chunk with what this rank adds to it."""
-        self.actor.onload()
+        self.actor.move(self.device)
         lm, dtype = self.actor.model.lm, getattr(torch, chunk.dtype)
         sharded = (lm.get_parameter(name).detach() for name in chunk.names)
         weights = [value.full_tensor().to(dtype).contiguous() for value in sharded]
@@ -316,4 +305,4 @@ class PolicyWorker:
     def finish_export(self) -> None:
         """Once all engines have loaded all chunks."""
         self.shared = ()
-        self.actor.offload()
+        self.actor.move(HOST)
