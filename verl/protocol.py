@@ -138,7 +138,9 @@ class OptimizerStep:
 
 def response_lengths(samples: Iterable[Sample]) -> NDArray[np.int64]:
     """Tokens of each response that count, int64 [N]."""
-    return np.fromiter((s.length for s in samples), np.int64)
+    return np.fromiter(  # the property takes twice as long
+        (len(s.response_ids) if s.loss_mask is None else s.length for s in samples), np.int64
+    )
 
 
 @dataclass(slots=True)

@@ -1,11 +1,10 @@
 """A KV cache that is written in place, and an attention that reads it as it is."""
 
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, Cache
+from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -43,12 +42,6 @@ class InPlaceLayer(DynamicLayer):
         length = self.get_seq_length()
         self.buffers = [buffer.index_select(0, indices) for buffer in self.buffers]
         self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
-
-
-def in_place_cache(limit: int) -> Cache:
-    """The cache of a model, all layers of it, for at most `limit` tokens a row."""
-    layer: Any = partial(InPlaceLayer, limit)
-    return Cache(layer_class_to_replicate=layer)
 
 
 def decode_attention(

@@ -109,9 +109,8 @@ class RewardManager:
             sample.score = sample.reward = score
             sample.extras.update(extras)
             if buffer.enable and self.config.reward_manager == "dapo":
-                penalty = overlong_penalty(
-                    len(sample.response_ids), self.max_response_length, buffer
-                )
+                length = len(sample.response_ids)
+                penalty = overlong_penalty(length, self.max_response_length, buffer)
                 sample.reward += penalty
                 if buffer.log:
                     sample.extras["overlong_reward"] = penalty
@@ -120,6 +119,8 @@ class RewardManager:
     async def _score_one(self, sample: Sample, text: str) -> tuple[float, dict[str, Any]]:
         """Score and extras of one sample. An error says which function, and which prompt."""
         prompt = sample.prompt
+        origin = f"reward function {self.function_name}, data_source={prompt.data_source!r}"
+        origin += f", {prompt.location}"
         arguments = (prompt.data_source, text, prompt.ground_truth, prompt.extra_info)
         try:
             if self.custom is not None:
@@ -133,15 +134,11 @@ class RewardManager:
         except RewardServerError:
             raise
         except Exception as error:
-            raise RewardError(self._message(prompt, f"{type(error).__name__}: {error}")) from error
+            raise RewardError(f"{origin}: {type(error).__name__}: {error}") from error
         try:
             return _read_result(result)
         except ValueError as error:
-            raise ValueError(self._message(prompt, str(error))) from None
-
-    def _message(self, prompt: Prompt, problem: str) -> str:
-        origin = f"data_source={prompt.data_source!r}, {prompt.location}"
-        return f"reward function {self.function_name}, {origin}: {problem}"
+            raise ValueError(f"{origin}: {error}") from None
 
 
 def _read_result(result: Any) -> tuple[float, dict[str, Any]]:

@@ -2,6 +2,7 @@
 its responses, finished sequences are dropped from the batch, the KV cache is written in place."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.hf import load_hf_model, reorder_linears, stop_token_ids, vocabulary_size
-from verl.models.kv_cache import DECODE_ATTENTION, in_place_cache
+from verl.models.kv_cache import DECODE_ATTENTION, InPlaceLayer
 from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import RolloutEngine, Row, SamplingParams, rows_of
 from verl.utils.device import default_dtype, empty_cache, get_device
@@ -76,7 +77,8 @@ class HFEngine(RolloutEngine):
         stop_ids = torch.tensor(self.stop_ids, device=self.device)
         prompts = [prompt for prompt, _, _ in rows]
         width = max(len(prompt.token_ids) for prompt in prompts)
-        cache = in_place_cache(width + M)
+        layer: Any = partial(InPlaceLayer, width + M)
+        cache = Cache(layer_class_to_replicate=layer)
         logits, state = self._prefill(prompts, cache, M)
         uniforms = [np.random.default_rng([*params.seed, g, k]).random(M) for _, g, k in rows]
         state |= {
