@@ -97,7 +97,12 @@ class HFEngine(RolloutEngine):
             state["length"][ended & (state["length"] == 0)] = t + 1
             unfinished = state["length"] == 0
             if unfinished.sum() <= KEEP_SHARE * len(tokens):
-                yield self._samples(rows, state, ~unfinished)
+                names = ("row", "length", "tokens", "log_probs")
+                columns = [state[name][~unfinished].cpu().numpy() for name in names]
+                yield SampleBatch(
+                    self.to_sample(rows[row], ids[:length], values[:length])
+                    for row, length, ids, values in zip(*columns, strict=True)
+                )
                 keep = unfinished.nonzero()[:, 0]
                 if not len(keep):
                     return
@@ -138,14 +143,6 @@ class HFEngine(RolloutEngine):
             logits_to_keep=1,
         )
         return output.logits[:, -1, : self.vocabulary_size]
-
-    def _samples(self, rows: list[Row], state: dict[str, Tensor], finished: Tensor) -> list[Sample]:
-        names = ("row", "length", "tokens", "log_probs")
-        columns = [state[name][finished].cpu().numpy() for name in names]
-        return SampleBatch(
-            self.to_sample(rows[row], tokens[:length], log_probs[:length])
-            for row, length, tokens, log_probs in zip(*columns, strict=True)
-        )
 
 
 def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

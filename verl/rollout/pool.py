@@ -103,7 +103,7 @@ class EnginePool(WorkerGroup):
                 stream = ready[0]
                 engine = streams[stream]
                 try:
-                    samples = _take(missing[engine], ray.get(next(stream)))
+                    samples: list[Sample] = ray.get(next(stream))
                 except StopIteration:
                     assert not missing[engine], "an engine left responses out"
                     del streams[stream]
@@ -116,9 +116,12 @@ class EnginePool(WorkerGroup):
                     despite_deaths(self.refresh_dead, [engine])
                     streams[self._start(engine, missing[engine], params)] = engine
                 else:
-                    if samples:
+                    left = missing[engine]
+                    if new := [s for s in samples if (s.group, s.response_index) in left]:
                         deaths[engine] = 0
-                        yield samples
+                        for s in new:  # with the driver's prompts: theirs are copies
+                            s.prompt = left.pop((s.group, s.response_index))
+                        yield new
         finally:
             self._stop(streams)
 
@@ -136,11 +139,3 @@ class EnginePool(WorkerGroup):
             stops = [m.options(concurrency_group=CONTROL).remote() for m in methods]
             ray.wait(stops, num_returns=len(stops))  # one that comes late would end another call
             _, pending = ray.wait(pending, num_returns=len(pending), timeout=STOP_S)
-
-
-def _take(missing: Responses, samples: Sequence[Sample]) -> list[Sample]:
-    """Those samples that were missing, with the prompts from there: theirs are copies."""
-    new = [s for s in samples if (s.group, s.response_index) in missing]
-    for sample in new:
-        sample.prompt = missing.pop((sample.group, sample.response_index))
-    return new
