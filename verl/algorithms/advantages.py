@@ -23,10 +23,8 @@ def group_statistics(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def grpo_advantages(rewards: Tensor, groups: Tensor, *, norm_by_std: bool, **_: Any) -> Tensor:
-    """(r − mean of the group) / (std of the group + 1e-6) (arXiv 2402.03300, section 4.1.2).
-
-    Dr. GRPO (arXiv 2503.20783) leaves the division out: `norm_by_std=False`. [N] → [N].
-    """
+    """(r − mean of the group) / (std of the group + 1e-6) (arXiv 2402.03300, section 4.1.2); Dr.
+    GRPO (arXiv 2503.20783) leaves the division out: `norm_by_std=False`. [N] → [N]."""
     mean, std, _count = group_statistics(rewards, groups)
     return (rewards - mean) / (std + 1e-6) if norm_by_std else rewards - mean
 

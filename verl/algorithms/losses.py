@@ -49,15 +49,13 @@ def policy_loss(
 
 def rollout_is_weights(log_ratio: Tensor, lengths: Tensor, level: str, threshold: float) -> Tensor:
     """Truncated importance-sampling weights between the engine that drew the tokens and the actor,
-    min(π_old/π_rollout, threshold): constants, by which each token's loss is multiplied, [T].
+    min(π_old/π_rollout, threshold): constants, by which each token's loss is multiplied, [T]
+    (Ionides 2008, doi:10.1198/106186008X320456, eq. 4; between a rollout engine and a trainer, Yao
+    et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
 
     Args:
         log_ratio: log π_old − log π_rollout, [T]. lengths: of the responses, [N], adding up to T.
         level: `token`, or `sequence`: the product of the ratios over the tokens of a response.
-
-    Source: Ionides 2008 (doi:10.1198/106186008X320456, eq. 4); between a rollout engine and a
-    trainer, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-    Training".
     """
     log_ratio = log_ratio.detach()
     if level == "sequence":

@@ -115,15 +115,13 @@ def write_folder(
     """Writes the model's own folder with other weights, as `dtype`; None: of its own type."""
     source, target = model_folder(model), Path(folder)
     config = json.loads((source / "config.json").read_text())
-    own = load_hf_config(model).dtype or _stored_type(source)
-    kind = getattr(torch, dtype) if dtype else own
+    as_before = load_hf_config(model).dtype or _stored_type(source)
+    kind = getattr(torch, dtype) if dtype else as_before
     shell = skeleton(model)
     shell.generation_config = GenerationConfig()  # the model's own file may be invalid
-    names, unique = (
-        {n for n, _ in shell.named_parameters(remove_duplicate=d)} for d in (False, True)
-    )
-    again = names - unique  # other names of tied weights
-    state = {n: w.to(kind) if n in names else w for n, w in weights.items() if n not in again}
+    own, buffers = (dict(x) for x in (shell.named_parameters(), shell.named_buffers()))
+    state = {n: w for n, w in weights.items() if n in buffers}
+    state |= {n: w.to(kind) for n, w in weights.items() if n in own}  # of tied ones, one
     shell.save_pretrained(target, state_dict=state)
     (target / "generation_config.json").unlink(missing_ok=True)
     other = model.tokenizer_path is not None

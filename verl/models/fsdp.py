@@ -49,12 +49,11 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Any:
     dcp.set_model_state_dict(policy, loaded.state_dict() if loaded else {}, options=options)
     lm.tie_weights()
     # Buffers (rotary frequencies, …) are in no state dict.
-    source = dict(loaded.named_buffers()) if loaded else {}
-    for name, buffer in list(policy.named_buffers()):
-        value = source[name].to(device) if loaded else torch.empty_like(buffer, device=device)
-        dist.broadcast(value, 0)
+    buffers: list[Any] = [dict(loaded.named_buffers()) if loaded else None]
+    dist.broadcast_object_list(buffers, 0)
+    for name, value in buffers[0].items():
         parent, _, leaf = name.rpartition(".")
-        setattr(policy.get_submodule(parent), leaf, value)
+        setattr(policy.get_submodule(parent), leaf, value.to(device))
     return policy.train()
 
 

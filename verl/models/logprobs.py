@@ -38,10 +38,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         hidden, weight, bias, targets, *options = args
-        zeros = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
-        chosen, total, moment = zeros, zeros.clone(), zeros.clone()
         # Σ_j e^(x_j − peak) and Σ_j e^(x_j − peak) (x_j − peak); peak finite, or −inf − −inf is NaN
-        peak = torch.full_like(zeros, torch.finfo(torch.float32).min)
+        chosen, total, moment = torch.zeros(3, len(targets), device=hidden.device)
+        peak = torch.full_like(total, torch.finfo(torch.float32).min)
         for rows, _, x, place, inside in _tiles(*args):
             chosen[rows] += torch.where(inside, x.gather(-1, place[:, None])[:, 0], 0)
             before, peak[rows] = peak[rows].clone(), torch.maximum(peak[rows], x.amax(-1))

@@ -14,13 +14,12 @@ _PLAIN = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 def compute_score(solution_str: str, ground_truth: Any, method: str = "strict") -> dict[str, float]:
-    """1 if the answer equals the reference as a number (18 = 18.0, 1,000 = 1000), else 0.
+    """1 if the answer equals the reference as a number (18 = 18.0, 1,000 = 1000), else 0. `method`:
+    ``strict`` takes the last ``#### <number>``, ``flexible`` the last number. Raises: ValueError
+    for another, or a ground truth that is no number (also as text, ``"1,000"``).
 
     >>> compute_score("20 - 2 = 18\\n#### 18", "18")
     {'score': 1.0, 'acc': 1.0}
-
-    `method`: ``strict`` takes the last ``#### <number>``, ``flexible`` the last number. Raises:
-    ValueError for another, or a ground truth that is no number (also as text, ``"1,000"``).
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: choose one of {', '.join(METHODS)}")

@@ -144,10 +144,8 @@ def compute_score(*arguments: Any) -> dict[str, Any]:
 
     async def ask() -> dict[str, Any]:
         client = MathClient(MathServerConfig(max_wait_s=60))
-        try:
+        async with client._http:
             return await client.compute_score(*arguments)
-        finally:
-            await client.close()
 
     with ThreadPoolExecutor(1) as thread:  # the caller may have an event loop of its own
         return thread.submit(asyncio.run, ask()).result()
