@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from verl.algorithms.losses import LossConfig
 from verl.config.schema import FSDPConfig, ModelConfig
-from verl.models.packing import pack, packed_sdpa
+from verl.models.packing import packed_sdpa
 from verl.models.policy import MicroBatchLimit, Policy
 from verl.protocol import OptimizerStep, Prompt, Sample
 
@@ -129,7 +129,7 @@ def discarded(policy: Policy, samples: list[Sample], limit: MicroBatchLimit, con
     rows = needed = heads = pairs = needed_pairs = 0
     for indices in policy.micro_batches(samples, limit):
         part = [samples[i] for i in indices]
-        batch = pack(part, policy.device, policy.packed)
+        batch = policy.pack(part)
         rows += batch.input_ids.numel()
         heads += len(batch.predictors)
         lengths = [s.num_tokens - 1 for s in part]  # a sequence's last token predicts nothing

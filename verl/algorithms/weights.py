@@ -36,7 +36,6 @@ def response_weights(
         group_size: responses per group of `token-mean-legacy`.
 
     Raises: ValueError for an unknown mode, a negative length, or a missing group_size.
-
     Example: ``response_weights([2, 8], "token-mean", 10)`` is ``[0.1, 0.1]``.
     """
     if mode not in WEIGHTS:

@@ -26,9 +26,7 @@ from verl.models.hf import (
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER = re.compile(
-    r"tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|generation_"
-)
+TOKENIZER = re.compile(r"tokenizer|(special|added)_tokens|vocab|merges|chat_template|generation_")
 COPIED = {".json", ".jinja", ".model", ".py", ".tiktoken", ".txt"}
 
 

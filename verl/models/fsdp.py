@@ -20,9 +20,8 @@ from verl.utils.device import default_dtype, default_packed_attention
 
 def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Any:
     """A `PolicyModel` with fp32 master weights, sharded over `mesh`: every rank makes an empty
-    skeleton, shards it, and receives its part of the weights, which rank 0 loads.
-
-    Raises: ValueError for a model that can't be sharded, or packed."""
+    skeleton, shards it, and receives its part of the weights, which rank 0 loads. Raises:
+    ValueError for a model that can't be sharded, or packed."""
     device = torch.device(mesh.device_type)
     precision = fsdp.mixed_precision
     compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device))
@@ -36,8 +35,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Any:
     policy = PolicyModel(lm, min(vocabulary_size(model), num_embeddings(model)))
     dtypes = MixedPrecisionPolicy(compute_dtype, getattr(torch, precision.reduce_dtype))
     shard = partial(fully_shard, mesh=mesh, mp_policy=dtypes)
-    names = set(lm._no_split_modules or ())
-    layers = [m for m in lm.modules() if type(m).__name__ in names]
+    layers = [m for m in lm.modules() if type(m).__name__ in (lm._no_split_modules or ())]
     if not layers:
         raise ValueError(f"{type(lm).__name__} does not name its decoder layers: not supported")
     for layer in layers:

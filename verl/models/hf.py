@@ -21,10 +21,8 @@ disable_progress_bar()  # one per file and process, in the middle of the log
 
 def load_hf_config(model: ModelConfig) -> Any:
     """The model's configuration with `override_config`; dropout is off, since log-probabilities
-    must not depend on chance.
-
-    Raises: ValueError if there is no such model, or its head isn't a plain matrix product.
-    """
+    must not depend on chance. Raises: ValueError if there is no such model, or its head isn't a
+    plain matrix product."""
     config = _load(AutoConfig, model.path, trust_remote_code=model.trust_remote_code)
     config.update(model.override_config)
     for name in [n for n in vars(config) if n.endswith(("dropout", "_pdrop"))]:

@@ -50,8 +50,7 @@ def decode_attention(
     """transformers' `sdpa`; for one new token per row without a copy of the cache for each query
     head: those that share a key-value head are so many queries of that head.
 
-    Args: query [B, heads, T, D], key and value [B, key-value heads, length, D].
-    Returns: [B, T, heads, D].
+    query [B, heads, T, D], key and value [B, key-value heads, length, D] → [B, T, heads, D].
     """
     per_head = attention_mask is not None and attention_mask.shape[1] > 1
     if query.shape[2] > 1 or per_head or kw.get("position_bias") is not None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Policy:
 
     def __init__(self, model: ModelConfig, fsdp_config: FSDPConfig, device: torch.device) -> None:
         self.device, self.config, self.model_config = device, fsdp_config, model
-        self.packed = model.use_remove_padding
+        self.pack = partial(pack, device=device, remove_padding=model.use_remove_padding)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         self.model = build_policy(model, fsdp_config, mesh)
         self.move(HOST)
@@ -85,7 +86,7 @@ class Policy:
         results: dict[int, np.ndarray] = {}
         for indices in self.micro_batches(samples, limit):
             part = [samples[i] for i in indices]
-            values, _ = self.model(pack(part, self.device, self.packed), temperature)
+            values, _ = self.model(self.pack(part), temperature)
             results.update(zip(indices, per_token_of_response(values, part), strict=True))
         self.model.reshard()  # without a backward pass the root's parameters stay gathered
         self.move(HOST)
@@ -105,9 +106,7 @@ class Policy:
         totals: dict[str, Tensor] = {}
         for indices in self.micro_batches(step.samples, limit):
             part = step.share(indices)
-            log_probs, entropy = self.model(
-                pack(part.samples, self.device, self.packed), loss.temperature
-            )
+            log_probs, entropy = self.model(self.pack(part.samples), loss.temperature)
             value, sums = LOSSES[loss.kind](loss_inputs(part, log_probs, entropy), loss)
             # FSDP averages gradients over ranks; the loss is a sum.
             (value * dist.get_world_size()).backward()
@@ -145,11 +144,9 @@ class TrainedPolicy(Policy):
     def update(
         self, steps: list[OptimizerStep], loss: LossConfig, limit: MicroBatchLimit, grad_clip: float
     ) -> list[dict[str, float]]:
-        """One training step: makes optimizer steps, of each this rank's share.
-
-        Returns: per optimizer step this rank's sums, and the global `grad_norm`, `lr` and
-        `skipped`: 1 if the loss of a rank or the gradient was not finite, and no step was made.
-        """
+        """One training step: makes optimizer steps, of each this rank's share. Returns of each
+        this rank's sums, and the global `grad_norm`, `lr` and `skipped`: 1 if the loss of a rank or
+        the gradient was not finite, and no step was made."""
         self._move_all(self.device)
         optim = self.optim
         lr = optim.lr * learning_rate_factor(self.version, optim, self.total_steps)

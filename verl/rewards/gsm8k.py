@@ -23,9 +23,8 @@ def compute_score(solution_str: str, ground_truth: Any, method: str = "strict") 
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: choose one of {', '.join(METHODS)}")
-    expected = None
-    if isinstance(ground_truth, (str, Real)) and not isinstance(ground_truth, bool):
-        expected = parse_number(str(ground_truth).strip())
+    known = isinstance(ground_truth, (str, Real)) and not isinstance(ground_truth, bool)
+    expected = parse_number(str(ground_truth).strip()) if known else None
     if expected is None:
         form = "a number in plain decimal notation such as '18' or '1,000.5'"
         raise ValueError(f"the ground truth of gsm8k must be {form}, not {ground_truth!r:.200}")

@@ -185,11 +185,9 @@ class MathClient:
 
     async def connect(self, log_file: Path) -> None:
         """Asks one pair that is equal and one that is not. With `config.autostart` a server that
-        isn't there is started, now and later, and prints to `log_file`.
-
-        Raises: ValueError if what answers is no LaTeX server, or judges wrongly, or it can't be
-        started at this URL; RewardServerError if there is none.
-        """
+        isn't there is started, now and later, and prints to `log_file`. Raises: ValueError if what
+        answers is no LaTeX server, or judges wrongly, or it can't be started at this URL;
+        RewardServerError if there is none."""
         if self.config.autostart:
             self.process = ServerProcess(self.url, log_file)
         pairs = [(r"\frac{3}{5}", "0.6"), (r"\frac{3}{5}", "0.5")]
@@ -204,10 +202,8 @@ class MathClient:
     async def compute_score(self, *arguments: Any) -> dict[str, Any]:
         """Of the arguments of `compare`: `score` and `acc` (0 or 1), `pred` (the answer), and
         `undecided`: 1 where the server ran into its limits or failed, which counts as wrong.
-
         Raises: ValueError for a ground truth of the wrong form or a pair that the server refuses;
-        RewardServerError without an answer within `config.max_wait_s`.
-        """
+        RewardServerError without an answer within `config.max_wait_s`."""
         limit = self.config.max_answer_length
         pred, gold, equal = compare(*arguments, max_answer_length=limit)
         verdict: Verdict = {"equal": equal, "status": "ok"}

@@ -49,11 +49,9 @@ class RewardManager:
 
     def connect(self, prompts: Sequence[Prompt], folder: Path) -> None:
         """Makes sure that responses to these prompts can be scored. A server that it starts keeps
-        its log in `folder`.
-
-        Raises: ValueError if there is no function for one of them, its ground truth is not of the
-        form that this needs, or the LaTeX server is none; RewardServerError if there is no server.
-        """
+        its log in `folder`. Raises: ValueError if there is no function for one of them, its ground
+        truth is not of the form that this needs, or the LaTeX server is none; RewardServerError if
+        there is no server."""
         if self.custom is not None:
             return
         for prompt in prompts:
@@ -71,11 +69,9 @@ class RewardManager:
 
     def submit(self, samples: list[Sample]) -> Future[list[Sample]]:
         """Starts to set `score`, `reward` and `extras` (with `acc`, always) of each sample. The
-        future holds the samples: all of them filled or, after an error, none.
-
-        Raises, in the future: RewardError if the reward function failed (its error is chained) or
-        the LaTeX server is gone; ValueError for a result that is no finite number or dict with one.
-        """
+        future holds the samples: all of them filled or, after an error, none. Raises, in the
+        future: RewardError if the reward function failed (its error is chained) or the LaTeX server
+        is gone; ValueError for a result that is no finite number or dict with one."""
         return self._run(self._score(samples))
 
     def texts(self, samples: Sequence[Sample]) -> list[str]:

@@ -80,12 +80,10 @@ class RolloutEngine(ABC):
     def to_sample(self, row: Row, tokens: ArrayLike, log_probs: ArrayLike) -> Sample:
         """The response that a row has become; its tokens and their log-probabilities, [R]."""
         prompt, group, index = row
-        ids = np.array(tokens, np.int64)
+        ids, values = np.array(tokens, np.int64), np.array(log_probs, np.float32)
+        assert len(ids) == len(values)
         reason: FinishReason = "stop" if int(ids[-1]) in self.stop_ids else "length"
-        sample = Sample(prompt, group, ids, reason, index, self.version)
-        sample.rollout_log_probs = np.array(log_probs, np.float32)
-        assert len(ids) == len(sample.rollout_log_probs)
-        return sample
+        return Sample(prompt, group, ids, reason, index, self.version, rollout_log_probs=values)
 
     def start_update(self) -> None:  # noqa: B027  engines that need no preparation
         """Gets ready for new weights, with `sleep` undone as far as they need it."""

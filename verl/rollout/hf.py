@@ -147,11 +147,9 @@ class HFEngine(RolloutEngine):
 
 def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """Draws a token per row of `logits`, [B, V], by inverting its distribution function at
-    `uniforms`, numbers in [0, 1), [B].
-
-    Returns: tokens [B], and their log-probabilities [B] under the distribution after temperature,
-    top-k and top-p. At temperature 0 the most probable token, with its log-probability at 1.
-    """
+    `uniforms`, numbers in [0, 1), [B]. Returns tokens [B], and their log-probabilities [B] under
+    the distribution after temperature, top-k and top-p. At temperature 0 the most probable token,
+    with its log-probability at 1."""
     logits = logits.float()
     if params.temperature == 0:
         log_probs, tokens = logits.log_softmax(-1).max(-1)
