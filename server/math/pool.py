@@ -11,7 +11,9 @@
   Where the last worker meets one while others wait, it is killed, and the job starts anew in the
   slow queue, with the full limit. So a few hostile jobs don't delay all the honest ones.
 * A worker that dies by itself is replaced, and its job tried again once: it may have been chance
-  (the system's out-of-memory killer) or the job (a crash in C).
+  (the system's out-of-memory killer) or the job (a crash in C). The second try gets the new
+  process, since what killed the first may be killing the others. A template takes its workers
+  along when it dies, which counts against none of their jobs.
 * The queue is bounded: `submit` raises `PoolFull` at once rather than making everybody wait.
 
 All methods belong to the event loop's thread. See `worker.py` for the processes.
@@ -67,8 +69,9 @@ class _Job:
 @dataclass(slots=True, eq=False)
 class _Worker:
     connection: Connection
+    template: subprocess.Popen[bytes]
     pid: int | None = None  # not known, not ready
-    job: _Job | None = None
+    job: _Job | None = None  # from its start on, for one that was spawned for a second try
     started: float = 0.0
     served: int = 0
     timer: asyncio.TimerHandle | None = None
@@ -202,11 +205,14 @@ class Pool:
                 (self._slow if job.slow else self._fresh).appendleft(job)
                 self._on_death(worker)
                 continue
-            worker.job, worker.started = job, self._loop.time()
-            with contextlib.suppress(OSError):  # killed just now: the reader notices
-                worker.connection.send_bytes(json.dumps(job.arguments).encode())
-            wait = self.time_limit if job.slow else min(self.patience, self.time_limit)
-            worker.timer = self._loop.call_later(wait, self._on_timer, worker)
+            self._begin(worker, job)
+
+    def _begin(self, worker: _Worker, job: _Job) -> None:
+        worker.job, worker.started = job, self._loop.time()
+        with contextlib.suppress(OSError):  # killed just now: the reader notices
+            worker.connection.send_bytes(json.dumps(job.arguments).encode())
+        wait = self.time_limit if job.slow else min(self.patience, self.time_limit)
+        worker.timer = self._loop.call_later(wait, self._on_timer, worker)
 
     def _on_timer(self, worker: _Worker) -> None:
         if worker.connection.poll():  # the answer came in while the event loop was busy
@@ -231,6 +237,8 @@ class Pool:
             return self._on_death(worker)
         if worker.pid is None:
             worker.pid = message
+            if worker.job:
+                return self._begin(worker, worker.job)
             self._idle.append(worker)
             if len(self._idle) == self.size and not self._ready.done():
                 self._ready.set_result(None)
@@ -248,17 +256,20 @@ class Pool:
             self._dispatch()
 
     def _on_death(self, worker: _Worker) -> None:
-        if job := worker.job:
+        job = worker.job
+        if worker.pid is None:
+            if job:
+                (self._slow if job.slow else self._fresh).appendleft(job)
+            self._retire(worker)
+            self._loop.call_later(RESPAWN_DELAY_S, self._spawn)
+            return
+        # The system reaps no worker before the template that takes it along.
+        if job and worker.template.poll() is None:
             job.deaths += 1
             if job.deaths > 1:
                 _settle(job, Outcome("died"))
-            else:
-                (self._slow if job.slow else self._fresh).appendleft(job)
-        if worker.pid is not None:
-            self._replace(worker, "died")
-        else:
-            self._retire(worker)
-            self._loop.call_later(RESPAWN_DELAY_S, self._spawn)
+                job = None
+        self._replace(worker, "died", job)
 
     # Processes.
 
@@ -289,13 +300,13 @@ class Pool:
         elif not self._closing:
             self._start_template()
 
-    def _spawn(self) -> None:
+    def _spawn(self, job: _Job | None = None) -> None:
         if self._closing:
             return
         ours, theirs = socket.socketpair()
         with theirs, contextlib.suppress(OSError):  # a lost template: the new worker's socket ends
             socket.send_fds(self._control, [COMMAND.pack(FORK)], [theirs.fileno()])
-        worker = _Worker(Connection(ours.detach()))
+        worker = _Worker(Connection(ours.detach()), self._template, job=job)
         self._workers.add(worker)
         self._loop.add_reader(worker.connection.fileno(), self._on_message, worker)
 
@@ -312,10 +323,10 @@ class Pool:
             with contextlib.suppress(OSError):  # a lost template has taken its workers along
                 self._control.send(COMMAND.pack(worker.pid))
 
-    def _replace(self, worker: _Worker, reason: str) -> None:
+    def _replace(self, worker: _Worker, reason: str, job: _Job | None = None) -> None:
         self.restarts[reason] += 1
         self._retire(worker)
-        self._spawn()
+        self._spawn(job)
         self._dispatch()
 
 

@@ -26,6 +26,7 @@ ACTIONS = {
     "hoard": lambda gigabytes: len(bytearray(gigabytes << 30)),
     "crash": lambda _: os.abort(),
     "die once": _die_once,
+    "die once then sleep": lambda marker: time.sleep(0.5 * (_die_once(marker) == "alive")),
     "raise": lambda text: int(text),
     "not JSON": lambda _: {1, 2},
     "deep": lambda _: (lambda f: f(f))(lambda f: f(f)),

@@ -166,6 +166,34 @@ def test_the_template_killed_from_outside(pooled):
     pooled(body, workers=2)
 
 
+def test_a_second_try_gets_a_new_worker(pooled):
+    """What killed the first worker may be killing the second, which doesn't show it yet."""
+
+    async def body(pool):
+        job = pool.submit("sleep", 0.1)
+        (busy,) = (worker.pid for worker in pool._workers if worker.job)
+        (doomed,) = (worker.pid for worker in pool._workers if not worker.job)
+        os.kill(doomed, signal.SIGSTOP)
+        os.kill(busy, signal.SIGKILL)
+        outcome = await job
+        os.kill(doomed, signal.SIGKILL)
+        assert outcome.kind == "ok"
+        assert outcome.value not in (busy, doomed)
+
+    pooled(body, workers=2, time_limit=5)
+
+
+def test_the_death_of_the_template_counts_against_no_job(pooled, tmp_path):
+    async def body(pool):
+        marker = tmp_path / "marker"
+        job = pool.submit("die once then sleep", str(marker))
+        await eventually(lambda: pool.restarts["died"] and pool._slow_running())
+        pool._template.kill()
+        assert (await job).kind == "ok"
+
+    pooled(body, workers=2, time_limit=5, patience=0.1)
+
+
 def test_a_bounded_queue(pooled):
     async def body(pool):
         jobs = [pool.submit("sleep", 0.1) for _ in range(2 + 3)]
