@@ -54,6 +54,7 @@ def start_ray(devices: int, num_cpus: int | None = None) -> None:
     # It says that it makes a token, as it does for every cluster of its own.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
     cpus = num_cpus or max(WORKERS_PER_DEVICE * devices, os.cpu_count() or 1)
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they would lack `WORKER_ENV`
     # Ray's processes live until this one has ended in order, also where a terminal is closed.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
