@@ -47,14 +47,14 @@ def compose_config(
     Raises: ConfigError for overrides that can't be parsed, unknown keys (with the nearest valid
     one), values of the wrong type, and what `validate` finds.
     """
+    problems: dict[str, str] = {}
     try:
         with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
-            base = compose(config_name)
-            problems, given = _read(base, overrides)
-            config = _merge(config_name, base, given, problems)
+            config = compose(config_name)
+        problems = _override(config, overrides)
+        typed: Any = OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error)[1]) from error
-    typed: Any = OmegaConf.to_object(config)
+        raise ConfigError("\n".join([*problems, _explain(error)[1]])) from error
     if lines := [*problems, *validate(typed, problems.values())]:
         raise ConfigError("\n".join(lines))
     return config
@@ -129,23 +129,23 @@ def exit_with(status: int, message: str) -> NoReturn:
     raise SystemExit(status) from None
 
 
-def parse_override(override: str) -> Override:
+def parse_override(text: str) -> Override:
     """Raises: ConfigError if it is none."""
-    try:
-        return OverridesParser.create().parse_override(override)
-    except HydraException:
-        raise ConfigError(
-            f"{override!r} is not an override: write key=value, with quotes around lists, such as "
-            "\"trainer.logger=['console','wandb']\""
-        ) from None
+    with suppress(HydraException):
+        override = OverridesParser.create().parse_override(text)
+        if not override.is_delete():
+            return override
+    raise ConfigError(
+        f"{text!r} is not an override: write key=value, with quotes around lists, such as "
+        "\"trainer.logger=['console','wandb']\""
+    )
 
 
-def _read(
-    base: DictConfig, overrides: Iterable[str]
-) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Problems, each with the key that it is about; key and text of the overrides without one."""
-    known = _flat(OmegaConf.to_container(base))
-    defaults = _flat(OmegaConf.to_container(OmegaConf.structured(OmegaConf.get_type(base))))
+def _override(config: DictConfig, overrides: Iterable[str]) -> dict[str, str]:
+    """Merges overrides into `config`. Problems, each with the key that it is about; overrides that
+    have one are left out."""
+    known = _flat(OmegaConf.to_container(config))
+    defaults = _flat(OmegaConf.to_container(OmegaConf.structured(OmegaConf.get_type(config))))
     free = tuple(f"{key}." for key in known if key.endswith(OPEN))
     problems: dict[str, str] = {}
     given = []
@@ -158,38 +158,19 @@ def _read(
         key, value = override.key_or_group, override.value()
         if override.is_sweep_override():
             problems[f"{text}: several values are several runs, and take -m"] = key
-        elif key in WITHOUT_EFFECT:
-            pass
-        elif key.startswith(free):
-            given.append((key, f"++{text.lstrip('+')}"))
-        elif key not in known and not key.startswith("hydra."):
+        elif key in known or key.startswith(free):
+            follows = value is None and "${" in str(defaults.get(key))
+            given.append((key, defaults[key] if follows else value))
+        elif key not in WITHOUT_EFFECT and not key.startswith("hydra."):
             problems.update([unknown_key(known, key)])
-        elif value is None and "${" in str(defaults.get(key)):
-            given.append((key, f"{key}='{defaults[key]}'"))
-        else:
-            given.append((key, text))
-    return problems, given
-
-
-def _merge(
-    name: str, base: DictConfig, given: list[tuple[str, str]], problems: dict[str, str]
-) -> DictConfig:
-    """YAML file and overrides; those that can't be are left out, and added to the problems."""
-    while True:
+    for key, value in given:
         try:
-            config = compose(name, overrides=[text for _, text in given])
-            OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-            return config
-        except (HydraException, OmegaConfBaseException) as error:
+            OmegaConf.update(config, key, value, force_add=f"{key}.".startswith(free))
+        except OmegaConfBaseException as error:
             key, text = _explain(error)
-            remaining = [x for x in given if not f"{key}.".startswith(f"{x[0]}.")]
-            if remaining == given:
-                raise
-            given = remaining
-            unknown = isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError)
-            if unknown and not key.startswith("hydra."):
-                text, key = unknown_key(_flat(OmegaConf.to_container(base)), key)
-            problems[text] = key
+            unknown = isinstance(error, ConfigKeyError | ConfigAttributeError)
+            problems.update([unknown_key(known, key) if unknown else (text, key)])
+    return problems
 
 
 def _explain(error: Exception) -> tuple[str, str]:
