@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from verl.config.base import SFTConfig, too_many_ranks
+from verl.config.base import Section, SFTConfig, too_many_ranks
 from verl.config.schema import Config
 from verl.config.validate import WITHOUT_EFFECT, ignored_keys, validate
 
@@ -51,7 +51,10 @@ def compose_config(
     try:
         with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
             config = compose(config_name)
-        problems = _override(config, overrides)
+        schema: Any = OmegaConf.get_type(config)
+        if not issubclass(schema, Section):
+            raise ConfigError(f"{config_name}.yaml must begin with defaults: [schema, _self_]")
+        problems = _override(config, schema(), overrides)
         typed: Any = OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError("\n".join([*problems, _explain(error)[1]])) from error
@@ -141,12 +144,12 @@ def parse_override(text: str) -> Override:
     )
 
 
-def _override(config: DictConfig, overrides: Iterable[str]) -> dict[str, str]:
-    """Merges overrides into `config`. Problems, each with the key that it is about; overrides that
-    have one are left out."""
-    known = _flat(OmegaConf.to_container(config))
-    defaults = _flat(OmegaConf.to_container(OmegaConf.structured(OmegaConf.get_type(config))))
-    free = tuple(f"{key}." for key in known if key.endswith(OPEN))
+def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> dict[str, str]:
+    """Merges overrides into `config`; those that can't be are left out. Returns the problems, each
+    with the key that it is about."""
+    defaults = {key: value for key, value, _ in schema.walk()}
+    free = tuple(f"{key}." for key in defaults if key.endswith(OPEN))
+    known = [key for key in defaults if not key.endswith(OPEN)]
     problems: dict[str, str] = {}
     given = []
     for text in overrides:
@@ -158,7 +161,7 @@ def _override(config: DictConfig, overrides: Iterable[str]) -> dict[str, str]:
         key, value = override.key_or_group, override.value()
         if override.is_sweep_override():
             problems[f"{text}: several values are several runs, and take -m"] = key
-        elif key in known or key.startswith(free):
+        elif key.startswith(free) or any(f"{k}.".startswith(f"{key}.") for k in defaults):
             follows = value is None and "${" in str(defaults.get(key))
             given.append((key, defaults[key] if follows else value))
         elif key not in WITHOUT_EFFECT and not key.startswith("hydra."):
@@ -181,20 +184,8 @@ def _explain(error: Exception) -> tuple[str, str]:
     return key, f"{key}: {text}" if key else text
 
 
-def unknown_key(known: dict[str, Any], key: str) -> tuple[str, str]:
+def unknown_key(known: Collection[str], key: str) -> tuple[str, str]:
     """What to say about a key that isn't known, and the nearest one that is."""
-    ending = [k for k in known if k.endswith(f".{key}")]
-    leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    leaves = [k for k, value in known.items() if not isinstance(value, dict)]
-    (near,) = difflib.get_close_matches(key, ending or leaf or leaves, n=1, cutoff=0.0)
+    alike = [k for k in known if key.rpartition(".")[2] in k.split(".")]
+    (near,) = difflib.get_close_matches(key, alike or known, n=1, cutoff=0.0)
     return f"there is no key {key!r}; the nearest one is {near!r}", near
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value of all keys below `node`, sections included."""
-    found = {}
-    for name, value in node.items():
-        found[f"{prefix}{name}"] = value
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-    return found

@@ -41,7 +41,7 @@ class VLLMEngine(RolloutEngine):
         from verl.rollout.vllm_worker import BACKEND, VOCABULARY_SIZE, OwnVocabulary, register
 
         given = rollout.engine_kwargs.vllm
-        known = {f.name: None for f in fields(EngineArgs)}
+        known = [f.name for f in fields(EngineArgs)]
         for key in [key for key in given if key not in known]:
             name = "actor_rollout_ref.rollout.engine_kwargs.vllm"
             raise ValueError(f"{name}, arguments of vLLM: {unknown_key(known, key)[0]}")
