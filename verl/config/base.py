@@ -58,8 +58,7 @@ class Section:
 
     def lock(self) -> None:
         """Makes this section and all below it read-only."""
-        for f in fields(self):
-            child = getattr(self, f.name)
+        for child in vars(self).values():
             if isinstance(child, Section):
                 child.lock()
         object.__setattr__(self, "_locked", True)

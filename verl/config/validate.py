@@ -36,7 +36,7 @@ def validate(config: Config | SFTConfig, wrong: Collection[str] = ()) -> list[st
     wrong = {*wrong, *(key for key, _ in values)}
     found = [*_common(config)]
     if isinstance(config, Config):
-        found += [*_method(config), *_validation(config), *_engines(config)]
+        found += [*_method(config), *_engines(config)]
         found += [] if config.trainer.val_only else _training(config)
     lines = [_filled(text, config) for text in found]
     return [text for _, text in values] + [x for x in lines if not any(key in x for key in wrong)]
@@ -121,6 +121,7 @@ def _common(config: Any) -> Iterator[str]:
 def _method(config: Config) -> Iterator[str]:
     algorithm, actor, reward = config.algorithm, config.actor_rollout_ref.actor, config.reward_model
     groups, buffer = algorithm.filter_groups, reward.overlong_buffer
+    val = config.actor_rollout_ref.rollout.val_kwargs
     for name in ("use_grpopp", "use_dr_grpo", "grpopp_config.alpha", "grpopp_config.scope"):
         value = operator.attrgetter(name)
         if value(algorithm) != value(actor):
@@ -150,10 +151,6 @@ def _method(config: Config) -> Iterator[str]:
         yield "{overlong_buffer.len=} must be between 1 and {data.max_response_length=}"
     if config.trainer.resume_mode == "resume_path" and config.trainer.resume_from_path is None:
         yield "{trainer.resume_mode=} needs {trainer.resume_from_path}"
-
-
-def _validation(config: Config) -> Iterator[str]:
-    val = config.actor_rollout_ref.rollout.val_kwargs
     if val.n > 1 and (not val.do_sample or val.temperature == 0):
         others = "{val_kwargs.do_sample}=True and {val_kwargs.temperature}=1"
         yield "{val_kwargs.n=}: greedy responses don't differ: set " + others

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ class Row(NamedTuple):
 
 
 def load_prompts(
-    files: Files, config: DataConfig, tokenizer: Any, num_embeddings: int | None = None
+    files: Files, config: DataConfig, tokenizer: Any, num_embeddings: float = inf
 ) -> list[Prompt]:
     """Tokenized prompts of all files, in file order; `Prompt.index` counts rows before filtering.
     `num_embeddings`: ids that the model knows.
@@ -86,9 +87,8 @@ def load_prompts(
         prompts.append(Prompt(index, ids, source, model["ground_truth"], info, row.location))
     count = f"{overlong} of {len(rows)} prompts are longer than data.max_prompt_length={limit}"
     if not prompts:
-        names = ", ".join(map(str, _paths(files)))
         remedy = "so data.filter_overlong_prompts=True leaves none: raise the limit"
-        raise ValueError(f"{names}: {count}, {remedy}")
+        raise ValueError(f"{files}: {count}, {remedy}")
     if overlong:
         fate = "dropped" if config.filter_overlong_prompts else f"cut on the {config.truncation}"
         logger.info("%s: %s", count, fate)
@@ -96,7 +96,7 @@ def load_prompts(
 
 
 def load_sft_rows(
-    config: SFTDataConfig, tokenizer: Any, num_embeddings: int | None = None
+    config: SFTDataConfig, tokenizer: Any, num_embeddings: float = inf
 ) -> list[Sample]:
     """One sample per row of `config.train_files`: prompt, and response with end-of-sequence token.
     With truncation=right a response that doesn't fit into max_length loses its last tokens, this
@@ -109,7 +109,7 @@ def load_sft_rows(
         problem = "the tokenizer has no end-of-sequence token, so no response could learn to end"
         remedy = "set eos_token in its tokenizer_config.json, or choose another with data.tokenizer"
         raise ValueError(f"{problem}: {remedy}")
-    if num_embeddings is not None and eos >= num_embeddings:
+    if eos >= num_embeddings:
         raise ValueError(f"the tokenizer ends with token {eos}, but the model has {num_embeddings}")
     keys = {config.prompt_key: "set data.prompt_key", config.response_key: "set data.response_key"}
     rows = _read_rows(config.train_files, keys)
@@ -184,30 +184,22 @@ class PromptOrder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state` was taken. Raises: ValueError if it belongs to another order."""
         names = {"num_prompts": "the number of training prompts", "batch_size": self.batch_key}
+        names |= {"seed": "data.seed", "shuffle": "data.shuffle"}
         changed = []
-        for key in ("num_prompts", "batch_size", "seed", "shuffle"):
-            before, now = state.get(key), getattr(self, key)
-            if before != now:
-                changed.append(f"{names.get(key, f'data.{key}')} was {before} and is {now}")
+        for key, name in names.items():
+            if (before := state.get(key)) != (now := getattr(self, key)):
+                changed.append(f"{name} was {before} and is {now}")
         if changed:
             remedy = "resume with the same data and settings, or set trainer.resume_mode=disable"
             raise ValueError(f"the order of prompts can't go on: {'; '.join(changed)}: {remedy}")
         self.batches_taken = int(state["batches_taken"])
 
 
-def _paths(files: Files) -> list[Path]:
-    many = [files] if isinstance(files, str | Path) else files
-    return [Path(file).expanduser() for file in many]
-
-
 def _read_rows(files: Files, required: dict[str, str]) -> list[Row]:
     """All rows. `required`: column → what to do when it is missing."""
-    paths = _paths(files)
-    if not paths:
-        raise ValueError("no data files: set data.train_files (or data.val_files) to parquet files")
     rows = []
-    for path in paths:
-        if not path.exists():
+    for name in [files] if isinstance(files, str | Path) else files:
+        if not (path := Path(name).expanduser()).exists():
             remedy = "check the path, or write it with one of examples/data_preprocess/"
             raise FileNotFoundError(f"{path}: no such file: {remedy}")
         try:
@@ -226,6 +218,8 @@ def _read_rows(files: Files, required: dict[str, str]) -> list[Row]:
         if not values:
             raise ValueError(f"{path}: no rows: write it anew, or leave it out of the data files")
         rows += [Row(f"{path}, row {number}", row) for number, row in enumerate(values)]
+    if not rows:
+        raise ValueError("no data files: set data.train_files (or data.val_files) to parquet files")
     return rows
 
 
@@ -267,7 +261,7 @@ def _tokenize(
     rows: list[Row],
     key: str,
     read: Callable[[Row, str], str],
-    num_embeddings: int | None = None,
+    num_embeddings: float,
     bos: Sequence[int] = (),
 ) -> Iterator[NDArray[np.int64]]:
     """Token ids of each row's text, int64 [T], T ≥ 1, without special tokens but `bos`, once."""
@@ -279,7 +273,7 @@ def _tokenize(
         for row, ids in zip(batch, encoded["input_ids"], strict=True):
             if not len(ids):
                 raise row.error(key, EMPTY)
-            if num_embeddings is not None and (largest := max(*ids, *bos, 0)) >= num_embeddings:
+            if (largest := max(*ids, *bos, 0)) >= num_embeddings:
                 problem = f"the tokenizer gives token {largest}, but the model has {num_embeddings}"
                 raise row.error(key, f"{problem}: take the model's own, or set data.tokenizer")
             yield np.asarray(ids if ids[:1] == [*bos] else [*bos, *ids], dtype=np.int64)

@@ -64,8 +64,7 @@ REORDERED_FROM = 2**17  # weights of so many elements are faster in oneDNN's ord
 def multiplies_faster_reordered(weight: torch.Tensor) -> bool:
     """Whether `verl.models.hf` pays for this weight of a linear layer, and can be had."""
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32
-    available = torch.backends.mkldnn.is_available()
-    available = available and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    available = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return fits and weight.numel() >= REORDERED_FROM and available
 
 

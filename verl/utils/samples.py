@@ -119,8 +119,8 @@ def some_generations(
 ) -> list[tuple[str, str, float]]:
     """(prompt, response, score) of at most `number` samples, for people to read; drawn by their
     positions alone, so that each validation shows the same prompts."""
-    positions = np.random.default_rng(0).permutation(len(samples))[:number]
-    chosen = [samples[i] for i in positions]
+    order = np.random.default_rng(0).permutation(len(samples))
+    chosen = [samples[i] for i in order[:number]]
     texts = response_texts(chosen, tokenizer, skip_special_tokens)
     prompts = [str(tokenizer.decode(s.prompt.token_ids)) for s in chosen]
     return [(p, t, float(s.score)) for p, t, s in zip(prompts, texts, chosen, strict=True)]
