@@ -5,6 +5,7 @@ import re
 import traceback
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from signal import SIGINT
 from typing import TYPE_CHECKING
 
 from verl.config.load import entry_point, exit_with
@@ -76,26 +77,24 @@ def _train(trainer: "RayPPOTrainer") -> None:
         trainer.start_workers()
         started = True
         trainer.fit()
-        if not trainer.stop.number:
-            return
     except RayActorError:
         raise
     except (ValueError, OSError, FloatingPointError, RewardError, RayError) as error:
         if not started and not isinstance(error, RayError):
             exit_with(2, f"error: {error}")
         text = _error(error, trainer.checkpoints.root)
-        if not isinstance(error, FloatingPointError):  # which says itself what to resume from
-            text += f"\n{trainer.how_to_resume}" if started else ""
+        if started and not isinstance(error, FloatingPointError):  # which says itself how to resume
+            text += f"\n{trainer.how_to_resume}"
         exit_with(1 if started else 2, text)
     except KeyboardInterrupt:
-        if not started:
-            exit_with(128 + (trainer.stop.number or 2), "stopped")
-    exit_with(128 + (trainer.stop.number or 2), f"stopped; {trainer.how_to_resume}")
+        trainer.stop.number = trainer.stop.number or SIGINT
+    if number := trainer.stop.number:
+        exit_with(128 + number, f"stopped; {trainer.how_to_resume}" if started else "stopped")
 
 
 def _error(error: Exception, folder: Path) -> str:
     """One line about an error, whose traceback goes to `error.log` in the run's folder."""
-    from ray.exceptions import RayActorError, RayError, RayTaskError
+    from ray.exceptions import RayError, RayTaskError
 
     details = ""
     with suppress(OSError), (folder / "error.log").open("a") as log:  # the disk may be full
@@ -108,9 +107,7 @@ def _error(error: Exception, folder: Path) -> str:
         lines = [x.strip() for x in re.sub(r"\x1b\[\d+m", "", text).splitlines() if x.strip()]
         ends = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)]
         text = " ".join(lines[ends[-1] if ends else -1 :]).partition(" Some common causes")[0]
-        if isinstance(error, RayActorError) and (
-            name := re.search(r"class_name: (\w+)", str(error))
-        ):
+        if name := re.search(r"class_name: (\w+)", str(error)):  # what an actor's death names
             text = f"a worker died, of class {name[1]}: {text}"
     return f"error: {text or type(error).__name__}{details}"
 
