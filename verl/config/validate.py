@@ -96,22 +96,20 @@ def _filled(text: str, config: Section) -> str:
 
 
 def _common(config: Any) -> Iterator[str]:
-    trains, validates = True, False
-    if isinstance(config, Config):
-        trainer = config.trainer
-        trains = not trainer.val_only
-        validates = trainer.val_before_train or trainer.val_only or trainer.test_freq > 0
+    trainer, is_rl = config.trainer, isinstance(config, Config)
+    trains = not (is_rl and trainer.val_only)
+    validates = is_rl and (trainer.val_before_train or trainer.val_only or trainer.test_freq > 0)
     for key in ["train_files"] * trains + ["val_files"] * validates:
         given = getattr(config.data, key)
         paths = [given] if isinstance(given, str) else given
         if not (isinstance(paths, list) and paths and all(p and isinstance(p, str) for p in paths)):
             other = ", or set {val_before_train}=False and {test_freq}=-1" * (key == "val_files")
             yield f"{{data.{key}=}}: give a path or a list of paths{other}"
-    own = (Path(config.trainer.default_local_dir).expanduser() / "huggingface").resolve()
+    own = (Path(trainer.default_local_dir).expanduser() / "huggingface").resolve()
     for key, path in (config.ending("model.path") | config.ending("data.tokenizer")).items():
         if trains and path and Path(path).expanduser().resolve().is_relative_to(own):
             yield f"{key}={path} is where the run writes its model: change {{experiment_name}}"
-    if config.trainer.logger is None:
+    if trainer.logger is None:
         yield "{trainer.logger=}: give a name or a list of names"
     (betas,) = config.ending("optim.betas").values()
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):

@@ -105,8 +105,7 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
 
 def peak_flops(device: torch.device) -> float | None:
     """Operations a second that a GPU can do at most; None if that isn't known, as of a CPU."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return gpu_peak_flops(name)
+    return gpu_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def empty_cache(device: torch.device) -> None:

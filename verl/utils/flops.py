@@ -45,9 +45,8 @@ ADA = {"L4": 121, "L40": 181, "L40S": 362, "RTX 4090": 165}
 HOPPER = {"H20": 148, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H200": 989, "H200 NVL": 835}
 HOPPER |= {"H800": 989, "H800 PCIe": 756}
 PEAK_TFLOPS = AMPERE | ADA | HOPPER | {"B200": 2250}
-"""Part of what CUDA calls a GPU → dense bfloat16 products with float32 sums, in 10^12 operations a
-second, from NVIDIA's data sheets (which print twice as much "with sparsity" for those since A100).
-"""
+"""Part of what CUDA calls a GPU → dense bfloat16 products with float32 sums, 10^12 operations a
+second: NVIDIA's data sheets, which print twice as much "with sparsity" for those since A100."""
 
 
 def gpu_peak_flops(name: str) -> float | None:

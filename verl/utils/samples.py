@@ -55,8 +55,7 @@ def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
 
 
 def plain(value: Any) -> Any:
-    """What Python's JSON and UTF-8 can hold, whatever it is: numbers as Python's, keys as text, and
-    of anything else the text."""
+    """Anything as Python's JSON and UTF-8 can hold it: numbers as Python's, all else as text."""
     value = value.item() if isinstance(value, np.generic) else value
     try:
         if isinstance(value, Mapping):

@@ -28,8 +28,7 @@ class StopSignals:
         """Takes the signals over, as far as that can be: Python leaves them to the main thread."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                before = signal.signal(number, self._handle)
-                self._before.setdefault(number, before)
+                self._before.setdefault(number, signal.signal(number, self._handle))
 
     def restore(self) -> None:
         """Gives the signals back."""

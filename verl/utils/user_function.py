@@ -49,14 +49,10 @@ def load_function(key: str, path: str, name: str) -> Function:
 
 def taken(function: Function, names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
     """Those of the arguments `names` that a function takes by name, beside all `others`. Raises:
-    TypeError if it can't be called with them."""
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some functions that are written in C don't say what they take
-        return list(names)
-    parameters = signature.parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    found = [name for name in names if anything or name in parameters]
+    TypeError if it can't be called with them; ValueError if it is one in C that doesn't say."""
+    signature = inspect.signature(function)
+    anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    found = [name for name in names if anything or name in signature.parameters]
     signature.bind(**dict.fromkeys([*found, *others]))
     return found
 
