@@ -102,7 +102,7 @@ def reference_loss(folder: Path, step: OptimizerStep) -> tuple[torch.Tensor, tor
         taken = log_p.gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0]
         old, ref = (torch.tensor(x).double() for x in (s.old_log_probs, s.ref_log_probs))
         advantage = torch.full_like(taken, s.advantage)
-        token_loss = policy_loss(taken, old, advantage, 0.2, 0.3, 3.0).loss
+        token_loss, _ = policy_loss(taken, old, advantage, 0.2, 0.3, 3.0)
         token_loss = token_loss + 0.05 * (log_p.exp() * log_p).sum(-1)  # minus the entropy
         token_loss = token_loss + 0.1 * kl_divergence(taken, ref, "low_var_kl")
         mask = np.ones(len(taken), bool) if s.loss_mask is None else s.loss_mask

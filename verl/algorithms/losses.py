@@ -10,16 +10,6 @@ from torch import Tensor
 from verl.algorithms.kl import kl_divergence
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyLoss:
-    """Per-token losses, with what the clipping did."""
-
-    loss: Tensor  # ℓ, [T]
-    log_ratio: Tensor  # log π(a)/π_old(a), without gradient, [T]
-    clipped: Tensor  # 1 where the upper or lower clip replaced the loss, [T]
-    clipped_lower: Tensor  # 1 where the dual clip replaced it, [T]
-
-
 def policy_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -27,12 +17,13 @@ def policy_loss(
     clip_ratio_low: float = 0.2,
     clip_ratio_high: float = 0.2,
     clip_ratio_c: float = 3.0,
-) -> PolicyLoss:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped loss per token (arXiv 1707.06347, eq. 7), with separate bounds ("clip-higher",
-    arXiv 2503.14476, eq. 10) and dual clip (arXiv 1912.09729, eq. 5).
+    arXiv 2503.14476, eq. 10) and dual clip (arXiv 1912.09729, eq. 5); and what it reports per
+    token: −log r as `ppo_kl`, and 1 where the upper or lower clip or the dual clip (`…_lower`) cut.
 
     With r = π/π_old: ``max(−A·r, −A·clip(r, 1−low, 1+high))``, and where A < 0 at most ``−A·c``.
-    All tensors are [T]; the gradient flows through `log_probs` only.
+    All tensors are [T]; the gradient flows through `log_probs` only, and into the loss only.
     """
     # Beyond ±20 the ratio is clipped anyway; the bound keeps exp finite.
     log_ratio = (log_probs - old_log_probs).clamp(-20, 20)
@@ -42,9 +33,9 @@ def policy_loss(
     loss = torch.maximum(plain, bounded)
     ceiling = -advantages * clip_ratio_c
     negative = advantages < 0
-    clipped, clipped_lower = (bounded > plain).float(), (negative & (loss > ceiling)).float()
+    cut = {"pg_clipfrac": bounded > plain, "pg_clipfrac_lower": negative & (loss > ceiling)}
     loss = torch.where(negative, torch.minimum(loss, ceiling), loss)
-    return PolicyLoss(loss, log_ratio.detach(), clipped, clipped_lower)
+    return loss, {"ppo_kl": -log_ratio.detach()} | {name: x.float() for name, x in cut.items()}
 
 
 def rollout_is_weights(log_ratio: Tensor, lengths: Tensor, level: str, threshold: float) -> Tensor:
@@ -109,18 +100,12 @@ def ppo_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
     """Σ_i w_i Σ_t ℓ_it of a micro-batch, with ℓ = clipped loss − entropy bonus + KL."""
     old = x.log_probs.detach() if x.old_log_probs is None else x.old_log_probs
     clip = config.clip_ratio_low, config.clip_ratio_high, config.clip_ratio_c
-    pg = policy_loss(x.log_probs, old, x.advantages, *clip)
-    loss, sums = pg.loss, Sums()
+    loss, reported = policy_loss(x.log_probs, old, x.advantages, *clip)
+    sums = {name: value.sum() for name, value in (reported | {"entropy": x.entropy}).items()}
     if x.rollout_log_probs is not None:
-        factors, sums = _rollout_factors(old - x.rollout_log_probs, x, config)
-        loss = loss * factors
-    sums |= {
-        "w/pg_loss": (x.weights * loss).sum(),
-        "ppo_kl": -pg.log_ratio.sum(),
-        "pg_clipfrac": pg.clipped.sum(),
-        "pg_clipfrac_lower": pg.clipped_lower.sum(),
-        "entropy": x.entropy.sum(),
-    }
+        factors, compared = _rollout_factors(old - x.rollout_log_probs, x, config)
+        loss, sums = loss * factors, sums | compared
+    sums["w/pg_loss"] = (x.weights * loss).sum()
     if config.entropy_coeff:
         loss = loss - config.entropy_coeff * x.entropy
     if config.kl_coef:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import from_numpy
 
 from verl.algorithms import advantages, kl, weights
 from verl.config.schema import Config
@@ -125,8 +126,9 @@ class RayPPOTrainer:
         config, beta, divergences = self.config.algorithm, self.state.kl_coef, []
         for s in samples:
             assert s.old_log_probs is not None and s.ref_log_probs is not None
-            old, ref = s.counted(s.old_log_probs), s.counted(s.ref_log_probs)
-            divergences.append(kl.kl_of_response(old, ref, config.kl_penalty))
+            old, ref = (from_numpy(s.counted(x)) for x in (s.old_log_probs, s.ref_log_probs))
+            kl_T = kl.kl_divergence(old, ref, config.kl_penalty)
+            divergences.append(kl_T.double().sum().item())
             s.reward -= beta * divergences[-1]
         per_token = float(np.mean(divergences / response_lengths(samples).clip(min=1)))
         if config.kl_ctrl.type == "adaptive":
