@@ -93,7 +93,7 @@ def make_config(**filter_groups) -> Config:
 
 def make_batches(config: Config, engine: Engine, count: int = 16) -> Batches:
     batches = Batches(config, prompts(count), RewardManager(config, TOKENIZER))
-    batches.connect_engines(engine, lambda: None)
+    batches.generate, batches.update_engines = engine, lambda: None
     return batches
 
 

@@ -12,13 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from verl.config.schema import Config
-from verl.data.dataset import PromptOrder, load_prompts
-from verl.models.hf import num_embeddings
+from verl.data.dataset import PromptOrder
 from verl.protocol import Prompt, Sample
 from verl.rewards.scorer import RewardManager
 from verl.rollout.engine import SamplingParams
@@ -62,6 +61,8 @@ class Batches:
         """Raises: ValueError if there are fewer prompts than a batch needs."""
         self.config, self.prompts, self.rewards = config, prompts, rewards
         self.val_prompts: list[Prompt] = []
+        self.generate: Generate  # on the engines
+        self.update_engines: Callable[[], Any]  # gives idle engines the policy's weights
         data, trainer = config.data, config.trainer
         key = "gen_batch_size" if config.algorithm.filter_groups.enable else "train_batch_size"
         size: int = getattr(data, key)
@@ -73,36 +74,17 @@ class Batches:
         self.prefetched: Future[TrainBatch] | None = None
         self.thread = ThreadPoolExecutor(1)
 
-    @classmethod
-    def from_config(cls, config: Config, tokenizer: Any) -> Self:
-        """With the configuration's prompts and reward function. Raises: ValueError or OSError."""
-        data, trainer = config.data, config.trainer
-        rewards = RewardManager(config, tokenizer)
-        size, prompts = num_embeddings(config.actor_rollout_ref.model), []
-        if not trainer.val_only:
-            prompts = load_prompts(data.train_files, data, tokenizer, size)
-        batches = cls(config, prompts, rewards)
-        if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
-            batches.val_prompts = load_prompts(data.val_files, data, tokenizer, size)
-        return batches
-
-    def connect_engines(self, generate: Generate, update_engines: Callable[[], None]) -> None:
-        """`generate`: `EnginePool.generate`. `update_engines`: gives idle engines the weights."""
-        self.generate, self.update_engines = generate, update_engines
-
     def next(self, step: int, timer: Timer) -> TrainBatch:
         """The samples of training step `step`, with scores and rewards. Raises: RewardError;
         ValueError if the filter leaves less than one mini-batch. Both leave all as it was."""
+        ahead, self.prefetched = self.prefetched, None
         if not self.config.trainer.async_rollout:
-            saved, self.prefetched = self.prefetched, None  # of a checkpoint
-            return saved.result() if saved else self._collect(step, timer)
-        waiting = self.prefetched or self.thread.submit(self._collect, step, Timer())
+            return ahead.result() if ahead else self._collect(step, timer)
         with timer("gen"):
-            batch = waiting.result()
-        if self.prefetched:
+            batch = ahead.result() if ahead else self._collect(step, Timer())
+        if ahead:
             with timer("update_weights"):
                 self.update_engines()
-        self.prefetched = None
         if step < self.total_steps:
             self.prefetched = self.thread.submit(self._collect, step + 1, Timer())
         return batch

@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import comb, sqrt
 from numbers import Real
 from typing import Any
@@ -24,20 +25,18 @@ def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, flo
     """Statistics of a train batch, lengths in tokens. A return is the advantage."""
     lengths = response_lengths(samples)
     prompt_lengths = np.array([len(s.prompt.token_ids) for s in samples])
-    advantages = np.array([s.advantage for s in samples])
     values: dict[str, NDArray[Any]] = {
         "critic/score": np.array([s.score for s in samples]),
         "critic/rewards": np.array([s.reward for s in samples]),
-        "critic/advantages": advantages,
-        "critic/returns": advantages,
+        "critic/advantages": np.array([s.advantage for s in samples]),
         "response_length": lengths,
         "prompt_length": prompt_lengths,
     }
+    values["critic/returns"] = values["critic/advantages"]
     extras: dict[str, list[float]] = defaultdict(list)  # of the responses that have them
-    for sample in samples:
-        for name, value in sample.extras.items():
-            if name != "pred" and isinstance(value, Real | np.bool_):  # an answer is no score
-                extras[f"reward/{name}"].append(float(value))
+    for name, value in chain(*(s.extras.items() for s in samples)):
+        if name != "pred" and isinstance(value, Real | np.bool_):  # an answer is no score
+            extras[f"reward/{name}"].append(float(value))
     figures = ("mean", "max", "min")
     return {
         **{f"{k}/{f}": float(getattr(x, f)()) for k, x in values.items() for f in figures},
@@ -81,40 +80,32 @@ def mfu_metrics(
 
 
 def validation_metrics(samples: list[Sample]) -> dict[str, float]:
-    """Accuracy of each data source: a figure of a prompt's N responses, averaged over prompts."""
-    by_source: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        by_source[sample.prompt.data_source].append(sample)
+    """Of each data source, averaged over its P prompts: mean@N, std@N, best@k and maj@N of the
+    accuracy of a prompt's N responses; scores and lengths."""
+    by_source: dict[str, dict[int, list[Sample]]] = defaultdict(lambda: defaultdict(list))
+    for s in samples:
+        by_source[s.prompt.data_source][s.prompt.index].append(s)
     metrics: dict[str, Any] = {}
-    for source, mine in by_source.items():
-        metrics |= _source_metrics(f"val-core/{source}", f"val-aux/{source}", mine)
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def _source_metrics(core: str, aux: str, samples: list[Sample]) -> dict[str, Any]:
-    """mean@N, std@N, best@k and maj@N of one data source, averaged over its P prompts; lengths."""
-    groups: dict[int, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        groups[sample.prompt.index].append(sample)
-    acc_PN = np.array([[s.extras["acc"] for s in group] for group in groups.values()], np.float64)
-    n = acc_PN.shape[1]
-    metrics = {
-        f"{core}/acc/mean@{n}": acc_PN.mean(),
-        f"{aux}/reward/mean@{n}": np.mean([s.score for s in samples]),
-        f"{aux}/response_length/mean": response_lengths(samples).mean(),
-        f"{aux}/response_length/clip_ratio": np.mean([s.truncated for s in samples]),
-    }
-    if n > 1:
+    for source, groups in by_source.items():
+        core, aux, mine = f"val-core/{source}", f"val-aux/{source}", [*chain(*groups.values())]
+        acc_PN = np.array([s.extras["acc"] for s in mine], np.float64).reshape(len(groups), -1)
+        n = acc_PN.shape[1]
+        metrics[f"{core}/acc/mean@{n}"] = acc_PN.mean()
+        metrics[f"{aux}/reward/mean@{n}"] = np.mean([s.score for s in mine])
+        metrics[f"{aux}/response_length/mean"] = response_lengths(mine).mean()
+        metrics[f"{aux}/response_length/clip_ratio"] = np.mean([s.truncated for s in mine])
+        if n == 1:
+            continue
         metrics[f"{aux}/acc/std@{n}"] = acc_PN.std(axis=1).mean()
         for k in (2**i for i in range(1, (n - 1).bit_length())):
             metrics[f"{aux}/acc/best@{k}/mean"] = best_of(acc_PN, k).mean()
         metrics[f"{core}/acc/best@{n}/mean"] = acc_PN.max(axis=1).mean()
-        if all("pred" in s.extras for s in samples):
+        if all("pred" in s.extras for s in mine):
             # Compared as text, so that an answer may be a list. Ties go to the earlier answer.
             votes = [[str(s.extras["pred"]) for s in group] for group in groups.values()]
             winners = [answers.index(max(answers, key=answers.count)) for answers in votes]
             metrics[f"{core}/acc/maj@{n}/mean"] = acc_PN[np.arange(len(groups)), winners].mean()
-    return metrics
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def best_of(values: ArrayLike, k: int) -> NDArray[np.float64]:

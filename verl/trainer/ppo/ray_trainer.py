@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch import from_numpy
 
 from verl.algorithms import advantages, kl, weights
 from verl.config.schema import Config
+from verl.data.dataset import load_prompts
+from verl.models.hf import num_embeddings
 from verl.protocol import OptimizerStep, Sample, response_lengths
+from verl.rewards.scorer import RewardManager
 from verl.trainer.ppo import checks, metrics
 from verl.trainer.ppo.batches import Batches, mini_batches
 from verl.trainer.ppo.checkpoint import CheckpointFolder, TrainState
@@ -33,7 +37,12 @@ class RayPPOTrainer:
         before a worker died). Raises: ValueError or OSError for input that can't be used."""
         self.config, self.tokenizer = config, tokenizer
         self.aggregation = weights.resolve_aggregation(config)
-        self.batches = Batches.from_config(config, tokenizer)
+        data, trainer, rewards = config.data, config.trainer, RewardManager(config, tokenizer)
+        size = num_embeddings(config.actor_rollout_ref.model)
+        load = partial(load_prompts, config=data, tokenizer=tokenizer, num_embeddings=size)
+        self.batches = Batches(config, [] if trainer.val_only else load(data.train_files), rewards)
+        if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
+            self.batches.val_prompts = load(data.val_files)
         self.total_steps = self.batches.total_steps
         self.checkpoints = CheckpointFolder(config)
         self.state = TrainState(self.batches.state(), kl_coef=config.algorithm.kl_ctrl.kl_coef)
@@ -52,7 +61,8 @@ class RayPPOTrainer:
         self.batches.rewards.connect(prompts, self.checkpoints.root)
         self.workers = Workers(self.config, self.stop.install)
         self.workers.build(self.total_steps, self.resumed)
-        self.batches.connect_engines(self.workers.engines.generate, self.update_engines)
+        self.batches.generate = self.workers.engines.generate
+        self.batches.update_engines = self.update_engines
         self.probe = prompts[0]  # what engines are compared on
         self.engine_metrics = self.workers.verify_engines(self.probe, self.state.step, strict=True)
 

@@ -36,19 +36,17 @@ class Workers:
         self.config, trainer, model = config, config.trainer, config.actor_rollout_ref
         device, ranks = trainer.device, trainer.n_gpus_per_node
         engine = engine_class(model.rollout.name)
-        self.colocated = not trainer.rollout_gpus_per_node
         per_node = ranks + (trainer.rollout_gpus_per_node or 0)
         start_ray(trainer.nnodes * per_node, config.ray_init.num_cpus)
         ray_started()
-        actor_slots = engine_slots = slots = reserve_devices(trainer.nnodes, per_node, device)
-        share, self.num_devices = 1 / WORKERS_PER_DEVICE, len(slots)
-        if not self.colocated:
-            share = 1.0
-            actor_slots = [slot for i, slot in enumerate(slots) if i % per_node < ranks]
-            engine_slots = [slot for i, slot in enumerate(slots) if i % per_node >= ranks]
+        slots = reserve_devices(trainer.nnodes, per_node, device)
+        actor_slots = [slot for i, slot in enumerate(slots) if i % per_node < ranks]
+        engine_slots = [slot for i, slot in enumerate(slots) if i % per_node >= ranks]
+        self.num_devices, self.colocated = len(slots), not engine_slots
+        share = 1 / WORKERS_PER_DEVICE if self.colocated else 1.0
         arguments = [(device,)] * len(actor_slots)
         self.actor = WorkerGroup(PolicyWorker, actor_slots, device, arguments, share)
-        self.engines = EnginePool(engine, engine_slots, config, share)
+        self.engines = EnginePool(engine, engine_slots or slots, config, share)
         transfer = model.rollout.weight_transfer or default_weight_transfer(
             device, engine.transfers, not self.colocated
         )
@@ -126,11 +124,11 @@ class Workers:
         self.add_log_probs(samples, "actor")
         means = [float(np.abs(s.rollout_log_probs - s.old_log_probs).mean()) for s in samples]
         worst, limit = max(means), rollout.verify_weights_tolerance
-        text = f"engine {means.index(worst)} is not the actor's model: their log-probabilities "
-        text += f"differ by {worst:.3g} nats a token (verify_weights_tolerance={limit:g})"
-        if worst > limit and strict:
-            raise ValueError(text)
         if worst > limit:
+            text = f"engine {means.index(worst)} is not the actor's model: their log-probabilities "
+            text += f"differ by {worst:.3g} nats a token (verify_weights_tolerance={limit:g})"
+            if strict:
+                raise ValueError(text)
             logger.warning(text)
         return {"rollout/verify_logprob_diff": worst}
 
