@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -32,7 +32,6 @@ HOW_TO_START = (
     "MATH_SERVER_URL"
 )
 TEMPORARY = (408, 429)  # client errors that time mends: too slow, or too soon
-WAIT_LONGER = "; reward_model.math_server.max_wait_s waits longer"
 REPORT_EVERY_S = 10.0
 RESTART_PAUSE_S = 5.0
 START_WITHIN_S = 60.0
@@ -57,14 +56,6 @@ class RewardServerError(RewardError):
     """A server that rewards depend on has not answered for too long."""
 
 
-class Comparison(NamedTuple):
-    """An answer and its reference; `equal` is None if only the LaTeX server can tell."""
-
-    pred: str
-    gold: str
-    equal: bool | None
-
-
 def compare(
     data_source: str,
     solution_str: str,
@@ -72,8 +63,9 @@ def compare(
     extra_info: Mapping[str, Any] | None = None,
     *,
     max_answer_length: int = 30,
-) -> Comparison:
-    r"""What a response to one of `MATH_SOURCES` answers, and whether it is right, if strings tell.
+) -> tuple[str, str, bool | None]:
+    r"""What a response to one of `MATH_SOURCES` answers, the reference, and whether they are equal;
+    None: only the LaTeX server can tell.
 
     * The answer is the last box; with `extra_info["find_maj"]` the most frequent one, the latest of
       them on a tie. Without a box it is the whole response.
@@ -83,7 +75,7 @@ def compare(
     These are the published rules (arXiv 2509.07558, its repository). Raises: as `reference`.
 
     >>> compare("amc", r"so \boxed{\frac{3}{5}}", "0.6")
-    Comparison(pred='\\frac{3}{5}', gold='0.6', equal=None)
+    ('\\frac{3}{5}', '0.6', None)
     """
     gold = reference(data_source, ground_truth)
     answers = boxed_answers(solution_str) or [solution_str.strip()]
@@ -92,11 +84,11 @@ def compare(
         # Of equal counts `most_common` takes the first that it has seen, so it starts at the end.
         pred = Counter(reversed(answers)).most_common(1)[0][0]
     if pred != gold and len(pred) > max_answer_length:
-        return Comparison(pred, gold, False)
+        return pred, gold, False
     if data_source == "gpqa":
         pred, gold = choice(pred), choice(gold)
-        return Comparison(pred, gold, pred == gold)
-    return Comparison(pred, gold, True if pred == gold else None)
+        return pred, gold, pred == gold
+    return pred, gold, True if pred == gold else None
 
 
 def reference(data_source: str, ground_truth: Any) -> str:
@@ -164,11 +156,9 @@ def server_url(config: MathServerConfig) -> str:
 
 class MathClient:
     """A client of one LaTeX server, for one event loop. Pairs that come while all connections are
-    in use travel together. A server that is away or busy is waited for; only its verdict makes a
-    score."""
+    in use travel together. A server that is away or busy is waited for."""
 
     def __init__(self, config: MathServerConfig) -> None:
-        """Connects to nothing yet."""
         self.config, self.url = config, server_url(config)
         self.process: ServerProcess | None = None
         self._server = f"the LaTeX server at {self.url}"
@@ -177,11 +167,9 @@ class MathClient:
         self._verdicts: asyncio.Task[list[Verdict]]  # of that batch
         self._last_answer = self._last_report = 0.0
         logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
-        self._http = httpx.AsyncClient(
-            base_url=self.url,
-            limits=httpx.Limits(max_connections=config.max_connections),
-            trust_env=False,  # no proxy between a cluster and its own server
-        )
+        limits = httpx.Limits(max_connections=config.max_connections)
+        # trust_env: no proxy between a cluster and its own server
+        self._http = httpx.AsyncClient(base_url=self.url, limits=limits, trust_env=False)
 
     async def connect(self, log_file: Path) -> None:
         """Asks one pair that is equal and one that is not. With `config.autostart` a server that
@@ -193,8 +181,7 @@ class MathClient:
         pairs = [(r"\frac{3}{5}", "0.6"), (r"\frac{3}{5}", "0.5")]
         wait = START_WITHIN_S if self.process else 0
         answers = await self._post(pairs, wait, FIRST_ANSWER_WITHIN_S)
-        verdicts = [answer["equal"] for answer in answers]
-        if verdicts != [True, False]:
+        if (verdicts := [answer["equal"] for answer in answers]) != [True, False]:
             problem = f"{self._server} says {verdicts} to whether 3/5 equals 0.6 and 0.5"
             remedy = "make its environment anew with `bash setup.sh --server-only`"
             raise ValueError(f"{problem}: {remedy}")
@@ -204,14 +191,13 @@ class MathClient:
         `undecided`: 1 where the server ran into its limits or failed, which counts as wrong.
         Raises: ValueError for a ground truth of the wrong form or a pair that the server refuses;
         RewardServerError without an answer within `config.max_wait_s`."""
-        limit = self.config.max_answer_length
+        limit, undecided = self.config.max_answer_length, False
         pred, gold, equal = compare(*arguments, max_answer_length=limit)
-        verdict: Verdict = {"equal": equal, "status": "ok"}
         if equal is None:
             verdict = await self.verify(gold, pred)
-        score = float(verdict["equal"])
-        undecided = float(verdict["status"] in ("timeout", "memory", "error"))
-        return {"score": score, "acc": score, "pred": pred, "undecided": undecided}
+            equal, undecided = verdict["equal"], verdict["status"] in ("timeout", "memory", "error")
+        score = float(equal)
+        return {"score": score, "acc": score, "pred": pred, "undecided": float(undecided)}
 
     async def verify(self, gold: str, pred: str) -> Verdict:
         """The verdict on one pair; errors as above."""
@@ -257,7 +243,8 @@ class MathClient:
                 raise RewardServerError(f"the LaTeX server does not start: {failure}")
             waited = time.monotonic() - max(started, self._last_answer)
             if waited >= max_wait_s:
-                after, longer = (f" for {waited:.0f} s", WAIT_LONGER) if waited >= 1 else ("", "")
+                after = f" for {waited:.0f} s" if waited >= 1 else ""
+                longer = "; reward_model.math_server.max_wait_s waits longer" if after else ""
                 problem = f"no answer from {self._server}{after} ({reason})"
                 raise RewardServerError(f"{problem}: {HOW_TO_START}{longer}")
             if waited > 1 and time.monotonic() - self._last_report >= REPORT_EVERY_S:
@@ -274,12 +261,12 @@ class MathClient:
         try:
             verdicts = response.json()["results"]
             types = [(type(verdict["equal"]), type(verdict["status"])) for verdict in verdicts]
-            if types != [(bool, str)] * count:
-                raise TypeError
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError):
+            types = []
+        if types != [(bool, str)] * count:
             answer = f"{response.url} answers {response.status_code} {response.text[:200]!r}"
             question = "is this a LaTeX server of this project?"
-            raise ValueError(f"{answer}, which is not {count} verdicts: {question}") from error
+            raise ValueError(f"{answer}, which is not {count} verdicts: {question}")
         self._last_answer = time.monotonic()
         if self._last_report:
             logger.warning("%s answers again", self._server)

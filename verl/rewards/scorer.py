@@ -35,10 +35,9 @@ class RewardManager:
         if custom.path is not None:
             self.function_name, key = f"{custom.name} of {custom.path}", "custom_reward_function"
             function = load_function(key, custom.path, custom.name)
-            if twice := {*ARGUMENTS} & custom.reward_kwargs.keys():
-                raise ValueError(
-                    f"{key}.reward_kwargs: {min(twice)} is given with each call: drop it"
-                )
+            if twice := {*ARGUMENTS} & self._kwargs.keys():
+                problem = f"{min(twice)} is given with each call: drop it"
+                raise ValueError(f"{key}.reward_kwargs: {problem}")
             try:
                 self._taken = taken(function, ARGUMENTS, self._kwargs)
             except TypeError as error:
@@ -114,15 +113,13 @@ class RewardManager:
 
     async def _score_one(self, sample: Sample, text: str) -> tuple[float, dict[str, Any]]:
         """Score and extras of one sample. An error says which function, and which prompt."""
-        prompt = sample.prompt
-        origin = f"reward function {self.function_name}, data_source={prompt.data_source!r}"
-        origin += f", {prompt.location}"
+        prompt, name = sample.prompt, self.function_name
+        origin = f"reward function {name}, data_source={prompt.data_source!r}, {prompt.location}"
         arguments = (prompt.data_source, text, prompt.ground_truth, prompt.extra_info)
         try:
             if self.custom is not None:
                 named = dict(zip(ARGUMENTS, arguments, strict=True))
-                chosen = {name: named[name] for name in self._taken}
-                result = await self.custom(**chosen, **self._kwargs)
+                result = await self.custom(**{k: named[k] for k in self._taken}, **self._kwargs)
             elif prompt.data_source in MATH_SOURCES:
                 result = await self.math.compute_score(*arguments)
             else:

@@ -32,10 +32,8 @@ CHECKED_BYTES = 2**20  # of each file's start and end are compared with the mani
 
 @dataclass(slots=True)
 class TrainState:
-    """All that a resumed run needs of the driver to go on as if nothing had happened.
-
-    Random numbers need no state: each generator is seeded with the configuration's seed and step.
-    """
+    """All that a resumed run needs of the driver. Random numbers need no state: each generator is
+    seeded with the configuration's seed and step."""
 
     batches: BatchesState  # position in the data, responses that wait for the next step
     step: int = 0  # training steps made
@@ -64,8 +62,7 @@ class CheckpointFolder:
     def save(self, state: TrainState, save_policy: Callable[[Path], Any]) -> Path:
         """Writes a checkpoint, whose `actor` is made by `save_policy`; until its last rename, the
         one before it is the latest. Raises: OSError if the disk is full, or the like."""
-        final = self.root / f"global_step_{state.step}"
-        aside = self.root / f"{final.name}.tmp"
+        final, aside = (self.root / f"global_step_{state.step}{end}" for end in ("", ".tmp"))
         for rest in self.root.glob("global_step_*.*"):
             shutil.rmtree(rest, ignore_errors=True)
         try:
@@ -151,10 +148,8 @@ class CheckpointFolder:
         """Locks the folder. The checkpoint to resume from, as `trainer.resume_mode` says; None:
         start anew. Raises: ValueError if that can't be, or none is whole."""
         make_folder(self.root)
-        if self.trainer.resume_mode == "disable":
-            return None
-        if self.trainer.resume_mode == "auto":
-            return find_latest(self.home)
+        if self.trainer.resume_mode != "resume_path":
+            return find_latest(self.home) if self.trainer.resume_mode == "auto" else None
         if problem := damage(self.named):
             text = f"trainer.resume_from_path={self.named}: there is no whole checkpoint"
             raise ValueError(f"{text} ({problem}); name another folder called global_step_N")

@@ -25,19 +25,16 @@ def count_skipped(
     dump: Path,
 ) -> int:
     """How many optimizer steps up to now were skipped in a row, as their loss or gradient was not
-    finite, from the count before and what each rank says about each step, [ranks][steps].
-
-    Raises: FloatingPointError after `limit` in a row; `steps` are then written to `dump`.
-    """
+    finite, from the count before and what each rank says about each step, [ranks][steps]. Raises:
+    FloatingPointError after `limit` in a row; `steps` are then written to `dump`."""
     flags = [max(rank["skipped"] for rank in ranks) for ranks in zip(*by_rank, strict=True)]
     for skipped in flags:
         in_a_row = in_a_row + 1 if skipped else 0
         if in_a_row >= limit:
-            outcome = f"is in {dump}"
+            outcome, samples = f"is in {dump}", [s for step in steps for s in step.samples]
             try:
                 numbers = [number for number, step in enumerate(steps) for _ in step.samples]
                 weight = np.concatenate([step.weights for step in steps]).tolist()
-                samples = [sample for step in steps for sample in step.samples]
                 write_samples(dump, samples, optimizer_step=numbers, weight=weight)
             except Exception as error:  # which must not hide what is worse
                 outcome = f"could not be written to {dump} ({type(error).__name__}: {error})"

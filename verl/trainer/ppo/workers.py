@@ -26,8 +26,7 @@ class Workers:
     balanced shares. `model_size` and `peak_flops` are None where they are not known, as on CPUs.
 
     A call goes through Ray by its name: `actor.scatter("update", …)` runs `PolicyWorker.update` on
-    each rank, which passes it on to its `TrainedPolicy`; `engines.generate` runs
-    `RolloutEngine.generate` on each engine and yields what all of them finish.
+    each rank, and `engines.generate` runs `RolloutEngine.generate` on each engine.
     """
 
     def __init__(self, config: Config, ray_started: Callable[[], None]) -> None:
@@ -87,17 +86,14 @@ class Workers:
             size = model.ref.log_prob_micro_batch_size_per_gpu or size
         dynamic, most = rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu
         limit = MicroBatchLimit(None if dynamic else size, most)
-        shares = self._shares(samples)
+        parts = [[samples[i] for i in share] for share in self._shares(samples)]
         unread = [name for name in ARRAYS if name.endswith("log_probs")]
-        arguments = [
-            (SampleBatch((samples[i] for i in share), unread), role, rollout.temperature, limit)
-            for share in shares
-        ]
+        arguments = [(SampleBatch(p, unread), role, rollout.temperature, limit) for p in parts]
         field = "ref_log_probs" if ref else "old_log_probs"
-        for share, values in zip(shares, self.actor.scatter("log_probs", arguments), strict=True):
-            ends = np.cumsum([len(samples[i].response_ids) for i in share])
-            for i, of_sample in zip(share, np.split(values, ends)[:-1], strict=True):
-                setattr(samples[i], field, of_sample)
+        for part, values in zip(parts, self.actor.scatter("log_probs", arguments), strict=True):
+            ends = np.cumsum([len(s.response_ids) for s in part])
+            for sample, of_sample in zip(part, np.split(values, ends)[:-1], strict=True):
+                setattr(sample, field, of_sample)
 
     def update(self, steps: list[OptimizerStep]) -> list[list[dict[str, float]]]:
         """Makes optimizer steps; what each rank reports about each of them, [ranks][steps]."""
