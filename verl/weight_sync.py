@@ -61,10 +61,8 @@ class WeightSync:
         pending: list[Any] = []
         for chunk in chunks:
             exported = self.actor.submit("export", chunk, transfer)
-            filled: Any = chunk
-            if transfer == "host":
-                filled = exported[0]
-            elif transfer == "ipc":
+            filled: Any = exported[0] if transfer == "host" else chunk
+            if transfer == "ipc":
                 by_rank = [part.ipc_handles for part in ray.get(exported)]
                 # Of each weight, the handles of all ranks, by GPU.
                 handles = [dict(ChainMap(*weight)) for weight in zip(*by_rank, strict=True)]

@@ -58,11 +58,9 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
 def advantages(
     rewards: Array, groups: Array, lengths: Array, estimator: str = "grpo", norm_by_std: bool = True
 ) -> Tensor:
-    """One advantage per response, from outcome rewards: float64 [N].
-
-    Args:
-        rewards: [N]. groups: equal integers mark responses to the same prompt, [N].
-        lengths: in tokens, [N]. estimator: a key of `ADVANTAGES`. norm_by_std: for `grpo`.
+    """One advantage per response, float64 [N], by an `estimator` of `ADVANTAGES`, from outcome
+    `rewards`, `groups` (equal integers mark responses to the same prompt) and `lengths` in tokens,
+    [N] each; `norm_by_std` is for `grpo`.
 
     Example: ``advantages([1, 0], [7, 7], [3, 5], norm_by_std=False)`` is ``[0.5, -0.5]``.
     """

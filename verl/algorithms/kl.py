@@ -21,11 +21,8 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def kl_divergence(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> Tensor:
     """Per-token estimates of KL(π‖π_ref) in nats, [T] → [T] (Schulman, "Approximating KL
-    divergence", 2020).
-
-    With d = log π − log π_ref: ``kl``/``k1`` d, ``abs`` |d|, ``mse``/``k2`` d²/2,
-    ``low_var_kl``/``k3`` e^(−d) + d − 1, clamped to [−10, 10].
-    """
+    divergence", 2020). With d = log π − log π_ref: ``kl``/``k1`` d, ``abs`` |d|, ``mse``/``k2``
+    d²/2, ``low_var_kl``/``k3`` e^(−d) + d − 1, clamped to [−10, 10]."""
     return KL_ESTIMATORS[estimator](log_probs - ref_log_probs)
 
 

@@ -43,11 +43,8 @@ def rollout_is_weights(log_ratio: Tensor, lengths: Tensor, level: str, threshold
     min(π_old/π_rollout, threshold): constants, by which each token's loss is multiplied, [T]
     (Ionides 2008, doi:10.1198/106186008X320456, eq. 4; between a rollout engine and a trainer, Yao
     et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
-
-    Args:
-        log_ratio: log π_old − log π_rollout, [T]. lengths: of the responses, [N], adding up to T.
-        level: `token`, or `sequence`: the product of the ratios over the tokens of a response.
-    """
+    `log_ratio`: log π_old − log π_rollout, [T]. `level`: `token`, or `sequence`: the product of the
+    ratios over the tokens of a response; their `lengths`, [N], add up to T."""
     log_ratio = log_ratio.detach()
     if level == "sequence":
         response = _response_of_token(lengths)

@@ -1,7 +1,5 @@
-"""Every aggregation of the loss is one weight per response: loss = Σ_i w_i Σ_t ℓ_it.
-
-Weights are computed once for the whole optimizer step. Micro-batches and ranks only sum, so they
-can't change the gradient.
+"""Every aggregation of the loss is one weight per response: loss = Σ_i w_i Σ_t ℓ_it. It is computed
+once for the whole optimizer step: micro-batches and ranks only sum, and can't change the gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,9 +53,8 @@ def token_mean(L: Tensor, **_: Any) -> Tensor:
 
 
 def token_mean_legacy(L: Tensor, *, group_size: int | None, **_: Any) -> Tensor:
-    """1 / (G · Σ_{j in group} L_j) for G consecutive groups of `group_size` responses: each
-    micro-batch averaged on its own, which the published experiments of arXiv 2509.07558 call "DAPO
-    Norm". For comparison only. [N] → [N]."""
+    """1 / (G · Σ_{j in group} L_j) for G consecutive groups of `group_size` responses, [N] → [N]:
+    the "DAPO Norm" of arXiv 2509.07558's experiments, a mean for each micro-batch."""
     if not group_size:
         raise ValueError("token-mean-legacy needs group_size, the responses of a micro-batch")
     groups = L.split(group_size)

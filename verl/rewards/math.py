@@ -173,9 +173,8 @@ class MathClient:
 
     async def connect(self, log_file: Path) -> None:
         """Asks one pair that is equal and one that is not. With `config.autostart` a server that
-        isn't there is started, now and later, and prints to `log_file`. Raises: ValueError if what
-        answers is no LaTeX server, or judges wrongly, or it can't be started at this URL;
-        RewardServerError if there is none."""
+        isn't there is started, now and later, and prints to `log_file`. Raises: RewardServerError
+        without a server; ValueError for another one, or a URL where none can be started."""
         if self.config.autostart:
             self.process = ServerProcess(self.url, log_file)
         pairs = [(r"\frac{3}{5}", "0.6"), (r"\frac{3}{5}", "0.5")]

@@ -48,9 +48,8 @@ class RewardManager:
 
     def connect(self, prompts: Sequence[Prompt], folder: Path) -> None:
         """Makes sure that responses to these prompts can be scored. A server that it starts keeps
-        its log in `folder`. Raises: ValueError if there is no function for one of them, its ground
-        truth is not of the form that this needs, or the LaTeX server is none; RewardServerError if
-        there is no server."""
+        its log in `folder`. Raises: ValueError for one without a function, or whose ground truth is
+        not of the form that this needs; as `MathClient.connect`."""
         if self.custom is not None:
             return
         for prompt in prompts:

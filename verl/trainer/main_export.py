@@ -22,10 +22,8 @@ from verl.trainer.ppo.checkpoint import damage, find_latest, read_state
 
 def export(checkpoint: Path, folder: Path) -> None:
     """Writes the policy of `checkpoint` (`…/global_step_N`), with its tokenizer, to `folder`.
-
     Raises: ValueError or OSError if the checkpoint isn't whole, the model that it was trained from
-    is gone, or `folder` can't be written.
-    """
+    is gone, or `folder` can't be written."""
     if problem := damage(checkpoint):
         raise ValueError(f"{checkpoint} is no whole checkpoint: {problem}")
     # Keys that the checkpoint doesn't have yet get their defaults.
@@ -46,9 +44,8 @@ def export(checkpoint: Path, folder: Path) -> None:
 
 def find_checkpoint(path: Path) -> Path:
     """`path`, if it is a checkpoint; of a run's folder the latest one. Raises: ValueError."""
-    if path.name.startswith("global_step_"):
-        return path
-    if (found := find_latest(path)) is None:
+    found = path if path.name.startswith("global_step_") else find_latest(path)
+    if found is None:
         remedy = "name a run's folder (trainer.default_local_dir) or one of its global_step_N"
         raise ValueError(f"{path} holds no checkpoint: {remedy}")
     return found
@@ -58,8 +55,7 @@ def main() -> None:
     """Parses the command line. What can't be exported ends the process with one line, status 2."""
     parser = argparse.ArgumentParser("python -m verl.trainer.main_export", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="global_step_N, or a run: its latest")
-    about = "folder to write [huggingface, in the run's folder]"
-    parser.add_argument("-o", "--output", type=Path, help=about)
+    parser.add_argument("-o", "--output", type=Path, help="folder [huggingface, in the run's]")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # torch's own, about a process group of one rank
     try:

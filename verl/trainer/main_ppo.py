@@ -19,11 +19,8 @@ logger = logging.getLogger(__name__)
 
 def run(config: Config) -> None:
     """Trains as `config` says; again from the latest checkpoint, `trainer.max_restarts` times, if a
-    worker dies.
-
-    Ends the process with one message, and with status 2 for input that can't be used, 1 for what
-    went wrong later, 128 + N after signal N.
-    """
+    worker dies. Ends the process with one message, and with status 2 for input that can't be used,
+    1 for what went wrong later, 128 + N after signal N."""
     import ray  # heavy imports wait until the configuration is known to be good
     from ray.exceptions import RayActorError
 

@@ -1,8 +1,5 @@
-"""Supervised warm-up with the actor's workers: `python -m verl.trainer.main_sft key=value …`.
-
-The loss is the mean over the response tokens of a batch, −(1/Σ_j L_j) Σ_i Σ_t log π(a_it): the
-aggregation `token-mean` of `−log π`.
-"""
+"""Supervised warm-up with the actor's workers: `python -m verl.trainer.main_sft key=value …`. The
+loss is the aggregation `token-mean` of −log π over the response tokens of a batch."""
 
 from pathlib import Path
 from typing import Any
@@ -46,9 +43,8 @@ def train(config: SFTConfig, tokenizer: Any, signals: StopSignals) -> Path:
     actor = WorkerGroup(PolicyWorker, slots, trainer.device, [(trainer.device,)] * ranks)
     actor.connect()
     actor.call("build", config.model, config.fsdp_config, config.optim, total)
-    every, skipped_in_a_row = max(1, total // LOG_LINES), 0
+    every, skipped_in_a_row, timer = max(1, total // LOG_LINES), 0, Timer()
     history: list[dict[str, float]] = []
-    timer = Timer()
     with Tracking(config, root, "", total, 0, tokenizer) as tracking:
         for step in range(1, total + 1):
             batch = [rows[i] for i in order.next_batch()]

@@ -1,9 +1,7 @@
-"""Prompts → the train batch of each step: generation, rewards, DAPO's filters, prefetch.
-
-With `trainer.async_rollout` a thread generates the batch of step k + 1 while step k trains, so with
-the weights from before that step; `next` waits for it, gives the now idle engines the new weights,
-and starts it again.
-"""
+"""Prompts → the train batch of each step: generation, rewards, DAPO's filters, prefetch. With
+`trainer.async_rollout` a thread generates the batch of step k + 1 while step k trains, so with the
+weights from before that step; `next` waits for it, gives the now idle engines the new weights, and
+starts it again."""
 
 import logging
 import math
@@ -31,8 +29,7 @@ Generate = Callable[[list[Prompt], list[int], SamplingParams], Generator[list[Sa
 METRICS: dict[str, Callable[[Sample], float]] = {
     "acc": lambda sample: sample.extras["acc"],
     "score": lambda sample: sample.score,
-    "seq_reward": lambda sample: sample.reward,
-    "seq_final_reward": lambda sample: sample.reward,
+    **dict.fromkeys(("seq_reward", "seq_final_reward"), lambda sample: sample.reward),
 }
 """What `algorithm.filter_groups.metric` compares. Both rewards hold the overlong punishment; with a
 KL term, where they would differ, the configuration refuses `seq_final_reward`."""
@@ -140,8 +137,7 @@ class Batches:
         return TrainBatch([s for group in groups for s in group], {"train/num_gen_batches": 1.0})
 
     def _filtered(self, step: int, timer: Timer) -> TrainBatch:
-        """Rounds of generation until enough groups have spread, those carried over first; whole
-        mini-batches of them."""
+        """Rounds of generation until enough groups, those carried over first, have spread."""
         rule, needed = self.config.algorithm.filter_groups, self.config.data.train_batch_size
         kept = list(self.carried)
         most = needed * 2 if rule.carry_over else needed  # what this step and the next can use
@@ -151,8 +147,7 @@ class Batches:
                 kept += islice(filter(outcomes.add, groups), most - len(kept))
             rounds += 1
             surplus = max(0, len(kept) - needed)
-            text = "prompts kept: %d of %d, surplus: %d"
-            logger.info(text, len(kept) - surplus, needed, surplus)
+            logger.info("prompts kept: %d of %d, surplus: %d", len(kept) - surplus, needed, surplus)
         mini = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
         usable = min(len(kept) // mini * mini, needed)
         if not usable:
@@ -188,8 +183,7 @@ class Batches:
     ) -> Generator[list[Sample], None, None]:
         """The responses to these prompts, whose groups are numbered from `first`: in this order, a
         group as soon as it is complete and scored. Closing it ends generation and scoring. A
-        reward's error is raised at its group's turn: when responses are finished doesn't decide
-        whether a run fails."""
+        reward's error is raised at its group's turn, whenever the responses were finished."""
         numbers = list(range(first, first + len(prompts)))
         scoring: list[list[Future[list[Sample]]]] = [[] for _ in prompts]
         generated, more = self.generate(prompts, numbers, params), True

@@ -122,10 +122,8 @@ def loss_agg_metrics(
 ) -> dict[str, float]:
     """How noisy the gradient Σ_i w_i g_i is, for the aggregation in use (`method`) and the others:
     sqrt(Σ w_i² L_i) / Σ w_i, as the variance of g_i grows like the length L_i and its expectation
-    doesn't (arXiv 2509.07558). Methods whose weights are all 0 are left out.
-
-    `lengths`: in tokens, [N]. `weights_by_method`: [N] each.
-    """
+    doesn't (arXiv 2509.07558). `lengths` in tokens and weights: [N]; methods whose weights are all
+    0 are left out."""
     metrics = {}
     for name, weights in weights_by_method.items():
         w_N = np.asarray(weights, dtype=np.float64)
@@ -144,12 +142,10 @@ def validation_scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, float]:
-    """Ranks' sums of each mini-batch → `actor/…` and `rollout/…` means over mini-batches.
-
-    Sums named `w/…` already carry the weights of the loss; of `perf/…`, `…_max` and what all ranks
-    share it is the largest; the others become means over tokens, those named `rollout/…` over
-    `rollout/tokens`. `actor/skipped_steps` counts the mini-batches that a rank skipped.
-    """
+    """Ranks' sums of each mini-batch → `actor/…` and `rollout/…` means over mini-batches, of which
+    `actor/skipped_steps` counts the skipped ones. Sums named `w/…` already carry the weights of the
+    loss; of `perf/…`, `…_max` and what all ranks share it is the largest; the others become means
+    over tokens, those named `rollout/…` over `rollout/tokens`."""
     by_name: dict[str, list[float]] = defaultdict(list)
     for parts in zip(*by_rank, strict=True):  # one mini-batch, all ranks
         tokens, compared = (sum(p.get(k, 0) for p in parts) for k in ("tokens", "rollout/tokens"))

@@ -108,11 +108,9 @@ class RayPPOTrainer:
     # ------------------------------------------------------------------------------- the stages
 
     def add_log_probs(self, samples: list[Sample], timer: Timer) -> dict[str, float]:
-        """Log-probabilities under the policy before its update, and under the reference.
-
-        A response of an older policy keeps those that it was sampled with. Where one optimizer step
-        on fresh responses follows, the policy's stay None: the loss takes those of its own forward
-        pass, which are the same.
+        """Log-probabilities under the reference, and under the policy before its update. Responses
+        of an older policy keep those that they were sampled with. Where one optimizer step on fresh
+        responses follows, they stay None: the loss takes those of its own forward pass, the same.
         """
         config, actor = self.config.algorithm, self.config.actor_rollout_ref.actor
         before = self.state.step - 1  # the version of the policy that is about to be updated
@@ -194,8 +192,8 @@ class RayPPOTrainer:
     ) -> dict[str, float]:
         """What the samples and the clock say about a step, validation and checkpoint apart."""
         seconds = timer.seconds | {"step": sum(timer.seconds.values())}
-        filtering, workers = self.config.algorithm.filter_groups.enable, self.workers
-        model, peak = workers.model_size, workers.peak_flops
+        update_s, workers = seconds["update_actor"], self.workers
+        filtering = self.config.algorithm.filter_groups.enable
         ages = [self.state.step - 1 - s.policy_version for s in samples]
         return {
             "training/global_step": self.state.step,
@@ -205,7 +203,7 @@ class RayPPOTrainer:
             **self.engine_metrics,
             **metrics.data_metrics(samples, self.config.data.max_prompt_length),
             **metrics.speed_metrics(samples, seconds, workers.num_devices, filtering),
-            **metrics.mfu_metrics(model, steps, seconds["update_actor"], peak),
+            **metrics.mfu_metrics(workers.model_size, steps, update_s, workers.peak_flops),
         }
 
     # ------------------------------------------------------- validation, checkpoints, the end

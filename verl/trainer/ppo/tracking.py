@@ -95,8 +95,7 @@ class Tracking(AbstractContextManager["Tracking"]):
                 self.loggers.append(starts[name]())
 
     def log_validation(self, metrics: Metrics, step: int, samples: Sequence[Sample] = ()) -> None:
-        """Records what a validation after `step` found, before `log` completes the step, and of its
-        responses as many as are asked for."""
+        """Records figures and some responses of a validation, before `log` completes `step`."""
         self.log(metrics, step, complete=False)
         self.dump("validation", samples, step)
         if number := min(len(samples), self.trainer.log_val_generations):
@@ -135,17 +134,15 @@ class Tracking(AbstractContextManager["Tracking"]):
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a step, with the key `step`; NaN and infinity are null.
-
-    A resumed run drops the lines after its step: each step stands once. A full disk stops nothing:
-    lines that can't be written are written later.
-    """
+    """metrics.jsonl: one JSON object a step, with the key `step`; NaN and infinity are null. A
+    resumed run drops the lines after its step. A full disk stops nothing: what can't be written is
+    written later."""
 
     def __init__(self, path: Path, step: int) -> None:
         """Opens it with the lines up to `step`. Raises: OSError if it can't be written."""
         before = read_metrics(path) if path.exists() else []
+        # Records that are to be written, and the last one, which may grow.
         self.pending = [record for record in before if record["step"] <= step]
-        """Records that are to be written, and the last one, which may grow."""
         # Written aside and renamed while open: a run killed right here loses nothing.
         aside = path.with_suffix(".jsonl.tmp")
         self.path, self.file, self.start = path, aside.open("wb", buffering=0), 0
@@ -259,8 +256,7 @@ def start_tensorboard(folder: Path, step: int) -> Logger:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, without a half-written last line. Raises: ValueError for
-    another line that isn't JSON."""
+    """Records of a metrics.jsonl, whose last line may be cut off. Raises: ValueError for others."""
     lines, records = Path(path).read_text().splitlines(), []
     for number, line in enumerate(lines, start=1):
         try:
@@ -273,11 +269,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def step_line(metrics: Metrics, step: int, total_steps: int) -> str:
     """A line for the console, of 120 columns at most: the `CONSOLE_COLUMNS` that there are."""
-    parts = [f"step {step:{len(str(total_steps))}d}/{total_steps}"]
-    for key, form in CONSOLE_COLUMNS.items():
-        if key in metrics:
-            parts.append(form.format(math.nan if metrics[key] is None else metrics[key]))
-    return "  ".join(parts)
+    start = f"step {step:{len(str(total_steps))}d}/{total_steps}"
+    found = [(form, metrics[key]) for key, form in CONSOLE_COLUMNS.items() if key in metrics]
+    return "  ".join([start, *(form.format(math.nan if x is None else x) for form, x in found)])
 
 
 def validation_table(metrics: Metrics) -> str:
