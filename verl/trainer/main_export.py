@@ -21,9 +21,8 @@ from verl.trainer.ppo.checkpoint import damage, find_latest, read_state
 
 
 def export(checkpoint: Path, folder: Path) -> None:
-    """Writes the policy of `checkpoint` (`…/global_step_N`), with its tokenizer, to `folder`.
-    Raises: ValueError or OSError if the checkpoint isn't whole, the model that it was trained from
-    is gone, or `folder` can't be written."""
+    """Writes the policy of `checkpoint`, `…/global_step_N`, with its tokenizer. Raises: ValueError
+    or OSError if that isn't whole, its first model is gone, or `folder` can't be written."""
     if problem := damage(checkpoint):
         raise ValueError(f"{checkpoint} is no whole checkpoint: {problem}")
     # Keys that the checkpoint doesn't have yet get their defaults.

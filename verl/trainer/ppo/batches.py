@@ -1,7 +1,6 @@
 """Prompts → the train batch of each step: generation, rewards, DAPO's filters, prefetch. With
 `trainer.async_rollout` a thread generates the batch of step k + 1 while step k trains, so with the
-weights from before that step; `next` waits for it, gives the now idle engines the new weights, and
-starts it again."""
+weights from before that; `next` waits, gives idle engines the new weights, and starts it again."""
 
 import logging
 import math

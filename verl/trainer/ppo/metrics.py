@@ -122,8 +122,7 @@ def loss_agg_metrics(
 ) -> dict[str, float]:
     """How noisy the gradient Σ_i w_i g_i is, for the aggregation in use (`method`) and the others:
     sqrt(Σ w_i² L_i) / Σ w_i, as the variance of g_i grows like the length L_i and its expectation
-    doesn't (arXiv 2509.07558). `lengths` in tokens and weights: [N]; methods whose weights are all
-    0 are left out."""
+    doesn't (arXiv 2509.07558). Lengths, in tokens, and weights are [N]; only zeros: left out."""
     metrics = {}
     for name, weights in weights_by_method.items():
         w_N = np.asarray(weights, dtype=np.float64)

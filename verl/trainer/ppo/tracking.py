@@ -135,8 +135,7 @@ class Tracking(AbstractContextManager["Tracking"]):
 
 class MetricsFile:
     """metrics.jsonl: one JSON object a step, with the key `step`; NaN and infinity are null. A
-    resumed run drops the lines after its step. A full disk stops nothing: what can't be written is
-    written later."""
+    resumed run drops the lines after its step. What a full disk doesn't take is written later."""
 
     def __init__(self, path: Path, step: int) -> None:
         """Opens it with the lines up to `step`. Raises: OSError if it can't be written."""

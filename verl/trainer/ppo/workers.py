@@ -106,9 +106,8 @@ class Workers:
             return self.actor.scatter("update", arguments)
 
     def verify_engines(self, prompt: Prompt, step: int, strict: bool = False) -> dict[str, float]:
-        """With `verify_weights` has each engine generate a few tokens, and compares their
-        log-probabilities with the actor's. A mean difference above `verify_weights_tolerance` is a
-        warning or, if `strict`, a ValueError."""
+        """With `verify_weights` compares the log-probabilities of a few tokens of each engine with
+        the actor's. More than the tolerance is a warning or, if `strict`, a ValueError."""
         rollout = self.config.actor_rollout_ref.rollout
         if not rollout.verify_weights:
             return {}
