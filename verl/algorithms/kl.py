@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,12 @@ def kl_divergence(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> T
     divergence", 2020). With d = log π − log π_ref: ``kl``/``k1`` d, ``abs`` |d|, ``mse``/``k2``
     d²/2, ``low_var_kl``/``k3`` e^(−d) + d − 1, clamped to [−10, 10]."""
     return KL_ESTIMATORS[estimator](log_probs - ref_log_probs)
+
+
+def kl_of_response(log_probs: np.ndarray, ref_log_probs: np.ndarray, estimator: str) -> float:
+    """Σ_t kl_t of one response, from its tokens' log-probabilities, [L] each."""
+    d = kl_divergence(torch.as_tensor(log_probs), torch.as_tensor(ref_log_probs), estimator)
+    return d.double().sum().item()
 
 
 def adapted_kl_coef(

@@ -8,13 +8,15 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, groupby, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from verl.config.schema import Config
-from verl.data.dataset import PromptOrder
+from verl.data.dataset import PromptOrder, load_prompts
+from verl.models.hf import num_embeddings
 from verl.protocol import Prompt, Sample
 from verl.rewards.scorer import RewardManager
 from verl.rollout.engine import SamplingParams
@@ -69,6 +71,18 @@ class Batches:
         self.carried: list[list[Sample]] = []
         self.prefetched: Future[TrainBatch] | None = None
         self.thread = ThreadPoolExecutor(1)
+
+    @classmethod
+    def from_config(cls, config: Config, tokenizer: Any) -> Self:
+        """With the configuration's prompts and rewards. Raises: ValueError or OSError."""
+        data, trainer = config.data, config.trainer
+        size = num_embeddings(config.actor_rollout_ref.model)
+        load = partial(load_prompts, config=data, tokenizer=tokenizer, num_embeddings=size)
+        prompts = [] if trainer.val_only else load(data.train_files)
+        batches = cls(config, prompts, RewardManager(config, tokenizer))
+        if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
+            batches.val_prompts = load(data.val_files)
+        return batches
 
     def next(self, step: int, timer: Timer) -> TrainBatch:
         """The samples of training step `step`, with scores and rewards. Raises: RewardError;

@@ -86,6 +86,20 @@ class CheckpointFolder:
         self.latest, self.saved_step = final, state.step
         return final
 
+    def try_to_save(
+        self, state: TrainState, save_policy: Callable[[Path], Any], metrics_written: bool
+    ) -> None:
+        """`save`, if all metrics are written; what prevents it is logged, and costs no more."""
+        logger.info("writing a checkpoint of step %d", state.step)
+        try:
+            if not metrics_written:
+                raise OSError("metrics.jsonl can't be written")
+            self.save(state, save_policy)
+        except OSError as error:
+            cause = getattr(error, "cause", error)  # of a worker's error, without its traceback
+            text = "NO CHECKPOINT OF STEP %d: %s. The latest one is %s; make room in %s"
+            logger.error(text, state.step, cause, self.latest, self.root)
+
     def _write_state(self, folder: Path, state: TrainState) -> None:
         batches, prefetched = state.batches, state.batches.prefetched
         write_samples(folder / CARRIED, [s for group in batches.carried for s in group])

@@ -1,20 +1,14 @@
 """The training loop: `RayPPOTrainer.fit` is the algorithm, and its stages follow below it."""
 
-import logging
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import from_numpy
 
 from verl.algorithms import advantages, kl, weights
 from verl.config.schema import Config
-from verl.data.dataset import load_prompts
-from verl.models.hf import num_embeddings
 from verl.protocol import OptimizerStep, Sample, response_lengths
-from verl.rewards.scorer import RewardManager
 from verl.trainer.ppo import checks, metrics
 from verl.trainer.ppo.batches import Batches, mini_batches
 from verl.trainer.ppo.checkpoint import CheckpointFolder, TrainState
@@ -22,8 +16,6 @@ from verl.trainer.ppo.tracking import Tracking
 from verl.trainer.ppo.workers import Workers, needs_reference
 from verl.utils.signals import StopSignals
 from verl.utils.timer import Timer
-
-logger = logging.getLogger(__name__)
 
 COMPARED_WEIGHTS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "dr-grpo", "delta-l")
 """Aggregations whose gradient noise is predicted from the lengths of every step."""
@@ -37,12 +29,7 @@ class RayPPOTrainer:
         before a worker died). Raises: ValueError or OSError for input that can't be used."""
         self.config, self.tokenizer = config, tokenizer
         self.aggregation = weights.resolve_aggregation(config)
-        data, trainer, rewards = config.data, config.trainer, RewardManager(config, tokenizer)
-        size = num_embeddings(config.actor_rollout_ref.model)
-        load = partial(load_prompts, config=data, tokenizer=tokenizer, num_embeddings=size)
-        self.batches = Batches(config, [] if trainer.val_only else load(data.train_files), rewards)
-        if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
-            self.batches.val_prompts = load(data.val_files)
+        self.batches = Batches.from_config(config, tokenizer)
         self.total_steps = self.batches.total_steps
         self.checkpoints = CheckpointFolder(config)
         self.state = TrainState(self.batches.state(), kl_coef=config.algorithm.kl_ctrl.kl_coef)
@@ -134,9 +121,8 @@ class RayPPOTrainer:
         config, beta, divergences = self.config.algorithm, self.state.kl_coef, []
         for s in samples:
             assert s.old_log_probs is not None and s.ref_log_probs is not None
-            old, ref = (from_numpy(s.counted(x)) for x in (s.old_log_probs, s.ref_log_probs))
-            kl_T = kl.kl_divergence(old, ref, config.kl_penalty)
-            divergences.append(kl_T.double().sum().item())
+            old, ref = s.counted(s.old_log_probs), s.counted(s.ref_log_probs)
+            divergences.append(kl.kl_of_response(old, ref, config.kl_penalty))
             s.reward -= beta * divergences[-1]
         per_token = float(np.mean(divergences / response_lengths(samples).clip(min=1)))
         if config.kl_ctrl.type == "adaptive":
@@ -241,19 +227,11 @@ class RayPPOTrainer:
 
     def save_checkpoint(self) -> None:
         """Writes what a resumed run needs, if that is new, or logs why it can't be done."""
-        step, checkpoints, actor = self.state.step, self.checkpoints, self.workers.actor
-        if step in (0, checkpoints.saved_step):  # without a step: starts anew
+        if self.state.step in (0, self.checkpoints.saved_step):  # without a step: starts anew
             return
-        logger.info("writing a checkpoint of step %d", step)
-        state = replace(self.state, batches=self.batches.state())
-        try:
-            if not self.tracking.file.flush():  # a checkpoint is never newer than the metrics
-                raise OSError("metrics.jsonl can't be written")
-            checkpoints.save(state, lambda path: actor.call("save", path))
-        except OSError as error:
-            cause = getattr(error, "cause", error)  # of a worker's error, without its traceback
-            text = "NO CHECKPOINT OF STEP %d: %s. The latest one is %s; make room in %s"
-            logger.error(text, step, cause, checkpoints.latest, checkpoints.root)
+        state, actor = replace(self.state, batches=self.batches.state()), self.workers.actor
+        durable = self.tracking.file.flush()  # a checkpoint is never newer than the metrics
+        self.checkpoints.try_to_save(state, lambda path: actor.call("save", path), durable)
 
     def rescue(self, action: Any, *args: Any) -> Any:
         """`action(*args)` between two steps; if it fails, no step is lost."""
