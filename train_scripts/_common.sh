@@ -146,6 +146,7 @@ math() {
     "data.train_files='$dir/train.parquet'" \
     "data.val_files=[$tests]" \
     data.max_prompt_length=1024 \
+    reward_model.math_server.answer_rule=published \
     "${@:2}"
 }
 

@@ -1,18 +1,14 @@
-"""The math reward: what a response answers, and the LaTeX server (`server/math`) that judges it."""
+"""The math reward: the LaTeX server (`server/math`) judges what strings alone don't tell."""
 
 import asyncio
 import json
 import logging
 import os
 import random
-import re
 import subprocess
 import time
-from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from numbers import Real
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from verl.config.schema import MathServerConfig
+from verl.rewards.answers import compare
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +35,6 @@ START_WITHIN_S = 60.0
 FIRST_ANSWER_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 120.0  # then a request is sent again: the server or its host may hang
 
-# A box opens, a brace opens or closes; escaped braces and the line break `\\` are neither (but
-# `\\boxed` is a box with its backslash doubled).
-_BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\\\(?!boxed)|\\[{}]|(?P<brace>[{}])")
-_COMMAND = re.compile(r"\\[A-Za-z]+")
-_LETTER = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
-
 Pair = tuple[str, str]  # a reference and an answer
 Verdict = dict[str, Any]  # on a pair: `equal`, `how` and `status`, as the server answers
 
@@ -54,81 +45,6 @@ class RewardError(RuntimeError):
 
 class RewardServerError(RewardError):
     """A server that rewards depend on has not answered for too long."""
-
-
-def compare(
-    data_source: str,
-    solution_str: str,
-    ground_truth: Any,
-    extra_info: Mapping[str, Any] | None = None,
-    *,
-    max_answer_length: int = 30,
-) -> tuple[str, str, bool | None]:
-    r"""What a response to one of `MATH_SOURCES` answers, the reference, and whether they are equal;
-    None: only the LaTeX server can tell.
-
-    * The answer is the last box; with `extra_info["find_maj"]` the most frequent one, the latest of
-      them on a tie. Without a box it is the whole response.
-    * Identical to the reference: right. Else longer than `max_answer_length` characters: wrong.
-    * `gpqa`: the first letter that stands alone is the choice.
-
-    These are the published rules (arXiv 2509.07558, its repository). Raises: as `reference`.
-
-    >>> compare("amc", r"so \boxed{\frac{3}{5}}", "0.6")
-    ('\\frac{3}{5}', '0.6', None)
-    """
-    gold = reference(data_source, ground_truth)
-    answers = boxed_answers(solution_str) or [solution_str.strip()]
-    pred = answers[-1]
-    if (extra_info or {}).get("find_maj"):
-        # Of equal counts `most_common` takes the first that it has seen, so it starts at the end.
-        pred = Counter(reversed(answers)).most_common(1)[0][0]
-    if pred != gold and len(pred) > max_answer_length:
-        return pred, gold, False
-    if data_source == "gpqa":
-        pred, gold = choice(pred), choice(gold)
-        return pred, gold, pred == gold
-    return pred, gold, True if pred == gold else None
-
-
-def reference(data_source: str, ground_truth: Any) -> str:
-    """The right answer. Raises: ValueError if the ground truth is neither LaTeX, in a box or not,
-    nor a number, or is no letter for `gpqa`."""
-    number = isinstance(ground_truth, Real) and not isinstance(ground_truth, bool)
-    text = str(ground_truth) if number else ground_truth
-    if isinstance(text, str):
-        gold = (boxed_answers(text) or [text.strip()])[-1]
-        if gold and (data_source != "gpqa" or choice(gold)):
-            return gold
-    wanted = "a letter such as 'B'" if data_source == "gpqa" else r"LaTeX such as '\frac{3}{5}'"
-    raise ValueError(f"the ground truth of {data_source} must be {wanted}, not {ground_truth!r}")
-
-
-def boxed_answers(text: str) -> list[str]:
-    r"""What stands in each ``\boxed{…}`` with balanced braces, in order; nested: the innermost.
-    Takes time in proportion to the text, whatever its braces do.
-
-    >>> boxed_answers(r"\boxed{1}, no: \boxed{\frac{1}{2}}, \boxed{3")
-    ['1', '\\frac{1}{2}']
-    """
-    answers: list[str] = []
-    opened: list[int] = []  # where the content of each open brace starts
-    newest = -1  # the same for the box that was opened last
-    for match in _BRACES.finditer(text):
-        if match["box"]:
-            newest = match.end()
-            opened.append(newest)
-        elif match["brace"] == "{":
-            opened.append(match.end())
-        elif match["brace"] and opened and opened.pop() == newest:
-            answers.append(text[newest : match.start()].strip())
-    return answers
-
-
-def choice(text: str) -> str:
-    r"""The first letter that stands alone, ``\text{(b)}`` or ``b``, as a capital; empty without."""
-    match = _LETTER.search(_COMMAND.sub(" ", text))
-    return match[0].upper() if match else ""
 
 
 def compute_score(*arguments: Any) -> dict[str, Any]:
@@ -186,17 +102,19 @@ class MathClient:
             raise ValueError(f"{problem}: {remedy}")
 
     async def compute_score(self, *arguments: Any) -> dict[str, Any]:
-        """Of the arguments of `compare`: `score` and `acc` (0 or 1), `pred` (the answer), and
-        `undecided`: 1 where the server ran into its limits or failed, which counts as wrong.
-        Raises: ValueError for a ground truth of the wrong form or a pair that the server refuses;
+        """Of the arguments of `compare`: `score` and `acc` (0 or 1), `pred` (the answer), and what
+        counts as wrong: `undecided`, 1 where the server did not understand a part of the answer,
+        ran into its limits or failed; `too_long`, 1 where the length alone has decided. Raises:
+        ValueError for a ground truth of the wrong form or a pair that the server refuses;
         RewardServerError without an answer within `config.max_wait_s`."""
-        limit, undecided = self.config.max_answer_length, False
-        pred, gold, equal = compare(*arguments, max_answer_length=limit)
+        published, limit = self.config.answer_rule == "published", self.config.max_answer_length
+        answer = compare(*arguments, published=published, max_answer_length=limit)
+        equal, undecided = answer.equal, False
         if equal is None:
-            verdict = await self.verify(gold, pred)
-            equal, undecided = verdict["equal"], verdict["status"] in ("timeout", "memory", "error")
-        score = float(equal)
-        return {"score": score, "acc": score, "pred": pred, "undecided": float(undecided)}
+            verdict = await self.verify(answer.gold, answer.pred)
+            equal, undecided = verdict["equal"], verdict["status"] not in ("ok", "unparsable")
+        shares = {"undecided": float(undecided), "too_long": float(answer.too_long)}
+        return {"score": float(equal), "acc": float(equal), "pred": answer.pred, **shares}
 
     async def verify(self, gold: str, pred: str) -> Verdict:
         """The verdict on one pair; errors as above."""

@@ -14,7 +14,8 @@ import numpy as np
 from verl.config.schema import Config, OverlongBufferConfig
 from verl.protocol import Prompt, Sample
 from verl.rewards import MATH_SOURCES, RULES, RewardError, RewardServerError, compute_score
-from verl.rewards.math import MathClient, reference
+from verl.rewards.answers import reference
+from verl.rewards.math import MathClient
 from verl.utils.samples import plain, response_texts
 from verl.utils.user_function import UserFunction, load_function, start_event_loop, taken
 

@@ -1,0 +1,153 @@
+"""What a response to a math problem answers, and whether it is right where strings alone tell."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, NamedTuple
+
+# A box opens, or holds one word; a brace opens or closes. Escaped braces and the line break `\\` do
+# neither (but `\\boxed` is a box with its backslash doubled).
+_PARTS = re.compile(
+    r"(?P<box>\\(?:boxed|fbox|framebox)\s*\{)|\\boxed(?:\s+|(?=\d))(?P<word>[^\s{}$\\]+)|"
+    r"\\\\(?!boxed)|\\[{}]|(?P<brace>[{}])"
+)
+_SAME_ANSWER = re.compile(r"[\s$.;]*(?:,|and\b|or\b)(?:[\s$]|and\b|or\b)*")  # between two boxes
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_FIRST_LETTER = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
+_CAPITAL = re.compile(r"(?<![A-Za-z])(?!I\s+[a-z])[A-Z](?![A-Za-z'])")
+_SPACING = re.compile(r"\s|\$|\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:!]")
+LONGEST = 30  # characters of an answer (arXiv 2509.07558, its repository)
+SLACK = 20  # or so many more than the reference has, if that is longer
+
+
+class Comparison(NamedTuple):
+    """An answer and its reference; `equal` is None if only the LaTeX server can tell, and
+    `too_long`, whether the length alone has decided."""
+
+    pred: str
+    gold: str
+    equal: bool | None
+    too_long: bool = False
+
+
+def compare(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: Mapping[str, Any] | None = None,
+    *,
+    published: bool = False,
+    max_answer_length: int | None = None,
+) -> Comparison:
+    r"""What a response to one of `MATH_SOURCES` answers, and whether it is right, if strings tell.
+
+    * The answer is the last of `final_answers` or, `published`, of the innermost boxes, else the
+      whole response; with `extra_info["find_maj"]` the most frequent one, the latest of them on a
+      tie. Of `gpqa` it is a letter (`choice`).
+    * Identical to the reference: right. Else longer than `max_answer_length` characters: wrong.
+      None: `LONGEST` or, if not `published`, `SLACK` more than the reference; spaces don't count.
+
+    The published rules are those of arXiv 2509.07558, its repository. Raises: as `reference`.
+
+    >>> compare("amc", r"so \boxed{\frac{3}{5}}", "0.6")
+    Comparison(pred='\\frac{3}{5}', gold='0.6', equal=None, too_long=False)
+    """
+    gold = reference(data_source, ground_truth)
+    if published:
+        answers = [text for *_, text in boxes(solution_str, True)] or [solution_str.strip()]
+    else:
+        answers = final_answers(solution_str)
+    pred = answers[-1]
+    if (extra_info or {}).get("find_maj"):
+        # Of equal counts `most_common` takes the first that it has seen, so it starts at the end.
+        pred = Counter(reversed(answers)).most_common(1)[0][0]
+    size, most = len(pred), LONGEST if max_answer_length is None else max_answer_length
+    if not published:
+        size = len(_SPACING.sub("", pred))
+        most = max(most, len(gold) + SLACK) if max_answer_length is None else most
+    if pred != gold and size > most:
+        return Comparison(pred, gold, False, True)
+    if data_source == "gpqa":
+        pred, gold = choice(pred, published), choice(gold, published)
+        return Comparison(pred, gold, pred == gold)
+    return Comparison(pred, gold, True if pred == gold else None)
+
+
+def reference(data_source: str, ground_truth: Any) -> str:
+    """The right answer. Raises: ValueError if the ground truth is neither LaTeX, in a box or not,
+    nor a number, or is no letter for `gpqa`."""
+    number = isinstance(ground_truth, Real) and not isinstance(ground_truth, bool)
+    text = str(ground_truth) if number else ground_truth
+    if isinstance(text, str):
+        gold = final_answers(text)[-1]
+        if gold and (data_source != "gpqa" or choice(gold)):
+            return gold
+    wanted = "a letter such as 'B'" if data_source == "gpqa" else r"LaTeX such as '\frac{3}{5}'"
+    raise ValueError(f"the ground truth of {data_source} must be {wanted}, not {ground_truth!r}")
+
+
+def final_answers(text: str) -> list[str]:
+    r"""What a response answers after its thinking: what stands in its complete, outermost boxes or,
+    if they end later, in its last ``<answer>`` tags; without either, all that is left. The last one
+    decides. Boxes with nothing but a comma, "and" or "or" between them are one answer.
+
+    >>> final_answers(r"<think>\boxed{7}</think>So \boxed{2} or $\boxed{3}$.")
+    ['2, 3']
+    """
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    found, end = boxes(text), text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if start >= 0 and (not found or found[-1][1] < end):
+        text = text[start + len("<answer>") : end]
+        found = boxes(text)
+    answers: list[list[str]] = []
+    last = 0
+    for start, end, content in found:
+        if not (answers and _SAME_ANSWER.fullmatch(text, last, start)):
+            answers.append([])
+        if content not in answers[-1]:
+            answers[-1].append(content)
+        last = end
+    return [", ".join(parts) for parts in answers] or [text.strip()]
+
+
+def boxes(text: str, published: bool = False) -> list[tuple[int, int, str]]:
+    r"""Start, end and content of each complete box, in order: ``\boxed{…}`` with balanced braces,
+    ``\boxed 5``, ``\fbox{…}``; of nested ones the outermost. `published`: ``\boxed{…}`` alone, and
+    the innermost. Takes time in proportion to the text, whatever its braces do.
+
+    >>> boxes(r"\boxed{1}, no: \boxed{\frac{1}{2}}, \boxed{3")
+    [(0, 9, '1'), (15, 34, '\\frac{1}{2}')]
+    """
+    found: list[tuple[int, int, str]] = []
+    opened: list[tuple[int, int]] = []  # where each open brace's content starts; of a box: its own
+    newest = -1  # content of the box that was opened last
+    for match in _PARTS.finditer(text):
+        if match["word"] and not published:
+            found.append((match.start(), match.end(), match["word"].rstrip(".,;:!?")))
+        elif (box := match["box"]) and (not published or box.startswith(r"\boxed")):
+            newest = match.end()
+            opened.append((newest, match.start()))
+        elif box or match["brace"] == "{":
+            opened.append((match.end(), -1))
+        elif match["brace"] and opened:
+            inside, start = opened.pop()
+            if start >= 0 and (not published or inside == newest):
+                while found and found[-1][0] > start:
+                    del found[-1]
+                found.append((start, match.end(), text[inside : match.start()].strip()))
+    return found
+
+
+def choice(text: str, published: bool = False) -> str:
+    r"""The letter that a text chooses, as a capital, ``\text{(b)}`` or ``b``; in a longer one
+    the only capital that stands alone. `published`: the first letter that does. Empty if there is
+    none, or more than one."""
+    bare = _COMMAND.sub(" ", text)
+    alone = bare.strip(" \t\n$(){}[].:*")
+    if published or len(alone) == 1:
+        match = _FIRST_LETTER.search(bare)
+        return match[0].upper() if match else ""
+    letters = set(_CAPITAL.findall(bare))
+    return letters.pop() if len(letters) == 1 else ""
