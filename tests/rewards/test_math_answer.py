@@ -66,7 +66,7 @@ def test_final_answers(text, answers):
 
 
 def test_hostile_boxes_cost_no_more_than_their_length():
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (
         r"\boxed{" * 100_000,
         r"\boxed{" * 50_000 + "}" * 50_000,
@@ -75,6 +75,7 @@ def test_hostile_boxes_cost_no_more_than_their_length():
         r"\boxed" + " " * 500_000,
         r"\boxed  " * 50_000,
         r"\boxed{1} or " * 50_000,
+        " or ".join(rf"\boxed{{{i}}}" for i in range(50_000)),
         r"\boxed{1}" + ", and " * 100_000 + r"\boxed{1}",
         "<answer>" * 100_000,
         "<answer>" * 50_000 + "</answer>" * 50_000,
@@ -82,7 +83,7 @@ def test_hostile_boxes_cost_no_more_than_their_length():
     ):
         boxes(text, published=True)
         final_answers(text)
-    assert time.perf_counter() - start < 5  # the quadratic way takes minutes
+    assert time.process_time() - start < 5  # the quadratic way takes minutes
 
 
 def test_the_last_box_is_the_answer_and_without_one_the_whole_response():

@@ -101,15 +101,14 @@ def final_answers(text: str) -> list[str]:
     if start >= 0 and (not found or found[-1][1] < end):
         text = text[start + len("<answer>") : end]
         found = boxes(text)
-    answers: list[list[str]] = []
+    answers: list[dict[str, None]] = []  # sets that keep their order
     last = 0
     for start, end, content in found:
         if not (answers and _SAME_ANSWER.fullmatch(text, last, start)):
-            answers.append([])
-        if content not in answers[-1]:
-            answers[-1].append(content)
+            answers.append({})
+        answers[-1][content] = None
         last = end
-    return [", ".join(parts) for parts in answers] or [text.strip()]
+    return list(map(", ".join, answers)) or [text.strip()]
 
 
 def boxes(text: str, published: bool = False) -> list[tuple[int, int, str]]:
