@@ -21,7 +21,7 @@ from common import report, report_limit
 from verl.algorithms.losses import LossConfig
 from verl.config.load import load_config
 from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig
-from verl.models.policy import MicroBatchLimit, TrainedPolicy
+from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import OptimizerStep, Prompt, Sample
 from verl.tools.memory_plan import Plan
 
@@ -57,7 +57,8 @@ def local_bytes(tensors: Any) -> int:
 def measure(folder: Path, checkpointing: bool, responses: int) -> dict[str, int]:
     """Bytes that a rank holds after an update, and the peak of an update beside them."""
     model = ModelConfig(path=str(folder), enable_gradient_checkpointing=checkpointing)
-    policy = TrainedPolicy(model, FSDPConfig(), torch.device("cpu"), OptimConfig(), total_steps=1)
+    policy = PolicyWorker("cpu")
+    policy.build(model, FSDPConfig(), OptimConfig(), total_steps=1)
     rng = np.random.default_rng(0)
     samples = []
     for i in range(
@@ -74,7 +75,7 @@ def measure(folder: Path, checkpointing: bool, responses: int) -> dict[str, int]
     peak = peak_bytes(lambda: policy.accumulate_gradient(step, LossConfig(), limit))
     parameters = list(policy.model.parameters())
     moments = [
-        state[k] for state in policy.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")
+        state[k] for state in policy.optimizers[0].state.values() for k in ("exp_avg", "exp_avg_sq")
     ]
     return {
         "parameters": local_bytes(parameters),

@@ -1,4 +1,4 @@
-"""What an update costs per real token: `Policy.accumulate_gradient` on one rank, as the actor runs.
+"""What an update costs per real token: `accumulate_gradient` on one rank, as the actor runs.
 
     .venv/bin/python benchmarks/update.py [--quick] [--attention]
 
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from verl.algorithms.losses import LossConfig
 from verl.config.schema import FSDPConfig, ModelConfig
 from verl.models.packing import packed_sdpa
-from verl.models.policy import MicroBatchLimit, Policy
+from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import OptimizerStep, Prompt, Sample
 
 SMOLLM2_135M = dict(
@@ -82,10 +82,12 @@ def make_step(lengths: list[int], vocabulary: int) -> OptimizerStep:
     return OptimizerStep(samples, np.full(len(samples), 1 / sum(lengths), np.float32))
 
 
-def make_policy(folder: Path, **model: bool) -> Policy:
+def make_policy(folder: Path, **model: bool) -> PolicyWorker:
     """A policy without an optimizer; `model`: keys of `actor_rollout_ref.model`."""
     config = ModelConfig(path=str(folder), **({"enable_gradient_checkpointing": False} | model))
-    return Policy(config, FSDPConfig(), CPU)
+    policy = PolicyWorker("cpu")
+    policy.build(config, FSDPConfig())
+    return policy
 
 
 def products(rows: int, shapes: list[tuple[int, int, int]]) -> Callable[[], None]:
@@ -123,7 +125,9 @@ def flash_pairs(length: int) -> int:
     )
 
 
-def discarded(policy: Policy, samples: list[Sample], limit: MicroBatchLimit, config: dict) -> float:
+def discarded(
+    policy: PolicyWorker, samples: list[Sample], limit: MicroBatchLimit, config: dict
+) -> float:
     """Prints what is computed and not needed; returns its share of all floating-point operations of
     the forward pass (the backward pass has twice as many of each kind)."""
     rows = needed = heads = pairs = needed_pairs = 0
@@ -289,7 +293,7 @@ def main() -> None:
 
 
 def compare(
-    policies: dict[str, Policy],
+    policies: dict[str, PolicyWorker],
     config: dict,
     total: int,
     mean: int,

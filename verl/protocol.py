@@ -94,11 +94,9 @@ ARRAYS: dict[str, np.dtype[Any]] = {
 
 
 class SampleBatch(list[Sample]):
-    """Samples that are sent to another process, where they arrive as a plain list.
-
-    Pickled field by field, which is several times faster than sample by sample: arrays are copied
-    once, into the message, and arrive as read-only views of it; those in `omit` as None.
-    """
+    """Samples that are sent to another process, where they arrive as a plain list. Field by field,
+    which is several times faster than sample by sample: arrays are copied once, into the message,
+    and arrive as read-only views of it; those in `omit` as None."""
 
     def __init__(self, samples: Iterable[Sample], omit: Sequence[str] = ()) -> None:
         super().__init__(samples)
@@ -123,8 +121,7 @@ def _samples(columns: dict[str, list[Any]]) -> list[Sample]:
 
 @dataclass(slots=True)
 class OptimizerStep:
-    """The responses of one optimizer step, each with its weight in the loss Σ_i w_i Σ_t ℓ_it. A
-    response that is used in several epochs has another weight in each step."""
+    """The responses of one optimizer step, and their weights in its own loss Σ_i w_i Σ_t ℓ_it."""
 
     samples: list[Sample]
     weights: NDArray[np.float32]

@@ -35,10 +35,10 @@ def test_packed_is_padded(one_rank: None, tiny_model: Path) -> None:
         offload = FSDPConfig(param_offload=True, optimizer_offload=True)
         model = ModelConfig(path=str(tiny_model), use_remove_padding=remove_padding)
         worker.build(model, offload, OptimConfig(lr=1e-3), 10)
-        log_probs.append(worker.log_probs(step.samples, "actor", 1.0, MicroBatchLimit(4)))
-        worker.actor.move(worker.device)
-        worker.actor.accumulate_gradient(step, LossConfig(), MicroBatchLimit(4))
-        grads = [p.grad.full_tensor().flatten() for p in worker.actor.model.parameters()]
+        log_probs.append(worker.log_probs(step.samples, 1.0, MicroBatchLimit(4)))
+        worker.move(worker.device)
+        worker.accumulate_gradient(step, LossConfig(), MicroBatchLimit(4))
+        grads = [p.grad.full_tensor().flatten() for p in worker.model.parameters()]
         gradients.append(torch.cat(grads))
     packed, padded = gradients
     assert ((packed - padded).norm() / padded.norm()).item() < 2e-2  # bfloat16

@@ -21,12 +21,7 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import free_address, make_samples, make_step, make_tiny_model
 from verl.algorithms.losses import LossConfig
 from verl.config.base import FSDPConfig, MixedPrecisionConfig, ModelConfig, OptimConfig
-from verl.models.policy import (
-    MicroBatchLimit,
-    Policy,
-    PolicyWorker,
-    learning_rate_factor,
-)
+from verl.models.policy import MicroBatchLimit, PolicyWorker, learning_rate_factor
 from verl.protocol import OptimizerStep, Sample
 from verl.trainer.ppo.core_algos import WEIGHTS, kl_divergence, policy_loss, response_weights
 from verl.utils.seqlen_balancing import balanced_partitions
@@ -78,12 +73,20 @@ def constant_step(samples: list[Sample], weight: float) -> OptimizerStep:
 
 
 def gradient(
-    policy: Policy, step: OptimizerStep, limit: MicroBatchLimit, loss: LossConfig = LOSS
+    policy: PolicyWorker, step: OptimizerStep, limit: MicroBatchLimit, loss: LossConfig = LOSS
 ) -> torch.Tensor:
     """Flat gradient of the loss over all ranks' samples."""
     policy.model.zero_grad()
     policy.accumulate_gradient(step, loss, limit)
     return torch.cat([p.grad.full_tensor().flatten() for p in policy.model.parameters()])
+
+
+def log_probs_of(
+    worker: PolicyWorker, samples: list[Sample], temperature: float, limit: MicroBatchLimit
+) -> list[np.ndarray]:
+    """One array for each sample."""
+    ends = np.cumsum([len(s.response_ids) for s in samples])
+    return np.split(worker.log_probs(samples, temperature, limit), ends)[:-1]
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -116,7 +119,7 @@ def test_gradient_is_that_of_the_formula(mode: str, worker: PolicyWorker, tiny_m
     step = weighted_step(mode)
     _, expected = reference_loss(tiny_model, step)
     # float32 against float64
-    assert distance(gradient(worker.actor, step, LIMITS["four"]), expected) < 1e-5
+    assert distance(gradient(worker, step, LIMITS["four"]), expected) < 1e-5
 
 
 @pytest.mark.parametrize("mode", WEIGHTS)
@@ -135,16 +138,16 @@ def test_tokens_that_the_loss_mask_leaves_out_have_no_part_in_anything(
     weights = response_weights([LENGTHS[0], *counted], mode, M, 0.75, group_size=4)
     np.testing.assert_array_equal(step.weights, weights)
     expected = reference_loss(tiny_model, step)[1]
-    found = [gradient(worker.actor, step, limit) for limit in LIMITS.values()]
+    found = [gradient(worker, step, limit) for limit in LIMITS.values()]
     assert all(distance(g, expected) < 1e-5 for g in found)
-    sums = worker.actor.accumulate_gradient(step, LOSS, LIMITS["four"])
+    sums = worker.accumulate_gradient(step, LOSS, LIMITS["four"])
     assert sums["tokens"] == LENGTHS[0] + sum(counted)
     for s in samples[1:]:
         for values in (s.old_log_probs, s.ref_log_probs, s.rollout_log_probs):
             values[~s.loss_mask] = np.nan
-    assert torch.equal(gradient(worker.actor, step, LIMITS["all"]), found[2])
+    assert torch.equal(gradient(worker, step, LIMITS["all"]), found[2])
     for s, log_probs in zip(
-        samples, worker.actor.log_probs(samples, 0.9, LIMITS["four"]), strict=True
+        samples, log_probs_of(worker, samples, 0.9, LIMITS["four"]), strict=True
     ):
         assert len(log_probs) == len(s.response_ids)
         if s.loss_mask is not None:
@@ -154,20 +157,20 @@ def test_tokens_that_the_loss_mask_leaves_out_have_no_part_in_anything(
 @pytest.mark.parametrize("mode", WEIGHTS)
 def test_micro_batches_do_not_change_the_gradient(mode: str, worker: PolicyWorker) -> None:
     step = weighted_step(mode)
-    expected = gradient(worker.actor, step, LIMITS["all"])
+    expected = gradient(worker, step, LIMITS["all"])
     for limit in LIMITS.values():
-        assert distance(gradient(worker.actor, step, limit), expected) < 1e-6
+        assert distance(gradient(worker, step, limit), expected) < 1e-6
 
 
 def test_padding_and_checkpointing_do_not_change_the_gradient(
     worker: PolicyWorker, tiny_model: Path
 ) -> None:
     step = weighted_step("delta-l")
-    expected = gradient(worker.actor, step, LIMITS["all"])
+    expected = gradient(worker, step, LIMITS["all"])
     for remove_padding, recompute in itertools.product((True, False), repeat=2):
         other = build(tiny_model, remove_padding, enable_gradient_checkpointing=recompute)
         for limit in LIMITS.values():
-            assert distance(gradient(other.actor, step, limit), expected) < 1e-6
+            assert distance(gradient(other, step, limit), expected) < 1e-6
 
 
 def _rank_gradients(rank: int, world: int, address: str, folder: Path, out: Path) -> None:
@@ -176,7 +179,7 @@ def _rank_gradients(rank: int, world: int, address: str, folder: Path, out: Path
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     results = {}
     for remove_padding in (True, False):
-        policy = build(folder, remove_padding).actor
+        policy = build(folder, remove_padding)
         for mode in WEIGHTS:
             step = weighted_step(mode)
             share = balanced_partitions([s.num_tokens for s in step.samples], world)[rank]
@@ -206,28 +209,28 @@ def test_ranks_do_not_change_the_gradient(
     assert len(results) == 2 * (len(WEIGHTS) * len(LIMITS) + 1)
     for (_, mode, _), value in results.items():
         step = weighted_step("delta-l" if mode == "lonely" else mode)
-        assert distance(value, gradient(worker.actor, step, LIMITS["all"])) < 1e-6
+        assert distance(value, gradient(worker, step, LIMITS["all"])) < 1e-6
 
 
 def test_a_response_without_weight_changes_nothing(worker: PolicyWorker) -> None:
     step = weighted_step("delta-l")
     step.weights[4] = 0.0
-    with_it = gradient(worker.actor, step, LIMITS["four"])
-    without = gradient(worker.actor, step.share([0, 1, 2, 3, 5, 6, 7]), LIMITS["four"])
+    with_it = gradient(worker, step, LIMITS["four"])
+    without = gradient(worker, step.share([0, 1, 2, 3, 5, 6, 7]), LIMITS["four"])
     assert distance(with_it, without) < 1e-6
 
 
 def test_nothing_but_empty_responses_gives_a_zero_gradient(tiny_model: Path) -> None:
     worker = build(tiny_model)
     step = weighted_step("delta-l", make_samples([0, 0]))
-    assert gradient(worker.actor, step, LIMITS["one"]).abs().max() == 0
-    result = worker.actor.update([step.share([])], LOSS, LIMITS["one"], 1.0)
+    assert gradient(worker, step, LIMITS["one"]).abs().max() == 0
+    result = worker.update([step.share([])], LOSS, LIMITS["one"], 1.0)
     assert result[0]["grad_norm"] == 0
 
 
 def test_sums_that_are_reported(worker: PolicyWorker, tiny_model: Path) -> None:
     step = weighted_step("token-mean")
-    sums = worker.actor.accumulate_gradient(step, LOSS, LIMITS["four"])
+    sums = worker.accumulate_gradient(step, LOSS, LIMITS["four"])
     expected, _ = reference_loss(tiny_model, step)
     # Every response has the same weight under token-mean, so the entropy can be put back in.
     weight = step.weights[0]
@@ -239,9 +242,7 @@ def test_sums_that_are_reported(worker: PolicyWorker, tiny_model: Path) -> None:
 def test_log_probs_are_those_of_the_plain_model(worker: PolicyWorker, tiny_model: Path) -> None:
     samples = make_samples(LENGTHS)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    found = worker.actor.log_probs(samples, 0.7, MicroBatchLimit(3))
-    together = worker.log_probs(samples, "actor", 0.7, MicroBatchLimit(3))
-    np.testing.assert_array_equal(together, np.concatenate(found))
+    found = log_probs_of(worker, samples, 0.7, MicroBatchLimit(3))
     for s, log_probs in zip(samples, found, strict=True):
         ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
         start = len(s.prompt.token_ids) - 1
@@ -251,14 +252,14 @@ def test_log_probs_are_those_of_the_plain_model(worker: PolicyWorker, tiny_model
 
 
 def test_log_probs_leave_the_parameters_sharded(worker: PolicyWorker) -> None:
-    worker.log_probs(make_samples(LENGTHS), "actor", 1.0, LIMITS["all"])
-    assert all(isinstance(p, DTensor) for p in worker.actor.model.parameters())
+    worker.log_probs(make_samples(LENGTHS), 1.0, LIMITS["all"])
+    assert all(isinstance(p, DTensor) for p in worker.model.parameters())
 
 
 def test_first_update_needs_no_old_log_probs(tiny_model: Path) -> None:
     known, unknown = build(tiny_model), build(tiny_model)
     step, loss = weighted_step("dr-grpo"), LossConfig()
-    values = known.actor.log_probs(step.samples, 1.0, LIMITS["all"])
+    values = log_probs_of(known, step.samples, 1.0, LIMITS["all"])
     for sample, value in zip(step.samples, values, strict=True):
         sample.old_log_probs = value
     first = known.update([step], loss, LIMITS["four"], 1.0)
@@ -266,7 +267,7 @@ def test_first_update_needs_no_old_log_probs(tiny_model: Path) -> None:
         sample.old_log_probs = None
     second = unknown.update([step], loss, LIMITS["four"], 1.0)
     assert first[0]["grad_norm"] == pytest.approx(second[0]["grad_norm"], rel=1e-4)
-    for a, b in zip(known.actor.model.parameters(), unknown.actor.model.parameters(), strict=True):
+    for a, b in zip(known.model.parameters(), unknown.model.parameters(), strict=True):
         torch.testing.assert_close(a.full_tensor(), b.full_tensor(), atol=2e-5, rtol=0)
 
 
@@ -277,14 +278,12 @@ def test_truncated_importance_sampling_by_hand(worker: PolicyWorker) -> None:
         s.old_log_probs = s.rollout_log_probs + np.float32(np.log(0.5))
     samples[2].old_log_probs = samples[2].rollout_log_probs + np.float32(np.log(4.0))
     step = constant_step(samples, 0.1)
-    plain = [gradient(worker.actor, step.share([i]), LIMITS["all"], LossConfig()) for i in range(3)]
+    plain = [gradient(worker, step.share([i]), LIMITS["all"], LossConfig()) for i in range(3)]
     config = LossConfig(rollout_is_threshold=3.0)
     for level, factors in (("token", (0.5, 1, 3)), ("sequence", (0.25, 1, 3))):
-        worker.actor.model.zero_grad()
-        sums = worker.actor.accumulate_gradient(
-            step, replace(config, rollout_is=level), LIMITS["one"]
-        )
-        found = torch.cat([p.grad.full_tensor().flatten() for p in worker.actor.model.parameters()])
+        worker.model.zero_grad()
+        sums = worker.accumulate_gradient(step, replace(config, rollout_is=level), LIMITS["one"])
+        found = torch.cat([p.grad.full_tensor().flatten() for p in worker.model.parameters()])
         assert sums["rollout/is_weight_mean"] == pytest.approx(2 * factors[0] + factors[2])
         assert sums["rollout/logprob_diff_max"] == pytest.approx(np.log(4), rel=1e-5)
         assert sums["rollout/logprob_diff_mean"] == pytest.approx(np.log(16), rel=1e-5)
@@ -299,7 +298,7 @@ def test_stale_responses_tell_nothing_of_the_engine(worker: PolicyWorker) -> Non
     samples[0].old_log_probs = samples[0].rollout_log_probs
     samples[1].old_log_probs = samples[1].rollout_log_probs + np.float32(0.5)
     step = constant_step(samples, 0.1)
-    sums = worker.actor.accumulate_gradient(step, LossConfig(), LIMITS["all"])
+    sums = worker.accumulate_gradient(step, LossConfig(), LIMITS["all"])
     assert sums["rollout/tokens"] == 3
     assert sums["rollout/logprob_diff_mean"] == pytest.approx(1.5)
 
@@ -309,10 +308,10 @@ def test_updates_move_the_policy_towards_what_was_rewarded(tiny_model: Path) -> 
     samples = make_samples([4, 4])
     for sample, advantage in zip(samples, (1.0, -1.0), strict=True):
         sample.advantage, sample.old_log_probs = advantage, None
-    before = [x.sum() for x in worker.actor.log_probs(samples, 1.0, LIMITS["all"])]
+    before = [x.sum() for x in log_probs_of(worker, samples, 1.0, LIMITS["all"])]
     for _ in range(3):
         worker.update([constant_step(samples, 1 / 8)], LossConfig(), LIMITS["one"], 1.0)
-    after = [x.sum() for x in worker.actor.log_probs(samples, 1.0, LIMITS["all"])]
+    after = [x.sum() for x in log_probs_of(worker, samples, 1.0, LIMITS["all"])]
     assert after[0] > before[0] and after[1] < before[1]
 
 
@@ -325,16 +324,16 @@ def test_a_step_that_is_not_finite_is_skipped(tiny_model: Path) -> None:
     good, bad, far = (constant_step(samples, 0.1) for samples in (good, bad, far))
     kl = replace(LossConfig(), kl_coef=1e-9, kl_type="k1")
     first = worker.update([good], LossConfig(), LIMITS["all"], 1.0)[0]
-    before = [p.full_tensor().clone() for p in worker.actor.model.parameters()]
-    step = worker.actor.optimizer.state_dict()["state"][0]["step"].item()
+    before = [p.full_tensor().clone() for p in worker.model.parameters()]
+    step = worker.optimizers[0].state_dict()["state"][0]["step"].item()
     skipped = worker.update([bad], LossConfig(), LIMITS["all"], 1.0)
     skipped += worker.update([far], kl, LIMITS["all"], 1.0)
     assert [first["skipped"], *(s["skipped"] for s in skipped)] == [0, 1, 1]
-    for old, new in zip(before, worker.actor.model.parameters(), strict=True):
+    for old, new in zip(before, worker.model.parameters(), strict=True):
         assert torch.equal(old, new.full_tensor())
-    assert worker.actor.optimizer.state_dict()["state"][0]["step"].item() == step
+    assert worker.optimizers[0].state_dict()["state"][0]["step"].item() == step
     assert worker.update([good], LossConfig(), LIMITS["all"], 1.0)[0]["skipped"] == 0
-    assert not torch.equal(before[0], next(worker.actor.model.parameters()).full_tensor())
+    assert not torch.equal(before[0], next(worker.model.parameters()).full_tensor())
 
 
 def test_offloading_and_mixed_precision_run(tiny_model: Path) -> None:
@@ -343,12 +342,12 @@ def test_offloading_and_mixed_precision_run(tiny_model: Path) -> None:
     fsdp = FSDPConfig(param_offload=True, optimizer_offload=True, mixed_precision=half)
     worker.build(ModelConfig(path=str(tiny_model)), fsdp, OptimConfig(lr=1e-3), 10, FSDPConfig())
     step = weighted_step("delta-l")
-    exact = worker.log_probs(step.samples, "ref", 1.0, LIMITS["all"])
-    rounded = worker.log_probs(step.samples, "actor", 1.0, LIMITS["all"])
+    exact = worker.ref_log_probs(step.samples, 1.0, LIMITS["all"])
+    rounded = worker.log_probs(step.samples, 1.0, LIMITS["all"])
     assert 0 < np.abs(exact - rounded).max() < 0.2
     results = worker.update([step, step], LOSS, LIMITS["four"], 1.0)
     assert all(np.isfinite(list(r.values())).all() for r in results)
-    assert next(worker.actor.model.parameters()).dtype == torch.float32
+    assert next(worker.model.parameters()).dtype == torch.float32
 
 
 def test_exported_weights_rebuild_the_model(worker: PolicyWorker, tiny_model: Path) -> None:
@@ -382,13 +381,13 @@ def test_resumed_settings_are_those_of_the_configuration(tiny_model: Path, tmp_p
         saved.update([step], LOSS, LIMITS["all"], 1.0)
     saved.save(str(tmp_path / "actor"))
     resumed.load(str(tmp_path / "actor"))
-    for a, b in zip(saved.actor.model.parameters(), resumed.actor.model.parameters(), strict=True):
+    for a, b in zip(saved.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a.full_tensor(), b.full_tensor())
-        states = [w.actor.optimizer.state[p] for w, p in ((saved, a), (resumed, b))]
+        states = [w.optimizers[0].state[p] for w, p in ((saved, a), (resumed, b))]
         assert torch.equal(*(s["exp_avg"].full_tensor() for s in states))
     found = resumed.update([step], LOSS, LIMITS["all"], 1.0)[0]["lr"]
     assert found == pytest.approx(5e-4 * 3 / 4)  # the third of four steps of warm-up
-    assert resumed.actor.optimizer.param_groups[0]["weight_decay"] == 5e-4
+    assert resumed.optimizers[0].param_groups[0]["weight_decay"] == 5e-4
 
 
 def _next_losses(worker: PolicyWorker) -> list[float]:
@@ -454,7 +453,7 @@ def test_a_checkpoint_executes_nothing(
     if where == "metadata":
         Path("actor/.metadata").write_bytes(pickle.dumps(Evil()))
     else:  # torch's own reader would unpickle the number of steps
-        state = worker.actor._state()
+        state = worker._state()
         state["training_steps"] = Evil()
         dcp.save(state, checkpoint_id="actor")
     with pytest.raises(ValueError, match=r"is not what a checkpoint is made of|weights_only"):

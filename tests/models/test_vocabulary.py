@@ -73,7 +73,7 @@ def test_what_the_tokenizer_does_not_know_is_never_sampled(tmp_path: Path) -> No
     try:
         worker = PolicyWorker("cpu")
         worker.build(model, FSDPConfig(), OptimConfig(), 1)
-        log_probs = worker.log_probs(samples, "actor", 1.0, MicroBatchLimit(8))
+        log_probs = worker.log_probs(samples, 1.0, MicroBatchLimit(8))
     finally:
         dist.destroy_process_group()
     expected = np.concatenate([s.rollout_log_probs for s in samples])

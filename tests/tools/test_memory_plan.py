@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from tests.helpers import ROOT, free_address, make_samples, make_step, make_tiny_model, needs_onednn
 from verl.config.load import load_config
 from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
-from verl.models.policy import LossConfig, MicroBatchLimit, TrainedPolicy
+from verl.models.policy import LossConfig, MicroBatchLimit, PolicyWorker
 from verl.rollout.hf import HFEngine
 from verl.tools import memory_plan
 from verl.tools.memory_plan import GIB, Plan
@@ -215,12 +215,13 @@ def _update(rank: int, world: int, address: str, folder: Path, out: Path) -> Non
     """Writes the bytes that rank 0 holds after an update."""
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     config = ModelConfig(str(folder))
-    policy = TrainedPolicy(config, FSDPConfig(), torch.device("cpu"), OptimConfig(), total_steps=1)
+    policy = PolicyWorker("cpu")
+    policy.build(config, FSDPConfig(), OptimConfig(), total_steps=1)
     step, limit = make_step(make_samples([4, 6])), MicroBatchLimit(2)
     policy.update([step], LossConfig(), limit, 1.0)
     policy.accumulate_gradient(step, LossConfig(), limit)
     parameters = list(policy.model.parameters())
-    states = policy.optimizer.state.values()
+    states = policy.optimizers[0].state.values()
     moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
     held = {"parameters": parameters, "optimizer": moments}
     held |= {"gradients": [p.grad for p in parameters]}

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import free_address, make_samples, make_step
-from tests.models.test_policy import distance, gradient
+from tests.models.test_policy import distance, gradient, log_probs_of
 from verl.algorithms.weights import response_weights
 from verl.config.load import load_config
 from verl.config.schema import LOSS_AGG_MODES, Config, FSDPConfig, ModelConfig, OptimConfig
@@ -119,9 +119,13 @@ def in_process(config: Config, worker: PolicyWorker) -> Workers:
 def worker(tiny_model: Path) -> Iterator[PolicyWorker]:
     worker = PolicyWorker("cpu")
     worker.connect(0, 1, free_address())
-    worker.build(ModelConfig(path=str(tiny_model)), FSDPConfig(), OptimConfig(), 10)
+    build(worker, tiny_model)
     yield worker
     dist.destroy_process_group()
+
+
+def build(worker: PolicyWorker, folder: Path) -> Any:
+    return worker.build(ModelConfig(path=str(folder)), FSDPConfig(), OptimConfig(), 10)
 
 
 def test_weights_are_those_of_each_optimizer_step(tiny_model: Path, tmp_path: Path) -> None:
@@ -216,11 +220,11 @@ def test_truncated_responses_change_no_other_gradient_beyond_the_denominators(
 ) -> None:
     trainer, samples = some_truncated(name, tiny_model, tmp_path)
     for step, used in zip(trainer.optimizer_steps(samples), USED, strict=True):
-        found = gradient(worker.actor, step, MicroBatchLimit(3))
+        found = gradient(worker, step, MicroBatchLimit(3))
         expected = torch.zeros_like(found)
         for i, weight in zip(used, weights_of_used(trainer, used), strict=True):
             alone = OptimizerStep([make_samples(LENGTHS)[i]], np.ones(1, np.float32))
-            expected += weight * gradient(worker.actor, alone, MicroBatchLimit(1))
+            expected += weight * gradient(worker, alone, MicroBatchLimit(1))
         assert distance(found, expected) < 1e-5
 
 
@@ -348,7 +352,7 @@ def test_mfu_is_reported_where_model_and_device_are_known(
     trainer, samples, timer = make_trainer(tiny_model, tmp_path), make_samples([4, 2]), Timer()
     timer.seconds = {"gen": 1.0, "update_actor": 2.0}
     trainer.workers = in_process(trainer.config, worker)
-    size, peak = worker.size_and_speed()
+    size, peak = build(worker, tiny_model)
     assert size is not None and peak is None  # a CPU
     trainer.workers.model_size, trainer.workers.peak_flops = size, 1e9
     metrics = trainer.step_metrics(samples, [make_step(samples)], timer)
@@ -378,7 +382,7 @@ def test_fresh_responses_beside_them_get_the_actors(
     assert set(timer.seconds) == {"old_log_prob"}
     for sample in carried:
         assert sample.old_log_probs is sample.rollout_log_probs
-    actors = worker.actor.log_probs(fresh, 1.0, MicroBatchLimit(1))
+    actors = log_probs_of(worker, fresh, 1.0, MicroBatchLimit(1))
     for sample, expected in zip(fresh, actors, strict=True):
         np.testing.assert_allclose(sample.old_log_probs, expected, atol=1e-5)
         assert np.abs(sample.old_log_probs - sample.rollout_log_probs).max() > 0.01

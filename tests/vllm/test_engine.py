@@ -93,7 +93,7 @@ def transfer(actor: PolicyWorker, engine: RolloutEngine) -> dict[str, torch.Tens
 
 def difference(actor: PolicyWorker, samples: list[Sample], temperature: float) -> float:
     """Largest difference of log-probabilities."""
-    actual = actor.log_probs(samples, "actor", temperature, LIMIT)
+    actual = actor.log_probs(samples, temperature, LIMIT)
     ours = np.concatenate([s.rollout_log_probs for s in samples])
     return float(np.abs(ours - actual).max())
 

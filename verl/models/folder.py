@@ -16,13 +16,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import cached_file
 
 from verl.config.schema import ModelConfig
-from verl.models.hf import (
-    check_names,
-    load_hf_config,
-    load_tokenizer,
-    num_embeddings,
-    stop_token_ids,
-)
+from verl.models.hf import check_names, load_hf_config, load_tokenizer, stop_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +40,12 @@ def model_folder(model: ModelConfig) -> Path:
 def check_model(model: ModelConfig, longest: int, export: bool) -> None:
     """Raises ValueError for what would stop the workers later, and with `export` the end of the
     run. Warns if sequences of `longest` tokens have too few positions."""
-    positions = getattr(load_hf_config(model), "max_position_embeddings", None)
+    config = load_hf_config(model)
+    positions = getattr(config, "max_position_embeddings", None)
     folder = Path(model.path).expanduser()
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ValueError(f"actor_rollout_ref.model.path={model.path}: the folder holds no weights")
-    if min(stop_token_ids(model)) >= (size := num_embeddings(model)):
+    if min(stop_token_ids(model)) >= (size := config.get_text_config().vocab_size):
         raise ValueError(f"{model.path} has {size} tokens, and the tokenizer's end is none of them")
     check_weights(model)
     if export:

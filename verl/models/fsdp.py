@@ -1,28 +1,25 @@
-"""A Hugging Face causal model as an FSDP2 policy: build, shard, save."""
+"""A Hugging Face causal model as an FSDP2 policy: build and shard."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
 from verl.config.schema import FSDPConfig, ModelConfig
-from verl.models.folder import skeleton, write_folder
+from verl.models.folder import skeleton
 from verl.models.hf import load_hf_config, load_hf_model, num_embeddings, vocabulary_size
 from verl.models.logprobs import PolicyModel
 from verl.utils.device import default_dtype, default_packed_attention
 
 
-def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Any:
-    """A `PolicyModel` with fp32 master weights, sharded over `mesh`: every rank makes an empty
-    skeleton, shards it, and receives its part of the weights, which rank 0 loads. Raises:
-    ValueError for a model that can't be sharded, or packed."""
-    device = torch.device(mesh.device_type)
+def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> Any:
+    """A `PolicyModel` with fp32 weights: every rank shards an empty skeleton, and gets its part of
+    what rank 0 loads. Raises: ValueError for a model that can't be sharded, or packed."""
     precision = fsdp.mixed_precision
     compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device))
     attention = "sdpa"
@@ -34,6 +31,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, mesh: DeviceMesh) -> Any:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = PolicyModel(lm, min(vocabulary_size(model), num_embeddings(model)))
     dtypes = MixedPrecisionPolicy(compute_dtype, getattr(torch, precision.reduce_dtype))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     shard = partial(fully_shard, mesh=mesh, mp_policy=dtypes)
     layers = [m for m in lm.modules() if type(m).__name__ in (lm._no_split_modules or ())]
     if not layers:
@@ -66,13 +64,3 @@ def _check_packable(config: Any, path: str) -> None:
             f"({', '.join(sorted(others)) or 'recurrent'}), and those mix packed sequences: set "
             "actor_rollout_ref.model.use_remove_padding=False"
         )
-
-
-def save_hf_model(
-    policy: PolicyModel, model: ModelConfig, folder: str | Path, dtype: str | None
-) -> None:
-    """Writes the gathered model (rank 0) with `write_folder`."""
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: Any = dcp.get_model_state_dict(policy, options=options)
-    if dist.get_rank() == 0:
-        write_folder(model, folder, {n.removeprefix("lm."): w for n, w in weights.items()}, dtype)

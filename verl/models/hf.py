@@ -20,9 +20,8 @@ disable_progress_bar()  # one per file and process, in the middle of the log
 
 
 def load_hf_config(model: ModelConfig) -> Any:
-    """The model's configuration with `override_config`; dropout is off, since log-probabilities
-    must not depend on chance. Raises: ValueError if there is no such model, or its head isn't a
-    plain matrix product."""
+    """The model's configuration with `override_config`, and without dropout, which is chance.
+    Raises: ValueError if there is no such model, or its head isn't a plain matrix product."""
     config = _load(AutoConfig, model.path, trust_remote_code=model.trust_remote_code)
     config.update(model.override_config)
     for name in [n for n in vars(config) if n.endswith(("dropout", "_pdrop"))]:
@@ -93,8 +92,8 @@ def num_embeddings(model: ModelConfig) -> int:
 
 
 def stop_token_ids(model: ModelConfig) -> list[int]:
-    """Tokens that end a response: the tokenizer's own, and those of the generation configuration
-    beside it. Raises: ValueError if there is none."""
+    """Tokens that end a response: the tokenizer's, and those that generation_config.json beside it
+    names. Raises: ValueError if there is none."""
     path = model.tokenizer_path or model.path
     try:
         named = _load(GenerationConfig, path).eos_token_id
@@ -132,8 +131,7 @@ REORDERED_ROWS = 32  # the layout is chosen for such inputs; good for 1 to 128 (
 
 @torch.no_grad()
 def reorder_linears(model: nn.Module) -> None:
-    """Lets linear layers that gain by it multiply with a reordered copy of their weight. To be
-    called again when weights have changed."""
+    """Lets linear layers that gain by it multiply with a reordered copy of their present weight."""
     for module in model.modules():
         if type(module) is nn.Linear and multiplies_faster_reordered(module.weight):
             weight = torch.ops.mkldnn._reorder_linear_weight(module.weight, REORDERED_ROWS)

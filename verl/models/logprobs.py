@@ -114,14 +114,9 @@ def chunked_log_probs(
     tile: tuple[int, int] | None = None,
     vocabulary_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of its distribution, in nats: float32 [R] each,
-    differentiable.
-
-    Args:
-        hidden: final hidden states, [R, H]. weight: output embedding, [V, H]. bias: [V] or None.
-        targets: token ids, [R]. temperature: logits are divided by it.
-        vocabulary_size: later tokens have probability 0; default: V.
-        tile: rows and vocabulary entries whose logits exist at a time; default: the device's best.
-    """
+    """Log-probability of each target, and entropy of its distribution, in nats: float32 [R] each,
+    differentiable. `hidden` [R, H]: final hidden states; `weight` [V, H], `bias` [V]: the output
+    embedding, whose logits are divided by `temperature`; ids from `vocabulary_size` on (default: V)
+    have probability 0. `tile`: rows and vocabulary entries whose logits exist at a time."""
     size, tile = vocabulary_size or len(weight), tile or default_tile(hidden.device)
     return _ChunkedLogProbs.apply(hidden, weight, bias, targets, temperature, tile, size)

@@ -108,9 +108,8 @@ def per_token_of_response(values: Tensor, samples: Sequence[Sample]) -> list[np.
 def packed_sdpa(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of a packed row, one call per sequence: no work on
-    other sequences' tokens, on any device. Arguments are those of transformers' attention
-    functions, with `Batch.model_kwargs` among the options.
+    """An attention function for transformers, with `Batch.model_kwargs` among the options: causal
+    within each sequence of a packed row, one call per sequence, on any device.
 
     query [1, heads, T, D], key and value [1, key-value heads, T, D] → [1, T, heads, D].
     """
@@ -121,10 +120,9 @@ def packed_sdpa(
     parts = (x.split(options["sequence_lengths"], dim=2) for x in (query, key, value))
     outputs = []
     for q, k, v in zip(*parts, strict=True):
-        mask = None
-        if window is not None and q.shape[2] > window:
-            whole = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
-            mask = whole.tril().triu(1 - window)
+        mask, length = None, q.shape[2]
+        if window is not None and length > window:
+            mask = q.new_ones(length, length, dtype=torch.bool).tril().triu(1 - window)
         outputs.append(sdpa(q, k, v, mask, is_causal=mask is None, scale=options.get("scaling")))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
@@ -135,8 +133,7 @@ def packed_varlen(
     """The same in one call: `torch.nn.attention.varlen`, for GPUs (16-bit types)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    window = _sliding_window(options)
-    visible = (-1 if window is None else window - 1, 0)  # tokens before and after
+    visible = ((_sliding_window(options) or 0) - 1, 0)  # tokens before (-1: all) and after
     bounds, longest = options["sequence_bounds"], max(options["sequence_lengths"])
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale, gqa = options.get("scaling"), query.shape[1] != key.shape[1]
@@ -158,8 +155,6 @@ def _sliding_window(options: dict[str, Any]) -> int | None:
     return options.get("sliding_window")
 
 
-PACKED_ATTENTION = {"packed_sdpa": packed_sdpa, "packed_varlen": packed_varlen}
-
-for name, function in PACKED_ATTENTION.items():  # transformers' names of them; they need no mask
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+for function in (packed_sdpa, packed_varlen):  # by these names; they need no mask
+    AttentionInterface.register(function.__name__, function)
+    AttentionMaskInterface.register(function.__name__, lambda *args, **kwargs: None)

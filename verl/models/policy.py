@@ -14,12 +14,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.reductions import reduce_tensor
 
 from verl.algorithms.losses import LOSSES, LossConfig
 from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig
-from verl.models.fsdp import build_policy, save_hf_model
+from verl.models.folder import write_folder
+from verl.models.fsdp import build_policy
 from verl.models.hf import model_size
 from verl.models.packing import loss_inputs, pack, per_token_of_response
 from verl.protocol import OptimizerStep, Sample, WeightChunk
@@ -54,20 +54,53 @@ def learning_rate_factor(step: int, optim: OptimConfig, total_steps: int) -> flo
     return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * left
 
 
-class Policy:
+class PolicyWorker:
     """One rank's part of a sharded model. Methods are collective: all ranks call them together."""
 
-    def __init__(self, model: ModelConfig, fsdp_config: FSDPConfig, device: torch.device) -> None:
-        self.device, self.config, self.model_config = device, fsdp_config, model
-        self.pack = partial(pack, device=device, remove_padding=model.use_remove_padding)
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        self.model = build_policy(model, fsdp_config, mesh)
-        self.move(HOST)
+    def __init__(self, device: str | None = None) -> None:
+        self.device = devices.get_device(device)
+        self.version = 0  # training steps
+        self.ref: PolicyWorker  # the policy that KL terms compare with
+        self.engines_group: Any = None
+        self.shared: Sequence[Tensor] = ()
 
-    def move(self, device: torch.device) -> None:
-        """Brings parameters that are kept in host memory to the device, or back."""
+    def connect(self, rank: int, world_size: int, address: str) -> None:
+        """Joins the ranks' process group, which meets at `address` (`tcp://host:port`)."""
+        backend = devices.process_group_backend(self.device)
+        dist.init_process_group(backend, address, rank=rank, world_size=world_size)
+
+    def build(
+        self,
+        model: ModelConfig,
+        fsdp_config: FSDPConfig,
+        optim: OptimConfig | None = None,
+        total_steps: int = 0,
+        ref_fsdp_config: FSDPConfig | None = None,
+    ) -> tuple[ModelSize | None, float | None]:
+        """Loads and shards the model, to be trained by AdamW as `optim` says and, with
+        `ref_fsdp_config`, the reference beside it. Returns the model's matrix products, and the
+        device's peak in operations a second, if known."""
+        self.model_config, self.config = model, fsdp_config
+        self.optim, self.total_steps = optim, total_steps
+        self.pack = partial(pack, device=self.device, remove_padding=model.use_remove_padding)
+        self.model = build_policy(model, fsdp_config, self.device)
+        self.optimizers = [torch.optim.AdamW(self.model.parameters(), optim.lr)] if optim else []
+        self.move(HOST)
+        if ref_fsdp_config is not None:
+            self.ref = PolicyWorker(self.device.type)
+            self.ref.build(model, ref_fsdp_config)
+        return model_size(self.model.lm), devices.peak_flops(self.device)
+
+    def move(self, device: torch.device, optimizer: bool = False) -> None:
+        """Brings to the device, or back, parameters (and states) that are kept in host memory."""
         if self.config.param_offload:
             self.model.to(device)
+        if optimizer and self.config.optimizer_offload:
+            for state in [state for o in self.optimizers for state in o.state.values()]:
+                for name, value in state.items():
+                    if value.dim():
+                        # Towards the host, a copy that doesn't block would take pinned memory.
+                        state[name] = value.to(device, non_blocking=device.type == "cuda")
         devices.empty_cache(self.device)
 
     def micro_batches(self, samples: Sequence[Sample], limit: MicroBatchLimit) -> list[list[int]]:
@@ -80,24 +113,22 @@ class Policy:
     @torch.no_grad()
     def log_probs(
         self, samples: Sequence[Sample], temperature: float, limit: MicroBatchLimit
-    ) -> list[np.ndarray]:
-        """Of each sample's response tokens, float32 [R] per sample; 0 where one doesn't count."""
+    ) -> np.ndarray:
+        """Of all response tokens, float32 [ΣR], which travels fast; 0 where one doesn't count."""
         self.move(self.device)
-        results: dict[int, np.ndarray] = {}
+        results = [np.zeros(0, np.float32)] * len(samples)
         for indices in self.micro_batches(samples, limit):
             part = [samples[i] for i in indices]
             values, _ = self.model(self.pack(part), temperature)
-            results.update(zip(indices, per_token_of_response(values, part), strict=True))
+            for i, of_sample in zip(indices, per_token_of_response(values, part), strict=True):
+                results[i] = of_sample
         self.model.reshard()  # without a backward pass the root's parameters stay gathered
         self.move(HOST)
-        return [results[i] for i in range(len(samples))]
+        return np.concatenate([np.zeros(0, np.float32), *results])
 
-    def load_parameters(self, folder: str | Path) -> None:
-        """Takes the parameters alone from what `TrainedPolicy.save` wrote. Raises:
-        ValueError, on all ranks, if the checkpoint is not one of this model."""
-        state = {"model": states.get_model_state_dict(self.model)}
-        _read(state, folder)
-        states.set_model_state_dict(self.model, state["model"])
+    def ref_log_probs(self, *args: Any) -> np.ndarray:
+        """`log_probs` under the reference policy."""
+        return self.ref.log_probs(*args)
 
     def accumulate_gradient(
         self, step: OptimizerStep, loss: LossConfig, limit: MicroBatchLimit
@@ -117,40 +148,17 @@ class Policy:
         tokens = sum(s.length for s in step.samples)
         return {name: value.item() for name, value in totals.items()} | {"tokens": tokens}
 
-
-class TrainedPolicy(Policy):
-    """A policy with its optimizer, AdamW; `version` counts its training steps."""
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        fsdp_config: FSDPConfig,
-        device: torch.device,
-        optim: OptimConfig,
-        total_steps: int,
-    ) -> None:
-        super().__init__(model, fsdp_config, device)
-        self.optim, self.total_steps, self.version = optim, total_steps, 0
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=optim.lr)
-
-    def _move_all(self, device: torch.device) -> None:
-        for state in self.optimizer.state.values() if self.config.optimizer_offload else ():
-            for name, value in state.items():
-                if value.dim():
-                    # Towards the host, a copy that doesn't block would take pinned memory.
-                    state[name] = value.to(device, non_blocking=device.type == "cuda")
-        self.move(device)
-
     def update(
         self, steps: list[OptimizerStep], loss: LossConfig, limit: MicroBatchLimit, grad_clip: float
     ) -> list[dict[str, float]]:
         """One training step: makes optimizer steps, of each this rank's share. Returns of each
         this rank's sums, and the global `grad_norm`, `lr` and `skipped`: 1 if the loss of a rank or
-        the gradient was not finite, and no step was made."""
-        self._move_all(self.device)
-        optim = self.optim
+        the gradient was not finite, and no step was made; in the last one `memory_metrics`."""
+        self.move(self.device, optimizer=True)
+        optim, (optimizer,) = self.optim, self.optimizers
+        assert optim is not None
         lr = optim.lr * learning_rate_factor(self.version, optim, self.total_steps)
-        for group in self.optimizer.param_groups:  # a resumed run may change its settings
+        for group in optimizer.param_groups:  # a resumed run may change its settings
             group.update(lr=lr, weight_decay=optim.weight_decay, betas=tuple(optim.betas))
         results = []
         for step in steps:
@@ -161,11 +169,12 @@ class TrainedPolicy(Policy):
             skipped = torch.tensor(float(not all(map(math.isfinite, numbers))))
             dist.all_reduce(skipped, dist.ReduceOp.MAX)
             if not skipped:
-                self.optimizer.step()
-            self.optimizer.zero_grad()
+                optimizer.step()
+            optimizer.zero_grad()
             results.append(sums | {"grad_norm": norm.item(), "lr": lr, "skipped": skipped.item()})
         self.version += 1
-        self._move_all(HOST)
+        self.move(HOST, optimizer=True)
+        results[-1] |= devices.memory_metrics(self.device)
         return results
 
     def save(self, folder: str | Path) -> None:
@@ -176,89 +185,32 @@ class TrainedPolicy(Policy):
             raise OSError(f"{folder}: {_reasons(error)}") from None
 
     def load(self, folder: str | Path) -> None:
-        """The inverse of `save`, for any number of ranks. Raises: as `load_parameters`."""
-        self._move_all(self.device)
+        """The inverse of `save`, for any number of ranks; without an optimizer the rest. Raises:
+        ValueError, on all ranks, if the checkpoint is not one of this model."""
+        self.move(self.device, optimizer=True)
         state = self._state()
-        _read(state, folder)
+        try:
+            dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
+        except CheckpointException as error:
+            raise ValueError(f"{folder}: {_reasons(error)}") from None
         parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        states.set_state_dict(self.model, self.optimizer, **parts)
+        states.set_state_dict(self.model, self.optimizers, **parts)
         self.version = state["training_steps"]
-        self._move_all(HOST)
+        self.move(HOST, optimizer=True)
 
     def _state(self) -> dict[str, Any]:
-        model, optimizer = states.get_state_dict(self.model, self.optimizer)
+        model, optimizer = states.get_state_dict(self.model, self.optimizers)
         return {"model": model, "optimizer": optimizer, "training_steps": self.version}
 
-
-def _read(state: dict[str, Any], folder: str | Path) -> None:
-    """Fills `state` from a checkpoint. Raises: ValueError, on all ranks, if it doesn't fit."""
-    try:
-        dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
-    except CheckpointException as error:
-        raise ValueError(f"{folder}: {_reasons(error)}") from None
-
-
-def _reasons(error: CheckpointException) -> str:
-    """What went wrong on the ranks, each thing once."""
-    return "; ".join(sorted({f"{type(e).__name__}: {e}" for e, _ in error.failures.values()}))
-
-
-class PolicyWorker:
-    """Everything that one actor rank does; a plain class, made a Ray actor in `verl.cluster`."""
-
-    def __init__(self, device: str | None = None) -> None:
-        self.device = devices.get_device(device)
-        self.actor: TrainedPolicy
-        self.ref: Policy
-        self.engines_group: Any = None
-        self.shared: Sequence[Tensor] = ()
-
-    def connect(self, rank: int, world_size: int, address: str) -> None:
-        """Joins the ranks' process group, which meets at `address` (`tcp://host:port`)."""
-        backend = devices.process_group_backend(self.device)
-        dist.init_process_group(backend, address, rank=rank, world_size=world_size)
-
-    def build(
-        self,
-        model: ModelConfig,
-        fsdp_config: FSDPConfig,
-        optim: OptimConfig,
-        total_steps: int,
-        ref_fsdp_config: FSDPConfig | None = None,
-    ) -> None:
-        """Loads and shards the policy and, with `ref_fsdp_config`, the reference policy."""
-        self.actor = TrainedPolicy(model, fsdp_config, self.device, optim, total_steps)
-        if ref_fsdp_config is not None:
-            self.ref = Policy(model, ref_fsdp_config, self.device)
-
-    def log_probs(self, samples: Sequence[Sample], role: str, *args: Any) -> np.ndarray:
-        """`Policy.log_probs` of `role`, `actor` or `ref`, as one array: it travels faster, [ΣR]."""
-        values = getattr(self, role).log_probs(samples, *args)
-        return np.concatenate([np.zeros(0, np.float32), *values])
-
-    def update(self, *args: Any) -> list[dict[str, float]]:
-        """`TrainedPolicy.update`, with `memory_metrics` in the last step's figures."""
-        results = self.actor.update(*args)
-        results[-1] |= devices.memory_metrics(self.device)
-        return results
-
-    def size_and_speed(self) -> tuple[ModelSize | None, float | None]:
-        """The model's matrix products, and the device's peak in operations a second, if known."""
-        return model_size(self.actor.model.lm), devices.peak_flops(self.device)
-
-    def save(self, folder: str | Path) -> None:
-        """`TrainedPolicy.save`."""
-        self.actor.save(folder)
-
-    def load(self, folder: str | Path) -> None:
-        """`TrainedPolicy.load`."""
-        self.actor.load(folder)
-
     def save_hf(self, folder: str | Path, dtype: str | None = None) -> None:
-        """Writes the policy in Hugging Face format."""
-        self.actor.move(self.device)
-        save_hf_model(self.actor.model, self.actor.model_config, folder, dtype)
-        self.actor.move(HOST)
+        """Writes the model in Hugging Face format, as `write_folder`."""
+        self.move(self.device)
+        options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: Any = states.get_model_state_dict(self.model, options=options)
+        if dist.get_rank() == 0:
+            whole = {name.removeprefix("lm."): weight for name, weight in weights.items()}
+            write_folder(self.model_config, folder, whole, dtype)
+        self.move(HOST)
 
     def join_engines(self, address: str, world_size: int) -> None:
         """Becomes rank 0 of the process group in which weights are broadcast to the engines."""
@@ -271,7 +223,7 @@ class PolicyWorker:
         itemsize = getattr(torch, dtype).itemsize
         chunks: list[WeightChunk] = []
         left = -1
-        for name, parameter in self.actor.model.lm.named_parameters():
+        for name, parameter in self.model.lm.named_parameters():
             size = parameter.numel() * itemsize
             if size > left:
                 chunks.append(WeightChunk([], dtype, []))
@@ -279,12 +231,12 @@ class PolicyWorker:
             left -= size
             chunks[-1].names.append(name)
             chunks[-1].shapes.append(list(parameter.shape))
-        return self.actor.version, chunks
+        return self.version, chunks
 
     def export(self, chunk: WeightChunk, transfer: str) -> WeightChunk:
         """Gathers and sends these weights; returns the chunk with what this rank adds to it."""
-        self.actor.move(self.device)
-        lm, dtype = self.actor.model.lm, getattr(torch, chunk.dtype)
+        self.move(self.device)
+        lm, dtype = self.model.lm, getattr(torch, chunk.dtype)
         sharded = (lm.get_parameter(name).detach() for name in chunk.names)
         weights = [value.full_tensor().to(dtype).contiguous() for value in sharded]
         if transfer == "ipc":
@@ -302,4 +254,9 @@ class PolicyWorker:
     def finish_export(self) -> None:
         """Once all engines have loaded all chunks."""
         self.shared = ()
-        self.actor.move(HOST)
+        self.move(HOST)
+
+
+def _reasons(error: CheckpointException) -> str:
+    """What went wrong on the ranks, each thing once."""
+    return "; ".join(sorted({f"{type(e).__name__}: {e}" for e, _ in error.failures.values()}))

@@ -58,16 +58,14 @@ class RolloutEngine(ABC):
     def build(
         self, model: ModelConfig, rollout: RolloutConfig, device: str | None, max_model_len: int
     ) -> None:
-        """Loads the model. `max_model_len`: tokens of the longest prompt with its response. Raises:
-        ValueError for keys that it can't work with."""
+        """Loads the model for up to `max_model_len` tokens. Raises: ValueError for other keys."""
 
     @abstractmethod
     def generate(
         self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
     ) -> Iterator[list[Sample]]:
-        """Samples `params.n` responses to each prompt, and yields them as they are finished, with
-        the log-probability of each token under the distribution it was sampled from: after
-        temperature, top-k and top-p. `groups` numbers the prompts."""
+        """Yields `params.n` responses to each prompt, which `groups` numbers, as they are finished,
+        with each token's log-probability after temperature, top-k and top-p."""
 
     def stop(self) -> None:
         """Ends the `generate` that runs in another thread; what is unfinished is lost."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.hf import load_hf_model, reorder_linears, stop_token_ids, vocabulary_size
@@ -116,9 +116,8 @@ class HFEngine(RolloutEngine):
     def _prefill(
         self, prompts: list[Prompt], cache: Cache, max_tokens: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reads each distinct prompt once, padded on the left, and repeats what comes of it: the
-        next token's logits [B, V]; `mask` [B, P + max_tokens], which tokens of the cache count, and
-        `prompt_length` [B]."""
+        """Reads each distinct prompt once, padded on the left, and repeats what comes of it: next
+        logits [B, V]; `mask` of the cache's tokens [B, P + max_tokens] and `prompt_length` [B]."""
         distinct = {id(p): p for p in prompts}
         ragged = [torch.tensor(p.token_ids) for p in distinct.values()]
         ids = pad_sequence(ragged, batch_first=True, padding_side="left").to(self.device)
@@ -147,23 +146,18 @@ class HFEngine(RolloutEngine):
 
 def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """Draws a token per row of `logits`, [B, V], by inverting its distribution function at
-    `uniforms`, numbers in [0, 1), [B]. Returns tokens [B], and their log-probabilities [B] under
-    the distribution after temperature, top-k and top-p. At temperature 0 the most probable token,
-    with its log-probability at 1."""
+    `uniforms`, in [0, 1), [B]. Returns tokens and their log-probabilities after temperature, top-k
+    and top-p, [B]; at temperature 0 the most probable ones, and their log-probabilities at 1."""
     logits = logits.float()
     if params.temperature == 0:
         log_probs, tokens = logits.log_softmax(-1).max(-1)
         return tokens, log_probs
     logits = logits / params.temperature
-    if 0 < params.top_k < logits.shape[-1]:
-        smallest = logits.topk(params.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    unread: Any = None  # the tokens before
+    if params.top_k > 0:
+        logits = TopKLogitsWarper(params.top_k)(unread, logits)
     if params.top_p < 1:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        probs = ordered.softmax(-1)
-        # The mass before a token decides, so that the most probable one always stays.
-        drop = probs.cumsum(-1) - probs >= params.top_p
-        logits = logits.masked_fill(drop.scatter(-1, index, drop), -torch.inf)
+        logits = TopPLogitsWarper(params.top_p)(unread, logits)
     all_log_probs = logits.log_softmax(-1)
     cumulative = all_log_probs.exp().double().cumsum(-1)
     wanted = uniforms[:, None] * cumulative[:, -1:]

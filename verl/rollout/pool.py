@@ -1,10 +1,8 @@
 """Generation on several engines that may die.
 
-`EnginePool.generate` deals the prompts out: each engine gets its share in one call of its
-`generate`, a stream over Ray, and batches it as it likes. When an engine dies, the pool waits until
-Ray has started it again, gives it weights, and has it generate what is missing of its share; the
-seeds are the same, so nothing is lost or doubled. Shares, and with them the batches of the engine
-`hf`, are the same in every run.
+Each engine gets its share of the prompts, the same in every run, in one call of its `generate`, a
+stream over Ray. When it dies, the pool waits until Ray has started it again, gives it weights, and
+has it generate what is missing, with the same seeds: nothing is lost or doubled.
 """
 
 import logging
@@ -52,8 +50,8 @@ class EnginePool(WorkerGroup):
         self.cancelled = False  # set from another thread: `generate` ends with a RuntimeError
 
     def wait_ready(self, engines: Iterable[int] | None = None) -> None:
-        """Waits until the engines, or these of them, are ready and idle; those that Ray has started
-        again are `stale`. Raises: what an engine raises that can't be built."""
+        """Waits until all engines, or these, are ready and idle; those that Ray has started again
+        are `stale`. Raises: as `RolloutEngine.build`."""
         numbers = list(engines or range(len(self)))
         asks = [self.workers[i].__ray_call__.options(max_task_retries=-1) for i in numbers]
         found = ray.get([ask.remote(lambda _: os.getpid()) for ask in asks], timeout=START_S)
@@ -100,8 +98,7 @@ class EnginePool(WorkerGroup):
                     raise RuntimeError("the generation was cancelled")
                 if not ready:
                     continue
-                stream = ready[0]
-                engine = streams[stream]
+                stream, engine = ready[0], streams[ready[0]]
                 try:
                     samples: list[Sample] = ray.get(next(stream))
                 except StopIteration:

@@ -1,5 +1,4 @@
-"""vLLM (https://docs.vllm.ai) as the generation engine. Only an engine's process imports vLLM: it
-changes torch's settings, and the default process group."""
+"""vLLM (https://docs.vllm.ai) as the engine: only there is it imported, as it changes torch."""
 
 import os
 from collections import deque
@@ -50,7 +49,6 @@ class VLLMEngine(RolloutEngine):
         dtype = rollout.dtype or default_dtype(at)
         cache = kv_cache_bytes(at, load_hf_config(model), dtype, max_model_len, self.max_num_seqs)
         self.sleeps = rollout.free_cache_engine and current_platform.is_sleep_mode_available()
-        self.asleep = False
         parallel = rollout.tensor_model_parallel_size
         arguments: dict[str, Any] = dict(
             model=str(Path(model.path).expanduser()),
@@ -85,14 +83,34 @@ class VLLMEngine(RolloutEngine):
         self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
     ) -> Iterator[list[Sample]]:
         """See `RolloutEngine.generate`. vLLM always has `max_num_seqs` responses to work on."""
+        import vllm
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = vllm.SamplingParams(
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=max(params.top_k, 0),
+            ignore_eos=params.ignore_eos,
+            stop_token_ids=[] if params.ignore_eos else list(self.stop_ids),
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
         self.stopped = False
         waiting = deque(rows_of(prompts, groups, params.n))
         running: dict[str, Row] = {}  # by name
         try:
             while (waiting or running) and not self.stopped:
                 while waiting and len(running) < self.max_num_seqs:
-                    row = waiting.popleft()
-                    running[self._request(row, params)] = row
+                    prompt, group, index = row = waiting.popleft()
+                    running[name := f"{group}-{index}"] = row
+                    seed = np.random.SeedSequence([*params.seed, group, index])
+                    own = sampling.clone()
+                    own.seed = int(seed.generate_state(1, np.uint64)[0] >> 1)  # fits into an int64
+                    self.engine.add_request(name, tokens_input(prompt.token_ids.tolist()), own)
                 outputs: list[Any] = self.engine.step()
                 done = {o.request_id: o.outputs[0] for o in outputs if o.finished}
                 if done:
@@ -104,31 +122,6 @@ class VLLMEngine(RolloutEngine):
             if running:
                 self.engine.abort_request(list(running))
 
-    def _request(self, row: Row, params: SamplingParams) -> str:
-        """Hands one response to vLLM, which samples it with a seed of its own; returns its name."""
-        import vllm
-        from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind
-
-        prompt, group, index = row
-        seed = np.random.SeedSequence([*params.seed, group, index]).generate_state(1, np.uint64)
-        sampling = vllm.SamplingParams(
-            max_tokens=params.max_tokens,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=max(params.top_k, 0),
-            ignore_eos=params.ignore_eos,
-            stop_token_ids=[] if params.ignore_eos else list(self.stop_ids),
-            seed=int(seed[0] >> 1),  # what fits into an int64
-            logprobs=0,  # of the sampled token alone
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        name = f"{group}-{index}"
-        self.engine.add_request(name, tokens_input(prompt.token_ids.tolist()), sampling)
-        return name
-
     def connect(self, rank: int, world_size: int, address: str) -> None:
         """Joins the group of the broadcast, as rank `rank` of `world_size` and the next ones."""
         info = {"rank": rank, "world_size": world_size, "address": address}
@@ -136,7 +129,7 @@ class VLLMEngine(RolloutEngine):
 
     def start_update(self) -> None:
         """Wakes the memory of the weights up, and prepares vLLM for new ones."""
-        if self.asleep:
+        if self.engine.is_sleeping():
             self.engine.wake_up(["weights"])
         self.engine.collective_rpc("start_weight_update")
 
@@ -147,18 +140,16 @@ class VLLMEngine(RolloutEngine):
     def finish_update(self, version: int) -> None:
         """Forgets what was computed with the old weights, and wakes the KV cache up."""
         self.engine.collective_rpc("finish_weight_update")
-        if self.asleep:
+        if self.engine.is_sleeping():
             self.engine.wake_up(["kv_cache"])
-            self.asleep = False
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM keeps its prefix cache: requests are running")
         super().finish_update(version)
 
     def sleep(self) -> None:
         """Frees the memory of weights and KV cache: the next weights are on their way."""
-        if self.sleeps and not self.asleep:
+        if self.sleeps and not self.engine.is_sleeping():
             self.engine.sleep(level=2)
-            self.asleep = True
 
 
 def environment(

@@ -1,6 +1,5 @@
-"""What vLLM's workers get from here: a way to take the actor's weights, by vLLM's weight-transfer
-interface (https://docs.vllm.ai/en/latest/training/weight_transfer), and the tokenizer's vocabulary.
-Imported only where vLLM runs."""
+"""What vLLM's workers get from here, where alone it is imported: the tokenizer's vocabulary, and a
+weight transfer (https://docs.vllm.ai/en/latest/training/weight_transfer) from the actor."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,7 +81,6 @@ class OwnVocabulary(LogitsProcessor):
 
 
 def register() -> None:
-    """Makes `ActorWeights` known to vLLM in this process; a `vllm.general_plugins` entry point, so
-    that vLLM's own workers know it, too."""
+    """Tells vLLM of `ActorWeights`; for vLLM's own workers a `vllm.general_plugins` entry point."""
     with suppress(ValueError):  # it was registered before
         WeightTransferEngineFactory.register_engine(BACKEND, ActorWeights)

@@ -8,15 +8,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl.config.load import exit_with
 from verl.config.schema import Config
-from verl.models.fsdp import save_hf_model
-from verl.models.policy import Policy
+from verl.models.policy import PolicyWorker
 from verl.trainer.ppo.checkpoint import damage, find_latest, read_state
 
 
@@ -34,9 +32,10 @@ def export(checkpoint: Path, folder: Path) -> None:
     model = config.actor_rollout_ref
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        policy = Policy(model.model, model.actor.fsdp_config, torch.device("cpu"))
-        policy.load_parameters(str(checkpoint / "actor"))
-        save_hf_model(policy.model, model.model, folder, config.trainer.hf_model_dtype)
+        policy = PolicyWorker("cpu")
+        policy.build(model.model, model.actor.fsdp_config)
+        policy.load(str(checkpoint / "actor"))
+        policy.save_hf(folder, config.trainer.hf_model_dtype)
     finally:
         dist.destroy_process_group()
 

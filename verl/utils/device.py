@@ -54,7 +54,7 @@ def default_dtype(device: torch.device) -> str:
 
 
 def default_packed_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """Key of `verl.models.packing.PACKED_ATTENTION`; the GPU's kernels are for 16-bit types."""
+    """Name of a function in `verl.models.packing`; the GPU's kernels are for 16-bit types."""
     return "packed_varlen" if device.type == "cuda" and dtype.itemsize == 2 else "packed_sdpa"
 
 

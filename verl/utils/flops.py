@@ -23,16 +23,13 @@ def head_size(config: Any) -> int:
 
 
 def update_flops(size: ModelSize, prompts: ArrayLike, responses: ArrayLike) -> float:
-    """Of a forward and a backward pass over sequences of these lengths in tokens, [N].
-
-    A matrix product costs 2 operations for each of its weights and tokens, and its backward pass
-    twice that. Of P + R tokens T = P + R − 1 go through the decoder, and R hidden states through
-    the head; each causal pair of tokens costs a product with a key and one with a value:
+    """Of a forward and a backward pass over sequences of these lengths in tokens, [N]: of a matrix
+    product 2 for each weight and token, and twice that backwards. T = P + R − 1 tokens go through
+    the decoder, R hidden states through the head; each causal pair has a key and a value:
 
         6·decoder·T + 6·head·R + 12·attention·T(T+1)/2
 
-    Not counted: what is no matrix product, and what gradient checkpointing computes again. A
-    sliding window isn't looked at.
+    Not counted: other operations, those that gradient checkpointing repeats, sliding windows.
     """
     R = np.asarray(responses, np.float64)
     T = np.asarray(prompts, np.float64) + R - 1

@@ -1,5 +1,4 @@
-"""Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed: the first asks for an orderly end, the
-second one ends at once."""
+"""Ctrl-C, SIGTERM, and a closed terminal's SIGHUP: the first asks for an end, the second ends."""
 
 import os
 import signal
@@ -13,11 +12,8 @@ if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup started this
 
 
 class StopSignals:
-    """Knows whether somebody wants the run to end: `number` is the signal that came.
-
-    Whoever looks at it sets `patient`; without that a signal raises KeyboardInterrupt at once, as
-    the second one always does.
-    """
+    """Knows whether somebody wants the run to end: `number` is the signal that came. Whoever looks
+    at it sets `patient`; else, and the second time, a signal raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None

@@ -70,8 +70,7 @@ class UserFunction:
         self._loop = start_event_loop("user_function")[0] if is_async else None
 
     async def __call__(self, **arguments: Any) -> Any:
-        """What the function returns or raises; it gets copies, which it may change. Raises:
-        TimeoutError if that takes too long."""
+        """What the function returns for copies. Raises: what it raises, and TimeoutError."""
         async with self._slots:
             with self._watchdog():
                 future = asyncio.wrap_future(await self._start(arguments))

@@ -57,8 +57,8 @@ class Workers:
         self.engines.wait_ready()  # now: vLLM measures how much memory is free
         self.actor.connect()
         actor, ref = model.actor, model.ref.fsdp_config if needs_reference(self.config) else None
-        self.actor.call("build", model.model, actor.fsdp_config, actor.optim, total_steps, ref)
-        sizes, peaks = zip(*self.actor.call("size_and_speed"), strict=True)
+        arguments = model.model, actor.fsdp_config, actor.optim, total_steps, ref
+        sizes, peaks = zip(*self.actor.call("build", *arguments), strict=True)
         self.model_size, self.peak_flops = sizes[0], sum(peaks) if all(peaks) else None
         if self.config.trainer.val_only:
             logger.info("validating %s", checkpoint or model.model.path)
@@ -78,17 +78,17 @@ class Workers:
     def add_log_probs(self, samples: list[Sample], role: str) -> None:
         """Gives samples their `old_log_probs` (`role="actor"`) or `ref_log_probs` (`"ref"`)."""
         model = self.config.actor_rollout_ref
-        rollout, ref = model.rollout, role == "ref"
+        rollout, field, method = model.rollout, "old_log_probs", "log_probs"
         size = rollout.log_prob_micro_batch_size_per_gpu or model.actor.ppo_micro_batch_size_per_gpu
-        if ref:
+        if role == "ref":
+            field = method = "ref_log_probs"
             size = model.ref.log_prob_micro_batch_size_per_gpu or size
         dynamic, most = rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu
         limit = MicroBatchLimit(None if dynamic else size, most)
         parts = [[samples[i] for i in share] for share in self._shares(samples)]
         unread = [name for name in ARRAYS if name.endswith("log_probs")]
-        arguments = [(SampleBatch(p, unread), role, rollout.temperature, limit) for p in parts]
-        field = "ref_log_probs" if ref else "old_log_probs"
-        for part, values in zip(parts, self.actor.scatter("log_probs", arguments), strict=True):
+        arguments = [(SampleBatch(p, unread), rollout.temperature, limit) for p in parts]
+        for part, values in zip(parts, self.actor.scatter(method, arguments), strict=True):
             ends = np.cumsum([len(s.response_ids) for s in part])
             for sample, of_sample in zip(part, np.split(values, ends)[:-1], strict=True):
                 setattr(sample, field, of_sample)
