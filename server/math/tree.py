@@ -203,7 +203,7 @@ class _Parser:
     def argument(self, signed: bool = False) -> Node:
         """What follows ``^``, or a function without brackets: a group or one factor."""
         if self.peek() == "{":
-            return self.bracketed()
+            return self.primary()
         sign = self.accept("-", "+") if signed else ""
         node = self.primary()
         if self.accept("^"):
@@ -218,7 +218,7 @@ class _Parser:
         if token.isdigit() and len(token) > 1:
             self.tokens[self.at] = token[1:]
             return number(token[0])
-        return self.bracketed() if token == "{" else self.primary()
+        return self.primary()
 
     def raw_group(self) -> str:
         """The text of a subscript, which is part of a name and not an expression."""
@@ -296,7 +296,7 @@ class _Parser:
         base = power = None
         while token := self.accept("_", "^"):
             if token == "_":
-                base = self.digit_or_group() if self.peek() != "{" else self.bracketed()
+                base = self.digit_or_group()
             else:
                 power = self.argument(signed=True)
         bracket = self.peek() in CLOSERS and self.peek() != "|"
