@@ -7,11 +7,11 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from . import equivalence
 from .equivalence import Verdict
-from .pool import Outcome, Pool, PoolFull
+from .pool import Job, Outcome, Pool, PoolFull, Turn
 
 log = logging.getLogger("uvicorn.error")
 LIMITS = {
@@ -26,6 +26,8 @@ LIMITS_REMEMBERED_S = 300.0
 """A pair that ran into its limits gets another chance, but not while its batch is sent again."""
 QUICK_CHARS = 300
 """The quick stages take time with the length: longer strings leave the event loop at once."""
+HUNG_UP_S = 0.2
+"""So often a request that waits looks whether its caller still does."""
 PAIRS_PER_TURN = 32
 """Pairs of a batch that pass the quick stages before other requests get their turn."""
 
@@ -45,16 +47,19 @@ class Judge:
             collections.OrderedDict()
         )
         """The verdict, and until when it holds."""
-        self.running: dict[bytes, asyncio.Future[Outcome]] = {}
+        self.running: dict[bytes, Job] = {}
         self.sources: collections.Counter[str] = collections.Counter()
         """Pairs by who knew the answer: quick, cache, running (another request's job), pool."""
         self.decided: collections.Counter[tuple[str, str]] = collections.Counter()
         """Pairs by (how, status)."""
 
-    async def verdicts(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    async def verdicts(
+        self, pairs: Sequence[tuple[str, str]], hung_up: Callable[[], Awaitable[bool]]
+    ) -> list[Verdict]:
         """One verdict for each (gold, pred), in order.
 
         Raises:
+            ConnectionAbortedError: the caller has `hung_up`; jobs that only it waits for end.
             PoolFull: not all of them fit into the queue; none was queued.
             PoolClosed: the server shuts down.
         """
@@ -67,9 +72,13 @@ class Judge:
             if isinstance(item, bytes):
                 jobs.setdefault(item, (gold, pred))
             known.append(item)
-        futures = self._submit(jobs)
-        if futures:
-            await asyncio.wait(futures.values())  # a request that is cancelled leaves the jobs be
+        with self.pool.turn() as turn:
+            futures = self._submit(jobs, turn)
+            pending = set(futures.values())
+            while pending:
+                _, pending = await asyncio.wait(pending, timeout=HUNG_UP_S)
+                if pending and await hung_up():
+                    raise ConnectionAbortedError
         verdicts = [
             item if isinstance(item, Verdict) else _verdict(futures[item].result())
             for item in known
@@ -93,21 +102,24 @@ class Judge:
         self.sources["cache"] += 1
         return verdict
 
-    def _submit(self, jobs: dict[bytes, tuple[str, str]]) -> dict[bytes, asyncio.Future[Outcome]]:
+    def _submit(self, jobs: dict[bytes, tuple[str, str]], turn: Turn) -> dict[bytes, Job]:
         """The future of each job: all of them or, where the queue is too full, `PoolFull`."""
-        new = [key for key in jobs if key not in self.running]
+        new = [key for key in jobs if key not in self.running or self.running[key].cancelled()]
         if len(new) > self.pool.room:
             raise PoolFull
+        for key in jobs.keys() - new:
+            turn.join(self.running[key])
         for key in new:
-            self.running[key] = future = self.pool.submit(*jobs[key])
-            future.add_done_callback(lambda future, key=key: self._remember(key, future))
+            self.running[key] = job = self.pool.submit(*jobs[key], turn=turn)
+            job.add_done_callback(functools.partial(self._remember, key))
         self.sources["pool"] += len(new)
         self.sources["running"] += len(jobs) - len(new)
         return {key: self.running[key] for key in jobs}
 
-    def _remember(self, key: bytes, future: asyncio.Future[Outcome]) -> None:
+    def _remember(self, key: bytes, future: Job) -> None:
         """Keep what will not change; a job over its limits for a while."""
-        del self.running[key]
+        if self.running[key] is future:  # and not another one after it was cancelled
+            del self.running[key]
         if future.cancelled() or future.exception():
             return
         outcome = future.result()

@@ -43,7 +43,7 @@ class Metrics:
         restarts = CounterMetricFamily(
             "math_server_worker_restarts", "Replaced workers by reason", labels=["reason"]
         )
-        for reason in ("timeout", "postponed", "memory", "died", "recycled"):
+        for reason in ("timeout", "postponed", "abandoned", "memory", "died", "recycled"):
             restarts.add_metric([reason], self.pool.restarts[reason])
         yield restarts
         sources = CounterMetricFamily(

@@ -7,9 +7,13 @@
 
 * A job's time counts from the moment a worker has it, so that its outcome doesn't depend on the
   queue. A worker whose job is over the limit is killed and replaced.
-* Two queues. A job that ran for `patience` seconds is *slow*; slow jobs never hold all workers.
-  Where the last worker meets one while others wait, it is killed, and the job starts anew in the
-  slow queue, with the full limit. So a few hostile jobs don't delay all the honest ones.
+* Requests take turns: the next job is one of the `Turn` that has used the least worker time. A new
+  turn begins where it would stand had it always had its share (the virtual time of fair queueing),
+  so that it neither waits for a batch before it nor starves one.
+* A job that ran for `patience` seconds is *slow*; slow jobs never hold all workers, and those of
+  one turn no more than half. Where they would while others wait, the worker is killed, and the job
+  starts anew among the slow ones, with the full limit. So hostile jobs don't delay the honest ones.
+* A job that no turn waits for any more is cancelled.
 * A worker that dies by itself is replaced, and its job tried again once: it may have been chance
   (the system's out-of-memory killer) or the job (a crash in C). The second try gets the new
   process, since what killed the first may be killing the others. A template takes its workers
@@ -26,7 +30,8 @@ import json
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -59,11 +64,26 @@ class Outcome:
 
 
 @dataclass(slots=True, eq=False)
-class _Job:
-    arguments: tuple[Any, ...]
-    future: asyncio.Future[Outcome]
-    slow: bool = False
-    deaths: int = 0
+class Turn:
+    """What a request has used, in seconds of worker time, and the jobs it waits for."""
+
+    used: float
+    jobs: list["Job"] = field(default_factory=list)
+
+    def join(self, job: "Job") -> None:
+        """Wait for `job`, of another turn or of this, which runs as early as either allows."""
+        job.turn = min(job.turn, self, key=lambda turn: turn.used)
+        job.wanted += 1
+        self.jobs.append(job)
+
+
+class Job(asyncio.Future[Outcome]):
+    """A job is the future of its outcome; it raises nothing but `PoolClosed`."""
+
+    def __init__(self, arguments: tuple[Any, ...], turn: Turn) -> None:
+        super().__init__()
+        self.arguments, self.turn = arguments, turn
+        self.slow, self.deaths, self.wanted = False, 0, 0
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +91,7 @@ class _Worker:
     connection: Connection
     template: subprocess.Popen[bytes]
     pid: int | None = None  # not known, not ready
-    job: _Job | None = None  # from its start on, for one that was spawned for a second try
+    job: Job | None = None  # from its start on, for one that was spawned for a second try
     started: float = 0.0
     served: int = 0
     timer: asyncio.TimerHandle | None = None
@@ -107,10 +127,10 @@ class Pool:
         self.time_limit, self.memory_limit = time_limit, memory_limit
         self.queue_limit, self.recycle_after, self.patience = queue_limit, recycle_after, patience
         self.restarts: collections.Counter[str] = collections.Counter()
-        """Replaced workers by reason: timeout, postponed, memory, died, recycled."""
-        self._slow_slots = max(1, workers - 1)
-        self._fresh: collections.deque[_Job] = collections.deque()
-        self._slow: collections.deque[_Job] = collections.deque()
+        """Replaced workers by reason: timeout, postponed, abandoned, memory, died, recycled."""
+        self._slow_slots, self._turn_slots = max(1, workers - 1), max(1, workers // 2)
+        self._waiting: tuple[dict[Job, None], dict[Job, None]] = {}, {}  # fresh and slow, in order
+        self._turns, self._clock = 0, 0.0  # number of turns, and where a new one begins
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []
         self._accepting = self._closing = False
@@ -118,7 +138,7 @@ class Pool:
     @property
     def waiting(self) -> int:
         """Jobs that no worker has yet."""
-        return len(self._fresh) + len(self._slow)
+        return sum(map(len, self._waiting))
 
     @property
     def room(self) -> int:
@@ -148,8 +168,22 @@ class Pool:
             raise RuntimeError(f"the workers for {self.target} don't start: {error!r}") from error
         self._accepting = True
 
-    def submit(self, *arguments: Any) -> asyncio.Future[Outcome]:
-        """Queue a job. The future never raises but `PoolClosed`.
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[Turn]:
+        """A turn for a request's jobs. Its end cancels those that aren't done or others' too."""
+        turn = Turn(self._clock)
+        self._turns += 1
+        try:
+            yield turn
+        finally:
+            self._turns -= 1
+            for job in turn.jobs:
+                job.wanted -= 1
+                if not job.wanted:
+                    job.cancel()
+
+    def submit(self, *arguments: Any, turn: Turn | None = None) -> Job:
+        """Queue a job, without `turn` as a request of its own.
 
         Raises:
             PoolFull: as many jobs wait as may.
@@ -159,17 +193,19 @@ class Pool:
             raise PoolClosed
         if self.room <= 0:
             raise PoolFull
-        job = _Job(arguments, self._loop.create_future())
-        self._fresh.append(job)
+        job = Job(arguments, turn or Turn(self._clock))
+        job.turn.join(job)
+        job.add_done_callback(self._on_done)
+        self._waiting[False][job] = None
         self._dispatch()
-        return job.future
+        return job
 
     def drain(self) -> None:
         """Take no more jobs and give up those that wait; those that run go on."""
         self._accepting = False
-        for queue in (self._fresh, self._slow):
-            while queue:
-                _settle(queue.popleft(), PoolClosed())
+        for job in [job for queue in self._waiting for job in queue]:
+            _settle(job, PoolClosed())
+            self._on_done(job)
 
     async def close(self) -> None:
         """End all processes. Returns when they are gone."""
@@ -188,26 +224,31 @@ class Pool:
 
     # Jobs.
 
-    def _next_job(self) -> _Job | None:
+    def _next_job(self) -> Job | None:
         """Slow jobs get at least one worker and at most all but one."""
-        running = self._slow_running()
-        if self._slow and (not running or (not self._fresh and running < self._slow_slots)):
-            return self._slow.popleft()
-        return self._fresh.popleft() if self._fresh else None
+        held, (fresh, slow) = self._held(), self._waiting
+        jobs = [job for job in slow if held[job.turn] < self._turn_slots]
+        if not jobs or (held and (fresh or held.total() >= self._slow_slots)):
+            jobs = fresh
+        job = min(jobs, key=lambda job: job.turn.used, default=None)
+        self._waiting[jobs is not fresh].pop(job, None)
+        return job
 
-    def _slow_running(self) -> int:
-        return sum(worker.job is not None and worker.job.slow for worker in self._workers)
+    def _held(self) -> collections.Counter[Turn]:
+        """Workers that slow jobs hold, by turn."""
+        jobs = [worker.job for worker in self._workers if worker.job]
+        return collections.Counter(job.turn for job in jobs if job.slow)
 
     def _dispatch(self) -> None:
-        while self._idle and (job := self._next_job()):
-            worker = self._idle.pop()
-            if worker.connection.poll():  # an idle worker has nothing to say: it was killed
-                (self._slow if job.slow else self._fresh).appendleft(job)
-                self._on_death(worker)
-                continue
-            self._begin(worker, job)
+        while self._idle and self.waiting:
+            if self._idle[-1].connection.poll():  # an idle worker has nothing to say: it was killed
+                self._on_death(self._idle[-1])
+            elif job := self._next_job():
+                self._begin(self._idle.pop(), job)
+            else:
+                break
 
-    def _begin(self, worker: _Worker, job: _Job) -> None:
+    def _begin(self, worker: _Worker, job: Job) -> None:
         worker.job, worker.started = job, self._loop.time()
         with contextlib.suppress(OSError):  # killed just now: the reader notices
             worker.connection.send_bytes(json.dumps(job.arguments).encode())
@@ -218,14 +259,17 @@ class Pool:
         if worker.connection.poll():  # the answer came in while the event loop was busy
             return self._on_message(worker)
         job, left = worker.job, worker.started + self.time_limit - self._loop.time()
+        if job.done():
+            return self._replace(worker, "abandoned")
         if left <= 0.001:
             _settle(job, Outcome("timeout"))
             return self._replace(worker, "timeout")
-        if not job.slow and self._slow_running() < self._slow_slots:
+        held = self._held()
+        if held.total() < self._slow_slots and held[job.turn] < self._turn_slots:
             job.slow = True
-        elif not job.slow and self._fresh:
+        elif not job.slow and self._waiting[False]:
             job.slow = True
-            self._slow.append(job)
+            self._waiting[True][job] = None
             return self._replace(worker, "postponed")
         wait = left if job.slow else min(self.patience, left)
         worker.timer = self._loop.call_later(wait, self._on_timer, worker)
@@ -243,10 +287,9 @@ class Pool:
             if len(self._idle) == self.size and not self._ready.done():
                 self._ready.set_result(None)
             return self._dispatch()
-        worker.timer.cancel()
         worker.served += 1
         _settle(worker.job, Outcome(*message))
-        worker.job = None
+        self._release(worker)
         if message[0] == "memory":
             self._replace(worker, "memory")
         elif worker.served >= self.recycle_after:
@@ -259,7 +302,7 @@ class Pool:
         job = worker.job
         if worker.pid is None:
             if job:
-                (self._slow if job.slow else self._fresh).appendleft(job)
+                self._waiting[job.slow][job] = None
             self._retire(worker)
             self._loop.call_later(RESPAWN_DELAY_S, self._spawn)
             return
@@ -270,6 +313,21 @@ class Pool:
                 _settle(job, Outcome("died"))
                 job = None
         self._replace(worker, "died", job)
+
+    def _release(self, worker: _Worker) -> None:
+        if worker.timer:
+            worker.timer.cancel()
+        if worker.job:
+            used = self._loop.time() - worker.started
+            worker.job.turn.used += used
+            self._clock += used / max(1, self._turns)
+        worker.job = None
+
+    def _on_done(self, job: Job) -> None:
+        """Forget a job. One that a worker still has was cancelled."""
+        self._waiting[job.slow].pop(job, None)
+        for worker in [worker for worker in self._workers if worker.job is job and job.slow]:
+            self._replace(worker, "abandoned")
 
     # Processes.
 
@@ -300,7 +358,7 @@ class Pool:
         elif not self._closing:
             self._start_template()
 
-    def _spawn(self, job: _Job | None = None) -> None:
+    def _spawn(self, job: Job | None = None) -> None:
         if self._closing:
             return
         ours, theirs = socket.socketpair()
@@ -314,26 +372,24 @@ class Pool:
         self._workers.discard(worker)
         if worker in self._idle:
             self._idle.remove(worker)
-        if worker.timer:
-            worker.timer.cancel()
-        worker.job = None
+        self._release(worker)
         self._loop.remove_reader(worker.connection.fileno())
         worker.connection.close()
         if worker.pid is not None:
             with contextlib.suppress(OSError):  # a lost template has taken its workers along
                 self._control.send(COMMAND.pack(worker.pid))
 
-    def _replace(self, worker: _Worker, reason: str, job: _Job | None = None) -> None:
+    def _replace(self, worker: _Worker, reason: str, job: Job | None = None) -> None:
         self.restarts[reason] += 1
         self._retire(worker)
         self._spawn(job)
         self._dispatch()
 
 
-def _settle(job: _Job, outcome: Outcome | PoolClosed) -> None:
-    if job.future.done():  # its caller has given up
+def _settle(job: Job, outcome: Outcome | PoolClosed) -> None:
+    if job.done():  # its caller has given up
         return
     if isinstance(outcome, Outcome):
-        job.future.set_result(outcome)
+        job.set_result(outcome)
     else:
-        job.future.set_exception(outcome)
+        job.set_exception(outcome)

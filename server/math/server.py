@@ -161,7 +161,7 @@ class Service:
         """POST /is_equal: one pair, the published interface."""
         document = await read_json(request, self.settings.max_body_kb << 10)
         pair = text_field(document, "str1"), text_field(document, "str2")
-        (verdict,) = await self.judge.verdicts([pair])
+        (verdict,) = await self.judge.verdicts([pair], request.is_disconnected)
         return JSONResponse({"equal": verdict.equal})
 
     async def verify(self, request: Request) -> Response:
@@ -176,7 +176,8 @@ class Service:
             [
                 (text_field(pair, "gold", f"pairs[{i}]."), text_field(pair, "pred", f"pairs[{i}]."))
                 for i, pair in enumerate(pairs)
-            ]
+            ],
+            request.is_disconnected,
         )
         results = [{"equal": v.equal, "how": v.how, "status": v.status} for v in verdicts]
         return JSONResponse({"results": results})
@@ -227,6 +228,7 @@ class Service:
             exception_handlers={
                 HTTPException: _refuse,
                 ClientDisconnect: _gone,
+                ConnectionAbortedError: _gone,
                 PoolFull: _try_later,
                 PoolClosed: _try_later,
             },
@@ -240,7 +242,7 @@ async def _refuse(request: Request, error: HTTPException) -> Response:
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
-async def _gone(request: Request, error: ClientDisconnect) -> Response:
+async def _gone(request: Request, error: Exception) -> Response:
     return Response(status_code=400)  # nobody is there to read it
 
 

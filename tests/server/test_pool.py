@@ -187,7 +187,7 @@ def test_the_death_of_the_template_counts_against_no_job(pooled, tmp_path):
     async def body(pool):
         marker = tmp_path / "marker"
         job = pool.submit("die once then sleep", str(marker))
-        await eventually(lambda: pool.restarts["died"] and pool._slow_running())
+        await eventually(lambda: pool.restarts["died"] and pool._held())
         pool._template.kill()
         assert (await job).kind == "ok"
 
@@ -229,6 +229,74 @@ def test_quick_jobs_overtake_slow_ones(pooled, workers):
         assert pool.restarts["postponed"] <= len(slow)
 
     pooled(body, workers=workers, time_limit=1.5, patience=0.1)
+
+
+def test_requests_take_turns(pooled):
+    """A single job waits for one of a batch before it, not for all; and the batch goes on."""
+
+    async def body(pool):
+        with pool.turn() as batch:
+            jobs = [pool.submit("sleep", 0.02, turn=batch) for _ in range(100)]
+            for _ in range(10):
+                done = sum(job.done() for job in jobs)
+                with pool.turn() as single:
+                    await pool.submit("echo", 1, turn=single)
+                assert sum(job.done() for job in jobs) - done <= 2
+            with pool.turn() as other:  # equals share: after as many jobs, both have had as many
+                done = sum(job.done() for job in jobs)
+                await asyncio.wait([pool.submit("sleep", 0.02, turn=other) for _ in range(20)])
+                assert 10 <= sum(job.done() for job in jobs) - done <= 40
+
+    pooled(body, workers=1, patience=5)
+
+
+def test_a_stream_of_requests_does_not_starve_a_batch(pooled):
+    async def body(pool):
+        async def ask():
+            while not batch_done:
+                with pool.turn() as turn:
+                    await pool.submit("sleep", 0.01, turn=turn)
+
+        batch_done = []
+        clients = [asyncio.create_task(ask()) for _ in range(4)]
+        with pool.turn() as batch:
+            await asyncio.wait([pool.submit("sleep", 0.01, turn=batch) for _ in range(20)])
+        batch_done.append(True)
+        await asyncio.gather(*clients)
+
+    pooled(body, workers=1, patience=5)
+
+
+def test_slow_jobs_of_one_turn_hold_half_of_the_workers(pooled):
+    async def body(pool):
+        with pool.turn() as batch, pool.turn() as other:
+            for _ in range(12):
+                pool.submit("sleep", 60, turn=batch)
+            await eventually(lambda: pool._held()[batch] == 2)
+            for _ in range(2):
+                pool.submit("sleep", 60, turn=other)
+            await eventually(lambda: pool._held() == {batch: 2, other: 1})
+            await asyncio.sleep(0.5)
+            assert pool._held() == {batch: 2, other: 1}  # and one worker is nobody's
+            assert (await pool.submit("echo", 1)).kind == "ok"
+
+    pooled(body, workers=4, time_limit=20, patience=0.1)
+
+
+def test_the_end_of_a_turn_cancels_what_only_it_waits_for(pooled):
+    async def body(pool):
+        with pool.turn() as stays:
+            with pool.turn() as leaves:
+                own = [pool.submit("sleep", 60, turn=leaves) for _ in range(20)]
+                shared = pool.submit("echo", 1, turn=leaves)
+                stays.join(shared)
+                await eventually(lambda: leaves in pool._held())
+            await eventually(lambda: pool.waiting == 0)
+            assert (await shared).value == 1
+            assert all(job.cancelled() for job in own)
+            await eventually(lambda: pool.restarts["abandoned"] and len(pool._idle) == 2)
+
+    pooled(body, workers=2, time_limit=60, patience=0.1)
 
 
 def test_a_postponed_job_gets_its_full_time(pooled):

@@ -358,6 +358,32 @@ def test_honest_requests_stay_quick_among_hostile_ones(server):
     assert max(time for i, time in seconds.items() if i % 20) < TIME_LIMIT
 
 
+def slow_pairs(count: int, first: int) -> list[dict[str, str]]:
+    """The pairs of a request, all different, that each run to the time limit."""
+    product = "\\prod_{n=1}^{%d} (1+\\frac{1}{n^2})"
+    return [{"gold": str(i), "pred": product % (10**7 + i)} for i in range(first, first + count)]
+
+
+def test_a_batch_of_slow_pairs_delays_nobody_and_ends_with_its_caller(server):
+    """Its 300 pairs would take five minutes of one worker, of which half are left to others."""
+    body = json.dumps({"pairs": slow_pairs(300, 1000)}).encode()
+    head = b"POST /verify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
+        connection.sendall(head + body)
+        wait_for(lambda: server.metric("math_server_queue_length") > 250)
+        for i, pair in enumerate(distinct_pairs(20, "beside a batch")):
+            start = time.monotonic()
+            assert server.is_equal(*pair) is (i % 3 == 0)
+            assert time.monotonic() - start < 2
+        shared = {"str1": "1299", "str2": slow_pairs(1, 1299)[0]["pred"]}
+        start = time.monotonic()
+        assert server.ask("POST", "/is_equal", shared)[0] == 200  # the last one of the batch
+        assert time.monotonic() - start < 10
+        assert server.metric("math_server_queue_length") > 250
+    wait_for(lambda: server.metric("math_server_queue_length") == 0, 5)
+    assert server.is_equal("1", "1")
+
+
 def test_equal_requests_share_one_job(server):
     before = server.metric('math_server_pairs_total{source="pool"}')
     pair = ("(z+11)^2", "z^2+22z+121")
