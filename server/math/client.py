@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,8 @@ class Client:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, data, headers)
-        deadline = time.monotonic() + self.max_wait
-        for pause in _pauses():
+        deadline, pause = time.monotonic() + self.max_wait, 0.1
+        while True:
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
                     return json.load(response)
@@ -82,15 +82,7 @@ class Client:
                     f"no answer from {self.url} ({failure}); start it by server/math/start.sh"
                 ) from failure
             time.sleep(pause)
-        raise AssertionError("pauses never end")
-
-
-def _pauses() -> Iterator[float]:
-    """0.1, 0.2, 0.4, … up to 5 s."""
-    pause = 0.1
-    while True:
-        yield pause
-        pause = min(2 * pause, 5.0)
+            pause = min(2 * pause, 5.0)
 
 
 def read_pairs(path: str) -> list[tuple[str, str]]:

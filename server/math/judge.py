@@ -108,7 +108,7 @@ class Judge:
         if len(new) > self.pool.room:
             raise PoolFull
         for key in jobs.keys() - new:
-            turn.join(self.running[key])
+            self.pool.join(self.running[key], turn)
         for key in new:
             self.running[key] = job = self.pool.submit(*jobs[key], turn=turn)
             job.add_done_callback(functools.partial(self._remember, key))
@@ -118,8 +118,7 @@ class Judge:
 
     def _remember(self, key: bytes, future: Job) -> None:
         """Keep what will not change; a job over its limits for a while."""
-        if self.running[key] is future:  # and not another one after it was cancelled
-            del self.running[key]
+        self.running.pop(key, None)
         if future.cancelled() or future.exception():
             return
         outcome = future.result()

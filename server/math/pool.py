@@ -8,16 +8,14 @@
 * A job's time counts from the moment a worker has it, so that its outcome doesn't depend on the
   queue. A worker whose job is over the limit is killed and replaced.
 * Requests take turns: the next job is one of the `Turn` that has used the least worker time. A new
-  turn begins where it would stand had it always had its share (the virtual time of fair queueing),
-  so that it neither waits for a batch before it nor starves one.
+  turn begins where it would be had it always had its share (the virtual time of fair queueing): it
+  neither waits for the batch before it nor starves it. Jobs that no turn waits for are cancelled.
 * A job that ran for `patience` seconds is *slow*; slow jobs never hold all workers, and those of
   one turn no more than half. Where they would while others wait, the worker is killed, and the job
   starts anew among the slow ones, with the full limit. So hostile jobs don't delay the honest ones.
-* A job that no turn waits for any more is cancelled.
-* A worker that dies by itself is replaced, and its job tried again once: it may have been chance
-  (the system's out-of-memory killer) or the job (a crash in C). The second try gets the new
-  process, since what killed the first may be killing the others. A template takes its workers
-  along when it dies, which counts against none of their jobs.
+* A worker that dies by itself is replaced, and its job tried again once, by the new process: it may
+  have been chance (the system's out-of-memory killer) or the job (a crash in C). A template takes
+  its workers along when it dies, which counts against none of their jobs.
 * The queue is bounded: `submit` raises `PoolFull` at once rather than making everybody wait.
 
 All methods belong to the event loop's thread. See `worker.py` for the processes.
@@ -70,12 +68,6 @@ class Turn:
     used: float
     jobs: list["Job"] = field(default_factory=list)
 
-    def join(self, job: "Job") -> None:
-        """Wait for `job`, of another turn or of this, which runs as early as either allows."""
-        job.turn = min(job.turn, self, key=lambda turn: turn.used)
-        job.wanted += 1
-        self.jobs.append(job)
-
 
 class Job(asyncio.Future[Outcome]):
     """A job is the future of its outcome; it raises nothing but `PoolClosed`."""
@@ -84,6 +76,10 @@ class Job(asyncio.Future[Outcome]):
         super().__init__()
         self.arguments, self.turn = arguments, turn
         self.slow, self.deaths, self.wanted = False, 0, 0
+
+
+_Queue = dict[Turn, dict[Job, None]]
+"""The jobs of each turn in their order."""
 
 
 @dataclass(slots=True, eq=False)
@@ -129,7 +125,7 @@ class Pool:
         self.restarts: collections.Counter[str] = collections.Counter()
         """Replaced workers by reason: timeout, postponed, abandoned, memory, died, recycled."""
         self._slow_slots, self._turn_slots = max(1, workers - 1), max(1, workers // 2)
-        self._waiting: tuple[dict[Job, None], dict[Job, None]] = {}, {}  # fresh and slow, in order
+        self._waiting: tuple[_Queue, _Queue] = {}, {}  # fresh jobs, slow jobs
         self._turns, self._clock = 0, 0.0  # number of turns, and where a new one begins
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []
@@ -138,7 +134,7 @@ class Pool:
     @property
     def waiting(self) -> int:
         """Jobs that no worker has yet."""
-        return sum(map(len, self._waiting))
+        return sum(len(jobs) for queue in self._waiting for jobs in queue.values())
 
     @property
     def room(self) -> int:
@@ -177,7 +173,8 @@ class Pool:
             yield turn
         finally:
             self._turns -= 1
-            for job in turn.jobs:
+            while turn.jobs:
+                job = turn.jobs.pop()
                 job.wanted -= 1
                 if not job.wanted:
                     job.cancel()
@@ -194,18 +191,26 @@ class Pool:
         if self.room <= 0:
             raise PoolFull
         job = Job(arguments, turn or Turn(self._clock))
-        job.turn.join(job)
         job.add_done_callback(self._on_done)
-        self._waiting[False][job] = None
+        self._enqueue(job)
+        self.join(job, job.turn)
         self._dispatch()
         return job
+
+    def join(self, job: Job, turn: Turn) -> None:
+        """Let `turn` wait for `job` too, which then runs as early as either of its turns allows."""
+        job.wanted += 1
+        turn.jobs.append(job)
+        if turn.used < job.turn.used and self._dequeue(job):
+            job.turn = turn
+            self._enqueue(job)
 
     def drain(self) -> None:
         """Take no more jobs and give up those that wait; those that run go on."""
         self._accepting = False
-        for job in [job for queue in self._waiting for job in queue]:
+        for job in [job for queue in self._waiting for jobs in queue.values() for job in jobs]:
+            self._dequeue(job)
             _settle(job, PoolClosed())
-            self._on_done(job)
 
     async def close(self) -> None:
         """End all processes. Returns when they are gone."""
@@ -224,15 +229,24 @@ class Pool:
 
     # Jobs.
 
+    def _enqueue(self, job: Job) -> None:
+        self._waiting[job.slow].setdefault(job.turn, {})[job] = None
+
+    def _dequeue(self, job: Job) -> bool:
+        """Whether the job was waiting."""
+        queue = self._waiting[job.slow]
+        waited = queue.get(job.turn, {}).pop(job, self) is None
+        if waited and not queue[job.turn]:
+            del queue[job.turn]
+        return waited
+
     def _next_job(self) -> Job | None:
         """Slow jobs get at least one worker and at most all but one."""
         held, (fresh, slow) = self._held(), self._waiting
-        jobs = [job for job in slow if held[job.turn] < self._turn_slots]
-        if not jobs or (held and (fresh or held.total() >= self._slow_slots)):
-            jobs = fresh
-        job = min(jobs, key=lambda job: job.turn.used, default=None)
-        self._waiting[jobs is not fresh].pop(job, None)
-        return job
+        turns = [turn for turn in slow if held[turn] < self._turn_slots]
+        if not turns or (held and (fresh or held.total() >= self._slow_slots)):
+            turns, slow = list(fresh), fresh
+        return next(iter(slow[min(turns, key=lambda turn: turn.used)])) if turns else None
 
     def _held(self) -> collections.Counter[Turn]:
         """Workers that slow jobs hold, by turn."""
@@ -240,13 +254,13 @@ class Pool:
         return collections.Counter(job.turn for job in jobs if job.slow)
 
     def _dispatch(self) -> None:
-        while self._idle and self.waiting:
-            if self._idle[-1].connection.poll():  # an idle worker has nothing to say: it was killed
-                self._on_death(self._idle[-1])
-            elif job := self._next_job():
-                self._begin(self._idle.pop(), job)
+        while self._idle and (job := self._next_job()):
+            worker = self._idle.pop()
+            if worker.connection.poll():  # an idle worker has nothing to say: it was killed
+                self._on_death(worker)
             else:
-                break
+                self._dequeue(job)
+                self._begin(worker, job)
 
     def _begin(self, worker: _Worker, job: Job) -> None:
         worker.job, worker.started = job, self._loop.time()
@@ -269,7 +283,7 @@ class Pool:
             job.slow = True
         elif not job.slow and self._waiting[False]:
             job.slow = True
-            self._waiting[True][job] = None
+            self._enqueue(job)
             return self._replace(worker, "postponed")
         wait = left if job.slow else min(self.patience, left)
         worker.timer = self._loop.call_later(wait, self._on_timer, worker)
@@ -300,24 +314,21 @@ class Pool:
 
     def _on_death(self, worker: _Worker) -> None:
         job = worker.job
-        if worker.pid is None:
+        if worker.pid is None:  # it didn't even come up
             if job:
-                self._waiting[job.slow][job] = None
+                self._enqueue(job)
             self._retire(worker)
             self._loop.call_later(RESPAWN_DELAY_S, self._spawn)
             return
-        # The system reaps no worker before the template that takes it along.
-        if job and worker.template.poll() is None:
+        if job and worker.template.poll() is None:  # a template has ended before those it kills
             job.deaths += 1
-            if job.deaths > 1:
-                _settle(job, Outcome("died"))
-                job = None
-        self._replace(worker, "died", job)
+        if job and job.deaths > 1:
+            _settle(job, Outcome("died"))
+        self._replace(worker, "died", None if not job or job.done() else job)
 
     def _release(self, worker: _Worker) -> None:
-        if worker.timer:
+        if worker.job and worker.timer:  # it has begun
             worker.timer.cancel()
-        if worker.job:
             used = self._loop.time() - worker.started
             worker.job.turn.used += used
             self._clock += used / max(1, self._turns)
@@ -325,7 +336,7 @@ class Pool:
 
     def _on_done(self, job: Job) -> None:
         """Forget a job. One that a worker still has was cancelled."""
-        self._waiting[job.slow].pop(job, None)
+        self._dequeue(job)
         for worker in [worker for worker in self._workers if worker.job is job and job.slow]:
             self._replace(worker, "abandoned")
 

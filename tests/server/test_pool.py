@@ -289,7 +289,7 @@ def test_the_end_of_a_turn_cancels_what_only_it_waits_for(pooled):
             with pool.turn() as leaves:
                 own = [pool.submit("sleep", 60, turn=leaves) for _ in range(20)]
                 shared = pool.submit("echo", 1, turn=leaves)
-                stays.join(shared)
+                pool.join(shared, stays)
                 await eventually(lambda: leaves in pool._held())
             await eventually(lambda: pool.waiting == 0)
             assert (await shared).value == 1
