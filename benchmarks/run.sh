@@ -31,7 +31,7 @@ for argument in "$@"; do
 done
 if ((!${#names[@]})); then
   names=(controller start rollout update logprob_memory vs_trl simulate_cluster memory_model)
-  names+=(latex_server)
+  names+=(latex_server latex_attack)
 fi
 
 output=$(mktemp)
@@ -39,7 +39,7 @@ trap 'rm -f "$output"' EXIT
 failed=()
 for name in "${names[@]}"; do
   python=$PYTHON
-  if [[ $name == latex_server ]]; then
+  if [[ $name == latex_* ]]; then
     python=$server
     if [[ ! -x $python ]]; then
       failed+=("$name: there is no $python (bash setup.sh --server-only)")

@@ -78,10 +78,6 @@ class Job(asyncio.Future[Outcome]):
         self.slow, self.deaths, self.wanted = False, 0, 0
 
 
-_Queue = dict[Turn, dict[Job, None]]
-"""The jobs of each turn in their order."""
-
-
 @dataclass(slots=True, eq=False)
 class _Worker:
     connection: Connection
@@ -117,7 +113,7 @@ class Pool:
         memory_limit: int = 2 << 30,
         queue_limit: int = 4096,
         recycle_after: int = 2000,
-        patience: float = 0.25,
+        patience: float = 0.1,
     ) -> None:
         self.target, self.size = target, workers
         self.time_limit, self.memory_limit = time_limit, memory_limit
@@ -125,7 +121,8 @@ class Pool:
         self.restarts: collections.Counter[str] = collections.Counter()
         """Replaced workers by reason: timeout, postponed, abandoned, memory, died, recycled."""
         self._slow_slots, self._turn_slots = max(1, workers - 1), max(1, workers // 2)
-        self._waiting: tuple[_Queue, _Queue] = {}, {}  # fresh jobs, slow jobs
+        # Fresh jobs and slow ones, each turn's in their order.
+        self._waiting: tuple[dict[Turn, dict[Job, None]], ...] = {}, {}
         self._turns, self._clock = 0, 0.0  # number of turns, and where a new one begins
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []

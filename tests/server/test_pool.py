@@ -31,7 +31,7 @@ def pooled() -> Callable[..., None]:
 
     def run(body: Callable[[Pool], Awaitable[None]], **settings: float) -> None:
         async def main() -> None:
-            async with asyncio.timeout(30), running(**settings) as pool:
+            async with asyncio.timeout(60), running(**settings) as pool:
                 await body(pool)
 
         asyncio.run(main())
@@ -86,9 +86,9 @@ def test_a_stuck_worker_is_killed_and_replaced(pooled, job):
         (stuck,) = pool.pids
         start = time.monotonic()
         assert await pool.submit(*job) == Outcome("timeout")
-        assert 0.5 <= time.monotonic() - start < 0.8
+        assert 0.5 <= time.monotonic() - start < 5
         assert (await pool.submit("pid")).value != stuck
-        assert time.monotonic() - start < 1.2  # the next one is answered soon
+        assert time.monotonic() - start < 10  # the next one is answered soon
         await eventually(lambda: not is_alive(stuck))
         assert pool.restarts == {"timeout": 1}
 
@@ -97,20 +97,20 @@ def test_a_stuck_worker_is_killed_and_replaced(pooled, job):
 
 def test_time_in_the_queue_does_not_count(pooled):
     async def body(pool):
-        jobs = [pool.submit("sleep", 0.2) for _ in range(8)]  # the last starts after 1.4 s
+        jobs = [pool.submit("sleep", 0.4) for _ in range(8)]  # the last starts after 2.8 s
         assert {outcome.kind for outcome in await asyncio.gather(*jobs)} == {"ok"}
         assert not pool.restarts
 
-    pooled(body, workers=1)
+    pooled(body, workers=1, time_limit=2.5, patience=5)
 
 
 def test_a_busy_event_loop_does_not_make_a_timeout(pooled):
     async def body(pool):
         job = pool.submit("sleep", 0.05)
-        time.sleep(0.7)
+        time.sleep(2)
         assert (await job).kind == "ok"
 
-    pooled(body, workers=1)
+    pooled(body, workers=1, time_limit=1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux only")
@@ -150,7 +150,7 @@ def test_all_workers_killed_from_outside(pooled):
         assert (await pool.submit("echo", 1)).kind == "ok"
         await eventually(lambda: len(pool.pids) == 3 and not idle & set(pool.pids))
 
-    pooled(body, workers=3)
+    pooled(body, workers=3, time_limit=5)
 
 
 def test_the_template_killed_from_outside(pooled):
@@ -163,7 +163,7 @@ def test_the_template_killed_from_outside(pooled):
         assert not set(workers) & set(pool.pids)
         assert not any(map(is_alive, workers))
 
-    pooled(body, workers=2)
+    pooled(body, workers=2, time_limit=5)
 
 
 def test_a_second_try_gets_a_new_worker(pooled):
@@ -217,18 +217,18 @@ def test_workers_are_recycled(pooled):
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_quick_jobs_overtake_slow_ones(pooled, workers):
-    """Each slow job takes a worker for 1.5 s; behind them in one queue, quick ones wait longer."""
+    """Each slow job takes a worker for 5 s; behind them in one queue, quick ones wait longer."""
 
     async def body(pool):
-        slow = [pool.submit("sleep", 60) for _ in range(2 * workers)]
-        start = time.monotonic()
-        quick = await asyncio.gather(*(pool.submit("echo", i) for i in range(100)))
-        assert time.monotonic() - start < 1.45
-        assert {outcome.kind for outcome in quick} == {"ok"}
-        assert {outcome.kind for outcome in await asyncio.gather(*slow)} == {"timeout"}
-        assert pool.restarts["postponed"] <= len(slow)
+        with pool.turn() as turn:
+            slow = [pool.submit("sleep", 60, turn=turn) for _ in range(2 * workers)]
+            quick = await asyncio.gather(*(pool.submit("echo", i) for i in range(100)))
+            assert not any(job.done() for job in slow)
+            assert {outcome.kind for outcome in quick} == {"ok"}
+            assert (await slow[0]).kind == "timeout"
+            assert pool.restarts["postponed"] <= len(slow)
 
-    pooled(body, workers=workers, time_limit=1.5, patience=0.1)
+    pooled(body, workers=workers, time_limit=5, patience=0.1)
 
 
 def test_requests_take_turns(pooled):
@@ -301,11 +301,11 @@ def test_the_end_of_a_turn_cancels_what_only_it_waits_for(pooled):
 
 def test_a_postponed_job_gets_its_full_time(pooled):
     async def body(pool):
-        jobs = [pool.submit("sleep", 0.4) for _ in range(4)] + [pool.submit("echo", 1)]
+        jobs = [pool.submit("sleep", 1) for _ in range(4)] + [pool.submit("echo", 1)]
         assert {outcome.kind for outcome in await asyncio.gather(*jobs)} == {"ok"}
         assert pool.restarts["postponed"]
 
-    pooled(body, workers=2, time_limit=0.6, patience=0.1)
+    pooled(body, workers=2, time_limit=3, patience=0.1)
 
 
 def test_a_caller_that_gives_up(pooled):
@@ -334,7 +334,7 @@ def test_closing_leaves_no_process_and_no_caller(pooled):
         await pool.close()
         assert not any(map(is_alive, pids))
 
-    pooled(body, workers=2)
+    pooled(body, workers=2, time_limit=5)
 
 
 def test_a_target_that_can_not_be_imported():

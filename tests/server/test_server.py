@@ -24,7 +24,7 @@ pytest.importorskip("uvloop", reason="needs the server's environment")
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "server" / "math"
-TIME_LIMIT = 1.0
+TIME_LIMIT = 2.0
 HOSTILE = [
     "9^{9^{9^{9}}}",
     "9^{9^{9}}",
@@ -241,7 +241,7 @@ def test_a_bad_request_is_refused(server, path, body, status):
     code, _, answer = server.ask("POST", path, body)
     assert code == status
     assert json.loads(answer)["error"]
-    assert time.monotonic() - start < TIME_LIMIT
+    assert time.monotonic() - start < 5
     assert server.is_equal("1", "1")
 
 
@@ -274,13 +274,13 @@ def test_hostile_answers_are_decided(server, text):
     for pair in ((text, "5"), ("5", text)):
         start = time.monotonic()
         (result,) = server.verify(pair)
-        assert time.monotonic() - start < TIME_LIMIT + 0.7
+        assert time.monotonic() - start < TIME_LIMIT + 5
         assert not result["equal"]
         assert result["status"] != "error"
         start = time.monotonic()
         honest = random.randint(2, 10**9)  # not in the cache
         assert server.is_equal(f"(y+{honest})^2", f"y^2+{2 * honest}y+{honest**2}")
-        assert time.monotonic() - start < 0.5
+        assert time.monotonic() - start < TIME_LIMIT
 
 
 @settings(
@@ -355,7 +355,7 @@ def test_honest_requests_stay_quick_among_hostile_ones(server):
     with ThreadPoolExecutor(16) as threads:
         verdicts = list(threads.map(ask, range(120)))
     assert verdicts == [i % 3 == 0 and i % 20 != 0 for i in range(120)]
-    assert max(time for i, time in seconds.items() if i % 20) < TIME_LIMIT
+    assert max(time for i, time in seconds.items() if i % 20) < 2 * TIME_LIMIT
 
 
 def slow_pairs(count: int, first: int) -> list[dict[str, str]]:
@@ -365,7 +365,7 @@ def slow_pairs(count: int, first: int) -> list[dict[str, str]]:
 
 
 def test_a_batch_of_slow_pairs_delays_nobody_and_ends_with_its_caller(server):
-    """Its 300 pairs would take five minutes of one worker, of which half are left to others."""
+    """Its 300 pairs would take ten minutes of one worker, of which half are left to others."""
     body = json.dumps({"pairs": slow_pairs(300, 1000)}).encode()
     head = b"POST /verify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
@@ -374,11 +374,11 @@ def test_a_batch_of_slow_pairs_delays_nobody_and_ends_with_its_caller(server):
         for i, pair in enumerate(distinct_pairs(20, "beside a batch")):
             start = time.monotonic()
             assert server.is_equal(*pair) is (i % 3 == 0)
-            assert time.monotonic() - start < 2
+            assert time.monotonic() - start < 2 * TIME_LIMIT
         shared = {"str1": "1299", "str2": slow_pairs(1, 1299)[0]["pred"]}
         start = time.monotonic()
         assert server.ask("POST", "/is_equal", shared)[0] == 200  # the last one of the batch
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 20
         assert server.metric("math_server_queue_length") > 250
     wait_for(lambda: server.metric("math_server_queue_length") == 0, 5)
     assert server.is_equal("1", "1")
@@ -447,7 +447,7 @@ def test_sigterm_ends_every_process_and_frees_the_port():
         start = time.monotonic()
         server.process.terminate()
         assert server.process.wait(10) == 0
-        assert time.monotonic() - start < 6
+        assert time.monotonic() - start < 10
         assert not any(map(is_alive, pids))
         socket.create_server(("127.0.0.1", server.port)).close()
         for thread in threads:
