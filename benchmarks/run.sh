@@ -7,7 +7,7 @@
 #
 # A target that is not met is shown. A benchmark that fails is named, and the exit status is 1.
 # A peer that is not installed is left out, with a line: vLLM comes with bash setup.sh cpu --vllm, TRL
-# with .venv/bin/python benchmarks/vs_trl.py --setup (in .venv-trl, or TRL_PYTHON). latex_server runs
+# with .venv/bin/python benchmarks/vs_trl.py --setup (in .venv-trl, or TRL_PYTHON). latex_server and latex_attack run
 # in .venv-server, or with the interpreter MATH_SERVER_PYTHON, and gets fastapi there, for the server
 # that it compares with.
 set -euo pipefail

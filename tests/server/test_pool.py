@@ -315,7 +315,7 @@ def test_a_caller_that_gives_up(pooled):
         assert await pool.submit("echo", 1) == Outcome("ok", 1)
         assert not pool.restarts
 
-    pooled(body, workers=1)
+    pooled(body, workers=1, patience=5)
 
 
 def test_closing_leaves_no_process_and_no_caller(pooled):
