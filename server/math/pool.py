@@ -239,7 +239,8 @@ class Pool:
 
     def _next_job(self) -> Job | None:
         """Slow jobs get at least one worker and at most all but one."""
-        held, (fresh, slow) = self._held(), self._waiting
+        fresh, slow = self._waiting
+        held = self._held() if slow else {}
         turns = [turn for turn in slow if held[turn] < self._turn_slots]
         if not turns or (held and (fresh or held.total() >= self._slow_slots)):
             turns, slow = list(fresh), fresh
@@ -334,8 +335,9 @@ class Pool:
     def _on_done(self, job: Job) -> None:
         """Forget a job. One that a worker still has was cancelled."""
         self._dequeue(job)
-        for worker in [worker for worker in self._workers if worker.job is job and job.slow]:
-            self._replace(worker, "abandoned")
+        if job.cancelled() and job.slow:
+            for worker in [worker for worker in self._workers if worker.job is job]:
+                self._replace(worker, "abandoned")
 
     # Processes.
 
