@@ -1,7 +1,5 @@
-"""What travels between the stages of a training step: prompts, responses, and optimizer steps.
-
-All is ragged numpy; padded or packed tensors exist only inside a worker (`verl.models.packing`).
-"""
+"""What travels between the stages of a training step: prompts, responses, and optimizer steps. All
+is ragged numpy; padded or packed tensors exist only inside a worker (`verl.models.packing`)."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields

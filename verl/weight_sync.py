@@ -1,11 +1,6 @@
-"""The policy's weights → the generation engines, in chunks of bounded size.
-
-`actor_rollout_ref.rollout.weight_transfer` is one of
-
-host   through host memory and Ray's object store: everywhere, and the only one for the engine `hf`
-ipc    CUDA IPC: each engine reads the copy of the actor rank on its own GPU (colocated)
-nccl   a broadcast from actor rank 0 to engines on devices of their own (on CPUs by gloo)
-"""
+"""The policy's weights → the generation engines, in chunks of bounded size: by host memory and
+Ray's object store, CUDA IPC from the actor rank on the same GPU, or a broadcast from actor rank 0
+(`host`, `ipc` and `nccl` of `actor_rollout_ref.rollout.weight_transfer`)."""
 
 from collections import ChainMap
 from dataclasses import replace

@@ -60,9 +60,7 @@ def advantages(
 ) -> Tensor:
     """One advantage per response, float64 [N], by an `estimator` of `ADVANTAGES`, from outcome
     `rewards`, `groups` (equal integers mark responses to the same prompt) and `lengths` in tokens,
-    [N] each; `norm_by_std` is for `grpo`.
-
-    Example: ``advantages([1, 0], [7, 7], [3, 5], norm_by_std=False)`` is ``[0.5, -0.5]``.
-    """
+    [N] each; `norm_by_std` is for `grpo`. Example:
+    ``advantages([1, 0], [7, 7], [3, 5], norm_by_std=False)`` is ``[0.5, -0.5]``."""
     r, L = torch.as_tensor(rewards, dtype=torch.float64), torch.as_tensor(lengths)
     return ADVANTAGES[estimator](r, torch.as_tensor(groups), lengths=L, norm_by_std=norm_by_std)

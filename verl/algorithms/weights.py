@@ -1,6 +1,5 @@
 """Every aggregation of the loss is one weight per response: loss = Σ_i w_i Σ_t ℓ_it. It is computed
-once for the whole optimizer step: micro-batches and ranks only sum, and can't change the gradient.
-"""
+once for the whole optimizer step; micro-batches and ranks only sum: the gradient stays the same."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,12 +25,10 @@ def response_weights(
 ) -> Tensor:
     """The weights w_i: float32 [N], 0 where L_i = 0.
 
-    Args:
-        lengths: response lengths L_i of the optimizer step, in tokens, [N].
-        mode: a key of `WEIGHTS`. alpha: exponent of `delta-l`.
-        max_response_length: the configured M, in tokens; a constant, not the width of a tensor.
-        rollout_lengths: those of the whole rollout batch, for `delta-l`; default: `lengths`.
-        group_size: responses per group of `token-mean-legacy`.
+    `lengths`: L_i of the optimizer step, in tokens, [N]. `mode`: a key of `WEIGHTS`.
+    `max_response_length`: the configured M, in tokens; a constant, not the width of a tensor.
+    For `delta-l`, `alpha`: its exponent, and `rollout_lengths`: those of the whole rollout batch
+    [lengths]; for `token-mean-legacy`, `group_size`: responses of a group.
 
     Raises: ValueError for an unknown mode, a negative length, or a missing group_size.
     Example: ``response_weights([2, 8], "token-mean", 10)`` is ``[0.1, 0.1]``.

@@ -42,11 +42,9 @@ class ConfigError(ValueError):
 def compose_config(
     overrides: Sequence[str], config_name: str = "ppo_trainer", config_dir: str | Path = HERE
 ) -> DictConfig:
-    """YAML file and `key=value` overrides, merged and validated.
-
-    Raises: ConfigError for overrides that can't be parsed, unknown keys (with the nearest valid
-    one), values of the wrong type, and what `validate` finds.
-    """
+    """YAML file and `key=value` overrides, merged and validated. Raises: ConfigError for overrides
+    that can't be parsed, unknown keys (with the nearest valid one), wrong types, and what
+    `validate` finds."""
     problems: dict[str, str] = {}
     try:
         with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
@@ -87,10 +85,8 @@ def entry_point(
     argv: Sequence[str] | None = None,
 ) -> None:
     """What every `python -m …` does: parse, check, and run, or with DRY_RUN=1 print the
-    configuration, and on standard error the memory that it takes (not with DRY_RUN=quiet).
-
-    The options are Hydra's. Exits with 2 and a line for each error in the configuration.
-    """
+    configuration, and on standard error the memory that it takes (not with DRY_RUN=quiet). The
+    options are Hydra's. Exits with 2 and a line for each error in the configuration."""
     parser = argparse.ArgumentParser(
         usage="python -m … [-m] [--config-name NAME] [--config-path DIR] key=value …",
         description="Keys: docs/keys.md. DRY_RUN=1 prints them all; -m: a run for each of key=a,b.",

@@ -28,10 +28,8 @@ WITHOUT_EFFECT = {
 
 
 def validate(config: Config | SFTConfig, wrong: Collection[str] = ()) -> list[str]:
-    """What can't run: a line for each problem, with the key and the remedy.
-
-    `wrong`: keys that users are told about already; what else is said of them may be due to that.
-    """
+    """What can't run: a line for each problem, with the key and the remedy. Nothing more is said of
+    the keys in `wrong`, about which users are told already."""
     values = list(_values(config))
     wrong = {*wrong, *(key for key, _ in values)}
     found = [*_common(config)]

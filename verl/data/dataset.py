@@ -52,13 +52,10 @@ def load_prompts(
     files: Files, config: DataConfig, tokenizer: Any, num_embeddings: float = inf
 ) -> list[Prompt]:
     """Tokenized prompts of all files, in file order; `Prompt.index` counts rows before filtering.
-    `num_embeddings`: ids that the model knows.
-
-    Columns: `config.prompt_key` (chat messages, or a string with apply_chat_template=False),
-    `config.reward_fn_key`, `reward_model` (struct with `ground_truth`), `extra_info` (optional).
-
-    Raises: FileNotFoundError, and ValueError for anything in a file that can't be used.
-    """
+    `num_embeddings`: ids that the model knows. Columns: `config.prompt_key` (chat messages, or a
+    string with apply_chat_template=False), `config.reward_fn_key`, `reward_model` (struct with
+    `ground_truth`), `extra_info` (optional). Raises: FileNotFoundError, and ValueError for anything
+    in a file that can't be used."""
     required = {
         config.prompt_key: "set data.prompt_key",
         config.reward_fn_key: "set data.reward_fn_key",
@@ -100,11 +97,8 @@ def load_sft_rows(
 ) -> list[Sample]:
     """One sample per row of `config.train_files`: prompt, and response with end-of-sequence token.
     With truncation=right a response that doesn't fit into max_length loses its last tokens, this
-    one included, and its finish_reason is `length`.
-
-    Raises: as `load_prompts`, also for a tokenizer without end-of-sequence token and for a prompt
-    that leaves no room for a response.
-    """
+    one included, and its finish_reason is `length`. Raises: as `load_prompts`, also for a tokenizer
+    without end-of-sequence token and for a prompt that leaves no room for a response."""
     if (eos := tokenizer.eos_token_id) is None:
         problem = "the tokenizer has no end-of-sequence token, so no response could learn to end"
         remedy = "set eos_token in its tokenizer_config.json, or choose another with data.tokenizer"

@@ -29,11 +29,9 @@ class PolicyModel(nn.Module):
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """Keeps hidden states and log-normalizers; the backward pass makes each tile's logits anew.
-
-    The normalizer of a row is a running sum over tiles, relative to the largest logit so far
-    (Milakov and Gimelshein, arXiv 1805.02867); the entropy's Σ p log p runs along with it.
-    """
+    """Keeps hidden states and log-normalizers; the backward pass makes each tile's logits anew. The
+    normalizer of a row is a running sum over tiles, relative to the largest logit so far (Milakov
+    and Gimelshein, arXiv 1805.02867); the entropy's Σ p log p runs along with it."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
-"""list[Sample] → the tensors of one forward pass, and the attention that understands them.
-
-The only place where tokens are shifted: the hidden state of token t predicts token t + 1.
-"""
+"""list[Sample] → the tensors of one forward pass, and the attention that understands them. The only
+place where tokens are shifted: the hidden state of token t predicts token t + 1."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,10 +107,8 @@ def packed_sdpa(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
 ) -> tuple[Tensor, None]:
     """An attention function for transformers, with `Batch.model_kwargs` among the options: causal
-    within each sequence of a packed row, one call per sequence, on any device.
-
-    query [1, heads, T, D], key and value [1, key-value heads, T, D] → [1, T, heads, D].
-    """
+    within each sequence of a packed row, one call per sequence, on any device. query
+    [1, heads, T, D], key and value [1, key-value heads, T, D] → [1, T, heads, D]."""
     window = _sliding_window(options)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:

@@ -42,13 +42,13 @@ def compare(
 ) -> Comparison:
     r"""What a response to one of `MATH_SOURCES` answers, and whether it is right, if strings tell.
 
-    * The answer is the last of `final_answers` or, `published`, of the innermost boxes, else the
-      whole response; with `extra_info["find_maj"]` the most frequent one, the latest of them on a
-      tie. Of `gpqa` it is a letter (`choice`).
-    * Identical to the reference: right. Else longer than `max_answer_length` characters: wrong.
-      None: `LONGEST` or, if not `published`, `SLACK` more than the reference; spaces don't count.
+    * The answer is the last of `final_answers`; with `extra_info["find_maj"]` the most frequent, of
+      them the latest. Of `gpqa` it is a letter (`choice`).
+    * Identical to the reference: right. Else longer than `max_answer_length` characters, spaces
+      apart: wrong. None: `LONGEST`, or `SLACK` more than the reference.
+    * `published` (arXiv 2509.07558, its repository): the last innermost box, else all; `LONGEST`.
 
-    The published rules are those of arXiv 2509.07558, its repository. Raises: as `reference`.
+    Raises: as `reference`.
 
     >>> compare("amc", r"so \boxed{\frac{3}{5}}", "0.6")
     Comparison(pred='\\frac{3}{5}', gold='0.6', equal=None, too_long=False)
@@ -140,9 +140,8 @@ def boxes(text: str, published: bool = False) -> list[tuple[int, int, str]]:
 
 
 def choice(text: str, published: bool = False) -> str:
-    r"""The letter that a text chooses, as a capital, ``\text{(b)}`` or ``b``; in a longer one
-    the only capital that stands alone. `published`: the first letter that does. Empty if there is
-    none, or more than one."""
+    r"""The letter that a text chooses, as a capital: ``\text{(b)}``, in more text the only capital
+    that stands alone (`published`: the first letter that does); else empty."""
     bare = _COMMAND.sub(" ", text)
     alone = bare.strip(" \t\n$(){}[].:*")
     if published or len(alone) == 1:

@@ -1,7 +1,5 @@
-"""CountDown: combine all given numbers with + - * / so that they make the target.
-
-The response is hostile input: it is evaluated here with exact fractions, never by Python's parser.
-"""
+"""CountDown: combine all given numbers with + - * / so that they make the target. The response is
+hostile input: it is evaluated here with exact fractions, never by Python's parser."""
 
 import operator
 import re

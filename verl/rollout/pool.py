@@ -1,9 +1,6 @@
-"""Generation on several engines that may die.
-
-Each engine gets its share of the prompts, the same in every run, in one call of its `generate`, a
-stream over Ray. When it dies, the pool waits until Ray has started it again, gives it weights, and
-has it generate what is missing, with the same seeds: nothing is lost or doubled.
-"""
+"""Generation on several engines that may die. Each gets its share of the prompts, the same in every
+run, in one call of its `generate`, a stream over Ray. When it dies, the pool waits until Ray has
+started it again, gives it weights, and has it generate what is missing, with the same seeds."""
 
 import logging
 import os

@@ -1,7 +1,5 @@
 """A checkpoint → a folder in Hugging Face format: `python -m verl.trainer.main_export CHECKPOINT`.
-
-Needs no GPU, and memory for at least two copies of the parameters in float32.
-"""
+Needs no GPU, and memory for at least two copies of the parameters in float32."""
 
 import argparse
 import warnings

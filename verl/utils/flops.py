@@ -26,11 +26,8 @@ def update_flops(size: ModelSize, prompts: ArrayLike, responses: ArrayLike) -> f
     """Of a forward and a backward pass over sequences of these lengths in tokens, [N]: of a matrix
     product 2 for each weight and token, and twice that backwards. T = P + R − 1 tokens go through
     the decoder, R hidden states through the head; each causal pair has a key and a value:
-
-        6·decoder·T + 6·head·R + 12·attention·T(T+1)/2
-
-    Not counted: other operations, those that gradient checkpointing repeats, sliding windows.
-    """
+    6·decoder·T + 6·head·R + 12·attention·T(T+1)/2. Not counted: other operations, those that
+    gradient checkpointing repeats, sliding windows."""
     R = np.asarray(responses, np.float64)
     T = np.asarray(prompts, np.float64) + R - 1
     pairs = T * (T + 1) / 2

@@ -9,10 +9,8 @@ def balanced_partitions(
     lengths: Sequence[int], parts: int, capacity: float = math.inf
 ) -> list[list[int]]:
     """Splits indices into `parts` ascending lists of nearly equal total length (longest first,
-    always into the emptiest part). What would fill it beyond `capacity` opens one more.
-
-    Example: ``balanced_partitions([5, 1, 4, 2], 2)`` is ``[[0, 1], [2, 3]]``.
-    """
+    always into the emptiest part). What would fill it beyond `capacity` opens one more. Example:
+    ``balanced_partitions([5, 1, 4, 2], 2)`` is ``[[0, 1], [2, 3]]``."""
     result: list[list[int]] = [[] for _ in range(parts)]
     heap = [(0, part) for part in range(parts)]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

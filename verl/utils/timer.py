@@ -6,10 +6,8 @@ from contextlib import contextmanager
 
 
 class Timer:
-    """Adds up seconds by name. Phases must not be nested.
-
-    Example: ``with timer("gen"): …`` then ``timer.seconds["gen"]``.
-    """
+    """Adds up seconds by name, of phases that are not nested: ``with timer("gen"): …``, then
+    ``timer.seconds["gen"]``."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,9 +1,6 @@
-"""Checkpoints: what is saved, and how it is written, found again and checked.
-
-`global_step_N` holds `actor/` (parameters, optimizer, schedule), trainer.json (the rest of
-`TrainState`, and the resolved configuration), the responses that wait for the next step
-(carried.parquet, prefetched.parquet), and manifest.json (size and checksum of all these).
-"""
+"""Checkpoints. `global_step_N` holds `actor/` (parameters, optimizer, schedule), trainer.json (the
+rest of `TrainState`, and the resolved configuration), the responses that wait for the next step
+(carried.parquet, prefetched.parquet), and manifest.json (size and checksum of all these)."""
 
 import errno
 import hashlib

@@ -97,8 +97,7 @@ class RayPPOTrainer:
     def add_log_probs(self, samples: list[Sample], timer: Timer) -> dict[str, float]:
         """Log-probabilities under the reference, and under the policy before its update. Responses
         of an older policy keep those that they were sampled with. Where one optimizer step on fresh
-        responses follows, they stay None: the loss takes those of its own forward pass, the same.
-        """
+        responses follows, they stay None: the loss takes those of its own forward pass."""
         config, actor = self.config.algorithm, self.config.actor_rollout_ref.actor
         before = self.state.step - 1  # the version of the policy that is about to be updated
         bypass = config.bypass_old_log_prob
