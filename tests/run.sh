@@ -38,9 +38,6 @@ check() {
   "${@:2}" || echo "failed: $1" >>"$printed/failed"
 }
 
-# judge NAME ARGUMENT…: pytest in the server's environment.
-judge() { check "$1" "$MATH_SERVER_PYTHON" -m pytest --confcutdir=tests/server "${@:2}"; }
-
 shellcheck=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck
 # Three tests at a time: none keeps two cores busy from start to end. On a GPU, which they would
 # share, one after the other.
@@ -52,17 +49,16 @@ fi
 check "ruff check" "$PYTHON" -m ruff check .
 check "ruff format" "$PYTHON" -m ruff format --check .
 # What keeps one core busy runs beside the trainer's tests, which don't keep two busy all the time.
-# Not so the tests of the server, whose time limits are short.
 {
   check mypy "$PYTHON" -m mypy
   check shellcheck find . \( -name '.venv*' -o -name outputs \) -prune -o \
     \( -name '*.sh' -o -path ./.ci/run \) -exec "$shellcheck" -x -P SCRIPTDIR {} +
-  judge "pytest of the LaTeX judge" tests/server --ignore=tests/server/test_{pool,server}.py
+  check "pytest of the LaTeX server" "$MATH_SERVER_PYTHON" -m pytest \
+    --confcutdir=tests/server tests/server
 } >"$printed/beside" 2>&1 &
 check pytest "$PYTHON" -m pytest "${selection[@]}" --durations=15 "$@"
 wait
 cat "$printed/beside"
-judge "pytest of the LaTeX server" tests/server/test_{pool,server}.py
 check "pytest of vLLM" "$PYTHON" -m pytest tests/vllm
 
 if [[ -f $printed/failed ]]; then
