@@ -26,7 +26,11 @@ MAX_QUICK = 200  # characters of a normalised answer that are parsed on the even
 MAX_LENGTH = 5_000  # characters of an answer that are read at all
 # A choice alone, and before its option.
 _LETTER = re.compile(r"([A-Ja-j])|\(([A-J])\)")
-_CHOICE = re.compile(r"\(?([A-J])\)(?:[^(,)].*)?|([A-J])\..+|\(?([a-j])\)")
+_CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?=.))(?![(,)] ?[A-J])(.*)|\(?([a-j])\)()")
+_SECOND = re.compile(  # another choice, or doubts, in what should be the text of the first
+    r"(?<![A-Za-z\\])\(?[A-J](?:[).:]|\Z)|\b(?:or|lor|both|wrong|incorrect|false|right|correct|maybe)\b"
+    r"|(?:\b(?:and|or)|[,/;]|\\l(?:and|or)) ?\(?[A-J](?![A-Za-z])|\A ?(?:no|not|is|and)\b"
+)
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time, not a ratio, if both sides are
 _DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))")
 
@@ -89,10 +93,10 @@ def quick(gold: str, pred: str) -> Verdict | None:
     if words(gold) and words(gold) == words(pred):
         return Verdict(True, "normalised")
     for bare, option in ((gold, pred), (pred, gold)):
-        if (letter := _LETTER.fullmatch(bare)) and (choice := _CHOICE.fullmatch(option)):
-            return Verdict(
-                letter[letter.lastindex].upper() == choice[choice.lastindex].upper(), "normalised"
-            )
+        choice = _CHOICE.fullmatch(re.sub(r"\\text\{|\}", "", option))
+        if (letter := _LETTER.fullmatch(bare)) and choice:
+            alike = (choice[1] or choice[3]).upper() == letter[letter.lastindex].upper()
+            return Verdict(alike and not _SECOND.search(choice[2] or ""), "normalised")
     if max(len(gold), len(pred)) > MAX_QUICK:
         return None
     return _numeric(gold, pred)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
-from math import ceil, comb, factorial, isqrt
+from math import comb, factorial, isqrt
 
 import mpmath
 from mpmath.libmp.libhyper import NoConvergence
@@ -295,21 +295,24 @@ def _points(names: tuple[str, ...]) -> list[dict]:
     """
     generator = random.Random("sample points")
     scales = [1, 3, 0.4, 10, 2, 0.8, 30, 5]
+    wholes = {name: generator.sample(range(1, 2 * SAMPLES), SAMPLES) for name in names}
     points = []
     for n in range(4 * SAMPLES):
-        scale = scales[n % len(scales)]
         signs = (1,) if n < SAMPLES else (1, -1)
-        point = {
-            name: generator.choice(signs) * scale * (0.1 + generator.random()) for name in names
-        }
-        points.append({name: ceil(x) if name in INTEGERS else x for name, x in point.items()})
+        points.append({
+            name: generator.choice(signs) * (
+                wholes[name][n % SAMPLES] if name in INTEGERS
+                else scales[n % len(scales)] * (0.1 + generator.random())
+            ) for name in names
+        })  # fmt: skip
     return points
 
 
 def equal(a: Node, b: Node) -> bool:
     """Whether two expressions have the same value at every point where both are real.
 
-    Where there are no such points (or ``i`` occurs), complex values are compared.
+    Where there are no such points (or ``i`` occurs), complex values are compared. At positive
+    points, both sides must be real at most of those where one is: n! isn't (-n)!.
 
     Raises:
         Undecided: if no point gives values, or they are too large to tell apart.
@@ -318,34 +321,49 @@ def equal(a: Node, b: Node) -> bool:
     if not names:
         return _equal_constants(a, b)
     complex_too = has(a, "sym", "i") or has(b, "sym", "i")
-    real, other, too_large = [], [], None
-    for point in _points(names):
+    real, apart, other, seen, too_large = 0, 0, [], [False, False], None
+    for n, point in enumerate(_points(names)):
         try:
-            left, right = settled(a, point), settled(b, point)
-            if not (_CONTEXT.isfinite(left) and _CONTEXT.isfinite(right)):
-                continue
-            same = close(left, right)
-            both_real = _is_real(left) and _is_real(right)
-            if both_real and not same:  # not if a square root of a negative number was on the way
-                both_real = _all_real(a, point) and _all_real(b, point)
+            sides = [_sample(side, point) for side in (a, b)]
         except TooLarge as error:
             too_large = error
             continue
-        except Undecided:
+        have = [side is not None for side in sides]
+        seen = [old or new for old, new in zip(seen, have, strict=True)]
+        reals = [side is not None and _is_real(side) for side in sides]
+        apart += n < SAMPLES and reals[0] != reals[1]
+        if not all(have):
             continue
+        same = close(*sides)
+        both_real = all(reals)
+        if both_real and not same:  # not if a square root of a negative number was on the way
+            both_real = _all_real(a, point) and _all_real(b, point)
         if not (complex_too or both_real):
             other.append(same)
         elif not same:
             return False
         else:
-            real.append(point)
-            if len(real) == 2 * SAMPLES:
-                return True
-    if len(real) >= 3:
+            real += 1
+            if real == 2 * SAMPLES:
+                break
+    if apart > real and all(seen) and not complex_too:
+        return False
+    if real >= 3:
         return True
     if len(other) >= 3:
         return all(other)
     raise too_large or Undecided("no point where both sides have a value")
+
+
+def _sample(node: Node, point: dict):
+    """The value at a point, None where there is none, or none that is finite."""
+    try:
+        number = settled(node, point)
+    except TooLarge:
+        raise
+    except Undecided:
+        return None
+    return number if _CONTEXT.isfinite(number) else None
 
 
 def _all_real(node: Node, point: dict) -> bool:

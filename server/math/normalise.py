@@ -54,7 +54,7 @@ _SYNONYMS = {
         "displaystyle textstyle scriptstyle limits nolimits hfill big Big bigg Bigg bigl Bigl "
         "biggl Biggl bigr Bigr biggr Biggr bigm Bigm tiny small normalsize large Large LARGE huge "
         "strut mathstrut nonumber notag": "",
-        "quad qquad thinspace": " ", "dfrac tfrac cfrac nicefrac sfrac": r"\frac",
+        "thinspace": " ", "dfrac tfrac cfrac nicefrac sfrac": r"\frac",
         "dbinom tbinom": r"\binom", "leq leqslant leqq": r"\le", "geq geqslant geqq": r"\ge",
         "neq": r"\ne", "vee": r"\lor", "wedge": r"\land", "degree": "°", "lbrace": r"\{",
         "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "dots cdots dotsc dotsb": r"\ldots",
@@ -74,7 +74,7 @@ def _group(match: re.Match[str]) -> str:
 
 # Applied in this order; each is one linear pass. The first only where there is a backslash.
 _COMMANDS = [
-    (re.compile(r"\\n(?![A-Za-z])"), " "),
+    (re.compile(r"\\(?:n(?![A-Za-z])|q?quad)"), " "),
     (re.compile(r"(\\\\)|\\[()\[\]]"), _group),
     (re.compile(r"\\(?:left|right|middle)(?![A-Za-z])\.?"), ""),
     (re.compile(r"(\\\\)|\\!() *"), _group),

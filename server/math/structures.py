@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 from . import regions
-from .evaluate import Undecided, equal, exact, has, symbols, value
+from .evaluate import Undecided, equal, exact, has, settled, symbols
 from .tidy import COLLECTIONS, is_numbered, name_of, tidy, value_of
 from .tree import Node
 from .values import same_values
 
-MAX_ITEMS = 64
+MAX_ITEMS, MAX_PARTS = 64, 12
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "==": "=="}
 _VECTORS = (("(", ")"), ("[", "]"))
 
@@ -241,17 +241,20 @@ def _same_equations(a: tuple[Node, Node], b: tuple[Node, Node]) -> bool:
 def _proportional(a: Node, b: Node) -> int | None:
     """The sign of the constant c with a = c·b (0 if it isn't real), or None if there is none."""
     names = sorted(symbols(a) | symbols(b))
-    ratios = []
+    ratios, vanish = [], []
     for shift in range(3):
         point = {name: 0.37 + 0.61 * n + 1.19 * shift for n, name in enumerate(names)}
         try:
-            ratios.append(value(Node("div", (a, b)), point))
+            above, below = settled(a, point), settled(b, point)
         except Undecided:
             continue
+        vanish.append((above == 0) + (below == 0))
+        if not vanish[-1]:
+            ratios.append(above / below)
+    if any(vanish):  # what always holds equals only what always holds
+        return 1 if set(vanish) == {2} else None
     if not ratios:
         raise Undecided("no ratio of the two relations")
-    if ratios[0] == 0:
-        return None
     # a(x)·b(p) = b(x)·a(p) for all x says that a/b is constant
     first = {name: 0.37 + 0.61 * n for n, name in enumerate(names)}
     fixed_a, fixed_b = _substituted(a, first), _substituted(b, first)
@@ -280,7 +283,7 @@ def _same_inequalities(a: Node, b: Node) -> bool:
     a, b = _upward(a), _upward(b)
     if a.args[0] != b.args[0] or any(op not in _FLIPPED for op in a.args[0]):
         return False
-    if len(a.args) > 3:
+    if len(a.args) > 3 or not symbols(a) | symbols(b):  # f(2) > 3
         return _pairwise(a.args[1:], b.args[1:])
     sign = _proportional(_difference(*a.args[1:]), _difference(*b.args[1:]))
     return sign is not None and (sign > 0 or a.args[0] == ("!=",))
@@ -301,11 +304,16 @@ def _same_residues(a: Node, b: Node) -> bool:
 
 
 def _readings(region: Node) -> list[Node]:
-    """Inequalities with commas between them may be a union, if it isn't all of R, or all hold."""
+    """Inequalities with commas between them all hold or, where they can't, are a union; none of
+    them may be idle: ``x > 1, x > 3`` is a hedge."""
     if region.op != "list":
         return [region]
     both = Node("cap", region.args)
-    return [both] if regions.same(region, Node("sym", ("set:R",))) else [region, both]
+    meant = region if regions.same(both, Node("set", ())) else both
+    if len(region.args) > MAX_PARTS:
+        raise Undecided("too many parts")
+    rest = [(*region.args[:n], *region.args[n + 1 :]) for n in range(len(region.args))]
+    return [] if any(regions.same(meant, Node(meant.op, some)) for some in rest) else [meant]
 
 
 def _same_regions(a: Node, b: Node) -> bool:

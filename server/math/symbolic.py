@@ -14,38 +14,48 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its li
 MAX_LENGTH = 300  # its parser may take time exponential in the number of brackets
 _LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 _BARE_SCRIPT = re.compile(r"(?<=[_^])([A-Za-z])")  # it doesn't read \int_1^e
+_EQUALS = re.compile(r"(?<![<>!])=(?![^{}]*\}|[^()]*\))")
+_NAME = re.compile(r"[A-Za-z](?:_?\w|[(\[][^()\[\]]*[)\]])?")
 _PROSE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}")
 
 
 def readable(gold: str, pred: str) -> bool:
     """Whether math-verify may be trusted with a pair: short, no prose, as many
-    ellipses and derivatives, both or none equations, letters alike in case."""
+    ellipses and derivatives, letters alike in case."""
     if max(len(gold), len(pred)) > MAX_LENGTH:
         return False
     if Counter(_PROSE.findall(gold)) != Counter(_PROSE.findall(pred)):
         return False
     if any(gold.count(sign) != pred.count(sign) for sign in (r"\ldots", r"\partial")):
         return False
-    if _is_equation(gold) != _is_equation(pred):
-        return False  # of an equation it would take the right side
     letters = [set(_LETTER.findall(text)) for text in (gold, pred)]
     return letters[0] == letters[1] or {c.lower() for c in letters[0]} != {
         c.lower() for c in letters[1]
     }
 
 
-def _is_equation(text: str) -> bool:
-    """Whether more than a name stands before an equals sign."""
-    left, sign, _ = re.sub(r"_\{[^{}]*\}", "", text).partition("=")
-    return bool(sign and re.search(r"[-+*/]|\\frac|\\sqrt", left))
-
-
 def equal(gold: str, pred: str) -> bool | None:
-    """What math-verify says of two normalised answers; None if it can't read one of them."""
-    from math_verify import LatexExtractionConfig, parse, verify
+    """What math-verify says of two normalised answers; None if it can't read one of them.
 
+    It would compare only the last sides of equations: here each side has its equal, and where one
+    answer is no equation, all sides of the other but names equal it.
+    """
     if not readable(gold, pred):
         return False
+    sides = [_EQUALS.split(text) for text in (gold, pred)]
+    if len(sides[0]) != len(sides[1]):
+        sides = [[side for side in part if not _NAME.fullmatch(side)] or part for part in sides]
+        longer = max(map(len, sides))
+        if min(map(len, sides)) > 1:
+            return False
+        sides = [part * (longer // len(part)) for part in sides]
+    verdicts = [_verified(*pair) for pair in zip(*sides, strict=True)]
+    return None if None in verdicts else all(verdicts)
+
+
+def _verified(gold: str, pred: str) -> bool | None:
+    from math_verify import LatexExtractionConfig, parse, verify
+
     trees = [
         parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback",
               parsing_timeout=None)

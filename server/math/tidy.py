@@ -1,6 +1,6 @@
 r"""One tree for what answers write in several ways, and the names that answers give to values."""
 
-from .evaluate import find
+from .evaluate import Undecided, find, has, value
 from .tree import Node
 from .vocabulary import word_set
 
@@ -9,12 +9,10 @@ _NAMES = word_set("apply fn abs div ratio degree pow mul matrix row cap cup")
 
 
 def tidy(node: Node) -> Node:
-    r"""Without what doesn't change an answer: approximations after ``\approx``, ``\pm`` written
+    r"""Without what doesn't change an answer: approximations of exact values, ``\pm`` written
     out as a list, matrices with arithmetic left to do, one layer of a list of one."""
     if node.op == "rel" and "~" in node.args[0]:
-        first = node.args[0].index("~")
-        operators, sides = node.args[0][:first], node.args[1 : first + 2]
-        node = Node("rel", (operators, *sides)) if operators else sides[0]
+        node = _approximated(node)
     if node.op == "rel" and "==" in node.args[0]:
         operators = tuple("=" if op == "==" else op for op in node.args[0])
         node = Node("rel", (operators, *node.args[1:]))
@@ -38,6 +36,24 @@ def tidy(node: Node) -> Node:
             items += item.args if flat else [item]
         node = Node(node.op, _share_names(items))
     return node
+
+
+def _approximated(node: Node) -> Node:
+    r"""Without ``\approx`` and what follows it, if that is near what stands before; else with an
+    equals sign: of ``x \approx 1.31`` the number is the answer, ``\sqrt{3} \approx 5`` is none."""
+    operators, sides = list(node.args[0]), list(node.args[1:])
+    while "~" in operators:
+        at = operators.index("~")
+        try:
+            left, right = (value(side) for side in sides[at : at + 2])
+            near = abs(left - right) <= abs(left) / 20 and not has(sides[at], "apply")
+        except Undecided:
+            near = False
+        if near:
+            del operators[at], sides[at + 1]
+        else:
+            operators[at] = "="
+    return Node("rel", (tuple(operators), *sides)) if operators else sides[0]
 
 
 def _linear(node: Node) -> Node:

@@ -10,6 +10,8 @@ _TOKEN = re.compile(
     r"|(?P<cmd>\\[A-Za-z]+|\\.)|(?P<word>[A-Za-z]+)|(?P<space> +)|(?P<op>.)"
 )
 _THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?!,?\d)")
+_VOWELS = frozenset("eio")
+_SUBSCRIPT = re.compile(r"\d+(?!\d|\^(?:\{[^{}]*)?[-+(]*[A-Za-z])")
 _WORDS = FUNCTIONS | {"pi"} | {name for name in GREEK if len(name) > 2}
 
 
@@ -41,16 +43,18 @@ def tokens(text: str, thousands: bool) -> list[str]:
         if kind is None:
             token = token.replace(",", "")
         if kind == "word" and token not in _WORDS:
-            found += _letters(token)
-            if text[position : position + 1].isdigit() and found[-2:-1] != [r"\frac"]:
-                found.append("_")  # x1 is x_1
+            found += _letters(token, text.isalpha())
+            if _SUBSCRIPT.match(text, position) and found[-2:-1] != [r"\frac"]:
+                found.append("_")  # x1 is x_1, but n2^n a product
         elif kind != "space":
             found.append("\\" + token if kind == "word" else token)
     return found
 
 
-def _letters(word: str) -> list[str]:
-    """A run of letters: a product of variables if short and lower case, else one name."""
-    if (word.isupper() and len(word) > 1) or len(word) > 4:
+def _letters(word: str, alone: bool) -> list[str]:
+    """A run of letters: a product of variables if short and lower case, else one name; an answer
+    that is a word (``alone``, with a vowel) isn't a product either."""
+    spoken = alone and len(word) > 1 and not _VOWELS.isdisjoint(word)
+    if (word.isupper() and len(word) > 1) or len(word) > 4 or spoken:
         return [word]
     return list(word)

@@ -309,6 +309,7 @@ class _Parser:
     def bracketed(self) -> Node:
         r"""Everything that opens and closes: ( ) [ ] { } \{ \} | | and the named pairs."""
         opener = self.next()
+        self.enter()
         outer = self.bars, self.such
         self.bars, self.such = int(opener == "|"), opener == r"\{"
         if opener != "|" and (close := self.accept(CLOSERS[opener][0])):
@@ -319,6 +320,7 @@ class _Parser:
                 content = _such(content, self.answer())
             close = self.accept(*CLOSERS[opener])
         self.bars, self.such = outer
+        self.depth -= 1
         if not close:
             raise ParseError(f"{opener!r} is not closed")
         items = () if content is None else content.args if content.op == "list" else (content,)

@@ -10,14 +10,6 @@ UNITS = word_set(
     "cents weeks days hours minutes seconds years months meters metres feet inches miles grams "
     "units dollars am pm a.m p.m AM PM mL kPa kHz kW kN kJ"
 )
-_UNIT = re.compile(
-    r"(?:(?<=[\d})\]!a-z%]) ?\\text\{(?P<text>[^{}]*)\}"
-    r"|(?<=[\d})]) ?(?P<known>"
-    + "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
-    + r")"
-    r"|(?<=[\d})]) (?P<words>[A-Za-z]{3,}(?: [A-Za-z]+){0,4})"
-    r")(?P<power>\^\{?-?\d\}?)?\Z"
-)
 # Words after a number that change its value, so that they are no unit.
 _CHANGES = re.compile(
     r"\b(?:plus|minus|squared|cubed|dozens?|pi|base|below|under|over|above"
@@ -27,8 +19,31 @@ _CHANGES = re.compile(
     + "|".join(PARTS)
     + r"|(?:hundred|thousand|million|billion)th)s?)\b"
 )
+# Words with an s that count nothing, and words without one that stand beside what is counted.
+_NO_PLURALS = word_set(
+    "less minus plus thus this perhaps always does was has yes unless equals exceeds gross tens "
+    "dozens lakhs crores myriads googols inverts doubles triples halves squares negatives opposites"
+) | {f"{word}s" for word in (*VALUES, *POWERS, *PARTS)}
+_BESIDE = word_set(
+    "a an the of in per each every different possible distinct total real square sq cubic old long "
+    "tall wide high deep red blue green white black whole way people person children men women day "
+    "student degree solution unit point pair year week month increase decrease mol simplified"
+)
 _ANGLES = ("", "rad", "°c", "°f")
-_QUOTIENT = re.compile(r"(?:\\frac\{)?\\text\{([^{}]+)\}(?:\}\{|/)\\text\{([^{}]+)\}\}?\Z")
+_KNOWN = "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
+_ATOM = rf"(?:\\text\{{[A-Za-z. ]+\}}|(?:{_KNOWN}|[smhgJNLK])(?![A-Za-z]))"
+_QUOTIENT = re.compile(
+    rf"(?<=[\d)}}\]]) ?(?:\\frac\{{)?({_ATOM}(?:\^\{{?\d\}}?)?) ?(?:\}}\{{|/| per ) ?"
+    rf"({_ATOM})\}}?(?=(?:\^\{{?-?\d\}}?)?\Z)"
+)
+_UNIT = re.compile(
+    r"(?:(?<=[\d})\]!a-z%]) ?\\text\{(?P<text>[^{}]*)\}"
+    r"|(?<=[\d})]) ?(?P<known>" + _KNOWN + r")"
+    r"|(?<=[\d})]) (?P<words>[A-Za-z]{3,}(?: [A-Za-z]+){0,4})"
+    r")(?P<power>\^\{?-?\d\}?)?\Z"
+)
+_WRAPPING = re.compile(r"\\text\{|[{} ]")
+_BARE_LETTER = re.compile(r"([-\d.,/]*\d)( ?)[smhgJNLKVWC]")
 _UNIT_NAMES = {
     "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m",
     "metre": "m", "kilometer": "km", "kilometre": "km", "inche": "in", "inch": "in",
@@ -46,15 +61,15 @@ def split_unit(text: str) -> tuple[str, str]:
     >>> split_unit(r"10\text{cm}^2")
     ('10', 'cm^2')
     """
-    text = _QUOTIENT.sub(r"\\text{\1/\2}", text)
+    text = _QUOTIENT.sub(lambda m: rf"\text{{{re.sub(_WRAPPING, '', f'{m[1]}/{m[2]}')}}}", text)
     match = _UNIT.search(text[-80:]) if len(text) > 1 else None
     if not match:
         return text, ""
     body = text[: len(text) - len(match[0])].replace(f"{match[0]},", ",").strip()
     if not body or body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body):
         return text, ""
-    name = (match["text"] or match["known"] or match["words"] or "").lower().strip()
-    if _CHANGES.search(name):
+    name = (match["text"] or match["known"] or match["words"] or "").lower().strip(" ()")
+    if _CHANGES.search(name) or re.search(r"[^a-z°. /^\d]|(?<![\^a-z])\d", name):
         return text, ""
     power = (match["power"] or "").strip("^{}")
     if square := re.match(r"(sq(?:uare|\.)?|cubic|cu\.?) ", name):
@@ -63,7 +78,7 @@ def split_unit(text: str) -> tuple[str, str]:
     if power_word in POWERS:  # 5 million people
         body, name = rf"{body}\cdot10^{{{POWERS[power_word]}}}", rest
     name = "/".join(map(_singular, re.sub(r"[\s.]", "", name.replace(" per ", "/")).split("/")))
-    return body, f"{name}^{power}" if name and power else name
+    return body, f"{name}^{power}" if power else name
 
 
 def _singular(name: str) -> str:
@@ -78,15 +93,33 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
 
     A unit on one side only is no contradiction: ``5`` equals ``5\text{m}``, and so does ``5 m``.
     """
+    if (letter := _BARE_LETTER.fullmatch(pred)) and not re.search(r"[A-Za-z]", gold):
+        pred = letter[1]
+    if (letter := _BARE_LETTER.fullmatch(gold)) and letter[2] and not re.search("[A-Za-z]", pred):
+        gold = letter[1]
     (gold_body, gold_unit), (pred_body, pred_unit) = split_unit(gold), split_unit(pred)
+    if pred_unit and not gold_unit and not _is_unit(pred):
+        return gold, pred, False
     if gold_unit and not pred_unit:
         pred_body = _without(pred_body, gold_unit)
     elif pred_unit and not gold_unit:
         gold_body = _without(gold_body, pred_unit)
     if gold_unit and pred_unit:
-        return gold_body, pred_body, gold_unit != pred_unit
+        (name, _, power), (other, _, its_power) = gold_unit.partition("^"), pred_unit.partition("^")
+        return gold_body, pred_body, power != its_power or "" != name != other != ""
     signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in (gold_body, pred_body)]
     return gold_body, pred_body, signs[0] != signs[1] and gold_unit + pred_unit not in _ANGLES
+
+
+def _is_unit(text: str) -> bool:
+    """Whether all words after a number are known, or in the plural: 36 apples, not 36 lakh."""
+    words = re.findall(r"[a-z.]+", _UNIT.search(text[-80:])[0].lower().replace("\\text", ""))
+    return all(
+        word in UNITS or word in _BESIDE or word in _UNIT_NAMES or word in _UNIT_NAMES.values()
+        or (len(word) > 3 and word[-1] == "s" and word not in _NO_PLURALS
+            and not re.search(r"(?<!mon)(?<!leng)(?<!pa)ths|tys|teens|folds|illions", word))
+        for word in words
+    )  # fmt: skip
 
 
 def _without(body: str, unit: str) -> str:
