@@ -14,7 +14,7 @@ killed; :func:`quick` may run on an event loop.
 import re
 from dataclasses import dataclass
 
-from . import structures, symbolic
+from . import families, structures, symbolic
 from .evaluate import TooLarge, Undecided, exact
 from .normalise import normalise, words
 from .tokens import ParseError, TooComplex
@@ -24,9 +24,8 @@ from .values import same_values
 
 MAX_QUICK = 200  # characters of a normalised answer that are parsed on the event loop
 MAX_LENGTH = 5_000  # characters of an answer that are read at all
-# A choice alone, and before its option.
-_LETTER = re.compile(r"([A-Ja-j])|\(([A-J])\)")
-_CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?=.))(?![(,)] ?[A-J])(.*)|\(?([a-j])\)()")
+# A choice, alone or before its option.
+_CHOICE = re.compile(r"\(?([A-Ja-j])(?:\)|[.:](?=.)|\Z)(?![(,)] ?[A-J])(.*)")
 _SECOND = re.compile(  # another choice, or doubts, in what should be the text of the first
     r"(?<![A-Za-z\\])\(?[A-J](?:[).:]|\Z)|\b(?:or|lor|both|wrong|incorrect|false|right|correct|maybe)\b"
     r"|(?:\b(?:and|or)|[,/;]|\\l(?:and|or)) ?\(?[A-J](?![A-Za-z])|\A ?(?:no|not|is|and)\b"
@@ -42,7 +41,8 @@ class Verdict:
     Attributes:
         equal: whether the two answers are the same.
         how: the stage that decided: identical, normalised, numeric, structure or symbolic.
-        status: ok, or unparsable if no stage could read one of the answers (then not equal).
+        status: ok; unparsable if no stage could read one of the answers; undecided if words of
+            ``pred`` were not understood, or the values can't be told apart (then not equal).
     """
 
     equal: bool
@@ -56,14 +56,22 @@ def judge(gold: str, pred: str) -> Verdict:
     if verdict is not None:
         return verdict
     gold, pred = cache_key(gold, pred)
+    verdict = _slow(gold, pred)
+    if verdict.equal or verdict.status != "ok" or not symbolic.unread(gold, pred):
+        return verdict
+    return Verdict(False, verdict.how, "undecided")
+
+
+def _slow(gold: str, pred: str) -> Verdict:
+    """The verdict of the later stages on a normalised pair."""
     gold, pred, units_differ = split_units(gold, pred)
     if units_differ:
         return Verdict(False, "normalised")
     try:
         return _compare(gold, pred)
     except TooLarge:
-        return Verdict(False, "symbolic")
-    except TooComplex:
+        return Verdict(False, "symbolic", "undecided")
+    except (TooComplex, RecursionError):
         return Verdict(False, "symbolic", "unparsable")
     except (ParseError, Undecided):
         pass
@@ -92,14 +100,28 @@ def quick(gold: str, pred: str) -> Verdict | None:
         return Verdict(True, "normalised")
     if words(gold) and words(gold) == words(pred):
         return Verdict(True, "normalised")
-    for bare, option in ((gold, pred), (pred, gold)):
-        choice = _CHOICE.fullmatch(re.sub(r"\\text\{|\}", "", option))
-        if (letter := _LETTER.fullmatch(bare)) and choice:
-            alike = (choice[1] or choice[3]).upper() == letter[letter.lastindex].upper()
-            return Verdict(alike and not _SECOND.search(choice[2] or ""), "normalised")
+    chosen = _choice(gold), _choice(pred)
+    if all(chosen) and len(gold + pred) > 2:
+        (letter, option), (other, its_option) = chosen
+        if letter != other or not (option and its_option):
+            return Verdict(
+                letter == other and not _SECOND.search(option + its_option), "normalised"
+            )
+        if words(option) and words(option) == words(its_option):
+            return Verdict(True, "normalised")
     if max(len(gold), len(pred)) > MAX_QUICK:
         return None
     return _numeric(gold, pred)
+
+
+def _choice(text: str) -> tuple[str, str] | None:
+    """The letter of a choice, and the text of its option."""
+    if text[:6] != r"\text{" and text[0] not in "(ABCDEFGHIJabcdefghij":
+        return None
+    match = _CHOICE.fullmatch(re.sub(r"\\text\{|\}", "", text))
+    if not match or (match[2] and match[1].islower()):
+        return None
+    return match[1].upper(), match[2]
 
 
 def cache_key(gold: str, pred: str) -> tuple[str, str]:
@@ -123,7 +145,7 @@ def _numeric(gold: str, pred: str) -> Verdict | None:
         trees = parse(gold), parse(pred)
         if all(exact(_bare(tree)) is not None for tree in trees):
             return Verdict(same_values(*trees), "numeric")
-    except (ParseError, Undecided):
+    except (ParseError, Undecided, RecursionError):
         pass
     return None
 
@@ -134,9 +156,12 @@ def _bare(tree: Node) -> Node:
 
 def _compare(gold: str, pred: str) -> Verdict:
     """The structural stages, on both readings of commas between digits."""
-    trees = parse(gold), parse(pred)
+    trees = structures.one_form(parse(gold)), parse(pred)
     expressions = all(tree.op not in _STRUCTURES for tree in trees)
     how = "symbolic" if expressions else "structure"
+    family = families.same(*trees)
+    if family is not None:
+        return Verdict(family, "structure")
     if structures.same(*trees):
         return Verdict(True, how)
     for reading in (_as_lists, _as_decimals):

@@ -5,7 +5,9 @@ work is bounded by the length of the string, whatever the string holds.
 """
 
 import re
+from unicodedata import normalize
 
+from .notations import usual
 from .phrases import number_in_words, phrase, without_article
 from .units import UNITS
 from .vocabulary import FUNCTIONS
@@ -28,7 +30,10 @@ _CHARACTERS = {
     "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\sqrt[3]", "γ": r"\gamma ",
     "δ": r"\delta ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ", "μ": r"\mu ",
     "Δ": r"\Delta ", "ρ": r"\rho ", "⁻": "^{-}", "∨": r"\lor ", "∧": r"\land ", '"': "", "“": "",
-    "”": "", "¢": r"\text{cents}", "`": "",
+    "”": "", "¢": r"\text{cents}", "`": "", "˚": "°", "″": "''", "⁄": "/", "ε": r"\varepsilon ",
+    "τ": r"\tau ", "Ω": r"\Omega ", "ψ": r"\psi ", "η": r"\eta ", "⩽": r"\le ", "≦": r"\le ",
+    "⩾": r"\ge ", "≧": r"\ge ", "∠": r"\angle ", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}",
+    "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
 } | {
     symbol: rf"\frac{{{top}}}{{{bottom}}}"
     for symbol, top, bottom in ["½12", "⅓13", "⅔23", "¼14", "¾34", "⅕15", "⅖25", "⅗35", "⅘45",
@@ -41,6 +46,9 @@ _TABLE = str.maketrans(
     | {digit: f"^{{{n}}}" for n, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     | {digit: f"_{{{n}}}" for n, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")}
     | {chr(code): " " for code in range(32)}
+    | {chr(0x245F + n): f"({n})" for n in range(1, 21)}  # ①
+    | {sign: _CHARACTERS.get(plain := normalize("NFKC", sign), plain)
+       for sign in map(chr, range(0x1D400, 0x1D800))}  # 𝑥
 )  # fmt: skip
 
 _BOX = re.compile(r"\\(?:begin)?f?box(?:ed)?\s*\{")
@@ -89,6 +97,7 @@ _COMMANDS = [
     (re.compile(r"\\([A-Za-z]+)"), lambda match: _SYNONYMS.get(match[1], match[0])),
     (re.compile(r"\\math(?:bin|rel|open|close|ord|punct)\s*\{([^{}]*)\}"), _group),
     (re.compile(r"\\%"), "%"),
+    (re.compile(r"\\mathbf ?\{([NZQR])\}"), r"\\mathbb{\1}"),
     (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])"), "°"),
 ]
 _SIGNS = [
@@ -116,26 +125,20 @@ _POWER_OF_UNIT = re.compile(rf"({'|'.join(sorted(UNITS, reverse=True))})(\^\{{?-
 _CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)*\.?")
 _FORMULA = re.compile(r".?|\d.*|[-+]?[\d.,:/% ]+|(?!.*[A-Za-z]{2}).*=.*")
 _MIXED = re.compile(r"(?<![\d./])(\d{1,9}) +(\d{1,9}) ?/ ?(\d{1,9})(?![\d./])")
-_REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot)\{(\d{1,20})\}")
 _ANSWER_IS = re.compile(
     r" ?(?:(?:therefore|thus|hence|so) ?,? )?"
-    r"(?:(?:the )?(?:correct |final )?(?:answer|option|choice)(?: is)? ?[:,]? )?",
+    r"(?:(?:the )?(?:correct |final )?(?:answer|option|choice|solution)s?(?: is| are)? ?[:,]? )?",
     re.IGNORECASE,
 )
 _MAXIMA = re.compile(r"(?<![\d.})\]])%(?=(?:pi|e|i)(?![A-Za-z]))")
 _SPACE = re.compile(r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])")
-_TEMPERATURE = re.compile(r"(?<!\{)° ?(?:\\text\{ ?)?([CF])(?:elsius|ahrenheit)?(?![A-Za-z]) ?\}?")
-_MODULO = re.compile(
-    r"(\( ?)?\\?(?:text\{ ?)?(?<![A-Za-z])[pb]?mod\b ?\}? ?(\d{1,9}|\{\d{1,9}\}|[a-z])(?(1) ?\))"
-)
-_CONDITION = re.compile(r",? ?&? ?\\text\{ ?(?:if|for|when) ?\}|, ?(?:&|(?=\\\\))")
-_ALIGNED = re.compile(r"& ?(?=[=<>]|\\[lg]e(?![A-Za-z]))")
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
 _CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
 _SUPERSCRIPTS = re.compile(r"(\^\{-?\d*)\}\^\{(?=\d)")  # x¹² is x^{12}
-_SPACED = re.compile(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?")
-_RECURRING = re.compile(r"(\d{0,20})\.(\d{0,6}?)(\d{1,3}?)\3{2,9} ?\\ldots")
 _SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
+_MONTH = re.compile(
+    "january|february|march|april|may|june|july|august|(?:sept|nov|dec)ember|october"
+)
 _KEPT_SPACE = re.compile(r"(\d), +(?=\d{3}(?!\d))")  # "1, 234" is a list, "1,234" may be a number
 
 
@@ -161,33 +164,13 @@ def normalise(text: str) -> str:
     text = re.sub(r"\s+", " ", text).rstrip(" .,;:\\")
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     text = _ANSWER_IS.sub("", text, count=1)
-    text = _rare(_REPEATING.sub(_repeating, text))
+    text = _connectives(text) if r"\lor" in text or r"\land" in text else text
     text = re.sub(r"(?: ?, ?){2,}", ",", text)
     text = _SPACE.sub("", _KEPT_SPACE.sub("\\1,\0", text)).replace("\0", " ")
+    text = usual(text)
     text = text.lstrip(" ,;:=").rstrip(" .,;:")
     text = text if text[:1] != "." or text[1:2].isdigit() else text.lstrip(".")
     return phrase(spelt) or text if (spelt := _in_words(text)) else text
-
-
-def _rare(text: str) -> str:
-    """What few answers hold: temperatures, residues, piecewise functions, 3 to 4, 0.333…, "or"."""
-    if "°" in text:
-        text = _TEMPERATURE.sub(r"\\text{°\1}", text)
-    if "atrix(" in text:
-        text = re.sub(r"(?<![A-Za-z])[Mm]atrix(?=\()", "", text)
-    if "mod" in text:
-        text = _MODULO.sub(lambda m: rf"\pmod{{{m[2].strip('{}')}}}", text)
-    if r"\begin" in text:
-        text = _ALIGNED.sub("", _CONDITION.sub("&", text) if "cases" in text else text)
-    if " to " in text:
-        text = re.sub(r"\A(\d+) to (\d+)\Z", r"\1:\2", text)
-    if text[:1] == "<":
-        text = re.sub(r"\A<([^<>=]*,[^<>=]*)>\Z", r"(\1)", text)
-    if r"\ldots" in text:  # 0.333… is a third, 3.14159… is cut off
-        text = re.sub(r"(\.\d+) ?\\ldots *\Z", r"\1", _RECURRING.sub(_repeating, text))
-    if " " in text and _SPACED.fullmatch(text):
-        text = text.replace(" ", "")
-    return _connectives(text) if r"\lor" in text or r"\land" in text else text
 
 
 def _connectives(text: str) -> str:
@@ -232,6 +215,8 @@ def closing_brace(text: str, start: int) -> int:
 def words(text: str) -> str | None:
     r"""Letters of an answer made of words only, in lower case (``\text{Even}`` → even)."""
     spelt = _in_words(text)
+    if spelt and _MONTH.search(spelt):
+        spelt = "".join(sorted(re.findall(r"[a-z]+|\d+", spelt)))
     bare = re.sub(r"(?<!\d)[ ,]+|[ ,]+(?!\d)", "", without_article(spelt)) if spelt else ""
     return bare if len(bare) > 1 else None
 
@@ -265,11 +250,3 @@ def _plain_text(match: re.Match[str]) -> str:
         joined = ",".join(rf"\text{{{part.strip()}}}" if part else "" for part in parts)
         return _TEXT.sub(_plain_text, joined)
     return rf"\text{{{inner}}}" if match[0][:5] != r"\math" or " " in inner else f" {inner}"
-
-
-def _repeating(match: re.Match[str]) -> str:
-    """0.1(6) as a fraction: the digits up to the end of a period, less those before it."""
-    whole, fixed, period = match.groups()
-    numerator = int(whole + fixed + period) - int((whole + fixed) or 0)
-    denominator = (10 ** len(period) - 1) * 10 ** len(fixed)
-    return rf"\frac{{{numerator}}}{{{denominator}}}"

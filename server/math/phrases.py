@@ -13,6 +13,10 @@ VALUES = {word: n for n, word in enumerate(_ONES.split())} | {
     word: 20 + 10 * n for n, word in enumerate(_TENS.split())
 }
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_ORDINALS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
+    "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
+)
 _NUMBER = re.compile(
     rf"(?P<tens>{_TENS.replace(' ', '|')})?(?:(?<=y)[ -](?=[a-z]))?"
     rf"(?P<ones>{_ONES.replace(' ', '|')})?"
@@ -20,6 +24,7 @@ _NUMBER = re.compile(
 )
 _ARTICLE = re.compile(r"(?:an?|the) (?=[a-z]{3})")
 _STOCK = {
+    "infinitely many solutions": r"\text{infinitely many}",
     "infinity": r"\infty", "positive infinity": r"\infty", "negative infinity": r"-\infty",
     "minus infinity": r"-\infty", "empty set": r"\emptyset", "no solution": r"\emptyset",
     "no solutions": r"\emptyset", "all real numbers": r"\mathbb{R}", "all reals": r"\mathbb{R}",
@@ -47,7 +52,13 @@ def number_in_words(text: str) -> str | None:
 def phrase(text: str) -> str | None:
     """What a phrase in lower case stands for, or None if it has no other form."""
     text = without_article(text)
-    return _STOCK.get(text) or number_in_words(text)
+    if found := _STOCK.get(text) or number_in_words(text):
+        return found
+    head, _, counted = text.rpartition(" ")
+    if counted[-1:] == "s" and (number := number_in_words(head)):
+        return f"{number} {counted}"  # eight weeks
+    ordinals = _ORDINALS.split()
+    return str(ordinals.index(text) + 1) if text in ordinals else None
 
 
 def without_article(text: str) -> str:

@@ -52,12 +52,13 @@ def parts(node: Node) -> Iterator[Node]:
 def _distinct(numbers: list) -> list:
     kept: list = []
     for number in sorted(numbers):
-        if not kept or not _near(kept[-1], number):
+        if not kept or not near(kept[-1], number):
             kept.append(number)
     return kept
 
 
-def _near(a, b) -> bool:
+def near(a, b) -> bool:
+    """Equal but for rounding errors."""
     return a == b or abs(a - b) <= NEGLIGIBLE * max(1, min(abs(a), abs(b)))
 
 
@@ -109,7 +110,7 @@ def _holds(node: Node, x) -> bool:
         return all(_holds(arg, x) for arg in node.args)
     if node.op in ("list", "set"):
         return any(
-            _holds(item, x) if item.op in _SUBSETS[node.op] else _near(_real(item), x)
+            _holds(item, x) if item.op in _SUBSETS[node.op] else near(_real(item), x)
             for item in node.args
         )
     if node.op == "group":
@@ -136,7 +137,7 @@ def _satisfies(node: Node, x) -> bool:
 
 
 def _compare(operator: str, a, b) -> bool:
-    equal = _near(a, b)
+    equal = near(a, b)
     if operator in ("=", "!="):
         return equal == (operator == "=")
     if equal:

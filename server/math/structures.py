@@ -19,6 +19,7 @@ from .values import same_values
 
 MAX_ITEMS, MAX_PARTS = 64, 12
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "==": "=="}
+_UNIT_VECTORS = [frozenset(letters) for letters in ("j", "k", "jk")]
 _VECTORS = (("(", ")"), ("[", "]"))
 
 
@@ -31,8 +32,9 @@ def same(a: Node, b: Node) -> bool:
     a, b = tidy(a), tidy(b)
     if a == b:
         return True
-    if "mod" in (a.op, b.op):
-        return _same_residues(a, b)
+    if "mod" in (a.op, b.op):  # 3 (mod 5) for 3; others are families
+        bare = [tidy(side.args[0]) if side.op == "mod" else side for side in (a, b)]
+        return a.op != b.op and "rel" not in (bare[0].op, bare[1].op) and same(*bare)
     if a.op == "rel" or b.op == "rel":
         return _same_relations(a, b)
     if regions.is_region(a) or regions.is_region(b):
@@ -44,6 +46,15 @@ def same(a: Node, b: Node) -> bool:
     if a.op == "matrix" or b.op == "matrix":
         return _same_matrices(a, b)
     return same_values(a, b)
+
+
+def one_form(gold: Node) -> Node:
+    """A reference that is given in two forms, as the first: 1/2 or 0.5."""
+    try:
+        twice = gold.op in ("list", "cup") and len(gold.args) == 2 and gold.args[0] != gold.args[1]
+        return gold.args[0] if twice and same(*gold.args) else gold
+    except Undecided:
+        return gold
 
 
 # ---------------------------------------------------------------- collections
@@ -131,7 +142,7 @@ def _same_groups(a: Node, b: Node) -> bool:
             if rows:  # [[1, 2], [3, 4]]
                 return _same_matrices(Node("matrix", tuple(rows)), other)
             return group.args[:2] in _VECTORS and _pairwise(group.args[2:], _vector(other))
-        if has(other, "sym", "j") and len(group.args) in (4, 5):  # 2i + 3j
+        if symbols(other) in _UNIT_VECTORS and len(group.args) in (4, 5):  # 2i + 3j
             terms = zip(group.args[2:], "ijk", strict=False)
             return equal(
                 other, Node("add", tuple(Node("mul", (x, Node("sym", (c,)))) for x, c in terms))
@@ -176,8 +187,11 @@ def _same_relations(a: Node, b: Node) -> bool:
         if relation.args[0] == ("in",) and relation.args[1].op == "sym":
             return same(relation.args[2], other)
         if set(relation.args[0]) == {"="}:
-            return relation is b and _is_identity(b) and same(a, b.args[-1])
+            return _is_identity(relation) and same(relation.args[-1], other)
         return not _is_numbers(other) and _same_regions(a, b)
+    chains = len(a.args) == len(b.args) > 3 and set(a.args[0]) == set(b.args[0]) == {"="}
+    if chains and _matched(a.args[1:], b.args[1:], as_set=False):  # a = b = c
+        return True
     if name_a is not None and name_b is not None:
         if _compatible(name_a, name_b):
             return same(value_of(a), value_of(b))
@@ -216,9 +230,12 @@ def _is_identity(relation: Node) -> bool:
 
 
 def _compatible(a: Node, b: Node) -> bool:
-    """The same name, up to y for f(x)."""
-    function_and_y = {a.op, b.op} == {"apply", "sym"} and Node("sym", ("y",)) in (a, b)
-    return a == b or function_and_y
+    """The same name, up to y or a_n for f(x), and x for x_1."""
+    heads = [str(name.args[0]).partition("_")[0] for name in (a, b)]
+    if {a.op, b.op} == {"apply", "sym"}:
+        return heads[0] == heads[1] or Node("sym", ("y",)) in (a, b)
+    bare = any(name.op == "sym" and "_" not in name.args[0] for name in (a, b))
+    return a == b or (a.op == b.op == "sym" and heads[0] == heads[1] and bare)
 
 
 def _difference(left: Node, right: Node) -> Node:
@@ -287,20 +304,6 @@ def _same_inequalities(a: Node, b: Node) -> bool:
         return _pairwise(a.args[1:], b.args[1:])
     sign = _proportional(_difference(*a.args[1:]), _difference(*b.args[1:]))
     return sign is not None and (sign > 0 or a.args[0] == ("!=",))
-
-
-def _same_residues(a: Node, b: Node) -> bool:
-    """x = 8 (mod 5) and x = 3 (mod 5); the modulus may be missing where no name is."""
-    bare = [tidy(side.args[0]) if side.op == "mod" else side for side in (a, b)]
-    if a.op != b.op:
-        return all(side.op != "rel" for side in bare) and same(*bare)
-    if not same(a.args[1], b.args[1]):
-        return False
-    values = [exact(value_of(side) if name_of(side) else side) for side in bare]
-    names = {name_of(side) for side in bare} - {None}
-    if None in (*values, exact(a.args[1])) or len(names) > 1:
-        return same(*bare)
-    return (values[0] - values[1]) % exact(a.args[1]) == 0
 
 
 def _readings(region: Node) -> list[Node]:

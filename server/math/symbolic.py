@@ -34,6 +34,11 @@ def readable(gold: str, pred: str) -> bool:
     }
 
 
+def unread(gold: str, pred: str) -> bool:
+    """Whether a normalised answer has words beside numbers that the reference hasn't."""
+    return bool(re.search(r"\d", pred) and {*_PROSE.findall(pred)} - {*_PROSE.findall(gold)})
+
+
 def equal(gold: str, pred: str) -> bool | None:
     """What math-verify says of two normalised answers; None if it can't read one of them.
 

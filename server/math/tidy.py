@@ -1,6 +1,6 @@
 r"""One tree for what answers write in several ways, and the names that answers give to values."""
 
-from .evaluate import Undecided, find, has, value
+from .evaluate import Undecided, find, has, symbols, value
 from .tree import Node
 from .vocabulary import word_set
 
@@ -16,6 +16,12 @@ def tidy(node: Node) -> Node:
     if node.op == "rel" and "==" in node.args[0]:
         operators = tuple("=" if op == "==" else op for op in node.args[0])
         node = Node("rel", (operators, *node.args[1:]))
+    if node.op == "group" and all(name_of(item) for item in node.args[2:]) and node.args[2:]:
+        node = Node("list", node.args[2:])  # [x = 1, y = 2]
+    if node.op == "rel" and len(node.args) > 3 and set(node.args[0]) == {"="}:
+        *names, last = node.args[1:]  # x = y = 4
+        if all(side.op == "sym" and _is_name(side) for side in names) and not symbols(last):
+            node = Node("list", tuple(Node("rel", (("=",), name, last)) for name in names))
     signs = len([*find(node, "pm"), *find(node, "mp")])
     point = signs == 1 and node.op == "group" and node.args[0] == "("  # (0, \pm 5)
     if point or (signs and node.op not in COLLECTIONS):

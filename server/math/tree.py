@@ -13,10 +13,11 @@ from . import vocabulary
 from .tokens import ParseError, TooComplex, tokens
 from .vocabulary import CLOSERS, FUNCTIONS, NOT_A_FACTOR, RELATIONS, TIMES
 
-MAX_DEPTH = 40
+MAX_DEPTH = 50
 MAX_DIGITS = 400
 MAX_SET_TOKENS = 400
 MAX_POSTFIX = 6
+_ARGUMENTS = ("x", "t", "n", "k", "z")
 
 
 class Node(NamedTuple):
@@ -258,6 +259,9 @@ class _Parser:
             if called and (point == "0" or self.peek(3) == "="):
                 self.at += 3  # a value at 0 and h(2) = 7 are no products
                 name += f"({point})"
+            if self.peek() + self.peek(2) + self.peek(3) == "()=" and point in _ARGUMENTS:
+                self.at += 3
+                return Node("apply", (name, Node("sym", (point,))))
             return Node("sym", (name,))
         if token[0] != "\\" or token in NOT_A_FACTOR:
             raise ParseError(f"unexpected {token!r}")
@@ -342,6 +346,12 @@ class _Parser:
             or (opener == "(" and close == ")" and content.op != "list")
         ):
             return content
+        if (
+            opener == "["
+            and len({len(item.args) for item in items if item.op == "list"}) == 1
+            and all(item.op == "list" for item in items)
+        ):  # [1, 2; 3, 4]
+            return Node("matrix", tuple(Node("row", item.args) for item in items))
         return Node("group", (opener, close, *items))
 
     def environment(self) -> Node:

@@ -1,6 +1,7 @@
 """The unit at the end of an answer: taken off, and compared by name."""
 
 import re
+from fractions import Fraction
 
 from .phrases import PARTS, POWERS, VALUES
 from .vocabulary import word_set
@@ -34,7 +35,7 @@ _KNOWN = "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
 _ATOM = rf"(?:\\text\{{[A-Za-z. ]+\}}|(?:{_KNOWN}|[smhgJNLK])(?![A-Za-z]))"
 _QUOTIENT = re.compile(
     rf"(?<=[\d)}}\]]) ?(?:\\frac\{{)?({_ATOM}(?:\^\{{?\d\}}?)?) ?(?:\}}\{{|/| per ) ?"
-    rf"({_ATOM})\}}?(?=(?:\^\{{?-?\d\}}?)?\Z)"
+    rf"({_ATOM}|(?<=per )[a-z]{{3,}})\}}?(?=(?:\^\{{?-?\d\}}?)?\Z)"
 )
 _UNIT = re.compile(
     r"(?:(?<=[\d})\]!a-z%]) ?\\text\{(?P<text>[^{}]*)\}"
@@ -43,6 +44,10 @@ _UNIT = re.compile(
     r")(?P<power>\^\{?-?\d\}?)?\Z"
 )
 _WRAPPING = re.compile(r"\\text\{|[{} ]")
+_TWO_UNITS = re.compile(
+    r"(\d+) ?(?:\\text\{)?([a-z]+|°|')\}? ?,? ?(\d+(?:\.\d+)?) ?(?:\\text\{)?([a-z]+|''?)\}?"
+)
+_RATIOS = {("h", "min"): 60, ("min", "s"): 60, ("ft", "in"): 12, ("'", "''"): 12, ("°", "'"): 60}
 _BARE_LETTER = re.compile(r"([-\d.,/]*\d)( ?)[smhgJNLKVWC]")
 _UNIT_NAMES = {
     "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m",
@@ -61,6 +66,11 @@ def split_unit(text: str) -> tuple[str, str]:
     >>> split_unit(r"10\text{cm}^2")
     ('10', 'cm^2')
     """
+    if match := _TWO_UNITS.fullmatch(text):  # 2 min 30 s
+        large, small = _singular(match[2]), _singular(match[4])
+        if ratio := _RATIOS.get((large, small)):
+            small = "in" if small == "''" else small
+            return str(int(match[1]) * ratio + Fraction(match[3])), small
     text = _QUOTIENT.sub(lambda m: rf"\text{{{re.sub(_WRAPPING, '', f'{m[1]}/{m[2]}')}}}", text)
     match = _UNIT.search(text[-80:]) if len(text) > 1 else None
     if not match:
@@ -72,7 +82,7 @@ def split_unit(text: str) -> tuple[str, str]:
     if _CHANGES.search(name) or re.search(r"[^a-z°. /^\d]|(?<![\^a-z])\d", name):
         return text, ""
     power = (match["power"] or "").strip("^{}")
-    if square := re.match(r"(sq(?:uare|\.)?|cubic|cu\.?) ", name):
+    if square := re.match(r"(sq(?:uare)?|cubic|cu)(?: |\. ?)", name):
         power, name = ("2" if square[1][0] == "s" else "3"), name[square.end() :]
     power_word, _, rest = name.partition(" ")
     if power_word in POWERS:  # 5 million people

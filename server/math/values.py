@@ -30,6 +30,10 @@ def same_values(a: Node, b: Node) -> bool:
         return _same_symbols(a.args[0], b.args[0])
     if equal(a, b):
         return True
+    names = symbols(a), symbols(b)
+    small = [{name.lower() for name in own - other} for own, other in (names, names[::-1])]
+    if small[0] == small[1] and small[0] and all(name[0] == "c" for name in small[0]):
+        return equal(_small_constants(a), _small_constants(b))  # x + C, x + c
     if not (has(a, "fn", "ln") or has(b, "fn", "ln")):
         common_a, common_b = _common_logarithms(a), _common_logarithms(b)
         if (common_a, common_b) != (a, b) and equal(common_a, common_b):
@@ -50,6 +54,13 @@ def _common_logarithms(node: Node) -> Node:
     if node.op == "fn" and args[0] == "log" and len(args) == 2:
         args = ("lg", args[1])
     return Node(node.op, args)
+
+
+def _small_constants(node: Node) -> Node:
+    if node.op == "sym" and node.args[0][0] == "C":
+        return Node("sym", (node.args[0].lower(),))
+    args = (_small_constants(arg) if isinstance(arg, Node) else arg for arg in node.args)
+    return Node(node.op, tuple(args))
 
 
 def _letters(node: Node) -> list[object]:
