@@ -30,6 +30,10 @@ _SECOND = re.compile(  # another choice, or doubts, in what should be the text o
     r"(?<![A-Za-z\\])\(?[A-J](?:[).:]|\Z)|\b(?:or|lor|both|wrong|incorrect|false|right|correct|maybe)\b"
     r"|(?:\b(?:and|or)|[,/;]|\\l(?:and|or)) ?\(?[A-J](?![A-Za-z])|\A ?(?:no|not|is|and)\b"
 )
+_DOUBT = re.compile(
+    r"(?<![A-Za-z\\])(?:not|never|wrong|incorrect|maybe|perhaps|probably|either|but|if|n't)(?![A-Za-z])",
+    re.I,
+)
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time, not a ratio, if both sides are
 _DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))")
 
@@ -109,6 +113,8 @@ def quick(gold: str, pred: str) -> Verdict | None:
             )
         if words(option) and words(option) == words(its_option):
             return Verdict(True, "normalised")
+    if _DOUBT.search(pred) and not _DOUBT.search(gold):
+        return Verdict(False, "normalised", "undecided")
     if max(len(gold), len(pred)) > MAX_QUICK:
         return None
     return _numeric(gold, pred)

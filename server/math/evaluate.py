@@ -264,6 +264,8 @@ def crossings(sides: Node, name: str) -> list:
             bend = abs(4 * b - 3 * a - c)
             if not (all(map(_is_real, (a, b, c))) and bend <= NEGLIGIBLE * max(1, abs(a), abs(c))):
                 raise Undecided("not linear")
+            if a == b == 0:
+                raise Undecided("always 0")
             if abs(b - a) > NEGLIGIBLE:
                 found.append(x - a * (points[1] - x) / (b - a))
     return found

@@ -141,7 +141,10 @@ def _same_groups(a: Node, b: Node) -> bool:
             rows = [Node("row", row.args[2:]) for row in group.args[2:] if row.op == "group"]
             if rows:  # [[1, 2], [3, 4]]
                 return _same_matrices(Node("matrix", tuple(rows)), other)
-            return group.args[:2] in _VECTORS and _pairwise(group.args[2:], _vector(other))
+            entries = _vector(other)
+            return (
+                group.args[:2] in _VECTORS and bool(entries) and _pairwise(group.args[2:], entries)
+            )
         if symbols(other) in _UNIT_VECTORS and len(group.args) in (4, 5):  # 2i + 3j
             terms = zip(group.args[2:], "ijk", strict=False)
             return equal(
@@ -306,23 +309,28 @@ def _same_inequalities(a: Node, b: Node) -> bool:
     return sign is not None and (sign > 0 or a.args[0] == ("!=",))
 
 
-def _readings(region: Node) -> list[Node]:
-    """Inequalities with commas between them all hold or, where they can't, are a union; none of
-    them may be idle: ``x > 1, x > 3`` is a hedge."""
-    if region.op != "list":
-        return [region]
+def _meant(region: Node) -> Node:
+    """Inequalities with commas between them all hold or, where they can't, are a union."""
     both = Node("cap", region.args)
-    meant = region if regions.same(both, Node("set", ())) else both
-    if len(region.args) > MAX_PARTS:
-        raise Undecided("too many parts")
-    rest = [(*region.args[:n], *region.args[n + 1 :]) for n in range(len(region.args))]
-    return [] if any(regions.same(meant, Node(meant.op, some)) for some in rest) else [meant]
+    if region.op != "list":
+        return region
+    return region if regions.same(both, Node("set", ())) else both
+
+
+def _is_hedged(region: Node) -> bool:
+    """Whether a part of a region is idle: ``x > 1, x > 3`` leaves open which of them it means."""
+    if region.op not in ("list", "cup", "cap") or len(region.args) > MAX_PARTS:
+        return region.op == "list"
+    parts = region.args
+    rest = [Node(region.op, (*parts[:n], *parts[n + 1 :])) for n in range(len(parts))]
+    return any(regions.same(region, some) for some in rest)
 
 
 def _same_regions(a: Node, b: Node) -> bool:
     """Sets of real numbers; where they have symbolic ends, part by part."""
     try:
-        return any(regions.same(x, y) for x in _readings(a) for y in _readings(b))
+        meant = _meant(a), _meant(b)
+        return regions.same(*meant) and not _is_hedged(meant[1])
     except Undecided:
         if a.op == b.op == "minus":
             return _pairwise(a.args, b.args)
