@@ -37,7 +37,7 @@ def same(gold: Node, pred: Node) -> bool | None:
     try:
         few, more = (
             [
-                [value(form, {letter: k}) for form in side for k in range(-reach, reach + 1)]
+                [_at(form, {letter: k}) for form in side for k in range(-reach, reach + 1)]
                 for side, (letter,) in zip(sides, used, strict=True)
             ]
             for reach in (FEW, MORE)
@@ -45,10 +45,18 @@ def same(gold: Node, pred: Node) -> bool | None:
     except Undecided:
         return None
     return all(
-        any(near(x, y) for y in others)
+        any(len(x) == len(y) and all(map(near, x, y)) for y in others)
         for some, others in zip(few, reversed(more), strict=True)
         for x in some
     )
+
+
+def _at(form: Node, point: dict[str, int]) -> tuple:
+    """A member of a family: a number, or the ends of an interval."""
+    if form.op == "group":
+        kind = (form.args[0] == "[", form.args[1] == "]")
+        return (*kind, *(value(end, point) for end in form.args[2:]))
+    return (value(form, point),)
 
 
 def _members(node: Node, letters: set[str], names: set[Node]) -> Iterator[Node]:

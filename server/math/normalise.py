@@ -136,6 +136,7 @@ _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
 _CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
 _SUPERSCRIPTS = re.compile(r"(\^\{-?\d*)\}\^\{(?=\d)")  # x¹² is x^{12}
 _SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
+_ASSIGNED, _STATEMENT = re.compile(r"[A-Za-z](?=\w*=)"), re.compile(r"[()]?(?:\\neg ?)?[p-s][()]?")
 _MONTH = re.compile(
     "january|february|march|april|may|june|july|august|(?:sept|nov|dec)ember|october"
 )
@@ -177,6 +178,11 @@ def _connectives(text: str) -> str:
     """Between inequalities "and" and "or" keep their meaning; in a list both are a comma."""
     text = _CONNECTIVE.sub(r"\\\1 ", text)
     parts = _CONNECTIVE.split(text)[::2]
+    names = [_ASSIGNED.match(part) for part in parts]
+    if r"\land" not in text and all(names) and len({name[0] for name in names if name}) > 1:
+        return text  # x = 1 or y = 2
+    if all(map(_STATEMENT.fullmatch, parts)):
+        return text
     if not all(map(_INEQUALITY.search, parts)):
         text = re.sub(r"\\land ", ", ", text)
     return text if any(map(_INEQUALITY.search, parts)) else re.sub(r"\\lor ", ", ", text)

@@ -58,6 +58,12 @@ _RARE = [
      lambda m: _CALCULUS[m[1]] + " " * len(m[2])),
     # for which letters something holds
     ("in", r"(?<=\\in)[ {]*Z\}?(?=\W|\Z)", r"\\mathbb{Z}"),
+    ("N", r"\A([A-Za-z](?:_\{?n\}?|\(n\))=.*?)[ ,(]*n ?\\in ?\\mathbb ?\{?N\}?[_^{}*+]*\)?\Z",
+     r"\1"),
+    ("angle", r"m?\\angle ?(?=[A-Z]|\{[A-Z])", ""),
+    ("dx", r"\\frac\{d([a-z])\}\{dx\}", r"\1'"),
+    ("Z", rf"[ ,(]*{_TEXT}(?:where|for|with)?(?: (?:any|all|some))? ?\}}?([a-zA-Z]) ?\\in"
+     r" ?\\mathbb ?\{?Z\}?\)?\Z", _INTEGER),
     ("integer", rf"[ ,(]*{_TEXT}(?:where|for|with)?(?: (?:any|all|every|some))? ?\}}?([a-z]) ?"
      rf"{_TEXT}(?:is |are )?(?:an |any )?integers?\}}?\)?\Z", _INTEGER),
     ("integer", rf"[ ,(]*{_TEXT}(?:for|with)(?: (?:an|any|all|every|some))? integers? ?\}}?([a-z])"

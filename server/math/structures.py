@@ -78,7 +78,12 @@ def _same_lists(a: Node, b: Node) -> bool:
     if len(sides[0]) == len(sides[1]) == 1 and a.op != b.op:
         return False  # {2} isn't 2
     names = [[name_of(item) for item in side] for side in sides]
-    if any(all(side) and side for side in names) and names[0] != names[1]:
+    unnamed = any(
+        item.op == "rel" and not name
+        for side, own in zip(sides, names, strict=True)
+        for item, name in zip(side, own, strict=True)
+    )
+    if any(all(side) and side for side in names) and names[0] != names[1] and not unnamed:
         settled = _same_named(sides, names)
         if settled is not None:
             return settled
@@ -234,11 +239,17 @@ def _is_identity(relation: Node) -> bool:
 
 def _compatible(a: Node, b: Node) -> bool:
     """The same name, up to y or a_n for f(x), and x for x_1."""
+    a, b = (side.args[0] if _is_length(side) else side for side in (a, b))
     heads = [str(name.args[0]).partition("_")[0] for name in (a, b)]
     if {a.op, b.op} == {"apply", "sym"}:
         return heads[0] == heads[1] or Node("sym", ("y",)) in (a, b)
     bare = any(name.op == "sym" and "_" not in name.args[0] for name in (a, b))
     return a == b or (a.op == b.op == "sym" and heads[0] == heads[1] and bare)
+
+
+def _is_length(name: Node) -> bool:
+    """Whether a name is |AB|."""
+    return name.op == "abs" and name.args[0].op == "sym" and len(name.args[0].args[0]) > 1
 
 
 def _difference(left: Node, right: Node) -> Node:

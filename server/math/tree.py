@@ -6,6 +6,7 @@ relations) and raises :class:`ParseError` on everything else: nothing is skipped
 """
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -368,7 +369,11 @@ class _Parser:
         if self.raw_group() != name:
             raise ParseError(f"environment {name!r} is not closed")
         rows = [row for row in rows if row]
-        if name == "cases" and all(len(row) == 2 for row in rows):
+        if all(len(row) == 1 and row[0].op == "list" and _is_piece(row[0].args) for row in rows):
+            rows = [list(row[0].args) for row in rows]
+        if (len(rows) > 1 and all(_is_piece(row) for row in rows)) or (
+            name == "cases" and all(len(row) == 2 for row in rows)
+        ):
             return Node("list", tuple(Node("group", ("(", ")", *row)) for row in rows))
         if name in ("cases", "aligned", "align", "align*", "gathered") or (
             name == "array" and any(cell.op == "rel" for row in rows for cell in row)
@@ -383,6 +388,11 @@ class _Parser:
             raise ParseError(f"environment {name!r}")
         kind = "det" if name == "vmatrix" else "matrix"
         return Node(kind, tuple(Node("row", tuple(row)) for row in rows))
+
+
+def _is_piece(row: Sequence[Node]) -> bool:
+    """Whether a row is a value and its condition."""
+    return len(row) == 2 and row[0].op != "rel" and row[1].op in ("rel", "cup", "cap")
 
 
 def number(token: str) -> Node:

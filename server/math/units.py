@@ -9,7 +9,8 @@ from .vocabulary import word_set
 UNITS = word_set(
     "mm cm dm km kg mg lb lbs oz ft mi yd hr hrs min mins sec secs ms mph kmh km/h m/s "
     "cents weeks days hours minutes seconds years months meters metres feet inches miles grams "
-    "units dollars am pm a.m p.m AM PM mL kPa kHz kW kN kJ"
+    "units dollars am pm a.m p.m AM PM mL Pa kPa MPa Hz kHz MHz W kW MW kN kJ eV "
+    "keV MeV erg ergs cal kcal atm bar nm AU pc ly ohm ohms"
 )
 # Words after a number that change its value, so that they are no unit.
 _CHANGES = re.compile(

@@ -16,10 +16,18 @@ FLOAT_DIGITS = 16  # the last one of a printed float is rounding
 
 def same_values(a: Node, b: Node) -> bool:
     """Whether two expressions have the same value, percent signs and decimals understood."""
-    if "ratio" in (a.op, b.op) and max(len(a.args), len(b.args)) > 2:
+    if any(side.op == "ratio" and len(side.args) > 2 for side in (a, b)):
         return a.op == b.op and _same_ratios(a, b)
+    signs = [{op for op in ("degree", "percent") if has(side, op)} for side in (a, b)]
+    if (
+        signs[0] ^ signs[1] == {"degree"}
+        and not signs[0] & signs[1]
+        and same_values(_undegreed(a), _undegreed(b))
+    ):
+        return True
     bare_a, bare_b = _without_sign(a), _without_sign(b)
-    if bool(bare_a) != bool(bare_b) and same_values(bare_a or a, bare_b or b):
+    once = bool(bare_a) != bool(bare_b) and "degree" not in signs[0] | signs[1]
+    if once and same_values(bare_a or a, bare_b or b):
         return True
     exact_a, exact_b = exact(a), exact(b)
     if exact_a is not None and exact_b is not None:
@@ -42,10 +50,17 @@ def same_values(a: Node, b: Node) -> bool:
 
 
 def _without_sign(node: Node) -> Node | None:
-    """A tree without the % or ° at its end, or None if it has none."""
+    """A tree without the % at its end, or None if it has none."""
     if node.op == "neg" and (inner := _without_sign(node.args[0])):
         return Node("neg", (inner,))
-    return node.args[0] if node.op in ("percent", "degree") else None
+    return node.args[0] if node.op == "percent" else None
+
+
+def _undegreed(node: Node) -> Node:
+    """The tree without degree signs."""
+    if node.op == "degree":
+        return node.args[0]
+    return Node(node.op, tuple(_undegreed(x) if isinstance(x, Node) else x for x in node.args))
 
 
 def _common_logarithms(node: Node) -> Node:
