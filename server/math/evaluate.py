@@ -57,10 +57,6 @@ def _bits(value: Fraction) -> int:
     return value.numerator.bit_length() + value.denominator.bit_length()
 
 
-def _exact_sum(*terms: Fraction) -> Fraction:
-    return sum(terms, Fraction(0))
-
-
 def _exact_product(*factors: Fraction) -> Fraction | None:
     result = Fraction(1)
     for factor in factors:
@@ -71,20 +67,15 @@ def _exact_product(*factors: Fraction) -> Fraction | None:
 
 
 def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
-    if exponent.denominator != 1 or abs(exponent) * _bits(base) > MAX_BITS:
-        return None
-    return base**exponent.numerator
+    small = exponent.denominator == 1 and abs(exponent) * _bits(base) <= MAX_BITS
+    return base**exponent.numerator if small else None
 
 
 def _exact_root(value: Fraction, index: Fraction) -> Fraction | None:
     if index != 2 or value < 0:
         return None
-    top, bottom = isqrt(value.numerator), isqrt(value.denominator)
-    return Fraction(top, bottom) if Fraction(top, bottom) ** 2 == value else None
-
-
-def _exact_factorial(value: Fraction) -> Fraction | None:
-    return Fraction(factorial(int(value))) if value.denominator == 1 and 0 <= value < 400 else None
+    root = Fraction(isqrt(value.numerator), isqrt(value.denominator))
+    return root if root**2 == value else None
 
 
 def _exact_binomial(n: Fraction, k: Fraction) -> Fraction | None:
@@ -93,9 +84,10 @@ def _exact_binomial(n: Fraction, k: Fraction) -> Fraction | None:
 
 
 _EXACT = {
-    "add": _exact_sum, "mul": _exact_product, "div": lambda a, b: a / b, "neg": lambda a: -a,
-    "pow": _exact_power, "root": _exact_root, "abs": abs, "percent": lambda a: a / 100,
-    "fact": _exact_factorial, "binom": _exact_binomial,
+    "add": lambda *terms: sum(terms, Fraction(0)), "mul": _exact_product, "neg": lambda a: -a,
+    "div": lambda a, b: a / b, "pow": _exact_power, "root": _exact_root, "abs": abs,
+    "percent": lambda a: a / 100, "binom": _exact_binomial,
+    "fact": lambda n: Fraction(factorial(int(n))) if n.denominator == 1 and 0 <= n < 400 else None,
 }  # fmt: skip
 
 
@@ -152,6 +144,8 @@ def _evaluate(node: Node, point: dict):
         if args[0] not in CONSTANTS:
             raise Undecided(f"no value for {args[0]}")
         return CONSTANTS[args[0]]()
+    if op == "known":
+        return args[0]
     if op == "fn":
         return _function(args[0], [_evaluate(arg, point) for arg in _operands(args[1:])])
     if op == "apply":
@@ -323,23 +317,21 @@ def equal(a: Node, b: Node) -> bool:
     if not names:
         return _equal_constants(a, b)
     complex_too = has(a, "sym", "i") or has(b, "sym", "i")
-    real, apart, other, seen, too_large = 0, 0, [], [False, False], None
+    real, apart, other, seen, too_large = 0, 0, [], set(), None
     for n, point in enumerate(_points(names)):
         try:
-            sides = [_sample(side, point) for side in (a, b)]
+            left, right = _sample(a, point), _sample(b, point)
         except TooLarge as error:
             too_large = error
             continue
-        have = [side is not None for side in sides]
-        seen = [old or new for old, new in zip(seen, have, strict=True)]
-        reals = [side is not None and _is_real(side) for side in sides]
+        seen |= {n for n, side in enumerate((left, right)) if side is not None}
+        reals = [side is not None and _is_real(side) for side in (left, right)]
         apart += n < SAMPLES and reals[0] != reals[1]
-        if not all(have):
+        if left is None or right is None:
             continue
-        same = close(*sides)
-        both_real = all(reals)
-        if both_real and not same:  # not if a square root of a negative number was on the way
-            both_real = _all_real(a, point) and _all_real(b, point)
+        same = close(left, right)
+        # no real values if a square root of a negative number was on the way
+        both_real = all(reals) and (same or (_all_real(a, point) and _all_real(b, point)))
         if not (complex_too or both_real):
             other.append(same)
         elif not same:
@@ -348,17 +340,15 @@ def equal(a: Node, b: Node) -> bool:
             real += 1
             if real == 2 * SAMPLES:
                 break
-    if apart > real and all(seen) and not complex_too:
+    if apart > real and len(seen) == 2 and not complex_too:
         return False
-    if real >= 3:
-        return True
-    if len(other) >= 3:
-        return all(other)
+    if real >= 3 or len(other) >= 3:
+        return real >= 3 or all(other)
     raise too_large or Undecided("no point where both sides have a value")
 
 
 def _sample(node: Node, point: dict):
-    """The value at a point, None where there is none, or none that is finite."""
+    """The value at a point, or None where there is none that is finite."""
     try:
         number = settled(node, point)
     except TooLarge:

@@ -9,7 +9,6 @@ Conventions, all of them common in public answer checkers:
 """
 
 from collections.abc import Iterable
-from fractions import Fraction
 
 from . import regions
 from .evaluate import Undecided, equal, exact, has, settled, symbols
@@ -64,8 +63,8 @@ def _same_lists(a: Node, b: Node) -> bool:
     if "group" in (a.op, b.op):
         group, listed = (a, b) if a.op == "group" else (b, a)
         if listed.op == "set":
-            return len(listed.args) == 1 and listed.args[0].op == "group" and same(
-                group, listed.args[0])  # fmt: skip
+            only = listed.args[0] if len(listed.args) == 1 else listed
+            return only.op == "group" and same(group, only)
         if len(group.args) == 3:
             return False
         if any(item.op == "rel" and set(item.args[0]) != {"="} for item in listed.args):
@@ -78,12 +77,8 @@ def _same_lists(a: Node, b: Node) -> bool:
     if len(sides[0]) == len(sides[1]) == 1 and a.op != b.op:
         return False  # {2} isn't 2
     names = [[name_of(item) for item in side] for side in sides]
-    unnamed = any(
-        item.op == "rel" and not name
-        for side, own in zip(sides, names, strict=True)
-        for item, name in zip(side, own, strict=True)
-    )
-    if any(all(side) and side for side in names) and names[0] != names[1] and not unnamed:
+    assigned = all(name_of(item) for side in sides for item in side if item.op == "rel")
+    if any(all(side) and side for side in names) and names[0] != names[1] and assigned:
         settled = _same_named(sides, names)
         if settled is not None:
             return settled
@@ -105,14 +100,12 @@ def _same_named(sides: list, names: list) -> bool | None:
         flat = [item for other in others for item in
                 (other.args[2:] if other.op == "group" else (other,))]  # fmt: skip
         return _pairwise(values, flat)
-    flat_groups = len(values) > len(others) and all(other.op == "group" for other in others)
-    if flat_groups and not distinct and names[side].count(names[side][0]) == len(others):
+    width = len(values) // max(1, len(others))
+    grouped = width > 1 and all(other.op == "group" for other in others)
+    if grouped and not distinct and names[side].count(names[side][0]) == len(others):
         # p=5, q=2; p=7, q=2 against (5,2), (7,2): as many tuples as there are p's
-        width = len(values) // len(others)
-        values = [
-            Node("group", ("(", ")", *values[at : at + width]))
-            for at in range(0, len(values), width)
-        ]
+        starts = range(0, len(values), width)
+        values = [Node("group", ("(", ")", *values[at : at + width])) for at in starts]
     return _matched(values, others, as_set=False)
 
 
@@ -142,42 +135,30 @@ def _matched(left: Iterable[Node], right: Iterable[Node], as_set: bool) -> bool:
 def _same_groups(a: Node, b: Node) -> bool:
     if a.op != b.op:
         group, other = (a, b) if a.op == "group" else (b, a)
+        items = group.args[2:]
         if other.op == "matrix":
-            rows = [Node("row", row.args[2:]) for row in group.args[2:] if row.op == "group"]
+            rows = [Node("row", row.args[2:]) for row in items if row.op == "group"]
             if rows:  # [[1, 2], [3, 4]]
                 return _same_matrices(Node("matrix", tuple(rows)), other)
-            entries = _vector(other)
-            return (
-                group.args[:2] in _VECTORS and bool(entries) and _pairwise(group.args[2:], entries)
-            )
-        if symbols(other) in _UNIT_VECTORS and len(group.args) in (4, 5):  # 2i + 3j
-            terms = zip(group.args[2:], "ijk", strict=False)
-            return equal(
-                other, Node("add", tuple(Node("mul", (x, Node("sym", (c,)))) for x, c in terms))
-            )
+            return bool(items) and group.args[:2] in _VECTORS and _pairwise(items, _vector(other))
+        terms = (Node("mul", (x, Node("sym", (c,)))) for x, c in zip(items, "ijk", strict=False))
+        unit_vectors = symbols(other) in _UNIT_VECTORS and len(items) in (2, 3)  # 2i + 3j
+        return unit_vectors and equal(other, Node("add", tuple(terms)))
+    ends = [(side.args[0] == "[", side.args[1] == "]") for side in (a, b)]
+    if len(a.args) == len(b.args) == 4 and ends[0] != ends[1]:
         return False
-    brackets = [side.args[:2] for side in (a, b)]
-    if len(a.args) != len(b.args):
-        return False
-    if len(a.args) == 4:
-        ends = [(left == "[", right == "]") for left, right in brackets]
-        if ends[0] != ends[1]:
-            return False
     return _pairwise(a.args[2:], b.args[2:])
 
 
 def _same_matrices(a: Node, b: Node) -> bool:
-    if a.op != b.op or len(a.args) != len(b.args):
-        return False
-    return all(_pairwise(x.args, y.args) for x, y in zip(a.args, b.args, strict=True))
+    alike = a.op == b.op and len(a.args) == len(b.args)
+    return alike and all(_pairwise(x.args, y.args) for x, y in zip(a.args, b.args, strict=True))
 
 
 def _vector(matrix: Node) -> list[Node]:
     """The entries of a matrix of one row or column; of any other, none."""
-    rows = matrix.args
-    if len(rows) == 1 or all(len(row.args) == 1 for row in rows):
-        return [cell for row in rows for cell in row.args]
-    return []
+    flat = len(matrix.args) == 1 or all(len(row.args) == 1 for row in matrix.args)
+    return [cell for row in matrix.args for cell in row.args] if flat else []
 
 
 # ------------------------------------------------------------------ relations
@@ -209,10 +190,8 @@ def _same_relations(a: Node, b: Node) -> bool:
         return _same_equations(a.args[1:], b.args[1:])
     if "in" in a.args[0] and "in" in b.args[0]:
         return a.args[0] == b.args[0] and all(map(same, a.args[1:], b.args[1:]))
-    if _same_inequalities(a, b):
-        return True
     try:
-        return _same_regions(a, b)
+        return _same_inequalities(a, b) or _same_regions(a, b)
     except Undecided:
         return False
 
@@ -238,18 +217,16 @@ def _is_identity(relation: Node) -> bool:
 
 
 def _compatible(a: Node, b: Node) -> bool:
-    """The same name, up to y or a_n for f(x), and x for x_1."""
-    a, b = (side.args[0] if _is_length(side) else side for side in (a, b))
+    """The same name, up to y or a_n for f(x), x for x_1, and AB for |AB|."""
+    a, b = (
+        side.args[0] if side.op == "abs" and len(str(side.args[0].args[0])) > 1 else side
+        for side in (a, b)
+    )
     heads = [str(name.args[0]).partition("_")[0] for name in (a, b)]
     if {a.op, b.op} == {"apply", "sym"}:
         return heads[0] == heads[1] or Node("sym", ("y",)) in (a, b)
     bare = any(name.op == "sym" and "_" not in name.args[0] for name in (a, b))
     return a == b or (a.op == b.op == "sym" and heads[0] == heads[1] and bare)
-
-
-def _is_length(name: Node) -> bool:
-    """Whether a name is |AB|."""
-    return name.op == "abs" and name.args[0].op == "sym" and len(name.args[0].args[0]) > 1
 
 
 def _difference(left: Node, right: Node) -> Node:
@@ -271,35 +248,20 @@ def _same_equations(a: tuple[Node, Node], b: tuple[Node, Node]) -> bool:
 
 def _proportional(a: Node, b: Node) -> int | None:
     """The sign of the constant c with a = c·b (0 if it isn't real), or None if there is none."""
-    names = sorted(symbols(a) | symbols(b))
-    ratios, vanish = [], []
     for shift in range(3):
-        point = {name: 0.37 + 0.61 * n + 1.19 * shift for n, name in enumerate(names)}
+        names = enumerate(sorted(symbols(a) | symbols(b)))
+        point = {name: 0.37 + 0.61 * n + 1.19 * shift for n, name in names}
         try:
             above, below = settled(a, point), settled(b, point)
         except Undecided:
             continue
-        vanish.append((above == 0) + (below == 0))
-        if not vanish[-1]:
-            ratios.append(above / below)
-    if any(vanish):  # what always holds equals only what always holds
-        return 1 if set(vanish) == {2} else None
-    if not ratios:
-        raise Undecided("no ratio of the two relations")
-    # a(x)·b(p) = b(x)·a(p) for all x says that a/b is constant
-    first = {name: 0.37 + 0.61 * n for n, name in enumerate(names)}
-    fixed_a, fixed_b = _substituted(a, first), _substituted(b, first)
-    if not equal(Node("mul", (a, fixed_b)), Node("mul", (b, fixed_a))):
-        return None
-    real = ratios[0].real
-    return 0 if ratios[0] != real else (1 if real > 0 else -1)
-
-
-def _substituted(node: Node, point: dict[str, float]) -> Node:
-    if node.op == "sym" and node.args[0] in point:
-        return Node("num", (Fraction(point[node.args[0]]), 0, 1))
-    args = (_substituted(arg, point) if isinstance(arg, Node) else arg for arg in node.args)
-    return Node(node.op, tuple(args))
+        if above == 0 or below == 0:  # what always holds equals only what always holds
+            return 1 if above == below else None
+        # a(x)·b(p) = b(x)·a(p) for all x says that a/b is constant
+        sides = (Node("mul", (x, Node("known", (y,)))) for x, y in ((a, below), (b, above)))
+        sign = 1 if (above / below).real > 0 else -1
+        return (0 if (above / below).imag else sign) if equal(*sides) else None
+    raise Undecided("no ratio of the two relations")
 
 
 def _upward(node: Node) -> Node:
@@ -323,18 +285,14 @@ def _same_inequalities(a: Node, b: Node) -> bool:
 def _meant(region: Node) -> Node:
     """Inequalities with commas between them all hold or, where they can't, are a union."""
     both = Node("cap", region.args)
-    if region.op != "list":
-        return region
-    return region if regions.same(both, Node("set", ())) else both
+    return both if region.op == "list" and not regions.same(both, Node("set", ())) else region
 
 
 def _is_hedged(region: Node) -> bool:
     """Whether a part of a region is idle: ``x > 1, x > 3`` leaves open which of them it means."""
-    if region.op not in ("list", "cup", "cap") or len(region.args) > MAX_PARTS:
-        return region.op == "list"
-    parts = region.args
-    rest = [Node(region.op, (*parts[:n], *parts[n + 1 :])) for n in range(len(parts))]
-    return any(regions.same(region, some) for some in rest)
+    parts = region.args if region.op in ("list", "cup", "cap") else ()
+    rest = (Node(region.op, (*parts[:n], *parts[n + 1 :])) for n in range(len(parts)))
+    return len(parts) > MAX_PARTS or any(regions.same(region, some) for some in rest)
 
 
 def _same_regions(a: Node, b: Node) -> bool:

@@ -1,7 +1,7 @@
 r"""One tree for what answers write in several ways, and the names that answers give to values."""
 
 from .evaluate import Undecided, find, has, symbols, value
-from .tree import Node
+from .tree import Node, rewritten
 from .vocabulary import word_set
 
 COLLECTIONS = ("list", "set", "group", "matrix", "det")
@@ -84,10 +84,9 @@ def _linear(node: Node) -> Node:
 
 def _choose(node: Node, plus: str) -> Node:
     """The tree with every plus-minus sign settled: ``plus`` becomes +, the other one -."""
-    args = tuple(_choose(arg, plus) if isinstance(arg, Node) else arg for arg in node.args)
-    if node.op in ("pm", "mp"):
-        return args[0] if node.op == plus else Node("neg", args)
-    return Node(node.op, args)
+    minus = "mp" if plus == "pm" else "pm"
+    return rewritten(node, lambda part: part.args[0] if part.op == plus
+                     else Node("neg", part.args) if part.op == minus else part)  # fmt: skip
 
 
 def _share_names(items: list[Node]) -> tuple[Node, ...]:

@@ -6,7 +6,7 @@ relations) and raises :class:`ParseError` on everything else: nothing is skipped
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ MAX_DEPTH = 50
 MAX_DIGITS = 400
 MAX_SET_TOKENS = 400
 MAX_POSTFIX = 6
-_ARGUMENTS = ("x", "t", "n", "k", "z")
 
 
 class Node(NamedTuple):
@@ -29,6 +28,12 @@ class Node(NamedTuple):
 
     op: str
     args: tuple
+
+
+def rewritten(node: Node, change: Callable[[Node], Node]) -> Node:
+    """The tree with every node changed, the innermost first."""
+    args = (rewritten(arg, change) if isinstance(arg, Node) else arg for arg in node.args)
+    return change(Node(node.op, tuple(args)))
 
 
 def parse(text: str, thousands: bool = True) -> Node:
@@ -255,14 +260,14 @@ class _Parser:
                 name += "^-1"
             if token in ("f", "g") and self.peek() == "(":
                 return Node("apply", (name, self.bracketed()))
-            point = self.peek(1)
-            called = self.peek() + self.peek(2) == "()" and point.isdigit()
-            if called and (point == "0" or self.peek(3) == "="):
-                self.at += 3  # a value at 0 and h(2) = 7 are no products
-                name += f"({point})"
-            if self.peek() + self.peek(2) + self.peek(3) == "()=" and point in _ARGUMENTS:
-                self.at += 3
-                return Node("apply", (name, Node("sym", (point,))))
+            called = (
+                self.peek() + self.peek(2) == "()" and (self.peek(1) or "+") in "xtnkz0123456789"
+            )
+            if called and (self.peek(1) == "0" or self.peek(3) == "="):
+                point = self.bracketed()  # a value at 0 and h(2) = 7 are no products
+                if point.op == "sym":
+                    return Node("apply", (name, point))
+                name += f"({point.args[0]})"
             return Node("sym", (name,))
         if token[0] != "\\" or token in NOT_A_FACTOR:
             raise ParseError(f"unexpected {token!r}")
@@ -270,10 +275,9 @@ class _Parser:
 
     def command(self, token: str) -> Node:
         name = token[1:]
-        if name == "frac":
-            return Node("div", (self.digit_or_group(), self.digit_or_group()))
-        if name == "binom":
-            return Node("binom", (self.digit_or_group(), self.digit_or_group()))
+        if name in ("frac", "binom"):
+            operation = "div" if name == "frac" else "binom"
+            return Node(operation, (self.digit_or_group(), self.digit_or_group()))
         if name == "sqrt":
             index = self.bracketed().args[2:] if self.peek() == "[" else (number("2"),)
             if len(index) != 1:
@@ -326,14 +330,12 @@ class _Parser:
             close = self.accept(*CLOSERS[opener])
         self.bars, self.such = outer
         self.depth -= 1
-        if not close:
-            raise ParseError(f"{opener!r} is not closed")
+        if not close or (opener == "{" and content is None):
+            raise ParseError(f"{opener!r} is not closed, or empty")
         items = () if content is None else content.args if content.op == "list" else (content,)
         if opener == r"\{":
             return content if content and content.op == "such" else Node("set", items)
         if content is None:
-            if opener == "{":
-                raise ParseError("empty group")
             return Node("group", (opener, close))
         if opener in ("|", r"\lvert", r"\|"):
             return Node("abs", (content,))
@@ -341,17 +343,11 @@ class _Parser:
             return Node("fn", ("floor" if opener == r"\lfloor" else "ceil", content))
         if opener == r"\langle":
             return Node("group", ("(", ")", *items))
-        if (
-            opener == "{"
-            or content.op == "matrix"
-            or (opener == "(" and close == ")" and content.op != "list")
-        ):
+        alone = opener == "(" and close == ")" and content.op != "list"
+        if opener == "{" or content.op == "matrix" or alone:
             return content
-        if (
-            opener == "["
-            and len({len(item.args) for item in items if item.op == "list"}) == 1
-            and all(item.op == "list" for item in items)
-        ):  # [1, 2; 3, 4]
+        widths = {len(item.args) if item.op == "list" else 0 for item in items}
+        if opener == "[" and len(widths) == 1 and 0 not in widths:  # [1, 2; 3, 4]
             return Node("matrix", tuple(Node("row", item.args) for item in items))
         return Node("group", (opener, close, *items))
 
@@ -368,31 +364,21 @@ class _Parser:
                 rows[-1].append(self.answer())
         if self.raw_group() != name:
             raise ParseError(f"environment {name!r} is not closed")
-        rows = [row for row in rows if row]
-        if all(len(row) == 1 and row[0].op == "list" and _is_piece(row[0].args) for row in rows):
-            rows = [list(row[0].args) for row in rows]
-        if (len(rows) > 1 and all(_is_piece(row) for row in rows)) or (
-            name == "cases" and all(len(row) == 2 for row in rows)
-        ):
+        rows = [
+            list(row[0].args) if len(row) == 1 and row[0].op == "list" and len(row[0].args) == 2
+            and row[0].args[0].op != "rel" else row for row in rows if row
+        ]  # fmt: skip
+        pairs = bool(rows) and all(len(row) == 2 for row in rows)
+        if pairs and (name == "cases" or all(row[1].op == "rel" != row[0].op for row in rows)):
             return Node("list", tuple(Node("group", ("(", ")", *row)) for row in rows))
-        if name in ("cases", "aligned", "align", "align*", "gathered") or (
-            name == "array" and any(cell.op == "rel" for row in rows for cell in row)
-        ):
+        lines = name == "array" and any(cell.op == "rel" for row in rows for cell in row)
+        if lines or name in ("cases", "aligned", "align", "align*", "gathered"):
             nodes = tuple(node for row in rows for node in row)
             return nodes[0] if len(nodes) == 1 else Node("list", nodes)
-        if (
-            ("matrix" not in name and name != "array")
-            or not rows
-            or len({len(row) for row in rows}) != 1
-        ):
+        if ("matrix" not in name and name != "array") or len({len(row) for row in rows}) != 1:
             raise ParseError(f"environment {name!r}")
         kind = "det" if name == "vmatrix" else "matrix"
         return Node(kind, tuple(Node("row", tuple(row)) for row in rows))
-
-
-def _is_piece(row: Sequence[Node]) -> bool:
-    """Whether a row is a value and its condition."""
-    return len(row) == 2 and row[0].op != "rel" and row[1].op in ("rel", "cup", "cap")
 
 
 def number(token: str) -> Node:
@@ -401,11 +387,9 @@ def number(token: str) -> Node:
     whole, _, decimals = mantissa.partition(".")
     if len(token) > MAX_DIGITS or abs(int(exponent or 0)) > MAX_DIGITS:
         raise ParseError("too large a number")
-    value = Fraction(int(whole + decimals or 0)) * Fraction(10) ** (
-        int(exponent or 0) - len(decimals)
-    )
-    places = max(0, len(decimals) - int(exponent or 0))
-    return Node("num", (value, places, len((whole + decimals).lstrip("0"))))
+    places = len(decimals) - int(exponent or 0)
+    value = int(whole + decimals or 0) / Fraction(10) ** places
+    return Node("num", (value, max(0, places), len((whole + decimals).lstrip("0"))))
 
 
 def _such(element: Node, conditions: Node) -> Node:
@@ -423,11 +407,9 @@ def _mixed(top: list[Node], factor: Node) -> Node:
 
 def _is_proper(node: Node) -> bool:
     """Whether a node is the fraction of a mixed number: two integers, the smaller on top."""
-    return (
-        node.op == "div"
-        and all(part.op == "num" and part.args[0].denominator == 1 for part in node.args)
-        and node.args[0].args[0] < node.args[1].args[0]
-    )
+    parts = node.args if node.op == "div" else ()
+    whole = all(part.op == "num" and part.args[0].denominator == 1 for part in parts)
+    return bool(parts) and whole and parts[0].args[0] < parts[1].args[0]
 
 
 def _name(node: Node) -> str:

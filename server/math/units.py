@@ -124,7 +124,8 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
 
 def _is_unit(text: str) -> bool:
     """Whether all words after a number are known, or in the plural: 36 apples, not 36 lakh."""
-    words = re.findall(r"[a-z.]+", _UNIT.search(text[-80:])[0].lower().replace("\\text", ""))
+    match = _UNIT.search(text[-80:])
+    words = re.findall(r"[a-z.]+", match[0].lower().replace("\\text", "")) if match else []
     return all(
         word in UNITS or word in _BESIDE or word in _UNIT_NAMES or word in _UNIT_NAMES.values()
         or (len(word) > 3 and word[-1] == "s" and word not in _NO_PLURALS
