@@ -31,8 +31,7 @@ _SECOND = re.compile(  # another choice, or doubts, in what should be the text o
     r"|(?:\b(?:and|or)|[,/;]|\\l(?:and|or)) ?\(?[A-J](?![A-Za-z])|\A ?(?:no|not|is|and)\b"
 )
 _DOUBT = re.compile(
-    r"(?<![A-Za-z\\])(?:not|never|wrong|incorrect|maybe|perhaps|probably|either|but|if|n't)(?![A-Za-z])",
-    re.I,
+    r"(?i)(?<![a-z\\])(?:not|never|wrong|incorrect|maybe|perhaps|probably|either|but|if|n't)(?![a-z])"
 )
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time, not a ratio, if both sides are
 _DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))")
@@ -108,9 +107,8 @@ def quick(gold: str, pred: str) -> Verdict | None:
     if all(chosen) and len(gold + pred) > 2:
         (letter, option), (other, its_option) = chosen
         if letter != other or not (option and its_option):
-            return Verdict(
-                letter == other and not _SECOND.search(option + its_option), "normalised"
-            )
+            alike = letter == other and not _SECOND.search(option + its_option)
+            return Verdict(alike, "normalised")
         if words(option) and words(option) == words(its_option):
             return Verdict(True, "normalised")
     if _DOUBT.search(pred) and not _DOUBT.search(gold):
@@ -122,12 +120,10 @@ def quick(gold: str, pred: str) -> Verdict | None:
 
 def _choice(text: str) -> tuple[str, str] | None:
     """The letter of a choice, and the text of its option."""
-    if text[:6] != r"\text{" and text[0] not in "(ABCDEFGHIJabcdefghij":
-        return None
-    match = _CHOICE.fullmatch(re.sub(r"\\text\{|\}", "", text))
-    if not match or (match[2] and match[1].islower()):
-        return None
-    return match[1].upper(), match[2]
+    starts = text[:6] == r"\text{" or text[0] in "(ABCDEFGHIJabcdefghij"
+    match = starts and _CHOICE.fullmatch(re.sub(r"\\text\{|\}", "", text))
+    named = match and (not match[2] or match[1].isupper())
+    return (match[1].upper(), match[2]) if named else None
 
 
 def cache_key(gold: str, pred: str) -> tuple[str, str]:
@@ -149,25 +145,22 @@ def _numeric(gold: str, pred: str) -> Verdict | None:
         return Verdict(gold.lstrip("0") == pred.lstrip("0"), "normalised")
     try:
         trees = parse(gold), parse(pred)
-        if all(exact(_bare(tree)) is not None for tree in trees):
+        bare = [tree.args[0] if tree.op == "degree" else tree for tree in trees]
+        if None not in map(exact, bare):
             return Verdict(same_values(*trees), "numeric")
     except (ParseError, Undecided, RecursionError):
         pass
     return None
 
 
-def _bare(tree: Node) -> Node:
-    return tree.args[0] if tree.op == "degree" else tree
-
-
 def _compare(gold: str, pred: str) -> Verdict:
     """The structural stages, on both readings of commas between digits."""
     trees = structures.one_form(parse(gold)), parse(pred)
-    expressions = all(tree.op not in _STRUCTURES for tree in trees)
-    how = "symbolic" if expressions else "structure"
-    family = families.same(*trees)
-    if family is not None:
-        return Verdict(family, "structure")
+    how = "structure" if any(tree.op in _STRUCTURES for tree in trees) else "symbolic"
+    if "Z" in gold + pred or r"\pmod" in gold + pred:
+        family = families.same(*trees)
+        if family is not None:
+            return Verdict(family, "structure")
     if structures.same(*trees):
         return Verdict(True, how)
     for reading in (_as_lists, _as_decimals):
@@ -186,9 +179,7 @@ def _as_lists(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> tuple[N
     return parse(gold, thousands=False), parse(pred, thousands=False)
 
 
-def _as_decimals(
-    gold: str, pred: str, gold_tree: Node, pred_tree: Node
-) -> tuple[Node, Node] | None:
+def _as_decimals(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> tuple | None:
     """1,22 as a decimal fraction, if the other side clearly is a number."""
     if _DECIMAL_COMMA.fullmatch(gold) and exact(pred_tree) is not None:
         return parse(gold.replace(",", ".")), pred_tree

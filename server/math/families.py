@@ -10,7 +10,7 @@ from .regions import near
 from .tidy import name_of, tidy, value_of
 from .tree import Node
 
-FEW, MORE = 3, 25
+FEW, MORE = 7, 25
 _INTEGERS = Node("sym", ("set:Z",))
 
 
@@ -20,34 +20,26 @@ def same(gold: Node, pred: Node) -> bool | None:
     ``3n`` alone is a formula. What says more is ``k \in \mathbb{Z}``, a modulus or, in the
     reference, a name or π.
     """
-    letters: list[set[str]] = [set(), set()]  # that stand for integers
-    names: list[set[Node]] = [set(), set()]
-    sides = [
-        [*_members(side, *found)] for side, *found in zip((gold, pred), letters, names, strict=True)
-    ]
-    used = [frozenset().union(*map(symbols, side)) for side in sides]
+    letters, names = (set(), set()), (set(), set())  # those that stand for integers; of either side
+    forms = [[*_members(side, letters[n], names[n])] for n, side in enumerate((gold, pred))]
+    used = [frozenset().union(*map(symbols, side)) for side in forms]
     if not any(letters) or not (letters[0] or names[0] or has(gold, "sym", "pi")):
         return None
-    if any(
-        len(own) != 1 or not own <= said | INTEGERS for own, said in zip(used, letters, strict=True)
-    ):
+    if any(len(used[n]) != 1 or used[n] - letters[n] - INTEGERS for n in (0, 1)):
         return None
     if all(names) and names[0] != names[1]:
         return False
+    members: list[list[tuple]] = [[], []]
     try:
-        few, more = (
-            [
-                [_at(form, {letter: k}) for form in side for k in range(-reach, reach + 1)]
-                for side, (letter,) in zip(sides, used, strict=True)
-            ]
-            for reach in (FEW, MORE)
-        )
+        for n, (letter,) in enumerate(used):
+            for k in sorted(range(-MORE, MORE + 1), key=abs):
+                members[n] += (_at(form, {letter: k}) for form in forms[n])
     except Undecided:
         return None
     return all(
-        any(len(x) == len(y) and all(map(near, x, y)) for y in others)
-        for some, others in zip(few, reversed(more), strict=True)
-        for x in some
+        any(len(x) == len(y) and all(map(near, x, y)) for y in members[1 - n])
+        for n in (0, 1)
+        for x in members[n][: FEW * len(forms[n])]
     )
 
 

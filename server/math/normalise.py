@@ -5,9 +5,10 @@ work is bounded by the length of the string, whatever the string holds.
 """
 
 import re
+from functools import lru_cache
 from unicodedata import normalize
 
-from .notations import usual
+from .notations import RARE, Rules
 from .phrases import number_in_words, phrase, without_article
 from .units import UNITS
 from .vocabulary import FUNCTIONS
@@ -75,74 +76,29 @@ _OPERATORS = {"<=": r"\le ", "=<": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "+/-":
 _CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen"}
 
 
-def _group(match: re.Match[str]) -> str:
-    """What one of the groups holds: a replacement that, unlike a template, costs nothing unused."""
-    return match[match.lastindex] if match.lastindex else " "
-
-
-# Applied in this order; each is one linear pass. The first only where there is a backslash.
-_COMMANDS = [
-    (re.compile(r"\\(?:n(?![A-Za-z])|q?quad)"), " "),
-    (re.compile(r"(\\\\)|\\[()\[\]]"), _group),
-    (re.compile(r"\\(?:left|right|middle)(?![A-Za-z])\.?"), ""),
-    (re.compile(r"(\\\\)|\\!() *"), _group),
-    (re.compile(r"(?<=\d)\\[,; ](?=\d{3}(?!\d))"), ""),
-    (
-        re.compile(
-            r"(\\\\)|\\(?:[,;:> ]|(?:[hv]space|(?:text)?color|tag|label|h?phantom)\*? *\{[^{}]*\}"
-            r"|(?:begin|end)\{(?:equation|displaymath|math|split|center)\*?\})"
-        ),
-        _group,
-    ),
-    (re.compile(r"\\([A-Za-z]+)"), lambda match: _SYNONYMS.get(match[1], match[0])),
-    (re.compile(r"\\math(?:bin|rel|open|close|ord|punct)\s*\{([^{}]*)\}"), _group),
-    (re.compile(r"\\%"), "%"),
-    (re.compile(r"\\mathbf ?\{([NZQR])\}"), r"\\mathbb{\1}"),
-    (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])"), "°"),
-]
-_SIGNS = [
-    (re.compile(r"(?<=\d)\{,\}(?=\d{3}(?!\d))"), ""),
-    (re.compile(r"(?<=\d)\{,\}(?=\d)"), "."),
-    (re.compile(r"\{([,;:])\}"), _group),
-    (
-        re.compile(r"(\\\$|[€£¥])\s*(\d++(?:[.,]\d++)*+)(?=\s*(?:[,;.)$]|\Z))|([€£¥])"),
-        lambda match: rf"{match[2] or ''}\text{{{_CURRENCIES[match[1] or match[3]]}}}",
-    ),
-    (re.compile(r"\\?\$|~"), " "),
-    (re.compile(r"(?<![\w)\]}])\*\*([^\s*](?:[^*]*[^\s*])?)\*\*(?![\w(\\])"), _group),
-    (re.compile(r"\*\*"), "^"),
-    (re.compile(r"<=|=<|>=|!=|\+/-|\\not="), lambda match: _OPERATORS[match[0]]),
-    (re.compile(r"\.\.\.+"), lambda _: r"\ldots "),
-    (re.compile(r"(?<=\d) ?x ?(?=10\^)"), "*"),
-]
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|it|sf|tt|cal|scr|frak|normal)|mbox|hbox"
     r"|operatorname\*?|bm|boldsymbol|emph|underline)\s*\{([^{}]*)\}"
 )
-_FONT = re.compile(r"\\(?:mathrm|mathbf|mathit|rm|bf|it|text|operatorname)(?![A-Za-z{])\s*")
-_WORD = re.compile(rf"(?<![A-Za-z\\])({'|'.join(sorted(_WORDS, reverse=True))})(?![A-Za-z])")
+_WORD = "|".join(sorted(_WORDS, reverse=True))
 _POWER_OF_UNIT = re.compile(rf"({'|'.join(sorted(UNITS, reverse=True))})(\^\{{?-?\d\}}?)?")
 _CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)*\.?")
 _FORMULA = re.compile(r".?|\d.*|[-+]?[\d.,:/% ]+|(?!.*[A-Za-z]{2}).*=.*")
-_MIXED = re.compile(r"(?<![\d./])(\d{1,9}) +(\d{1,9}) ?/ ?(\d{1,9})(?![\d./])")
 _ANSWER_IS = re.compile(
-    r" ?(?:(?:therefore|thus|hence|so) ?,? )?"
+    r"\A ?(?:(?:therefore|thus|hence|so) ?,? )?"
     r"(?:(?:the )?(?:correct |final )?(?:answer|option|choice|solution)s?(?: is| are)? ?[:,]? )?",
     re.IGNORECASE,
 )
-_MAXIMA = re.compile(r"(?<![\d.})\]])%(?=(?:pi|e|i)(?![A-Za-z]))")
-_SPACE = re.compile(r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])")
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
 _CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
-_SUPERSCRIPTS = re.compile(r"(\^\{-?\d*)\}\^\{(?=\d)")  # x¹² is x^{12}
 _SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
 _ASSIGNED, _STATEMENT = re.compile(r"[A-Za-z](?=\w*=)"), re.compile(r"[()]?(?:\\neg ?)?[p-s][()]?")
 _MONTH = re.compile(
     "january|february|march|april|may|june|july|august|(?:sept|nov|dec)ember|october"
 )
-_KEPT_SPACE = re.compile(r"(\d), +(?=\d{3}(?!\d))")  # "1, 234" is a list, "1,234" may be a number
 
 
+@lru_cache(maxsize=1024)  # a reference comes with each answer to its question
 def normalise(text: str) -> str:
     r"""The canonical spelling of an answer: layout, fonts and filler removed.
 
@@ -152,24 +108,7 @@ def normalise(text: str) -> str:
     text = text.translate(_TABLE)
     if r"\begin" not in text:  # in an environment a double backslash ends a row
         text = re.sub(r"\\\\(?=[A-Za-z()\[\]{}])", r"\\", text)
-    text = _SUPERSCRIPTS.sub(_group, unbox(text))
-    if "\\" in text:
-        for pattern, replacement in _COMMANDS:
-            text = pattern.sub(replacement, text)
-    for pattern, replacement in _SIGNS:
-        text = pattern.sub(replacement, text)
-    text = _MAXIMA.sub("", text)
-    text = _FONT.sub("", _TEXT.sub(_plain_text, text))
-    text = _WORD.sub(lambda match: _WORDS[match[1]], text)
-    text = re.sub(r"(?<=[)\]]) *U *(?=[(\[])", r"\\cup ", text)
-    text = re.sub(r"\s+", " ", text).rstrip(" .,;:\\")
-    text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
-    text = _ANSWER_IS.sub("", text, count=1)
-    text = _connectives(text) if r"\lor" in text or r"\land" in text else text
-    text = re.sub(r"(?: ?, ?){2,}", ",", text)
-    text = _SPACE.sub("", _KEPT_SPACE.sub("\\1,\0", text)).replace("\0", " ")
-    text = usual(text)
-    text = text.lstrip(" ,;:=").rstrip(" .,;:")
+    text = _RULES(unbox(text)).lstrip(" ,;:=").rstrip(" .,;:")
     text = text if text[:1] != "." or text[1:2].isdigit() else text.lstrip(".")
     return phrase(spelt) or text if (spelt := _in_words(text)) else text
 
@@ -193,19 +132,15 @@ def unbox(text: str) -> str:
 
     Several boxes make a list; a per cent sign, unit or power right after the only box stays.
     """
-    for _ in range(3):  # boxes in boxes
-        boxes, last = [], 0
-        while match := _BOX.search(text, last):
-            end = closing_brace(text, match.end())
-            boxes.append(text[match.end() : end])
-            last = end + 1
-        if not boxes:
-            break
-        tail = text[last:].strip(" $.")
-        if len(boxes) == 1 and _UNIT_AFTER_BOX.match(tail):
-            boxes[0] += tail
-        text = ",".join(boxes)
-    return text
+    boxes, last = [], 0
+    while match := _BOX.search(text, last):
+        end = closing_brace(text, match.end())
+        boxes.append(_BOX.sub("{", text[match.end() : end]))  # what is around a box in a box stays
+        last = end + 1
+    tail = text[last:].strip(" $.")
+    if len(boxes) == 1 and _UNIT_AFTER_BOX.match(tail):
+        boxes[0] += tail
+    return ",".join(boxes) if boxes else text
 
 
 def closing_brace(text: str, start: int) -> int:
@@ -256,3 +191,54 @@ def _plain_text(match: re.Match[str]) -> str:
         joined = ",".join(rf"\text{{{part.strip()}}}" if part else "" for part in parts)
         return _TEXT.sub(_plain_text, joined)
     return rf"\text{{{inner}}}" if match[0][:5] != r"\math" or " " in inner else f" {inner}"
+
+
+def _group(match: re.Match[str]) -> str:
+    """What one of the groups holds: a replacement that, unlike a template, costs nothing unused."""
+    return match[match.lastindex] if match.lastindex else " "
+
+
+_RULES = Rules([
+    ("}^{", r"(\^\{-?\d*)\}\^\{(?=\d)", _group),  # x¹² is x^{12}
+    # commands
+    ("\\", r"\\(?:n(?![A-Za-z])|q?quad)", " "),
+    ("\\", r"(\\\\)|\\[()\[\]]", _group),
+    ("\\", r"\\(?:left|right|middle)(?![A-Za-z])\.?", ""),
+    (r"\!", r"(\\\\)|\\!() *", _group),
+    ("\\", r"(?<=\d)\\[,; ](?=\d{3}(?!\d))", ""),
+    ("\\", r"(\\\\)|\\(?:[,;:> ]|(?:[hv]space|(?:text)?color|tag|label|h?phantom)\*? *\{[^{}]*\}"
+     r"|(?:begin|end)\{(?:equation|displaymath|math|split|center)\*?\})", _group),
+    ("\\", r"\\([A-Za-z]+)", lambda match: _SYNONYMS.get(match[1], match[0])),
+    (r"\math", r"\\math(?:bin|rel|open|close|ord|punct)\s*\{([^{}]*)\}", _group),
+    (r"\%", r"\\%", "%"),
+    (r"\mathbf", r"\\mathbf ?\{([NZQR])\}", r"\\mathbb{\1}"),
+    (r"\circ", r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])", "°"),
+    # signs
+    ("{,}", r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""),
+    ("{,}", r"(?<=\d)\{,\}(?=\d)", "."),
+    ("{", r"\{([,;:])\}", _group),
+    ("", r"(\\\$|[€£¥])\s*(\d++(?:[.,]\d++)*+)(?=\s*(?:[,;.)$]|\Z))|([€£¥])",
+     lambda match: rf"{match[2] or ''}\text{{{_CURRENCIES[match[1] or match[3]]}}}"),
+    ("", r"\\?\$|~", " "),
+    ("**", r"(?<![\w)\]}])\*\*([^\s*](?:[^*]*[^\s*])?)\*\*(?![\w(\\])", _group),
+    ("**", r"\*\*", "^"),
+    ("", r"<=|=<|>=|!=|\+/-|\\not=", lambda match: _OPERATORS[match[0]]),
+    ("...", r"\.\.\.+", r"\\ldots "),
+    ("10^", r"(?<=\d) ?x ?(?=10\^)", "*"),
+    ("%", r"(?<![\d.})\]])%(?=(?:pi|e|i)(?![A-Za-z]))", ""),
+    # words
+    ("{", _TEXT, _plain_text),
+    ("\\", r"\\(?:mathrm|mathbf|mathit|rm|bf|it|text|operatorname)(?![A-Za-z{])\s*", ""),
+    ("", rf"(?<![A-Za-z\\])({_WORD})(?![A-Za-z])", lambda match: _WORDS[match[1]]),
+    ("U", r"(?<=[)\]]) *U *(?=[(\[])", r"\\cup "),
+    ("", r"\s+", " "),
+    ("", r"(?<![ .,;:\\])[ .,;:\\]+\Z", ""),
+    ("/", r"(?<![\d./])(\d{1,9}) +(\d{1,9}) ?/ ?(\d{1,9})(?![\d./])", r"\1\\frac{\2}{\3}"),
+    ("", _ANSWER_IS, ""),
+    (r"\l", r".*\\l(?:or|and)(?![a-z]).*", lambda match: _connectives(match[0])),
+    (",", r"(?: ?, ?){2,}", ","),
+    (", ", r"(\d), +(?=\d{3}(?!\d))", "\\1,\0"),  # "1, 234" is a list, "1,234" may be a number
+    (" ", r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", ""),
+    ("\0", "\0", " "),
+    *RARE,
+])  # fmt: skip

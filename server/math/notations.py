@@ -1,6 +1,7 @@
-r"""Notations that few answers hold, each as a sign of it, a pattern and what stands for it.
+r"""Rules that rewrite a string, each a sign of a notation, a pattern and what stands for it.
 
-A pattern is searched only where its sign is, so that the other answers cost nothing.
+A pattern is searched only where its sign is, so that the other answers cost nothing. ``RARE`` are
+the notations that few answers hold.
 """
 
 import re
@@ -19,13 +20,13 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"\frac{{{numerator}}}{{{denominator}}}"
 
 
-_RARE = [
+RARE = [
     # degrees, temperatures, minutes of arc, a unit in brackets, ordinals
     ("^", r"(?<=[\d}])\^(?:o|\{o\})(?![A-Za-z])", "°"),
     ("prime", r"\^\{? ?\\prime ?(\\prime)? ?\}?", lambda m: "''" if m[1] else "'"),
     ("°", r"\{ ?° ?\}", "°"),
     ("°", r"(?<!\{)° ?(?:\\text\{ ?)?([CF])(?:elsius|ahrenheit)?(?![A-Za-z]) ?\}?", r"\\text{°\1}"),
-    (")", r"(?<=[\d}])\((\\text\{[A-Za-z ]*\})\)\Z", r"\1"),
+    ("})", r"(?<=[\d}])\((\\text\{[A-Za-z ]*\})\)\Z", r"\1"),
     ("d", rf"(?<=\d)(?:\^? ?\{{? ?{_TEXT})(?:st|nd|rd)(?![A-Za-z]) ?\}}{{0,2}}", ""),
     ("th", rf"(?<=\d)(?:\^? ?\{{? ?{_TEXT})th(?![A-Za-z]) ?\}}{{0,2}}", ""),
     # bases, residues, numbers with a period or a rest
@@ -34,15 +35,15 @@ _RARE = [
      lambda m: f"{m[1].upper()}_{m[2]}"),
     ("mod", r" ?(\( ?)?\\?(?:text\{ ?)?(?<![A-Za-z])[pb]?mod\b ?\}? ?(\d{1,9}|\{\d{1,9}\}|[a-z])"
      r"(?(1) ?\))", lambda m: rf"\pmod{{{m[2].strip('{}')}}}"),
-    ("(", r"(?<![\d.])(\d{0,20})\.(\d{0,20})\((\d{1,20})\)(?![\w(.^])", _repeating),
-    ("\\", r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot)\{(\d{1,20})\}", _repeating),
+    (".", r"(?<![\d.])(\d{0,20})\.(\d{0,20})\((\d{1,20})\)(?![\w(.^])", _repeating),
+    (".", r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot)\{(\d{1,20})\}", _repeating),
     (r"\ldots", r"(\d{0,20})\.(\d{0,6}?)(\d{1,3}?)\3{2,9} ?\\ldots", _repeating),
     (r"\ldots", r"(\.\d+) ?\\ldots *\Z", r"\1"),
     (" ", r"\A-?\d{1,3}(?: \d{3})+(?:\.\d+)?\Z", lambda m: m[0].replace(" ", "")),
     (" to ", r"\A(\d+) to (\d+)\Z", r"\1:\2"),
     # lists, matrices, systems
     ("<", r"\A<([^<>=]*,[^<>=]*)>\Z", r"(\1)"),
-    ("(", r"\A(?:\(\d\)){2,}\Z", lambda m: m[0].replace(")(", "),(")),
+    (")(", r"\A(?:\(\d\)){2,}\Z", lambda m: m[0].replace(")(", "),(")),
     ("[", r"\A\[([A-J](?:, ?[A-J])+)\]\Z", r"\1"),
     ("atrix(", r"(?<![A-Za-z])[Mm]atrix(?=\()", ""),
     ("cases", r",? ?&? ?\\text\{ ?(?:if|for|when) ?\}|, ?(?:&|(?=\\\\))", "&"),
@@ -57,7 +58,7 @@ _RARE = [
     ("tg", rf"{_TEXT}\\?(?<![A-Za-z])((?:arc)?c?)tg(?![a-z]) ?\}}? ?(?=(\w?))",
      lambda m: _CALCULUS[m[1]] + " " * len(m[2])),
     # for which letters something holds
-    ("in", r"(?<=\\in)[ {]*Z\}?(?=\W|\Z)", r"\\mathbb{Z}"),
+    ("Z", r"(?<=\\in)[ {]*Z\}?(?=\W|\Z)", r"\\mathbb{Z}"),
     ("N", r"\A([A-Za-z](?:_\{?n\}?|\(n\))=.*?)[ ,(]*n ?\\in ?\\mathbb ?\{?N\}?[_^{}*+]*\)?\Z",
      r"\1"),
     ("angle", r"m?\\angle ?(?=[A-Z]|\{[A-Z])", ""),
@@ -71,12 +72,16 @@ _RARE = [
     ("for", rf"[ ,]*{_TEXT}for (?:all|any|every)(?: real)?(?: numbers?| values of)? ?\}}?[a-z]"
      r"(?:\\in ?\\mathbb\{R\})?\}?\Z", ""),
 ]  # fmt: skip
-_COMPILED = [(sign, re.compile(pattern), stands_for) for sign, pattern, stands_for in _RARE]
 
 
-def usual(text: str) -> str:
-    """An answer with the usual notation for what is written otherwise."""
-    for sign, pattern, stands_for in _COMPILED:
-        if sign in text:
-            text = pattern.sub(stands_for, text)
-    return text
+class Rules:
+    """Patterns to apply one after the other: ``Rules([("U", r"(?<=\)) ?U ?", r"\\cup ")])``."""
+
+    def __init__(self, rules: list[tuple]) -> None:
+        self.rules = [(sign, re.compile(pattern), new) for sign, pattern, new in rules]
+
+    def __call__(self, text: str) -> str:
+        for sign, pattern, new in self.rules:
+            if sign in text:
+                text = pattern.sub(new, text)
+        return text

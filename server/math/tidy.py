@@ -1,5 +1,7 @@
 r"""One tree for what answers write in several ways, and the names that answers give to values."""
 
+from itertools import chain
+
 from .evaluate import Undecided, find, has, symbols, value
 from .tree import Node, rewritten
 from .vocabulary import word_set
@@ -36,11 +38,8 @@ def tidy(node: Node) -> Node:
         (excluded,) = node.args[1].args
         node = Node("minus", (node.args[0], excluded)) if excluded.op == "set" else node
     if node.op in ("list", "set"):
-        items = []
-        for item in map(tidy, node.args):
-            flat = item.op == "list"
-            items += item.args if flat else [item]
-        node = Node(node.op, _share_names(items))
+        items = (item.args if item.op == "list" else (item,) for item in map(tidy, node.args))
+        node = Node(node.op, _share_names([*chain.from_iterable(items)]))
     return node
 
 

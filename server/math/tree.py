@@ -8,6 +8,7 @@ relations) and raises :class:`ParseError` on everything else: nothing is skipped
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
 from . import vocabulary
@@ -36,6 +37,7 @@ def rewritten(node: Node, change: Callable[[Node], Node]) -> Node:
     return change(Node(node.op, tuple(args)))
 
 
+@lru_cache(maxsize=256)  # one stage after the other asks
 def parse(text: str, thousands: bool = True) -> Node:
     """The tree of a normalised answer.
 
