@@ -12,6 +12,7 @@ killed; :func:`quick` may run on an event loop.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import families, structures, symbolic
@@ -80,7 +81,7 @@ def _slow(gold: str, pred: str) -> Verdict:
         pass
     try:
         equal = symbolic.equal(gold, pred)
-    except (MemoryError, KeyboardInterrupt):
+    except MemoryError:
         raise
     except Exception:  # the library raises anything on input it can't handle
         equal = None
@@ -99,9 +100,7 @@ def quick(gold: str, pred: str) -> Verdict | None:
     gold, pred = cache_key(gold, pred)
     if not gold or not pred:
         return Verdict(False, "normalised", "unparsable")
-    if gold == pred:
-        return Verdict(True, "normalised")
-    if words(gold) and words(gold) == words(pred):
+    if gold == pred or (words(gold) and words(gold) == words(pred)):
         return Verdict(True, "normalised")
     chosen = _choice(gold), _choice(pred)
     if all(chosen) and len(gold + pred) > 2:
@@ -163,8 +162,8 @@ def _compare(gold: str, pred: str) -> Verdict:
             return Verdict(family, "structure")
     if structures.same(*trees):
         return Verdict(True, how)
-    for reading in (_as_lists, _as_decimals):
-        if (other := reading(gold, pred, *trees)) and structures.same(*other):
+    for reading in _other_readings(gold, pred, *trees):
+        if structures.same(*reading):
             return Verdict(True, "structure")
     return Verdict(False, how)
 
@@ -172,17 +171,11 @@ def _compare(gold: str, pred: str) -> Verdict:
 _STRUCTURES = ("list", "set", "group", "matrix", "rel", "cup", "cap", "minus", "such")
 
 
-def _as_lists(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> tuple[Node, Node] | None:
-    """100,200 as a list, if the other side clearly is one."""
-    if (gold_tree.op == "list") == (pred_tree.op == "list") or ",0" in gold + pred:
-        return None  # a list doesn't hold 000
-    return parse(gold, thousands=False), parse(pred, thousands=False)
-
-
-def _as_decimals(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> tuple | None:
-    """1,22 as a decimal fraction, if the other side clearly is a number."""
+def _other_readings(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> Iterator[tuple]:
+    """100,200 as a list, and 1,22 as a decimal fraction, where the other side clearly is one."""
+    if (gold_tree.op == "list") != (pred_tree.op == "list") and ",0" not in gold + pred:
+        yield parse(gold, thousands=False), parse(pred, thousands=False)
     if _DECIMAL_COMMA.fullmatch(gold) and exact(pred_tree) is not None:
-        return parse(gold.replace(",", ".")), pred_tree
+        yield parse(gold.replace(",", ".")), pred_tree
     if _DECIMAL_COMMA.fullmatch(pred) and exact(gold_tree) is not None:
-        return gold_tree, parse(pred.replace(",", "."))
-    return None
+        yield gold_tree, parse(pred.replace(",", "."))

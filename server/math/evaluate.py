@@ -5,6 +5,7 @@ are computed.
 """
 
 import random
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
@@ -191,14 +192,6 @@ def _root(x, index):
     return _CONTEXT.sqrt(x) if index == 2 else _power(x, 1 / index)
 
 
-def _factorial(x):
-    return _CONTEXT.factorial(_bounded(x))
-
-
-def _product(*factors):
-    return _CONTEXT.fprod(factors)
-
-
 def _determinant(*rows):
     if len(rows) > 10:
         raise TooLarge("too large a determinant")
@@ -206,17 +199,17 @@ def _determinant(*rows):
 
 
 _OPERATIONS = {
-    "add": lambda *terms: _CONTEXT.fsum(terms), "mul": _product, "div": lambda a, b: a / b,
-    "ratio": lambda a, b: a / b, "neg": lambda a: -a, "pow": _power, "root": _root, "abs": abs,
-    "percent": lambda a: a / 100, "degree": lambda a: a * _CONTEXT.pi / 180, "fact": _factorial,
-    "binom": lambda n, k: _CONTEXT.binomial(_bounded(n), _bounded(k)), "det": _determinant,
-    "row": lambda *cells: cells,
+    "add": lambda *terms: _CONTEXT.fsum(terms), "mul": lambda *factors: _CONTEXT.fprod(factors),
+    "div": lambda a, b: a / b, "ratio": lambda a, b: a / b, "neg": lambda a: -a, "abs": abs,
+    "pow": _power, "root": _root, "percent": lambda a: a / 100, "det": _determinant,
+    "degree": lambda a: a * _CONTEXT.pi / 180, "row": lambda *cells: cells,
+    "fact": lambda n: _CONTEXT.factorial(_bounded(n)),
+    "binom": lambda n, k: _CONTEXT.binomial(_bounded(n), _bounded(k)),
 }  # fmt: skip
-
-_RENAMED = {
-    "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot", "arcsec": "asec",
-    "arccsc": "acsc", "arsinh": "asinh", "arcosh": "acosh", "artanh": "atanh", "Re": "re",
-    "Im": "im", "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh",
+_FUNCTIONS = {
+    "sqrt": lambda x: _CONTEXT.sqrt(x), "abs": abs, "log": lambda *x: _CONTEXT.log(*x),
+    "ln": lambda *x: _CONTEXT.log(*x), "lg": lambda x: _CONTEXT.log(x, 10),
+    "cbrt": lambda x: _root(x, _CONTEXT.mpf(3)),
 }  # fmt: skip
 
 
@@ -225,18 +218,8 @@ def _function(name: str, args: list):
         return max(args) if name == "max" else min(args)
     if name in ("gcd", "lcm"):
         raise Undecided("number theory")
-    args = [_bounded(arg) for arg in args]
-    if name == "sqrt":
-        return _CONTEXT.sqrt(*args)
-    if name in ("abs", "Abs"):
-        return abs(*args)
-    if name == "cbrt":
-        return _root(*args, _CONTEXT.mpf(3))
-    if name in ("log", "ln"):
-        return _CONTEXT.log(*args)
-    if name == "lg":
-        return _CONTEXT.log(args[0], 10)
-    return getattr(_CONTEXT, _RENAMED.get(name, name))(*args)
+    name = re.sub("^ar?c?(?=sin|cos|tan|cot|sec|csc)", "a", name.lower())
+    return (_FUNCTIONS.get(name) or getattr(_CONTEXT, name))(*map(_bounded, args))
 
 
 def crossings(sides: Node, name: str) -> list:
@@ -289,8 +272,7 @@ def _points(names: tuple[str, ...]) -> list[dict]:
 
     Names that stand for integers get integers: cos(pi n) is (-1)^n.
     """
-    generator = random.Random("sample points")
-    scales = [1, 3, 0.4, 10, 2, 0.8, 30, 5]
+    generator, scales = random.Random("sample points"), [1, 3, 0.4, 10, 2, 0.8, 30, 5]
     wholes = {name: generator.sample(range(1, 2 * SAMPLES), SAMPLES) for name in names}
     points = []
     for n in range(4 * SAMPLES):
@@ -374,15 +356,11 @@ def _is_real(x) -> bool:
 
 def _equal_constants(a: Node, b: Node) -> bool:
     left, right = settled(a), settled(b)
-    if not close(left, right):
-        return False
-    if left == right == 0:
-        return True
     size = max(abs(left), abs(right))
-    if not _CONTEXT.isfinite(size):
+    if not close(left, right) or size == 0 or not _CONTEXT.isfinite(size):
         return left == right
     # Large numbers may differ in their last digit: as many digits as they have, and some.
     digits = CONFIRMING_DIGITS + max(0, int(_CONTEXT.log(size + 1, 10)))
-    if digits > 10 * CONFIRMING_DIGITS:
+    if digits > 20 * CONFIRMING_DIGITS:
         raise TooLarge("too large to compare to the last digit")
     return close(value(a, None, digits), value(b, None, digits), digits)

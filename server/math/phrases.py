@@ -39,10 +39,9 @@ def number_in_words(text: str) -> str | None:
     ('21', '3/4', None)
     """
     match = _NUMBER.fullmatch(text)
-    if not match or not (match["tens"] or match["ones"]):
-        return None
-    tens, ones = VALUES.get(match["tens"], 0), VALUES.get(match["ones"], 0)
-    if tens and match["ones"] and not 0 < ones < 10:
+    tens, ones = (VALUES.get(match[n], 0) for n in ("tens", "ones")) if match else (0, 0)
+    unspelt = not match or not (match["tens"] or match["ones"])
+    if unspelt or (tens and match["ones"] and not 0 < ones < 10):
         return None
     if match["part"]:
         return f"{tens + ones}/{PARTS[match['part']]}"

@@ -5,7 +5,7 @@ between every two neighbours, and beyond the outermost.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 from .evaluate import NEGLIGIBLE, Undecided, crossings, symbols, value
 from .tree import Node
@@ -27,7 +27,7 @@ def same(a: Node, b: Node) -> bool:
         raise Undecided("not one variable")
     if all(names) and names[0] != names[1]:
         return False
-    ends = sorted(_distinct([*_ends(a), *_ends(b)]))
+    ends = sorted({*_ends(a), *_ends(b)})
     if len(ends) > MAX_ENDS:
         raise Undecided("too many ends")
     between = [(low + high) / 2 for low, high in pairwise(ends)]
@@ -47,14 +47,6 @@ def parts(node: Node) -> Iterator[Node]:
             yield from parts(arg)
         else:
             yield arg
-
-
-def _distinct(numbers: list) -> list:
-    kept: list = []
-    for number in sorted(numbers):
-        if not kept or not near(kept[-1], number):
-            kept.append(number)
-    return kept
 
 
 def near(a, b) -> bool:
@@ -100,46 +92,34 @@ def _relation_ends(node: Node) -> Iterator:
 
 def _holds(node: Node, x) -> bool:
     """Whether the number ``x`` is in the region."""
-    if node.op == "cup":
-        return any(_holds(arg, x) for arg in node.args)
-    if node.op == "cap":
-        return all(_holds(arg, x) for arg in node.args)
     if node.op == "minus":
         return _holds(node.args[0], x) and not _holds(node.args[1], x)
-    if node.op == "such":
+    if node.op in ("cap", "such"):
         return all(_holds(arg, x) for arg in node.args)
-    if node.op in ("list", "set"):
+    if node.op in ("cup", "list", "set"):
+        kinds = _SUBSETS.get(node.op)
         return any(
-            _holds(item, x) if item.op in _SUBSETS[node.op] else near(_real(item), x)
+            _holds(item, x) if not kinds or item.op in kinds else near(_real(item), x)
             for item in node.args
         )
     if node.op == "group":
         opener, closer, low, high = node.args
-        left = "<=" if opener == "[" else "<"
-        right = "<=" if closer == "]" else "<"
+        left, right = "<=" if opener == "[" else "<", "<=" if closer == "]" else "<"
         return _compare(left, _real(low), x) and _compare(right, x, _real(high))
     if node.op == "rel":
-        return _satisfies(node, x)
+        return all(map(_satisfied, node.args[0], node.args[1:], node.args[2:], repeat(x)))
     return True
 
 
-def _satisfies(node: Node, x) -> bool:
-    sides = node.args[1:]
-    for operator, left, right in zip(node.args[0], sides[:-1], sides[1:], strict=True):
-        if operator in ("in", "notin"):
-            if _holds(right, x) != (operator == "in"):
-                return False
-            continue
-        numbers = [value(side, dict.fromkeys(symbols(side), x)) for side in (left, right)]
-        if not _compare(operator, *numbers):
-            return False
-    return True
+def _satisfied(operator: str, left: Node, right: Node, x) -> bool:
+    if operator in ("in", "notin"):
+        return _holds(right, x) == (operator == "in")
+    sides = (value(side, dict.fromkeys(symbols(side), x)) for side in (left, right))
+    return _compare(operator, *sides)
 
 
 def _compare(operator: str, a, b) -> bool:
     equal = near(a, b)
     if operator in ("=", "!="):
         return equal == (operator == "=")
-    if equal:
-        return operator in ("<=", ">=")
-    return (a < b) == (operator in ("<", "<="))
+    return operator in ("<=", ">=") if equal else (a < b) == (operator in ("<", "<="))

@@ -32,7 +32,7 @@ def tidy(node: Node) -> Node:
         point, at = node.args  # P(1, 2)
         node = Node("rel", (("=",), point, at)) if point.args[0].isupper() else node
     node = _linear(node)
-    if node.op == "sym" and node.args[0] == "{}":
+    if node == Node("sym", ("{}",)):
         return Node("set", ())
     if node.op == "add" and len(node.args) == 2 and node.args[1].op == "neg":
         (excluded,) = node.args[1].args
@@ -71,13 +71,13 @@ def _linear(node: Node) -> Node:
     whole = len(matrices) == len(args) if node.op == "add" else len(matrices) == 1
     if len(shapes) != 1 or not whole or (node.op == "div" and args[0] is not matrices[0]):
         return node
-    rows = [
+    rows = (
         Node("row", tuple(
             Node(node.op, tuple(arg.args[i].args[j] if arg.op == "matrix" else arg for arg in args))
             for j in range(width)
         ))
         for i, width in enumerate(*shapes)
-    ]  # fmt: skip
+    )  # fmt: skip
     return Node("matrix", tuple(rows))
 
 

@@ -13,13 +13,11 @@ UNITS = word_set(
     "keV MeV erg ergs cal kcal atm bar nm AU pc ly ohm ohms"
 )
 # Words after a number that change its value, so that they are no unit.
+_FRACTIONS = "|".join((*PARTS, "hundredth", "thousandth", "millionth", "billionth"))
 _CHANGES = re.compile(
-    r"\b(?:plus|minus|squared|cubed|dozens?|pi|base|below|under|over|above"
-    r"|less|more|fewer|not|wrong|incorrect|false|negative|factorial|times (?:[b-z]|"
-    + "|".join(VALUES)
-    + r")|divided|multiplied|(?:"
-    + "|".join(PARTS)
-    + r"|(?:hundred|thousand|million|billion)th)s?)\b"
+    r"\b(?:plus|minus|squared|cubed|dozens?|pi|base|below|under|over|above|less|more|fewer|not|wrong"
+    r"|incorrect|false|negative|factorial|divided|multiplied"
+    rf"|times (?:[b-z]|{'|'.join(VALUES)})|(?:{_FRACTIONS})s?)\b"
 )
 # Words with an s that count nothing, and words without one that stand beside what is counted.
 _NO_PLURALS = word_set(
@@ -67,20 +65,17 @@ def split_unit(text: str) -> tuple[str, str]:
     >>> split_unit(r"10\text{cm}^2")
     ('10', 'cm^2')
     """
-    if match := _TWO_UNITS.fullmatch(text):  # 2 min 30 s
-        large, small = _singular(match[2]), _singular(match[4])
-        if ratio := _RATIOS.get((large, small)):
-            small = "in" if small == "''" else small
-            return str(int(match[1]) * ratio + Fraction(match[3])), small
+    match = _TWO_UNITS.fullmatch(text)  # 2 min 30 s
+    if match and (ratio := _RATIOS.get((_singular(match[2]), small := _singular(match[4])))):
+        return str(int(match[1]) * ratio + Fraction(match[3])), small.replace("''", "in")
     text = _QUOTIENT.sub(lambda m: rf"\text{{{re.sub(_WRAPPING, '', f'{m[1]}/{m[2]}')}}}", text)
     match = _UNIT.search(text[-80:]) if len(text) > 1 else None
     if not match:
         return text, ""
     body = text[: len(text) - len(match[0])].replace(f"{match[0]},", ",").strip()
-    if not body or body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body):
-        return text, ""
     name = (match["text"] or match["known"] or match["words"] or "").lower().strip(" ()")
-    if _CHANGES.search(name) or re.search(r"[^a-z°. /^\d]|(?<![\^a-z])\d", name):
+    bare = body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body)
+    if bare or _CHANGES.search(name) or re.search(r"[^a-z°. /^\d]|(?<![\^a-z])\d", name):
         return text, ""
     power = (match["power"] or "").strip("^{}")
     if square := re.match(r"(sq(?:uare)?|cubic|cu)(?: |\. ?)", name):
@@ -94,9 +89,7 @@ def split_unit(text: str) -> tuple[str, str]:
 
 def _singular(name: str) -> str:
     name = _UNIT_NAMES.get(name, name)
-    if len(name) > 2 and name.endswith("s"):
-        name = _UNIT_NAMES.get(name[:-1], name[:-1])
-    return name
+    return _UNIT_NAMES.get(name[:-1], name[:-1]) if name[2:] and name[-1] == "s" else name
 
 
 def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
@@ -104,10 +97,9 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
 
     A unit on one side only is no contradiction: ``5`` equals ``5\text{m}``, and so does ``5 m``.
     """
-    if (letter := _BARE_LETTER.fullmatch(pred)) and not re.search(r"[A-Za-z]", gold):
-        pred = letter[1]
-    if (letter := _BARE_LETTER.fullmatch(gold)) and letter[2] and not re.search("[A-Za-z]", pred):
-        gold = letter[1]
+    own, its = _BARE_LETTER.fullmatch(gold), _BARE_LETTER.fullmatch(pred)
+    gold = own[1] if own and own[2] and not re.search("[A-Za-z]", pred) else gold
+    pred = its[1] if its and not re.search("[A-Za-z]", gold) else pred
     (gold_body, gold_unit), (pred_body, pred_unit) = split_unit(gold), split_unit(pred)
     if pred_unit and not gold_unit and not _is_unit(pred):
         return gold, pred, False
