@@ -8,7 +8,8 @@ Conventions, all of them common in public answer checkers:
 * Names matter where both sides have them, order where a name is missing and they differ.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import product
 
 from . import regions
 from .evaluate import Undecided, equal, exact, has, settled, symbols
@@ -19,6 +20,7 @@ from .values import same_values
 MAX_ITEMS, MAX_PARTS = 64, 12
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "==": "=="}
 _UNIT_VECTORS = [frozenset(letters) for letters in ("j", "k", "jk")]
+_REGIONAL = (*COLLECTIONS, *regions.OPERATIONS, "rel")
 _VECTORS = (("(", ")"), ("[", "]"))
 
 
@@ -38,13 +40,10 @@ def same(a: Node, b: Node) -> bool:
         return _same_relations(a, b)
     if regions.is_region(a) or regions.is_region(b):
         return _same_regions(a, b)
-    if a.op in ("list", "set") or b.op in ("list", "set"):
-        return _same_lists(a, b)
-    if a.op == "group" or b.op == "group":
-        return _same_groups(a, b)
-    if a.op == "matrix" or b.op == "matrix":
-        return _same_matrices(a, b)
-    return same_values(a, b)
+    ops = {a.op, b.op}
+    compare = _same_matrices if "matrix" in ops else same_values
+    compare = _same_groups if "group" in ops else compare
+    return (_same_lists if ops & {"list", "set"} else compare)(a, b)
 
 
 def one_form(gold: Node) -> Node:
@@ -117,18 +116,15 @@ def _pairwise(left: Iterable[Node], right: Iterable[Node]) -> bool:
 def _matched(left: Iterable[Node], right: Iterable[Node], as_set: bool) -> bool:
     """Each item has its equal on the other side; once each, or at least once if ``as_set``."""
     left, right = list(left), list(right)
-    if max(len(left), len(right)) > MAX_ITEMS:
+    if max(len(left), len(right)) > MAX_ITEMS or (not as_set and len(left) != len(right)):
         return len(left) == len(right) and all(map(same, left, right))
-    if not as_set and len(left) != len(right):
-        return False
     unused = list(right)
     for item in left:
         found = next((other for other in unused if same(item, other)), None)
-        if found is None:
-            if as_set and any(same(item, other) for other in right):
-                continue
+        if found is not None:
+            unused.remove(found)
+        elif not as_set or not any(same(item, other) for other in right):
             return False
-        unused.remove(found)
     return all(any(same(item, other) for item in left) for other in unused)
 
 
@@ -168,16 +164,17 @@ def _same_relations(a: Node, b: Node) -> bool:
     name_a, name_b = name_of(a), name_of(b)
     if a.op != b.op:
         relation, other, name = (a, b, name_a) if a.op == "rel" else (b, a, name_b)
-        if name is not None and name.op == "group" and other.op == "list":
-            relation = _by_name(name, value_of(relation))
-            return same(relation, b) if b is other else same(a, relation)
         if name is not None:
-            return same(*((value_of(a), b) if a is relation else (a, value_of(b))))
+            bare = value_of(relation)
+            if name.op == "group" and other.op == "list":
+                bare = _by_name(name, bare)
+            return same(bare, b) if a is relation else same(a, bare)
         if relation.args[0] == ("in",) and relation.args[1].op == "sym":
             return same(relation.args[2], other)
         if set(relation.args[0]) == {"="}:
             return _is_identity(relation) and same(relation.args[-1], other)
-        return not _is_numbers(other) and _same_regions(a, b)
+        numbers = other.op == "list" and not any(item.op in _REGIONAL for item in other.args)
+        return not numbers and _same_regions(a, b)  # 1, 2 or \pm 3 is no region
     chains = len(a.args) == len(b.args) > 3 and set(a.args[0]) == set(b.args[0]) == {"="}
     if chains and _matched(a.args[1:], b.args[1:], as_set=False):  # a = b = c
         return True
@@ -194,12 +191,6 @@ def _same_relations(a: Node, b: Node) -> bool:
         return _same_inequalities(a, b) or _same_regions(a, b)
     except Undecided:
         return False
-
-
-def _is_numbers(node: Node) -> bool:
-    """A list of expressions, which is no region: 1, 2 or \\pm 3."""
-    regional = (*COLLECTIONS, *regions.OPERATIONS, "rel")
-    return node.op == "list" and not any(item.op in regional for item in node.args)
 
 
 def _by_name(names: Node, values: Node) -> Node:
@@ -229,25 +220,21 @@ def _compatible(a: Node, b: Node) -> bool:
     return a == b or (a.op == b.op == "sym" and heads[0] == heads[1] and bare)
 
 
-def _difference(left: Node, right: Node) -> Node:
-    return Node("add", (left, Node("neg", (right,))))
-
-
 def _same_equations(a: tuple[Node, Node], b: tuple[Node, Node]) -> bool:
     """Two equations: one side in common, or the differences of their sides proportional."""
     if not symbols(a[0]) | symbols(a[1]):  # f(3) = 10
         return all(map(same, a, b))
-    for i in (0, 1):
-        for j in (0, 1):
-            if a[i] == b[j] and symbols(a[i]):
-                return same(a[1 - i], b[1 - j])
+    for i, j in product((0, 1), repeat=2):
+        if a[i] == b[j] and symbols(a[i]):
+            return same(a[1 - i], b[1 - j])
     if symbols(a[0]) | symbols(a[1]) != symbols(b[0]) | symbols(b[1]):
         return False
-    return _proportional(_difference(*a), _difference(*b)) is not None
+    return _proportional(a, b) is not None
 
 
-def _proportional(a: Node, b: Node) -> int | None:
-    """The sign of the constant c with a = c·b (0 if it isn't real), or None if there is none."""
+def _proportional(a: Sequence[Node], b: Sequence[Node]) -> int | None:
+    """The sign of the constant c with a[0] - a[1] = c·(b[0] - b[1]), 0 if it isn't real."""
+    a, b = (Node("add", (left, Node("neg", (right,)))) for left, right in (a, b))
     for shift in range(3):
         names = enumerate(sorted(symbols(a) | symbols(b)))
         point = {name: 0.37 + 0.61 * n + 1.19 * shift for n, name in names}
@@ -278,7 +265,7 @@ def _same_inequalities(a: Node, b: Node) -> bool:
         return False
     if len(a.args) > 3 or not symbols(a) | symbols(b):  # f(2) > 3
         return _pairwise(a.args[1:], b.args[1:])
-    sign = _proportional(_difference(*a.args[1:]), _difference(*b.args[1:]))
+    sign = _proportional(a.args[1:], b.args[1:])
     return sign is not None and (sign > 0 or a.args[0] == ("!=",))
 
 
@@ -307,6 +294,6 @@ def _same_regions(a: Node, b: Node) -> bool:
             return _matched(regions.parts(a), regions.parts(b), as_set=True)
         if {a.op, b.op} == {"cap", "cup"} and (has(a, "rel") or has(b, "rel")):
             return False  # "and" isn't "or"
-        if not {a.op, b.op} <= {*COLLECTIONS, *regions.OPERATIONS, "rel", "sym"}:
+        if not {a.op, b.op} <= {*_REGIONAL, "sym"}:
             return False  # an expression is no set
         raise

@@ -24,14 +24,12 @@ def readable(gold: str, pred: str) -> bool:
     ellipses and derivatives, letters alike in case."""
     if max(len(gold), len(pred)) > MAX_LENGTH:
         return False
-    if Counter(_PROSE.findall(gold)) != Counter(_PROSE.findall(pred)):
-        return False
-    if any(gold.count(sign) != pred.count(sign) for sign in (r"\ldots", r"\partial")):
-        return False
-    letters = [set(_LETTER.findall(text)) for text in (gold, pred)]
-    return letters[0] == letters[1] or {c.lower() for c in letters[0]} != {
-        c.lower() for c in letters[1]
-    }
+    prose = [Counter(_PROSE.findall(text)) for text in (gold, pred)]
+    signs = [(text.count(r"\ldots"), text.count(r"\partial")) for text in (gold, pred)]
+    letters = [{*_LETTER.findall(text)} for text in (gold, pred)]
+    lowered = [{letter.lower() for letter in own} for own in letters]
+    alike = letters[0] == letters[1] or lowered[0] != lowered[1]
+    return prose[0] == prose[1] and signs[0] == signs[1] and alike
 
 
 def unread(gold: str, pred: str) -> bool:
@@ -47,7 +45,7 @@ def equal(gold: str, pred: str) -> bool | None:
     """
     if not readable(gold, pred):
         return False
-    sides = [_EQUALS.split(text) for text in (gold, pred)]
+    sides = [_EQUALS.split(_BARE_SCRIPT.sub(r"{\1}", text)) for text in (gold, pred)]
     if len(sides[0]) != len(sides[1]):
         sides = [[side for side in part if not _NAME.fullmatch(side)] or part for part in sides]
         longer = max(map(len, sides))
@@ -61,11 +59,6 @@ def equal(gold: str, pred: str) -> bool | None:
 def _verified(gold: str, pred: str) -> bool | None:
     from math_verify import LatexExtractionConfig, parse, verify
 
-    trees = [
-        parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback",
-              parsing_timeout=None)
-        for text in (_BARE_SCRIPT.sub(r"{\1}", gold), _BARE_SCRIPT.sub(r"{\1}", pred))
-    ]  # fmt: skip
-    if not all(trees):
-        return None
-    return bool(verify(*trees, timeout_seconds=None))
+    reader = {"fallback_mode": "no_fallback", "parsing_timeout": None}
+    trees = [parse(f"${text}$", [LatexExtractionConfig()], **reader) for text in (gold, pred)]
+    return bool(verify(*trees, timeout_seconds=None)) if all(trees) else None

@@ -54,14 +54,16 @@ def parse(text: str, thousands: bool = True) -> Node:
     return node
 
 
+def _together(operation: str, parts: list[Node]) -> Node:
+    return parts[0] if len(parts) == 1 else Node(operation, tuple(parts))
+
+
 class _Parser:
     """Recursive descent over the tokens; each method takes one level of precedence."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
-        self.at = 0
-        self.depth = 0
-        self.bars = 0
+        self.at = self.depth = self.bars = 0
         self.such = False  # within { }, a colon is "such that" and not a ratio
 
     def peek(self, ahead: int = 0) -> str:
@@ -77,10 +79,6 @@ class _Parser:
     def accept(self, *tokens: str) -> str:
         return self.next() if self.peek() and self.peek() in tokens else ""
 
-    def expect(self, token: str) -> None:
-        if not self.accept(token):
-            raise ParseError(f"expected {token!r}, not {self.peek()!r}")
-
     def enter(self) -> None:
         """One level deeper; whoever calls it subtracts it again."""
         self.depth += 1
@@ -94,16 +92,14 @@ class _Parser:
         which commas stand as well: x > 0, y > 0 and z > 0.
         """
         groups: list[Node] = []
-        while True:
-            start, items = self.at, [self.joined(r"\lor", "cup")]
-            while self.accept(","):
+        while not groups or self.accept(";"):
+            start, items = self.at, []
+            while not items or self.accept(","):
                 items.append(self.joined(r"\lor", "cup"))
             together = r"\land" in self.tokens[start : self.at]
             kind = "cap" if together and all(i.op in ("rel", "cap") for i in items) else "list"
-            groups.append(items[0] if len(items) == 1 else Node(kind, tuple(items)))
-            if not self.accept(";"):
-                break
-        return groups[0] if len(groups) == 1 else Node("list", tuple(groups))
+            groups.append(_together(kind, items))
+        return _together("list", groups)
 
     def joined(self, connective: str, operation: str) -> Node:
         """Relations with "or" between them, or, which binds closer, with "and"."""
@@ -111,7 +107,7 @@ class _Parser:
         while not parts or self.accept(connective):
             both = connective == r"\lor"
             parts.append(self.joined(r"\land", "cap") if both else self.relation())
-        return parts[0] if len(parts) == 1 else Node(operation, tuple(parts))
+        return _together(operation, parts)
 
     def relation(self) -> Node:
         """A chain of sides: ``1 < x <= 2`` is one node with three sides and two operators."""
@@ -137,11 +133,11 @@ class _Parser:
         parts = [self.sum()]
         while not self.such and self.accept(":"):
             parts.append(self.sum())
-        return parts[0] if len(parts) == 1 else Node("ratio", tuple(parts))
+        return _together("ratio", parts)
 
     def sum(self) -> Node:
         terms: list[Node] = []
-        while True:
+        while not terms or self.peek() in ("+", "-", r"\pm", r"\mp"):
             sign, plus_minus = 1, ""
             while token := self.accept("+", "-", r"\pm", r"\mp"):
                 sign = -sign if token == "-" else sign
@@ -149,8 +145,7 @@ class _Parser:
             term = self.product()
             term = Node("neg", (term,)) if sign < 0 else term
             terms.append(Node(plus_minus[1:], (term,)) if plus_minus else term)
-            if self.peek() not in ("+", "-", r"\pm", r"\mp"):
-                return terms[0] if len(terms) == 1 else Node("add", tuple(terms))
+        return _together("add", terms)
 
     def product(self, implicit: bool = False) -> Node:
         """Factors with * and /, or side by side; left to right, so ``1/2x`` is ``(1/2)x``.
@@ -163,9 +158,8 @@ class _Parser:
                 self.next()
                 (bottom if token in ("/", r"\div") else top).append(self.factor(signed=True))
             elif self._starts_factor(token) and not (implicit and token[1:] in FUNCTIONS):
-                previous = self.tokens[self.at - 1] if top[-1].op == "num" else ""
-                digits = token[0] in "0123456789"
-                if digits and (previous[:1].isdigit() or self._after_word()):
+                previous = self.peek(-1) if top[-1].op == "num" else ""
+                if token[0].isdigit() and (previous[:1].isdigit() or self._after_word()):
                     raise TooComplex("two numbers side by side, or with a word between them")
                 factor = self.factor()
                 if previous.isdigit() and token == r"\frac":
@@ -173,16 +167,13 @@ class _Parser:
                 top.append(factor)
             else:
                 break
-        node = top[0] if len(top) == 1 else Node("mul", tuple(top))
-        if bottom:
-            node = Node("div", (node, bottom[0] if len(bottom) == 1 else Node("mul", (*bottom,))))
-        return node
+        node = _together("mul", top)
+        return Node("div", (node, _together("mul", bottom))) if bottom else node
 
     def _after_word(self) -> bool:
         """Whether the last token ends a word: the numbers around "out of" don't commute."""
         before, last = self.peek(-2) if self.at > 1 else "", self.peek(-1)
-        word = last.isalpha() and (len(last) > 1 or before.isalpha())
-        return word or last.startswith(r"\text{")
+        return (last.isalpha() and (last[1:] or before).isalpha()) or last.startswith(r"\text{")
 
     def _starts_factor(self, token: str) -> bool:
         if token == "|":
@@ -375,8 +366,7 @@ class _Parser:
             return Node("list", tuple(Node("group", ("(", ")", *row)) for row in rows))
         lines = name == "array" and any(cell.op == "rel" for row in rows for cell in row)
         if lines or name in ("cases", "aligned", "align", "align*", "gathered"):
-            nodes = tuple(node for row in rows for node in row)
-            return nodes[0] if len(nodes) == 1 else Node("list", nodes)
+            return _together("list", [node for row in rows for node in row])
         if ("matrix" not in name and name != "array") or len({len(row) for row in rows}) != 1:
             raise ParseError(f"environment {name!r}")
         kind = "det" if name == "vmatrix" else "matrix"
