@@ -100,7 +100,7 @@ def quick(gold: str, pred: str) -> Verdict | None:
     gold, pred = cache_key(gold, pred)
     if not gold or not pred:
         return Verdict(False, "normalised", "unparsable")
-    if gold == pred or (words(gold) and words(gold) == words(pred)):
+    if _tight(gold) == _tight(pred) or (words(gold) and words(gold) == words(pred)):
         return Verdict(True, "normalised")
     chosen = _choice(gold), _choice(pred)
     if all(chosen) and len(gold + pred) > 2:
@@ -115,6 +115,11 @@ def quick(gold: str, pred: str) -> Verdict | None:
     if max(len(gold), len(pred)) > MAX_QUICK:
         return None
     return _numeric(gold, pred)
+
+
+def _tight(text: str) -> str:
+    """Without spaces and text commands, except for spaces between digits."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
 
 
 def _choice(text: str) -> tuple[str, str] | None:

@@ -211,6 +211,7 @@ _RULES = Rules([
     ("\\", r"\\([A-Za-z]+)", lambda match: _SYNONYMS.get(match[1], match[0])),
     (r"\math", r"\\math(?:bin|rel|open|close|ord|punct)\s*\{([^{}]*)\}", _group),
     (r"\%", r"\\%", "%"),
+    (r"\&", r"\\&", r" \\land "),
     (r"\mathbf", r"\\mathbf ?\{([NZQR])\}", r"\\mathbb{\1}"),
     (r"\circ", r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])", "°"),
     # signs
@@ -227,6 +228,7 @@ _RULES = Rules([
     ("10^", r"(?<=\d) ?x ?(?=10\^)", "*"),
     ("%", r"(?<![\d.})\]])%(?=(?:pi|e|i)(?![A-Za-z]))", ""),
     # words
+    ("^{", r"\\(?:mathrm|text)\{([^{}]*)\^\{(-?\d)\}\}", r"\\text{\1}^{\2}"),
     ("{", _TEXT, _plain_text),
     ("\\", r"\\(?:mathrm|mathbf|mathit|rm|bf|it|text|operatorname)(?![A-Za-z{])\s*", ""),
     ("", rf"(?<![A-Za-z\\])({_WORD})(?![A-Za-z])", lambda match: _WORDS[match[1]]),

@@ -29,6 +29,8 @@ RARE = [
     ("})", r"(?<=[\d}])\((\\text\{[A-Za-z ]*\})\)\Z", r"\1"),
     ("d", rf"(?<=\d)(?:\^? ?\{{? ?{_TEXT})(?:st|nd|rd)(?![A-Za-z]) ?\}}{{0,2}}", ""),
     ("th", rf"(?<=\d)(?:\^? ?\{{? ?{_TEXT})th(?![A-Za-z]) ?\}}{{0,2}}", ""),
+    ("^{-", r"\\text\{([A-Za-z]+)(?: |\}?\\cdot ?)(?:\\text\{)?([A-Za-z]+)\}?\^\{-(\d)\}",
+     lambda m: rf"\text{{{m[1]}/{m[2]}}}" + (f"^{m[3]}" if m[3] != "1" else "")),
     # bases, residues, numbers with a period or a rest
     ("_", r"_\{\((\d+)\)\}", r"_{\1}"),
     ("_", r"\A(?:\\text\{)?([0-9A-Fa-f]{2,})\}?_\{?(1[1-6])\}?\Z",
@@ -61,6 +63,7 @@ RARE = [
     ("Z", r"(?<=\\in)[ {]*Z\}?(?=\W|\Z)", r"\\mathbb{Z}"),
     ("N", r"\A([A-Za-z](?:_\{?n\}?|\(n\))=.*?)[ ,(]*n ?\\in ?\\mathbb ?\{?N\}?[_^{}*+]*\)?\Z",
      r"\1"),
+    ("mathbb", r"\\mathbb\{R\}[_^]\{?\+\}?", r"(0,\\infty)"),
     ("angle", r"m?\\angle ?(?=[A-Z]|\{[A-Z])", ""),
     ("dx", r"\\frac\{d([a-z])\}\{dx\}", r"\1'"),
     ("Z", rf"[ ,(]*{_TEXT}(?:where|for|with)?(?: (?:any|all|some))? ?\}}?([a-zA-Z]) ?\\in"

@@ -35,7 +35,7 @@ def same(a: Node, b: Node) -> bool:
         return True
     if "mod" in (a.op, b.op):  # 3 (mod 5) for 3; others are families
         bare = [tidy(side.args[0]) if side.op == "mod" else side for side in (a, b)]
-        return a.op != b.op and "rel" not in (bare[0].op, bare[1].op) and same(*bare)
+        return b.op != "mod" and "rel" not in (bare[0].op, b.op) and same(*bare)
     if a.op == "rel" or b.op == "rel":
         return _same_relations(a, b)
     if regions.is_region(a) or regions.is_region(b):
@@ -229,7 +229,8 @@ def _same_equations(a: tuple[Node, Node], b: tuple[Node, Node]) -> bool:
             return same(a[1 - i], b[1 - j])
     if symbols(a[0]) | symbols(a[1]) != symbols(b[0]) | symbols(b[1]):
         return False
-    return _proportional(a, b) is not None
+    alike = all(map(same, a, b)) or all(map(same, a, reversed(b)))  # of identities, too
+    return alike or _proportional(a, b) is not None
 
 
 def _proportional(a: Sequence[Node], b: Sequence[Node]) -> int | None:
@@ -242,8 +243,8 @@ def _proportional(a: Sequence[Node], b: Sequence[Node]) -> int | None:
             above, below = settled(a, point), settled(b, point)
         except Undecided:
             continue
-        if above == 0 or below == 0:  # what always holds equals only what always holds
-            return 1 if above == below else None
+        if above == 0 or below == 0:  # what always or never holds says nothing
+            return None
         # a(x)·b(p) = b(x)·a(p) for all x says that a/b is constant
         sides = (Node("mul", (x, Node("known", (y,)))) for x, y in ((a, below), (b, above)))
         sign = 1 if (above / below).real > 0 else -1

@@ -9,6 +9,8 @@ import logging
 import re
 from collections import Counter
 
+from .vocabulary import FUNCTIONS, NAMES, word_set
+
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its limits are off
 
 MAX_LENGTH = 300  # its parser may take time exponential in the number of brackets
@@ -16,6 +18,10 @@ _LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 _BARE_SCRIPT = re.compile(r"(?<=[_^])([A-Za-z])")  # it doesn't read \int_1^e
 _EQUALS = re.compile(r"(?<![<>!])=(?![^{}]*\}|[^()]*\))")
 _NAME = re.compile(r"[A-Za-z](?:_?\w|[(\[][^()\[\]]*[)\]])?")
+_COMMAND = re.compile(r"\\([A-Za-z]+)")
+_KNOWN = (
+    FUNCTIONS | NAMES | word_set("frac int sum prod lim to infty pi cdot times binom over choose")
+)
 _PROSE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}")
 
 
@@ -25,11 +31,12 @@ def readable(gold: str, pred: str) -> bool:
     if max(len(gold), len(pred)) > MAX_LENGTH:
         return False
     prose = [Counter(_PROSE.findall(text)) for text in (gold, pred)]
-    signs = [(text.count(r"\ldots"), text.count(r"\partial")) for text in (gold, pred)]
+    signs = [[text.count(c) for c in (r"\ldots", r"\partial", "'")] for text in (gold, pred)]
     letters = [{*_LETTER.findall(text)} for text in (gold, pred)]
     lowered = [{letter.lower() for letter in own} for own in letters]
     alike = letters[0] == letters[1] or lowered[0] != lowered[1]
-    return prose[0] == prose[1] and signs[0] == signs[1] and alike
+    known = {*_COMMAND.findall(pred)} <= {*_COMMAND.findall(gold)} | _KNOWN and "{}" not in pred
+    return prose[0] == prose[1] and signs[0] == signs[1] and alike and known
 
 
 def unread(gold: str, pred: str) -> bool:

@@ -285,6 +285,7 @@ class _Parser:
         if token in vocabulary.ACCENTS:
             inner = self.raw_group()
             bare = len(inner) == 1 and (name == "vec" or (name == "hat" and inner in "ijk"))
+            name = "bar" if name == "overline" else name
             return Node("sym", (inner if bare else f"{name}:{inner}",))
         if name == "mathbb":
             return Node("sym", (f"set:{self.raw_group()}",))

@@ -73,11 +73,13 @@ def split_unit(text: str) -> tuple[str, str]:
     if not match:
         return text, ""
     body = text[: len(text) - len(match[0])].replace(f"{match[0]},", ",").strip()
-    name = (match["text"] or match["known"] or match["words"] or "").lower().strip(" ()")
+    name = (match["text"] or match["known"] or match["words"] or "").lower()
+    name = name.replace(r"\cdot", " ").strip(" ()")
     bare = body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body)
     if bare or _CHANGES.search(name) or re.search(r"[^a-z°. /^\d]|(?<![\^a-z])\d", name):
         return text, ""
     power = (match["power"] or "").strip("^{}")
+    name = re.sub(r" (?:old|long|tall|wide|high|deep|each|away|apart|in total)\Z", "", name)
     if square := re.match(r"(sq(?:uare)?|cubic|cu)(?: |\. ?)", name):
         power, name = ("2" if square[1][0] == "s" else "3"), name[square.end() :]
     power_word, _, rest = name.partition(" ")
@@ -117,7 +119,7 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
 def _is_unit(text: str) -> bool:
     """Whether all words after a number are known, or in the plural: 36 apples, not 36 lakh."""
     match = _UNIT.search(text[-80:])
-    words = re.findall(r"[a-z.]+", match[0].lower().replace("\\text", "")) if match else []
+    words = re.findall(r"(?<!\\)\b[a-z.]+", match[0].lower()) if match else []
     return all(
         word in UNITS or word in _BESIDE or word in _UNIT_NAMES or word in _UNIT_NAMES.values()
         or (len(word) > 3 and word[-1] == "s" and word not in _NO_PLURALS

@@ -18,6 +18,8 @@ def same_values(a: Node, b: Node) -> bool:
     """Whether two expressions have the same value, percent signs and decimals understood."""
     if any(side.op == "ratio" and len(side.args) > 2 for side in (a, b)):
         return a.op == b.op and _same_ratios(a, b)
+    if has(a, "sym", "oo") or has(b, "sym", "oo"):
+        return a == b
     signs = [{op for op in ("degree", "percent") if has(side, op)} for side in (a, b)]
     if signs[0] != signs[1] and not signs[0] & signs[1]:
         if signs[0] | signs[1] == {"degree"}:

@@ -100,6 +100,21 @@ def test_unreadable_answers() -> None:
     assert not equivalence.judge("", "").equal
 
 
+def test_what_is_not_understood_is_undecided() -> None:
+    for text in ("36 tripled", "36 lakh", "36 or not", "36, maybe", r"36\text{ minus a few}"):
+        assert equivalence.judge("36", text) in (
+            equivalence.Verdict(False, how, "undecided")
+            for how in ("normalised", "symbolic", "structure")
+        )
+    assert equivalence.judge(r"\text{even}", "odd").status == "ok"
+
+
+def test_deeply_nested_answers_get_a_verdict() -> None:
+    for power in ("x^{", "2^{", r"\sqrt{", r"\frac{1}{", "(", "|", r"\{"):
+        text = power * 100 + "2" + {"(": ")", "|": "|", r"\{": r"\}"}.get(power, "}") * 100
+        assert equivalence.judge("5", text) == equivalence.Verdict(False, "symbolic", "unparsable")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
