@@ -9,6 +9,7 @@ A pair of answers passes through the modules in this order:
     worker       what runs in these processes
     equivalence  the stages, the cheap ones first; the modules below are their parts
     normalise    a string → one spelling of it
+    notations    the rules of that for what few answers hold
     phrases      numbers and stock phrases in words → signs
     units        the unit at the end, taken off and compared by name
     tokens       a string → tokens
@@ -16,6 +17,7 @@ A pair of answers passes through the modules in this order:
     evaluate     a tree → its value, exact or with 60 digits
     values       two expressions, compared by value
     structures   two trees, compared part by part: lists, tuples, sets, matrices, relations
+    families     two families over the integers, compared as sets
     tidy         several notations → one tree
     regions      two sets of real numbers, compared by membership
     symbolic     two strings, compared by math-verify

@@ -6,9 +6,8 @@ math-verify). The first stage that can tell settles the pair, and the verdict na
 >>> judge(r"\frac{3}{5}", "0.6")
 Verdict(equal=True, how='numeric', status='ok')
 
-Answers are hostile input: nothing is ever evaluated as code, depth and sizes are limited. What
-stays unbounded is the time of the last stages, so :func:`judge` belongs in a process that can be
-killed; :func:`quick` may run on an event loop.
+Answers are hostile input: nothing is evaluated as code, depth and sizes are limited. The time of
+the last stages isn't: :func:`judge` belongs in a process that can be killed, unlike :func:`quick`.
 """
 
 import re

@@ -1,7 +1,6 @@
 """The value of a tree: exactly where it is a rational, else with 60 digits at sample points.
 
-Both kinds of work are bounded: numbers that would not fit raise :class:`Undecided` before they
-are computed.
+Work is bounded: numbers that would not fit raise :class:`Undecided` before they are computed.
 """
 
 import random

@@ -21,24 +21,24 @@ _WORDS = {"and": r"\land ", "or": r"\lor "} | {
 }  # fmt: skip
 UNIT_LETTERS = frozenset("mgshLlKNJWVCF")
 
+_GREEK = (
+    "alpha beta gamma delta varepsilon theta lambda mu rho sigma tau phi psi omega eta Delta Omega"
+)
 _CHARACTERS = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*",
     "÷": r"\div ", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
     "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ",
-    "∓": r"\mp ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "º": "°", "’": "'", "′": "'",
-    "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "⟨": r"\langle ",
-    "⟩": r"\rangle ", "，": ",", "。": ".", "：": ":", "；": ";", "…": "...", "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\sqrt[3]", "γ": r"\gamma ",
-    "δ": r"\delta ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ", "μ": r"\mu ",
-    "Δ": r"\Delta ", "ρ": r"\rho ", "⁻": "^{-}", "∨": r"\lor ", "∧": r"\land ", '"': "", "“": "",
-    "”": "", "¢": r"\text{cents}", "`": "", "˚": "°", "″": "''", "⁄": "/", "ε": r"\varepsilon ",
-    "τ": r"\tau ", "Ω": r"\Omega ", "ψ": r"\psi ", "η": r"\eta ", "⩽": r"\le ", "≦": r"\le ",
-    "⩾": r"\ge ", "≧": r"\ge ", "∠": r"\angle ", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}",
-    "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
+    "∓": r"\mp ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "º": "°", "’": "'", "′": "'", "″": "''",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "，": ",", "。": ".", "：": ":", "；": ";", "…": "...",
+    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\sqrt[3]",
+    "⁻": "^{-}", "∨": r"\lor ", "∧": r"\land ", '"': "", "“": "", "”": "", "¢": r"\text{cents}",
+    "`": "", "˚": "°", "⁄": "/", "⩽": r"\le ", "≦": r"\le ", "⩾": r"\ge ", "≧": r"\ge ",
+    "∠": r"\angle ", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
 } | {
-    symbol: rf"\frac{{{top}}}{{{bottom}}}"
-    for symbol, top, bottom in ["½12", "⅓13", "⅔23", "¼14", "¾34", "⅕15", "⅖25", "⅗35", "⅘45",
-                                "⅙16", "⅚56", "⅛18", "⅜38", "⅝58", "⅞78"]
+    letter: rf"\{name} " for letter, name in zip("αβγδεθλμρστφψωηΔΩ", _GREEK.split(), strict=True)
+} | {
+    sign: "\\frac{{{}}}{{{}}}".format(*normalize("NFKC", sign).split("⁄"))
+    for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 }  # fmt: skip
 _TABLE = str.maketrans(
     _CHARACTERS

@@ -86,7 +86,9 @@ def _relation_ends(node: Node) -> Iterator:
             if left.op != "sym":
                 raise Undecided("not a variable")
             yield from _ends(right)
-        elif symbols(left) | symbols(right):
+        else:
+            if not symbols(left) | symbols(right):
+                raise Undecided("a part that says nothing")
             yield from crossings(Node("add", (left, Node("neg", (right,)))), *symbols(node))
 
 

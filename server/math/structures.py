@@ -1,7 +1,5 @@
 r"""Two trees, compared part by part: lists, tuples, intervals, sets, matrices, relations.
 
-Conventions, all of them common in public answer checkers:
-
 * A list is unordered, a tuple ordered; brackets around a list may be missing, but an interval's
   type, a set and a tuple are never confused.
 * ``x = 2`` equals ``2`` if ``x`` is only a name for the answer; ``2x + z = 1`` doesn't equal ``1``.

@@ -2,7 +2,7 @@ r"""One tree for what answers write in several ways, and the names that answers 
 
 from itertools import chain
 
-from .evaluate import Undecided, find, has, symbols, value
+from .evaluate import Undecided, equal, find, has, symbols, value
 from .tree import Node, rewritten
 from .vocabulary import word_set
 
@@ -24,6 +24,8 @@ def tidy(node: Node) -> Node:
         *names, last = node.args[1:]  # x = y = 4
         if all(side.op == "sym" and _is_name(side) for side in names) and not symbols(last):
             node = Node("list", tuple(Node("rel", (("=",), name, last)) for name in names))
+        elif name_of(node) and not all(_fits(side, value_of(node)) for side in node.args[2:-1]):
+            node = Node("contradiction", node.args)  # y = 2x = 3x
     signs = len([*find(node, "pm"), *find(node, "mp")])
     point = signs == 1 and node.op == "group" and node.args[0] == "("  # (0, \pm 5)
     if point or (signs and node.op not in COLLECTIONS):
@@ -41,6 +43,15 @@ def tidy(node: Node) -> Node:
         items = (item.args if item.op == "list" else (item,) for item in map(tidy, node.args))
         node = Node(node.op, _share_names([*chain.from_iterable(items)]))
     return node
+
+
+def _fits(side: Node, result: Node) -> bool:
+    """Whether what stands between a name and its value may be equal to the value."""
+    try:
+        formula = side.op == "sym" or bool(symbols(side) and not symbols(result))
+        return side == result or formula or equal(side, result)
+    except Undecided:
+        return True
 
 
 def _approximated(node: Node) -> Node:

@@ -13,12 +13,11 @@ FUNCTIONS = word_set(
 )
 GREEK = word_set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
-    "rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi "
-    "Omega"
+    "rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
 )
 NAMES = GREEK | word_set("ell hbar prime angle triangle square star circ det dim")
-ACCENTS = word_set(
-    r"\vec \hat \bar \overline \tilde \ddot \overrightarrow \widehat \underline \dot"
+ACCENTS = frozenset(
+    map("\\{}".format, word_set("vec hat bar overline tilde ddot overrightarrow widehat dot"))
 )
 SYMBOLS = {r"\infty": "oo", r"\pi": "pi", r"\imath": "i", r"\emptyset": "{}", r"\varnothing": "{}"}
 RELATIONS = {"=": "=", "<": "<", ">": ">", r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\ge": ">=",

@@ -137,7 +137,8 @@ def wrong_pairs(rng: random.Random) -> Iterator[tuple[str, str]]:
         gold, *others = forms(form, numbers)
         used = [name for name in numbers if re.search(rf"\{{[23]?{name}\}}", form)]
         name = rng.choice(used or ["a"])
-        new = {"p": rng.choice([29, 31]), "q": 7}.get(name, numbers[name] + rng.randint(1, 5))
+        more = rng.choice([n for n in range(1, 6) if (numbers[name] + n) % numbers["p"]])
+        new = {"p": rng.choice([29, 31]), "q": 7}.get(name, numbers[name] + more)
         changed = rng.choice(forms(form, {**numbers, name: new}))
         kind = rng.random()
         if kind < 0.5:
