@@ -41,7 +41,10 @@ def readable(gold: str, pred: str) -> bool:
 
 def unread(gold: str, pred: str) -> bool:
     """Whether a normalised answer has words beside numbers that the reference hasn't."""
-    return bool(re.search(r"\d", pred) and {*_PROSE.findall(pred)} - {*_PROSE.findall(gold)})
+    words, known = (
+        _PROSE.findall(re.sub(r"\\(?:begin|end)\{\w+", "", text)) for text in (pred, gold)
+    )
+    return bool(re.search(r"\d", pred) and {*words} - {*known})
 
 
 def equal(gold: str, pred: str) -> bool | None:

@@ -33,7 +33,8 @@ def same_values(a: Node, b: Node) -> bool:
     if {a.op, b.op} == {"sym", "mul"} and _letters(a) == _letters(b) != ["p", "i"]:
         return True  # \text{red} and the product of r, e and d
     if a.op == b.op == "sym" and not {a.args[0], b.args[0]} <= CONSTANTS.keys():
-        return _same_symbols(a.args[0], b.args[0])
+        name, other = a.args[0], b.args[0]  # words without regard to case
+        return len(name) > 1 and "_" not in name + other and name.lower() == other.lower()
     if equal(a, b):
         return True
     names = symbols(a), symbols(b)
@@ -75,11 +76,6 @@ def _letters(node: Node) -> list[object]:
     if node.op == "sym":
         return list(node.args[0])
     return [part.args[0] if part.op == "sym" else None for part in node.args]
-
-
-def _same_symbols(a: str, b: str) -> bool:
-    """Letters as they are; words without regard to case."""
-    return a == b or (len(a) > 1 and "_" not in a + b and a.lower() == b.lower())
 
 
 def _same_ratios(a: Node, b: Node) -> bool:

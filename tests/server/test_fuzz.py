@@ -138,7 +138,7 @@ def wrong_pairs(rng: random.Random) -> Iterator[tuple[str, str]]:
         used = [name for name in numbers if re.search(rf"\{{[23]?{name}\}}", form)]
         name = rng.choice(used or ["a"])
         more = rng.choice([n for n in range(1, 6) if (numbers[name] + n) % numbers["p"]])
-        new = {"p": rng.choice([29, 31]), "q": 7}.get(name, numbers[name] + more)
+        new = {"p": rng.choice([97, 101]), "q": 7}.get(name, numbers[name] + more)
         changed = rng.choice(forms(form, {**numbers, name: new}))
         kind = rng.random()
         if kind < 0.5:
