@@ -24,11 +24,12 @@ _NUMBER = re.compile(
 )
 _ARTICLE = re.compile(r"(?:an?|the) (?=[a-z]{3})")
 _STOCK = {
-    "infinitely many solutions": r"\text{infinitely many}",
-    "infinity": r"\infty", "positive infinity": r"\infty", "negative infinity": r"-\infty",
-    "minus infinity": r"-\infty", "empty set": r"\emptyset", "no solution": r"\emptyset",
-    "no solutions": r"\emptyset", "all real numbers": r"\mathbb{R}", "all reals": r"\mathbb{R}",
-    "real numbers": r"\mathbb{R}", "all real values": r"\mathbb{R}", "does not exist": "dne",
+    "infinitely many solutions": r"\text{infinitely many}", "infinity": r"\infty", "true": "yes",
+    "positive infinity": r"\infty", "negative infinity": r"-\infty", "minus infinity": r"-\infty",
+    "empty set": r"\emptyset", "no solution": r"\emptyset", "no solutions": r"\emptyset",
+    "no real solution": r"\emptyset", "no real solutions": r"\emptyset", "false": "no",
+    "all real numbers": r"\mathbb{R}", "all reals": r"\mathbb{R}", "real numbers": r"\mathbb{R}",
+    "all real values": r"\mathbb{R}", "does not exist": "dne",
 }  # fmt: skip
 
 

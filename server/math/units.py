@@ -46,7 +46,14 @@ _WRAPPING = re.compile(r"\\text\{|[{} ]")
 _TWO_UNITS = re.compile(
     r"(\d+) ?(?:\\text\{)?([a-z]+|°|')\}? ?,? ?(\d+(?:\.\d+)?) ?(?:\\text\{)?([a-z]+|''?)\}?"
 )
-_RATIOS = {("h", "min"): 60, ("min", "s"): 60, ("ft", "in"): 12, ("'", "''"): 12, ("°", "'"): 60}
+_SIZES = {  # a unit's dimension and size; feet have a sign of their own
+    unit: (dimension, Fraction(size))
+    for dimension, sizes in enumerate((
+        "km 1000 m 1 dm 1/10 cm 1/100 mm 1/1000", "mi 63360 yd 36 ft 12 ' 12 in 1 '' 1",
+        "week 604800 day 86400 h 3600 min 60 s 1", "kg 1000 g 1 mg 1/1000", "dollar 100 cent 1",
+        "l 1000 ml 1", "km/h 5/18 m/s 1", "lb 16 oz 1"))
+    for unit, size in zip(sizes.split()[::2], sizes.split()[1::2], strict=True)
+}  # fmt: skip
 _BARE_LETTER = re.compile(r"([-\d.,/]*\d)( ?)[smhgJNLKVWC]")
 _UNIT_NAMES = {
     "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m",
@@ -65,9 +72,12 @@ def split_unit(text: str) -> tuple[str, str]:
     >>> split_unit(r"10\text{cm}^2")
     ('10', 'cm^2')
     """
-    match = _TWO_UNITS.fullmatch(text)  # 2 min 30 s
-    if match and (ratio := _RATIOS.get((_singular(match[2]), small := _singular(match[4])))):
-        return str(int(match[1]) * ratio + Fraction(match[3])), small.replace("''", "in")
+    if match := _TWO_UNITS.fullmatch(text):  # 2 min 30 s
+        large, small = (_SIZES.get(_singular(match[n]), (match[n], 1)) for n in (2, 4))
+        if (large[0] == small[0] and large[1] > small[1]) or match[2] == "°":
+            ratio = large[1] / small[1] if match[2] != "°" else 60
+            unit = _singular(match[4]).replace("''", "in")
+            return str(int(match[1]) * ratio + Fraction(match[3])), unit
     text = _QUOTIENT.sub(lambda m: rf"\text{{{re.sub(_WRAPPING, '', f'{m[1]}/{m[2]}')}}}", text)
     match = _UNIT.search(text[-80:]) if len(text) > 1 else None
     if not match:
@@ -110,6 +120,9 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
     elif pred_unit and not gold_unit:
         gold_body = _without(gold_body, pred_unit)
     if gold_unit and pred_unit:
+        sizes = [_SIZES.get(unit, (unit, 0)) for unit in (gold_unit, pred_unit)]
+        if gold_unit != pred_unit and sizes[0][0] == sizes[1][0]:  # 4 ft is 48 in
+            return rf"({gold_body})\cdot{sizes[0][1]}", rf"({pred_body})\cdot{sizes[1][1]}", False
         (name, _, power), (other, _, its_power) = gold_unit.partition("^"), pred_unit.partition("^")
         return gold_body, pred_body, power != its_power or "" != name != other != ""
     signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in (gold_body, pred_body)]
