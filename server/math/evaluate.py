@@ -272,7 +272,8 @@ def _points(names: tuple[str, ...]) -> list[dict]:
     Names that stand for integers get integers: cos(pi n) is (-1)^n.
     """
     generator, scales = random.Random("sample points"), [1, 3, 0.4, 10, 2, 0.8, 30, 5]
-    wholes = {name: generator.sample(range(1, 2 * SAMPLES), SAMPLES) for name in names}
+    sizes = [*range(1, SAMPLES - 2), 13, 31, 64, 101, 150]
+    wholes = {name: generator.sample(sizes, SAMPLES) for name in names}
     points = []
     for n in range(4 * SAMPLES):
         signs = (1,) if n < SAMPLES else (1, -1)

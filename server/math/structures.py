@@ -29,8 +29,8 @@ def same(a: Node, b: Node) -> bool:
         Undecided: if the values can't be computed or told apart.
     """
     a, b = tidy(a), tidy(b)
-    if a == b:
-        return True
+    if a == b or "contradiction" in (a.op, b.op):
+        return a == b
     if "mod" in (a.op, b.op):  # 3 (mod 5) for 3; others are families
         bare = [tidy(side.args[0]) if side.op == "mod" else side for side in (a, b)]
         return b.op != "mod" and "rel" not in (bare[0].op, b.op) and same(*bare)
