@@ -270,6 +270,9 @@ def _meant(region: Node) -> Node:
 
 def _is_hedged(region: Node) -> bool:
     """Whether a part of a region is idle: ``x > 1, x > 3`` leaves open which of them it means."""
+    if region.op == "rel":  # a chain
+        links = zip(region.args[0], region.args[1:], region.args[2:], strict=False)
+        region = Node("cap", tuple(Node("rel", ((op,), *sides)) for op, *sides in links))
     parts = region.args if region.op in ("list", "cup", "cap") else ()
     rest = (Node(region.op, (*parts[:n], *parts[n + 1 :])) for n in range(len(parts)))
     return len(parts) > MAX_PARTS or any(regions.same(region, some) for some in rest)
