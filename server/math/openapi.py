@@ -13,8 +13,9 @@ VERDICT = {
         "equal": {"type": "boolean", "description": "False unless shown to be equal"},
         "how": {**TEXT, "description": "The stage that decided, e.g. identical or symbolic"},
         "status": {
-            "enum": ["ok", "timeout", "memory", "unparsable", "error"],
-            "description": "timeout, memory: a limit was reached before a decision",
+            "enum": ["ok", "undecided", "timeout", "memory", "unparsable", "error"],
+            "description": "undecided: a part of the answer was not understood; timeout, memory: a"
+            " limit was reached before a decision",
         },
     },
 }
