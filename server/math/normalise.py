@@ -47,11 +47,12 @@ _TABLE = str.maketrans(
     | {digit: f"^{{{n}}}" for n, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     | {digit: f"_{{{n}}}" for n, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")}
     | {chr(code): " " for code in range(32)}
-    | {chr(0x245F + n): f"({n})" for n in range(1, 21)}  # ①
     | {sign: _CHARACTERS.get(plain := normalize("NFKC", sign), plain)
        for sign in map(chr, range(0x1D400, 0x1D800))}  # 𝑥
 )  # fmt: skip
 
+_CIRCLED = re.compile("[①-⑳]")
+_ONLY_CIRCLED = re.compile(r"(?:[①-⑳]|[\s,;，；、.$(){}]|\\text|\\boxed|and\b|or\b)*")
 _BOX = re.compile(r"\\(?:begin)?f?box(?:ed)?\s*\{")
 _BRACE = re.compile(r"\\.|[{}]")
 _UNIT_AFTER_BOX = re.compile(
@@ -108,7 +109,10 @@ def normalise(text: str) -> str:
     text = text.translate(_TABLE)
     if r"\begin" not in text:  # in an environment a double backslash ends a row
         text = re.sub(r"\\\\(?=[A-Za-z()\[\]{}])", r"\\", text)
-    text = _RULES(unbox(text)).lstrip(" ,;:=").rstrip(" .,;:")
+    text = unbox(text)
+    if _ONLY_CIRCLED.fullmatch(text):  # in another answer a footnote, or nothing
+        text = _CIRCLED.sub(lambda match: f"({ord(match[0]) - 0x245F})", text)
+    text = _RULES(text).lstrip(" ,;:=").rstrip(" .,;:")
     text = text if text[:1] != "." or text[1:2].isdigit() else text.lstrip(".")
     return phrase(spelt) or text if (spelt := _in_words(text)) else text
 
