@@ -31,7 +31,7 @@ if ! "$MATH_SERVER_PYTHON" -c 'import math_verify, pytest' 2>/dev/null; then
 fi
 
 printed=$(mktemp -d)
-trap 'rm -rf "$printed"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$printed"' EXIT
 # check NAME COMMAND…: goes on after a failure, so that one run shows them all.
 check() {
   printf '== %s\n' "$1"

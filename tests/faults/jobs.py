@@ -66,11 +66,10 @@ class Job:
     def processes(self) -> list[psutil.Process]:
         """All that belong to it and live."""
         for process in psutil.process_iter():
-            if process not in self._known:  # it has its mark, or not, from its start
-                try:
-                    self._known[process] = process.environ().get("TEST_JOB") == self.mark
-                except psutil.Error:
-                    continue
+            if process not in self._known:
+                with suppress(psutil.Error):
+                    if environment := process.environ():  # empty while a program starts
+                        self._known[process] = environment.get("TEST_JOB") == self.mark
         return [process for process, mine in self._known.items() if mine and alive(process)]
 
     def find(self, text: str) -> list[psutil.Process]:

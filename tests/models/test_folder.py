@@ -159,6 +159,18 @@ def test_an_export_can_have_another_type(tmp_path: Path) -> None:
     assert {w.dtype for w in weights.values()} == {torch.float16}
 
 
+def test_a_mask_in_the_files_is_not_the_type_of_the_weights(tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path / "before")
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    weights = load_file(source / "model.safetensors")
+    weights = {name: w.half() for name, w in weights.items()} | {"a.mask": torch.ones(2).byte()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    write_folder(ModelConfig(str(source)), tmp_path / "after", {}, None)
+    assert json.loads((tmp_path / "after" / "config.json").read_text())["dtype"] == "float16"
+
+
 def test_an_export_has_the_tokenizer_of_the_run(tmp_path: Path) -> None:
     source, tokenizer = make_tiny_model(tmp_path / "before"), make_tokenizer()
     tokenizer.eos_token = VOCABULARY[12]

@@ -48,6 +48,10 @@ def test_published_boxes(text, answers):
         (r"\boxed{2}, so \boxed{3}", ["2", "3"]),
         (r"\boxed{2}, and again: \boxed{2}", ["2", "2"]),
         (r"\boxed{2} or \boxed{2}", ["2"]),
+        (r"\boxed{2}\,,\;\boxed{3}", ["2, 3"]),
+        (r"$\boxed{2}\text{ and }\quad\boxed{3}$", ["2, 3"]),
+        (r"\boxed{5}. Hence \boxed is no command that I know.", ["5"]),
+        ("\\boxed{5} <answer> </answer>", ["5"]),
         ("<answer>5</answer>", ["5"]),
         (r"<answer> so \boxed{5} </answer> done", ["5"]),
         (r"\boxed{4} <answer>5</answer>", ["5"]),
@@ -69,7 +73,7 @@ def test_hostile_boxes_cost_no_more_than_their_length():
     start = time.process_time()
     for text in (
         r"\boxed{" * 100_000,
-        r"\boxed{" * 50_000 + "}" * 50_000,
+        r"\boxed{" * 300_000 + "}" * 300_000,
         r"\boxed{1}" * 50_000 + "{" * 100_000,
         "\\" * 500_000,
         r"\boxed" + " " * 500_000,
@@ -104,13 +108,11 @@ def test_the_published_rule_reads_the_thinking():
 
 def test_long_answers_count_only_if_identical():
     gold, pred = "1" * 31, "+" + "1" * 30
-    for limit in (None, 30):
-        published = {"published": True, "max_answer_length": limit}
-        assert compare("math500", rf"\boxed{{{gold}}}", gold, **published).equal is True
-        assert compare("math500", rf"\boxed{{{pred}}}", gold, **published)[2:] == (False, True)
-        assert compare("math500", rf"\boxed{{{'1' * 30}}}", gold, **published).equal is None
-    assert compare("math500", rf"\boxed{{{pred}}}", gold, max_answer_length=31).equal is None
-    assert compare("math500", rf"\boxed{{{pred}}}", gold, max_answer_length=30)[2:] == (False, True)
+    assert compare("math500", rf"\boxed{{{gold}}}", gold, published=True).equal is True
+    assert compare("math500", rf"\boxed{{{pred}}}", gold, published=True)[2:] == (False, True)
+    assert compare("math500", rf"\boxed{{{'1' * 30}}}", gold, published=True).equal is None
+    longer = {"published": True, "max_answer_length": 31}
+    assert compare("math500", rf"\boxed{{{pred}}}", gold, **longer).equal is None
 
 
 def test_a_long_reference_has_long_answers():
@@ -120,6 +122,10 @@ def test_a_long_reference_has_long_answers():
     assert compare("math500", rf"\boxed{{\left\, {longest} \right}}", gold).equal is None
     assert compare("math500", rf"\boxed{{{longest}2}}", gold)[2:] == (False, True)
     assert compare("math500", rf"\boxed{{{'2' * 31}}}", "1")[2:] == (False, True)
+    assert compare("math500", rf"\boxed{{{'2' * 31}}}", "1", max_answer_length=31).equal is None
+    for filler in (" ", "$", r"\left"):  # which the server would refuse to read
+        text = "1" + filler * 1_000_000
+        assert compare("math500", rf"\boxed{{{text}x}}", "2")[2:] == (False, True)
 
 
 def test_majority_is_asked_for_and_the_latest_wins_a_tie():
@@ -143,7 +149,13 @@ def test_majority_is_asked_for_and_the_latest_wins_a_tie():
         ("the answer is **C**", "C"),
         ("I think the answer is (B)", "B"),
         ("I think that it is B.", "B"),
+        ("Option C, as it is hot", "C"),
+        ("C. Green", "C"),
         ("(A) or (B)", ""),
+        (r"25^\circ\text{C}", ""),
+        ("2 A", ""),
+        ("vitamin C", ""),
+        ("C60", ""),
         ("A because B", ""),
         ("Not A but B", ""),
         ("I'd say b", ""),

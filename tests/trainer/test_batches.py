@@ -626,6 +626,19 @@ def test_a_prefetch_that_fails_is_saved_as_not_begun_however_often():
     batches.close()
 
 
+def test_a_prefetched_batch_outlives_engines_that_take_no_weights():
+    def fail() -> None:
+        raise RuntimeError("no engine left")
+
+    batches = prefetching(Engine(mixed_every(2)))
+    batches.next(1, Timer())
+    expected, batches.update_engines = batches.state().prefetched, fail
+    with pytest.raises(RuntimeError, match="no engine left"):
+        batches.next(2, Timer())
+    assert expected is not None and batches.state().prefetched is expected
+    batches.close()
+
+
 # ---------------------------------------------------------------------------------- mini-batches
 
 

@@ -22,10 +22,10 @@ VLLM = (
 def test_two_ranks_and_two_engines(
     settings: list[str],  # noqa: F811
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run(settings, *VLLM, f"trainer.default_local_dir={tmp_path}")
-    assert "is not the actor's model" not in "".join(capfd.readouterr())
+    assert "is not the actor's model" not in caplog.text
     steps = read(tmp_path)
     assert [line["step"] for line in steps] == [0, 1, 2, 3, 4]
     assert steps[4]["critic/score/mean"] > 3 * steps[1]["critic/score/mean"]
@@ -49,11 +49,12 @@ SPLIT = (
 def test_split_and_one_step_ahead(
     settings: list[str],  # noqa: F811
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run(settings, *SPLIT, f"trainer.default_local_dir={tmp_path}")
-    assert "is not the actor's model" not in "".join(capfd.readouterr())
+    assert "is not the actor's model" not in caplog.text
     steps = read(tmp_path)
+    assert all(line["rollout/verify_logprob_diff"] < 1e-4 for line in steps[1:])
     ages = [(line["rollout/policy_age_mean"], line["rollout/policy_age_max"]) for line in steps[1:]]
     assert ages == [(0, 0), *[(1, 1)] * 5]
     assert steps[6]["critic/score/mean"] > 2 * steps[1]["critic/score/mean"]

@@ -93,7 +93,7 @@ def kill_after_step(server: LatexServer, folder: Path, step: int) -> None:
 def test_a_server_that_is_away_costs_no_step(settings, server, reference, tmp_path):
     """The first time it comes back, and the run goes on; the second time it stays away, and the
     run ends."""
-    overrides = [*rewarded(settings, server, tmp_path), "reward_model.math_server.max_wait_s=8"]
+    overrides = [*rewarded(settings, server, tmp_path), "reward_model.math_server.max_wait_s=15"]
     latest = tmp_path / "latest_checkpointed_iteration.txt"
     with subprocess.Popen(command(overrides), stderr=subprocess.PIPE, text=True) as job:
         kill_after_step(server, tmp_path, 1)

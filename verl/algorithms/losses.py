@@ -21,10 +21,8 @@ def policy_loss(
     """PPO's clipped loss per token (arXiv 1707.06347, eq. 7), with separate bounds ("clip-higher",
     arXiv 2503.14476, eq. 10) and dual clip (arXiv 1912.09729, eq. 5); and what it reports per
     token: −log r as `ppo_kl`, and 1 where the upper or lower clip or the dual clip (`…_lower`) cut.
-
     With r = π/π_old: ``max(−A·r, −A·clip(r, 1−low, 1+high))``, and where A < 0 at most ``−A·c``.
-    All tensors are [T]; the gradient flows through `log_probs` only, and into the loss only.
-    """
+    All tensors are [T]; the gradient flows through `log_probs` only, and into the loss only."""
     # Beyond ±20 the ratio is clipped anyway; the bound keeps exp finite.
     log_ratio = (log_probs - old_log_probs).clamp(-20, 20)
     ratio = log_ratio.exp()

@@ -24,15 +24,13 @@ def response_weights(
     group_size: int | None = None,
 ) -> Tensor:
     """The weights w_i: float32 [N], 0 where L_i = 0.
-
     `lengths`: L_i of the optimizer step, in tokens, [N]. `mode`: a key of `WEIGHTS`.
     `max_response_length`: the configured M, in tokens; a constant, not the width of a tensor.
     For `delta-l`, `alpha`: its exponent, and `rollout_lengths`: those of the whole rollout batch
-    [lengths]; for `token-mean-legacy`, `group_size`: responses of a group.
+    (None: `lengths`); for `token-mean-legacy`, `group_size`: responses of a group.
 
     Raises: ValueError for an unknown mode, a negative length, or a missing group_size.
-    Example: ``response_weights([2, 8], "token-mean", 10)`` is ``[0.1, 0.1]``.
-    """
+    Example: ``response_weights([2, 8], "token-mean", 10)`` is ``[0.1, 0.1]``."""
     if mode not in WEIGHTS:
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(WEIGHTS)}")
     L = torch.as_tensor(lengths, dtype=torch.float64)
@@ -83,9 +81,7 @@ def delta_l(L: Tensor, *, M: int, alpha: float, rollout_L: Tensor, **_: Any) -> 
     combination of least variance has α = 1; a smaller α keeps more of the long responses.
     α = 0 is Dr. GRPO; α = 1 is GRPO Norm times one scalar per batch. The mean over j runs over
     `rollout_L`: the rollout batch in the published code, the mini-batch in the paper. L̄, the mean
-    length, cancels out; it keeps the powers near 1. Responses of length 0 have no gradient and
-    stay out of the means. [N] → [N].
-    """
+    length, cancels out. Responses of length 0 stay out of the means. [N] → [N]."""
     present = rollout_L > 0
     count = present.sum().clamp(min=1)
     mean_length = (rollout_L.sum() / count).clamp(min=1)

@@ -81,8 +81,7 @@ class Section:
         return found
 
     def holds(self, condition: str) -> bool:
-        """Whether it is so, as in ``rollout.name=hf and clip_ratio_low!=null``: any end of a dotted
-        key; `=`, `!=` or ` lacks `; a word."""
+        """Whether ``end.of.key=word``, with `!=` or ` lacks ` too, all joined by ` and `."""
         for part in condition.split(" and "):
             name, sign, word = re.split("(!=|=| lacks )", part)
             values = self.ending(name).values()

@@ -43,8 +43,7 @@ def compose_config(
     overrides: Sequence[str], config_name: str = "ppo_trainer", config_dir: str | Path = HERE
 ) -> DictConfig:
     """YAML file and `key=value` overrides, merged and validated. Raises: ConfigError for overrides
-    that can't be parsed, unknown keys (with the nearest valid one), wrong types, and what
-    `validate` finds."""
+    that can't be parsed, unknown keys (with the nearest), wrong types, what `validate` finds."""
     problems: dict[str, str] = {}
     try:
         with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
@@ -141,8 +140,7 @@ def parse_override(text: str) -> Override:
 
 
 def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> dict[str, str]:
-    """Merges overrides into `config`; those that can't be are left out. Returns the problems, each
-    with the key that it is about."""
+    """Merges overrides into `config`, but those with problems; these, with the keys meant."""
     defaults = {key: value for key, value, _ in schema.walk()}
     free = tuple(f"{key}." for key in defaults if key.endswith(OPEN))
     known = [key for key in defaults if not key.endswith(OPEN)]

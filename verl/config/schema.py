@@ -239,11 +239,11 @@ class MathServerConfig(Section):
     max_wait_s: float = key(600.0, above=0, **FREE)
     """Seconds to wait for a server that went away; then the run stops, with a checkpoint."""
     answer_rule: str = key("standard", choices=("standard", "published"))
-    """What a response answers. `standard`: what comes after the thinking, and there the last box or
-    answer tag. `published` (arXiv 2509.07558): the last innermost box of all."""
-    max_answer_length: int | None = key(None, low=0)
-    """Characters; a longer answer is wrong unless it is identical to the reference. null: 30 or, by
-    the standard rule, 20 more than the reference has."""
+    """What a response answers. `standard`: the last box or answer tag after the thinking.
+    `published` (arXiv 2509.07558): the last innermost box of all."""
+    max_answer_length: int = key(30, low=0)
+    """Characters; a longer answer is wrong unless it is identical to the reference. By the standard
+    rule spaces don't count, and 20 more than the reference has are never too many."""
     batch_size: int = key(64, low=1, high=2048, **FREE)
     """Pairs of one request, at most; the server takes 2,048 unless it is told otherwise."""
     max_connections: int = key(8, **SIZE)

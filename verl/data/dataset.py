@@ -54,8 +54,7 @@ def load_prompts(
     """Tokenized prompts of all files, in file order; `Prompt.index` counts rows before filtering.
     `num_embeddings`: ids that the model knows. Columns: `config.prompt_key` (chat messages, or a
     string with apply_chat_template=False), `config.reward_fn_key`, `reward_model` (struct with
-    `ground_truth`), `extra_info` (optional). Raises: FileNotFoundError, and ValueError for anything
-    in a file that can't be used."""
+    `ground_truth`), `extra_info` (optional). Raises: FileNotFoundError; ValueError for bad rows."""
     required = {
         config.prompt_key: "set data.prompt_key",
         config.reward_fn_key: "set data.reward_fn_key",
@@ -131,13 +130,11 @@ def load_sft_rows(
 
 @dataclass
 class PromptOrder:
-    """The endless order of training prompts, in batches of `batch_size`. Resumes exactly.
+    """The endless order of training prompts, in batches of `batch_size`. Resumes exactly. Epoch e
+    is a permutation drawn from `np.random.default_rng([seed, e])`, or the order of the file with
+    shuffle=False. Its last prompts, too few for a batch, are skipped.
 
-    Epoch e is a permutation drawn from `np.random.default_rng([seed, e])`, or the order of the file
-    with shuffle=False. Its last prompts, too few for a batch, are skipped.
-
-    Example: ``PromptOrder(5, batch_size=2, shuffle=False)`` gives [0, 1], [2, 3], [0, 1], …
-    """
+    Example: ``PromptOrder(5, batch_size=2, shuffle=False)`` gives [0, 1], [2, 3], [0, 1], …"""
 
     num_prompts: int
     batch_size: int

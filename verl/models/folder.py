@@ -21,6 +21,7 @@ from verl.models.hf import check_names, load_hf_config, load_tokenizer, stop_tok
 logger = logging.getLogger(__name__)
 
 TOKENIZER = re.compile(r"tokenizer|(special|added)_tokens|vocab|merges|chat_template|generation_")
+EXPORTED = (torch.float32, torch.bfloat16, torch.float16)
 COPIED = {".json", ".jinja", ".model", ".py", ".tiktoken", ".txt"}
 
 
@@ -135,8 +136,10 @@ def write_folder(
 
 
 def _stored_type(folder: Path) -> torch.dtype:
-    """Type of the first weight in the folder's files."""
+    """Type of the first weight in the folder's files; some hold masks, too."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            return file.get_tensor(next(iter(file.keys()))).dtype
+            for name in file.keys():  # noqa: SIM118  it is no dict
+                if (stored := file.get_tensor(name).dtype) in EXPORTED:
+                    return stored
     return torch.float32

@@ -47,6 +47,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
     # Buffers (rotary frequencies, …) are in no state dict.
     buffers: list[Any] = [dict(loaded.named_buffers()) if loaded else None]
     dist.broadcast_object_list(buffers, 0)
+    assert buffers[0].keys() == {name for name, _ in policy.named_buffers()}
     for name, value in buffers[0].items():
         parent, _, leaf = name.rpartition(".")
         setattr(policy.get_submodule(parent), leaf, value.to(device))

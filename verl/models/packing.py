@@ -47,8 +47,9 @@ def pack(samples: Sequence[Sample], device: torch.device, remove_padding: bool =
     for padded, row in zip(input_ids, rows, strict=True):
         padded[: len(row)] = row
     starts = np.arange(len(rows)) * lengths.max()
-    model_kwargs: dict[str, Any] = {"attention_mask": tensor(mask)}
-    if remove_padding:
+    if not remove_padding:
+        model_kwargs: dict[str, Any] = {"attention_mask": tensor(mask)}
+    else:
         input_ids, position_ids = input_ids[mask][None], position_ids[mask][None]
         starts = np.cumsum(lengths) - lengths
         model_kwargs = {
@@ -62,8 +63,8 @@ def pack(samples: Sequence[Sample], device: torch.device, remove_padding: bool =
         predictors.append(s.counted(before))
         targets.append(s.counted(s.response_ids))
     ids, positions = tensor(input_ids), tensor(position_ids)
-    indices = tensor(np.concatenate(predictors))
-    return Batch(ids, positions, tensor(np.concatenate(targets)), indices, model_kwargs)
+    wanted, where = tensor(np.concatenate(targets)), tensor(np.concatenate(predictors))
+    return Batch(ids, positions, wanted, where, model_kwargs)
 
 
 def loss_inputs(step: OptimizerStep, log_probs: Tensor, entropy: Tensor) -> LossInputs:

@@ -101,7 +101,8 @@ class PolicyWorker:
                     if value.dim():
                         # Towards the host, a copy that doesn't block would take pinned memory.
                         state[name] = value.to(device, non_blocking=device.type == "cuda")
-        devices.empty_cache(self.device)
+        if device == HOST:
+            devices.empty_cache(self.device)
 
     def micro_batches(self, samples: Sequence[Sample], limit: MicroBatchLimit) -> list[list[int]]:
         """Which samples go through each pass: as many passes on every rank, the last ones empty."""

@@ -17,10 +17,7 @@ RULES: dict[str, Callable[[str, Any], dict[str, Any]]] = {
 
 
 def compute_score(
-    data_source: str,
-    solution_str: str,
-    ground_truth: Any,
-    extra_info: dict[str, Any] | None = None,
+    data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Scores one response by the rule of its data source (verl's signature, also that of
     `custom_reward_function`): `score` and `acc`, both 0 or 1; math adds `pred`, `undecided` and

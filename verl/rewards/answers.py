@@ -6,19 +6,24 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any, NamedTuple
 
-# A box opens, or holds one word; a brace opens or closes. Escaped braces and the line break `\\` do
-# neither (but `\\boxed` is a box with its backslash doubled).
+# A box opens, or holds a number; a brace opens or closes. `\{` and `\\` do neither; `\\boxed` does.
 _PARTS = re.compile(
-    r"(?P<box>\\(?:boxed|fbox|framebox)\s*\{)|\\boxed(?:\s+|(?=\d))(?P<word>[^\s{}$\\]+)|"
+    r"(?P<box>\\(?:boxed|fbox|framebox)\s*\{)|\\boxed\s*(?P<word>[-+]?\d(?:[^\s{}$\\]*[^\s{}$\\.,;:!?])?)|"
     r"\\\\(?!boxed)|\\[{}]|(?P<brace>[{}])"
 )
-_SAME_ANSWER = re.compile(r"[\s$.;]*(?:,|and\b|or\b)(?:[\s$]|and\b|or\b)*")  # between two boxes
+_SPACE = r"(?:[\s$]|\\[,;:! ]|\\q?quad\b|\\text\s*\{|\})"
+_SAME_ANSWER = re.compile(rf"{_SPACE}*(?:,|and\b|or\b)(?:{_SPACE}|and\b|or\b)*")  # between boxes
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _FIRST_LETTER = re.compile(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])")
 _CAPITAL = re.compile(r"(?<![A-Za-z])(?!I\s+[a-z])[A-Z](?![A-Za-z'])")
+# In parentheses, before a full stop at the start, or after a word that says that it is the choice.
+_CHOICE = re.compile(
+    r"\([A-Z]\)|\A\W*[A-Z]\W*[.:)]|\b(?:answer|option|choice|is)\b\W*(?:is\b)?\W*[A-Z](?![\w'])",
+    re.I,
+)
 _SPACING = re.compile(r"\s|\$|\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:!]")
-LONGEST = 30  # characters of an answer (arXiv 2509.07558, its repository)
-SLACK = 20  # or so many more than the reference has, if that is longer
+SLACK = 20  # characters that an answer may have more than the reference, whatever the limit
+MOST = 5000  # characters that the LaTeX server reads
 
 
 class Comparison(NamedTuple):
@@ -38,18 +43,17 @@ def compare(
     extra_info: Mapping[str, Any] | None = None,
     *,
     published: bool = False,
-    max_answer_length: int | None = None,
+    max_answer_length: int = 30,
 ) -> Comparison:
     r"""What a response to one of `MATH_SOURCES` answers, and whether it is right, if strings tell.
 
     * The answer is the last of `final_answers`; with `extra_info["find_maj"]` the most frequent, of
       them the latest. Of `gpqa` it is a letter (`choice`).
-    * Identical to the reference: right. Else longer than `max_answer_length` characters, spaces
-      apart: wrong. None: `LONGEST`, or `SLACK` more than the reference.
-    * `published` (arXiv 2509.07558, its repository): the last innermost box, else all; `LONGEST`.
-
-    Raises: as `reference`.
-
+    * Identical to the reference: right. Else wrong if it has more characters, not counting spaces,
+      than `max_answer_length` and than the reference with `SLACK`, or than `MOST` in all.
+    * `published` (arXiv 2509.07558, its repository): the last innermost box, else the whole
+      response; `max_answer_length` alone, spaces included; of `gpqa` the first letter.
+    Raises: as `reference`. Example:
     >>> compare("amc", r"so \boxed{\frac{3}{5}}", "0.6")
     Comparison(pred='\\frac{3}{5}', gold='0.6', equal=None, too_long=False)
     """
@@ -62,11 +66,10 @@ def compare(
     if (extra_info or {}).get("find_maj"):
         # Of equal counts `most_common` takes the first that it has seen, so it starts at the end.
         pred = Counter(reversed(answers)).most_common(1)[0][0]
-    size, most = len(pred), LONGEST if max_answer_length is None else max_answer_length
+    size, most = len(pred), max_answer_length
     if not published:
-        size = len(_SPACING.sub("", pred))
-        most = max(most, len(gold) + SLACK) if max_answer_length is None else most
-    if pred != gold and size > most:
+        size, most = len(_SPACING.sub("", pred)), max(most, len(gold) + SLACK)
+    if pred != gold and (size > most or len(pred) > MOST):
         return Comparison(pred, gold, False, True)
     if data_source == "gpqa":
         pred, gold = choice(pred, published), choice(gold, published)
@@ -98,8 +101,9 @@ def final_answers(text: str) -> list[str]:
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     found, end = boxes(text), text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
-    if start >= 0 and (not found or found[-1][1] < end):
-        text = text[start + len("<answer>") : end]
+    tagged = text[start + len("<answer>") : end] if start >= 0 else ""
+    if tagged.strip() and (not found or found[-1][1] < end):
+        text = tagged
         found = boxes(text)
     answers: list[dict[str, None]] = []  # sets that keep their order
     last = 0
@@ -119,12 +123,12 @@ def boxes(text: str, published: bool = False) -> list[tuple[int, int, str]]:
     >>> boxes(r"\boxed{1}, no: \boxed{\frac{1}{2}}, \boxed{3")
     [(0, 9, '1'), (15, 34, '\\frac{1}{2}')]
     """
-    found: list[tuple[int, int, str]] = []
+    found: list[tuple[int, int, slice]] = []
     opened: list[tuple[int, int]] = []  # where each open brace's content starts; of a box: its own
     newest = -1  # content of the box that was opened last
     for match in _PARTS.finditer(text):
         if match["word"] and not published:
-            found.append((match.start(), match.end(), match["word"].rstrip(".,;:!?")))
+            found.append((match.start(), match.end(), slice(*match.span("word"))))
         elif (box := match["box"]) and (not published or box.startswith(r"\boxed")):
             newest = match.end()
             opened.append((newest, match.start()))
@@ -135,17 +139,17 @@ def boxes(text: str, published: bool = False) -> list[tuple[int, int, str]]:
             if start >= 0 and (not published or inside == newest):
                 while found and found[-1][0] > start:
                     del found[-1]
-                found.append((start, match.end(), text[inside : match.start()].strip()))
-    return found
+                found.append((start, match.end(), slice(inside, match.start())))
+    return [(start, end, text[content].strip()) for start, end, content in found]
 
 
 def choice(text: str, published: bool = False) -> str:
-    r"""The letter that a text chooses, as a capital: ``\text{(b)}``, in more text the only capital
-    that stands alone (`published`: the first letter that does); else empty."""
+    r"""The letter that a text chooses, as a capital: all of it, ``\text{(b)}``, or the only capital
+    that stands alone, if it is said to be the choice. `published`: the first letter. Else empty."""
     bare = _COMMAND.sub(" ", text)
     alone = bare.strip(" \t\n$(){}[].:*")
     if published or len(alone) == 1:
         match = _FIRST_LETTER.search(bare)
         return match[0].upper() if match else ""
     letters = set(_CAPITAL.findall(bare))
-    return letters.pop() if len(letters) == 1 else ""
+    return letters.pop() if len(letters) == 1 and _CHOICE.search(bare) else ""

@@ -103,8 +103,8 @@ class MathClient:
 
     async def compute_score(self, *arguments: Any) -> dict[str, Any]:
         """Of the arguments of `compare`: `score` and `acc` (0 or 1), `pred` (the answer), and what
-        counts as wrong: `undecided`, 1 where the server did not understand a part of the answer,
-        ran into its limits or failed; `too_long`, 1 where the length alone has decided. Raises:
+        counts as wrong: `undecided`, 1 where the server understood but a part of the answer, ran
+        into its limits or failed; `too_long`, 1 where the length alone has decided. Raises:
         ValueError for a ground truth of the wrong form or a pair that the server refuses;
         RewardServerError without an answer within `config.max_wait_s`."""
         published, limit = self.config.answer_rule == "published", self.config.max_answer_length
@@ -201,6 +201,8 @@ class ServerProcess:
         if address.scheme != "http" or address.hostname not in ("127.0.0.1", "localhost", "::1"):
             remedy = f"start that one by hand, or use {DEFAULT_URL}"
             raise ValueError(f"{key} is for this machine, but the URL is {url}: {remedy}")
+        if not START_SCRIPT.is_file():
+            raise ValueError(f"{key} needs a clone of the repository, with {START_SCRIPT}")
         self.url, self.log_file = url, log_file
         self.command = ["bash", str(START_SCRIPT), "--stop-at-end-of-input", "1"]
         self.command += ["--host", address.hostname, "--port", str(address.port or 80)]

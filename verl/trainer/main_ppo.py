@@ -39,9 +39,8 @@ def run(config: Config) -> None:
                 if not left or trainer.stop.number:
                     exit_with(1, f"{text}\n{trainer.how_to_resume}")
                 action = f"goes on from {latest}" if latest else "starts anew"
-                logger.error(
-                    "%s. The run %s; trainer.max_restarts: %d left", text, action, left - 1
-                )
+                note = "%s. The run %s; trainer.max_restarts: %d left"
+                logger.error(note, text, action, left - 1)
 
 
 def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
@@ -91,7 +90,7 @@ def _train(trainer: "RayPPOTrainer") -> None:
 
 def _error(error: Exception, folder: Path) -> str:
     """One line about an error, whose traceback goes to `error.log` in the run's folder."""
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayActorError, RayError, RayTaskError
 
     details = ""
     with suppress(OSError), (folder / "error.log").open("a") as log:  # the disk may be full
@@ -104,7 +103,8 @@ def _error(error: Exception, folder: Path) -> str:
         lines = [x.strip() for x in re.sub(r"\x1b\[\d+m", "", text).splitlines() if x.strip()]
         ends = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)]
         text = " ".join(lines[ends[-1] if ends else -1 :]).partition(" Some common causes")[0]
-        if name := re.search(r"class_name: (\w+)", str(error)):  # what an actor's death names
+        name = re.search(r"class_name: (\w+)", str(error))
+        if name and isinstance(error, RayActorError):
             text = f"a worker died, of class {name[1]}: {text}"
     return f"error: {text or type(error).__name__}{details}"
 

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 
 
 class Timer:
-    """Adds up seconds by name, of phases that are not nested: ``with timer("gen"): …``, then
-    ``timer.seconds["gen"]``."""
+    """``with timer("gen"): …`` adds to ``timer.seconds["gen"]``. Phases must not be nested."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -38,9 +38,8 @@ def load_function(key: str, path: str, name: str) -> Function:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{key}.path={path} can't be imported: {reason}") from error
     if module.__file__ != str(file):
-        raise ValueError(
-            f"{key}.path={path}: the folder {file.stem} beside it hides it: rename one"
-        )
+        problem = f"the folder {file.stem} beside it hides it: rename one"
+        raise ValueError(f"{key}.path={path}: {problem}")
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{key}.name={name}: {path} has no function of this name")
@@ -49,8 +48,11 @@ def load_function(key: str, path: str, name: str) -> Function:
 
 def taken(function: Function, names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
     """Those of the arguments `names` that a function takes by name, beside all `others`. Raises:
-    TypeError if it can't be called with them; ValueError if it is one in C that doesn't say."""
-    signature = inspect.signature(function)
+    TypeError if it can't be called with them."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions that are written in C don't say what they take
+        return list(names)
     anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     found = [name for name in names if anything or name in signature.parameters]
     signature.bind(**dict.fromkeys([*found, *others]))

@@ -87,14 +87,16 @@ class Batches:
     def next(self, step: int, timer: Timer) -> TrainBatch:
         """The samples of training step `step`, with scores and rewards. Raises: RewardError;
         ValueError if the filter leaves less than one mini-batch. Both leave all as it was."""
-        ahead, self.prefetched = self.prefetched, None
+        ahead = self.prefetched
         if not self.config.trainer.async_rollout:
+            self.prefetched = None
             return ahead.result() if ahead else self._collect(step, timer)
         with timer("gen"):
             batch = ahead.result() if ahead else self._collect(step, Timer())
         if ahead:
             with timer("update_weights"):
-                self.update_engines()
+                self.update_engines()  # may fail: the batch is saved then
+        self.prefetched = None
         if step < self.total_steps:
             self.prefetched = self.thread.submit(self._collect, step + 1, Timer())
         return batch
