@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from common import report, report_limit
+from policies import save_tokenizer
 
 from verl.algorithms.losses import LossConfig
 from verl.config.load import load_config
@@ -35,6 +36,7 @@ def make_model(folder: Path, **sizes: int) -> dict[str, Any]:
     torch.manual_seed(0)
     config = Qwen3Config(head_dim=64, tie_word_embeddings=True, **sizes)
     Qwen3ForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder, config.vocab_size)
     return json.loads((folder / "config.json").read_text())
 
 

@@ -42,13 +42,18 @@ def make_policy(folder: Path, size: str, mean_length: float) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     _set_mean_length(model, mean_length)
     model.save_pretrained(folder)
-    words = {"<eos>": EOS, "<pad>": PAD, "<unk>": 2} | {f"t{i}": i for i in range(3, s["vocab"])}
+    save_tokenizer(folder, s["vocab"])
+    return folder
+
+
+def save_tokenizer(folder: Path, size: int) -> None:
+    """Saves one of `size` words."""
+    words = {"<eos>": EOS, "<pad>": PAD, "<unk>": 2} | {f"t{i}": i for i in range(3, size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     ).save_pretrained(folder)
-    return folder
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import alternate, report, spread
+from policies import save_tokenizer
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -282,6 +283,7 @@ def main() -> None:
         folder = Path(name)
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(LlamaConfig(**config)).save_pretrained(folder)
+        save_tokenizer(folder, config["vocab_size"])
         dist.init_process_group("gloo", init_method=f"file://{name}/group", rank=0, world_size=1)
         policies = {
             "packed": make_policy(folder),
