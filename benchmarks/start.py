@@ -23,7 +23,7 @@ from common import alternate, report_limit, spread
 NAME = "start"
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "train_scripts/countdown-3b-delta-l-norm-alpha-1.sh"
-REWARD = "def score(source, text, truth, extra_info=None): return len(text)"
+REWARD = "def score(solution_str): return len(solution_str)"
 
 
 def run(*command: str, **variables: str) -> str:
@@ -113,12 +113,13 @@ def first_step(overrides: list[str]) -> None:
     tokenizer = load_tokenizer(config.actor_rollout_ref.model)
     trainer = module.RayPPOTrainer(config, tokenizer)
     parts["tokenizer, data"] = time.perf_counter() - begin
-    module.start_ray = timed("Ray", module.start_ray)
-    module.reserve_devices = timed("placement", module.reserve_devices)
-    workers = module.EnginePool
-    workers.wait_ready = timed("processes, engines", workers.wait_ready)
-    workers = module.WorkerGroup
-    workers.connect = timed("actor ranks meet", workers.connect)
+    from verl.trainer.ppo import workers
+
+    workers.start_ray = timed("Ray", workers.start_ray)
+    workers.reserve_devices = timed("placement", workers.reserve_devices)
+    engines, ranks = workers.EnginePool, workers.WorkerGroup
+    engines.wait_ready = timed("processes, engines", engines.wait_ready)
+    ranks.connect = timed("actor ranks meet", ranks.connect)
     trainer_start = time.perf_counter()
     trainer.start_workers()
     known = sum(parts[n] for n in ("Ray", "placement", "processes, engines", "actor ranks meet"))
