@@ -227,7 +227,7 @@ def run_steps(responses: int, ranks: int, repeats: int) -> None:
     prompts = make_prompts(responses // PER_PROMPT)
     slots = reserve_devices(1, ranks, "cpu")
     actor = WorkerGroup(Actor, slots, "cpu", [()] * ranks)
-    engines = EnginePool(Engine, slots, config, 0.5)
+    engines = EnginePool(Engine, slots, "cpu", config, 0.5)
     engines.wait_ready()
     trainer = make_trainer(config, actor)
     rewards = RewardManager(config, Tokenizer())

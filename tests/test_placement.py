@@ -17,6 +17,8 @@ from ray.util.placement_group import (
 from tests.helpers import ray_cluster
 from verl import cluster
 from verl.cluster import Slots, WorkerGroup, reserve_devices, start_ray
+from verl.models.policy import PolicyWorker
+from verl.utils.device import cluster_device
 
 
 class Place:
@@ -100,6 +102,18 @@ def test_workers_of_a_slot_share_its_gpu(nodes: list[str]) -> None:
         assert engines.call("get") == actors.call("get")
     assert [node, same_node] == nodes_of(slots)
     assert {first, second} == {0, 1}
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error(nodes: list[str]) -> None:
+    """Ray sees GPUs that an old driver hides from torch, as it does here: no CPU takes their
+    place in silence."""
+    assert cluster_device("cpu") == "cpu"
+    device = cluster_device(None)
+    assert device == "cuda"
+    with placed(1, 1, device) as slots:
+        ranks = WorkerGroup(PolicyWorker, slots, device, [(device,)])
+        with pytest.raises(ray.exceptions.RayActorError, match=r"can't use the GPU: .*CUDA"):
+            ranks.free_address()
 
 
 def test_a_busy_node_is_left_out(nodes: list[str]) -> None:

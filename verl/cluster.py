@@ -77,7 +77,7 @@ def _check_cluster(address: str) -> None:
 
 
 def reserve_devices(
-    nodes: int, devices_per_node: int, device: str | None, timeout_s: float = 300
+    nodes: int, devices_per_node: int, device: str, timeout_s: float = 300
 ) -> Slots:
     """Reserves `devices_per_node` devices on each of `nodes` different machines. Raises: ValueError
     if the cluster doesn't have them, or they are not free after `timeout_s` seconds."""
@@ -136,7 +136,7 @@ class WorkerGroup:
         self,
         cls: type,
         slots: Slots,
-        device: str | None,
+        device: str,
         arguments: Sequence[tuple[Any, ...]],
         share: float = 1 / WORKERS_PER_DEVICE,
         **options: Any,

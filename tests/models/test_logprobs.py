@@ -142,6 +142,15 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+def test_logits_of_bfloat16_are_not_rounded():
+    """To bfloat16, 20.06 and 20.0 are the same."""
+    (hidden, weight), targets = inputs(torch.float32, with_bias=False)
+    halves = [(10 * x).bfloat16() for x in (hidden, weight)]
+    exact = plain(*(x.double() for x in halves), None, targets, 1.0)
+    for ours, theirs in zip(chunked_log_probs(*halves, targets), exact, strict=True):
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-4)
+
+
 def test_no_more_logits_than_a_tile_exist_at_once():
     hidden = torch.randn(64, 2, requires_grad=True)
     weight = torch.randn(50, 2, requires_grad=True)

@@ -24,8 +24,9 @@ def test_packed_by_hand():
     assert batch.predictors.tolist() == [1, 2, 3]
     assert batch.targets.tolist() == [1, 2, 3]
     assert batch.model_kwargs["sequence_lengths"] == [3, 1]
-    assert batch.model_kwargs["sequence_bounds"].tolist() == [0, 3, 4]
-    assert batch.model_kwargs["sequence_bounds"].dtype == torch.int32
+    assert batch.model_kwargs["cu_seq_lens_q"].tolist() == [0, 3, 4]
+    assert batch.model_kwargs["cu_seq_lens_k"].dtype == torch.int32
+    assert batch.model_kwargs["max_length_q"] == batch.model_kwargs["max_length_k"] == 3
     assert batch.model_kwargs["attention_mask"] is None
 
 

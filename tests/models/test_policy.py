@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import free_address, make_samples, make_step, make_tiny_model
 from verl.algorithms.losses import LossConfig
 from verl.config.base import FSDPConfig, MixedPrecisionConfig, ModelConfig, OptimConfig
-from verl.models.policy import MicroBatchLimit, PolicyWorker, learning_rate_factor
+from verl.models.policy import HostMemory, MicroBatchLimit, PolicyWorker, learning_rate_factor
 from verl.protocol import OptimizerStep, Sample
 from verl.trainer.ppo.core_algos import WEIGHTS, kl_divergence, policy_loss, response_weights
 from verl.utils.seqlen_balancing import balanced_partitions
@@ -334,6 +335,35 @@ def test_a_step_that_is_not_finite_is_skipped(tiny_model: Path) -> None:
     assert worker.optimizers[0].state_dict()["state"][0]["step"].item() == step
     assert worker.update([good], LossConfig(), LIMITS["all"], 1.0)[0]["skipped"] == 0
     assert not torch.equal(before[0], next(worker.model.parameters()).full_tensor())
+
+
+def test_what_is_unchanged_is_not_copied_to_the_host_again() -> None:
+    mesh, memory = init_device_mesh("cpu", (1,)), HostMemory()
+    parameter = DTensor.from_local(torch.tensor([1.0, 2.0]), mesh, [Shard(0)])
+    first = memory.store(parameter)
+    assert first.to_local().tolist() == [1, 2]
+    parameter.to_local().mul_(3)
+    assert memory.store(parameter, changed=False).to_local().tolist() == [1, 2]
+    last = memory.store(parameter)
+    assert last.to_local().tolist() == [3, 6]
+    assert last.to_local().data_ptr() == first.to_local().data_ptr()
+    state = DTensor.from_local(torch.tensor([7.0]), mesh, [Shard(0)])
+    assert memory.store(state, "exp_avg").to_local().tolist() == [7]
+    state = DTensor.from_local(torch.tensor([8.0]), mesh, [Shard(0)])  # a step has made a new one
+    assert memory.store(state, "exp_avg").to_local().tolist() == [8]
+    assert len(memory.places) == 2
+    assert memory.store(torch.ones(1)).tolist() == [1]  # a buffer
+
+
+@pytest.mark.parametrize("transfer", ["host", "ipc"])
+def test_ipc_takes_no_expandable_segments(transfer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = "expandable_segments:True,max_split_size_mb:512"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
+    PolicyWorker("cpu", transfer)
+    left = "max_split_size_mb:512" if transfer == "ipc" else given
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == left
+    assert "PYTORCH_ALLOC_CONF" not in os.environ  # which would win
 
 
 def test_offloading_and_mixed_precision_run(tiny_model: Path) -> None:

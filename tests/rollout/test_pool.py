@@ -50,7 +50,7 @@ def workers(
     config = make_config(tiny_model)
     config.actor_rollout_ref.rollout.max_num_seqs = 12
     actor.call("build", config.actor_rollout_ref.model, FSDPConfig(), OptimConfig(), 10)
-    engines = EnginePool(engine, slots, config, 0.5)
+    engines = EnginePool(engine, slots, "cpu", config, 0.5)
     engines.wait_ready()
     yield actor, engines
     ray.shutdown()
@@ -158,6 +158,28 @@ def test_an_engine_that_died_between_steps_gets_the_next_weights(
     assert tokens(generate(engines)) == expected
 
 
+def test_an_engine_that_dies_while_it_takes_weights_ends_no_update(
+    workers: tuple[WorkerGroup, EnginePool], expected: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are in the middle of theirs, and get all weights once more."""
+    sync, engines, restarted = restarting(*workers)
+    monkeypatch.setattr("verl.weight_sync.CHUNK_BYTES", 4096)
+    pids, submit, calls = pids_of(engines), engines.submit, []
+
+    def submit_and_kill(method: str, *args: Any, **options: Any) -> list[Any]:
+        calls.append(method)
+        if calls == ["start_update", "load_weights", "load_weights"]:
+            os.kill(pids[1], signal.SIGKILL)
+        return submit(method, *args, **options)
+
+    monkeypatch.setattr(engines, "submit", submit_and_kill)
+    sync()
+    assert (calls.count("start_update"), calls.count("finish_update")) == (2, 1)
+    assert pids_of(engines)[0] == pids[0] and pids_of(engines)[1] != pids[1]
+    assert tokens(generate(engines)) == expected
+    assert restarted == []
+
+
 def test_a_generation_can_be_cancelled(engines: EnginePool, expected: list) -> None:
     stream = engines.generate(PROMPTS, NUMBERS, PARAMS)
     next(stream)
@@ -190,7 +212,7 @@ class Doomed(HFEngine):
 @pytest.mark.parametrize("workers", ["hf"], indirect=True)
 def test_an_engine_that_always_dies_ends_the_run(engines: EnginePool, tiny_model: Path) -> None:
     slots = reserve_devices(1, 1, "cpu", timeout_s=30)
-    doomed = EnginePool(Doomed, slots, make_config(tiny_model), 0.5)
+    doomed = EnginePool(Doomed, slots, "cpu", make_config(tiny_model), 0.5)
     with pytest.raises(ray.exceptions.RayActorError):
         list(doomed.generate(PROMPTS[:1], [0], PARAMS))
 

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import made_once
+from verl.cluster import WorkerGroup
 from verl.config.load import load_config
 from verl.trainer import main_export, main_ppo
 from verl.trainer.ppo.checkpoint import MANIFEST, seal
@@ -303,8 +304,15 @@ def test_the_final_model_is_the_trained_one(finished: Path, tiny_model: Path) ->
 
 
 def test_one_rank_resumes_what_two_saved_and_all_terms_run(
-    settings: list[str], finished: Path, tmp_path: Path
+    settings: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    submit, calls = WorkerGroup.submit, []
+
+    def submit_and_note(group: WorkerGroup, method: str, *args: Any, **options: Any) -> Any:
+        calls.append(method)
+        return submit(group, method, *args, **options)
+
+    monkeypatch.setattr(WorkerGroup, "submit", submit_and_note)
     run(
         settings,
         f"trainer.default_local_dir={tmp_path}",
@@ -315,6 +323,9 @@ def test_one_rank_resumes_what_two_saved_and_all_terms_run(
         "trainer.save_freq=-1",
         "trainer.save_hf_model=False",
     )
+    # Engines give their memory back before the actor builds and loads, which needs it.
+    order = [calls.index(name) for name in ("sleep", "build", "load", "start_update")]
+    assert order == sorted(order)
     (line,) = read(tmp_path)
     expected = read(finished)[3]
     for key in ("critic/score/mean", "response_length/mean"):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers import VOCABULARY, make_samples, make_tiny_model
 from verl.algorithms.losses import LossConfig
+from verl.config.base import MixedPrecisionConfig
 from verl.config.schema import EngineKwargs, FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
 from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import OptimizerStep, Prompt, Sample
@@ -222,6 +223,30 @@ def test_a_stop_ends_what_runs_and_not_what_comes_after(engine: VLLMEngine) -> N
     assert len(first) + sum(map(len, stream)) < 32
     assert not engine.engine.has_unfinished_requests()
     assert len(generate(engine, PROMPTS, SamplingParams(2, 40))) == 8
+
+
+@ONE
+def test_logits_of_the_engine_in_float32(actor: PolicyWorker, tmp_path: Path) -> None:
+    """The actor's always are."""
+    make_tiny_model(tmp_path, tie_word_embeddings=False, initializer_range=0.1)
+    large = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        large.lm_head.weight.mul_(20)  # the larger a logit, the coarser in bfloat16
+    large.save_pretrained(tmp_path)
+    model, exact, found = ModelConfig(path=str(tmp_path)), PolicyWorker("cpu"), []
+    exact.build(model, FSDPConfig(mixed_precision=MixedPrecisionConfig("bfloat16")))
+    for fp32_lm_head in (False, True):
+        engine = VLLMEngine()
+        rollout = RolloutConfig(name="vllm", dtype="bfloat16", fp32_lm_head=fp32_lm_head)
+        engine.build(model, rollout, "cpu", 160)
+        assert (engine.engine.model_config.head_dtype == torch.float32) == fp32_lm_head
+        samples = generate(engine, PROMPTS, SamplingParams(8, 30))
+        actual = exact.log_probs(samples, 1.0, LIMIT)
+        ours = np.concatenate([s.rollout_log_probs for s in samples])
+        found.append(float(np.abs(ours - actual).mean()))
+        del engine.engine
+        gc.collect()
+    assert found[1] < 0.95 * found[0], found
 
 
 def test_an_unknown_argument_is_named(tmp_path: Path) -> None:

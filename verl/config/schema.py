@@ -193,6 +193,8 @@ class RolloutConfig(SamplingConfig):
     """vLLM: split long prompts over engine steps."""
     enforce_eager: bool = key(True, **VLLM)
     """vLLM: no CUDA graphs."""
+    fp32_lm_head: bool = key(False, **VLLM)
+    """vLLM: logits in float32, as the actor's are: slower, and nearer to the actor's."""
     free_cache_engine: bool = key(True, **VLLM)
     """vLLM: free the memory of weights and KV cache while the actor trains."""
     weight_transfer: str | None = key(None, choices=("host", "ipc", "nccl"), **FREE)

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -39,11 +40,16 @@ def model_folder(model: ModelConfig) -> Path:
 
 
 def check_model(model: ModelConfig, longest: int, export: bool) -> None:
-    """Raises ValueError for what would stop the workers later, and with `export` the end of the
-    run. Warns if sequences of `longest` tokens have too few positions."""
+    """Downloads a model of the hub: workers don't wait for each other as long as that takes. Raises
+    ValueError for what would stop them later, and with `export` the end of the run. Warns if
+    sequences of `longest` tokens have too few positions."""
     config = load_hf_config(model)
     positions = getattr(config, "max_position_embeddings", None)
     folder = Path(model.path).expanduser()
+    if not folder.is_dir():
+        snapshot_download(
+            model.path, allow_patterns=[f"*{end}" for end in (*COPIED, ".safetensors")]
+        )
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ValueError(f"actor_rollout_ref.model.path={model.path}: the folder holds no weights")
     if min(stop_token_ids(model)) >= (size := config.get_text_config().vocab_size):

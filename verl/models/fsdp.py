@@ -21,7 +21,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
     """A `PolicyModel` with fp32 weights: every rank shards an empty skeleton, and gets its part of
     what rank 0 loads. Raises: ValueError for a model that can't be sharded, or packed."""
     precision = fsdp.mixed_precision
-    compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device))
+    compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device.type))
     attention = "sdpa"
     if model.use_remove_padding:
         _check_packable(load_hf_config(model), model.path)
@@ -39,6 +39,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
     for layer in layers:
         shard(layer, reshard_after_forward=fsdp.reshard_after_forward)
     shard(policy, reshard_after_forward=False)
+    policy.to_empty(device=device)  # else the weights would be sent by way of the host
 
     loaded = PolicyModel(load_hf_model(model, torch.float32)) if dist.get_rank() == 0 else None
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

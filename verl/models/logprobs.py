@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from verl.models.packing import Batch
-from verl.utils.device import default_tile
+from verl.utils.device import default_tile, product
 
 
 class PolicyModel(nn.Module):
@@ -88,8 +88,8 @@ def _tiles(*args: Any) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
     for i in range(0, len(targets), tile[0]):
         for j in range(0, size, tile[1]):
             rows, columns = slice(i, i + tile[0]), slice(j, min(j + tile[1], size))
-            part = None if bias is None else bias[columns]
-            logits = torch.nn.functional.linear(hidden[rows], weight[columns], part).float()
+            logits = product(hidden[rows], weight[columns].T)
+            logits = logits if bias is None else logits.add_(bias[columns])
             logits = logits if temperature == 1 else logits.div_(temperature)
             place = targets[rows].clamp(columns.start, columns.stop - 1)
             yield rows, columns, logits, place - j, place == targets[rows]
@@ -100,7 +100,7 @@ def _subtract_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b, alpha=-1)
     else:
-        total -= a @ b
+        total -= product(a, b)
 
 
 def chunked_log_probs(

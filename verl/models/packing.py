@@ -52,11 +52,10 @@ def pack(samples: Sequence[Sample], device: torch.device, remove_padding: bool =
     else:
         input_ids, position_ids = input_ids[mask][None], position_ids[mask][None]
         starts = np.cumsum(lengths) - lengths
-        model_kwargs = {
-            "sequence_lengths": lengths.tolist(),
-            "sequence_bounds": tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-            "attention_mask": None,
-        }
+        model_kwargs = {"sequence_lengths": lengths.tolist(), "attention_mask": None}
+        bounds = tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        for end in "qk":  # as transformers' FlashAttention wants them
+            model_kwargs |= {f"cu_seq_lens_{end}": bounds, f"max_length_{end}": int(lengths.max())}
     predictors, targets = [none], [none]
     for s, start in zip(samples, starts, strict=False):
         before = start + len(s.prompt.token_ids) - 1 + np.arange(len(s.response_ids))
@@ -131,7 +130,7 @@ def packed_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     visible = ((_sliding_window(options) or 0) - 1, 0)  # tokens before (-1: all) and after
-    bounds, longest = options["sequence_bounds"], max(options["sequence_lengths"])
+    bounds, longest = options["cu_seq_lens_q"], options["max_length_q"]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale, gqa = options.get("scaling"), query.shape[1] != key.shape[1]
     output = varlen_attn(

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from verl.algorithms.losses import LOSSES, LossConfig
@@ -54,11 +55,35 @@ def learning_rate_factor(step: int, optim: OptimConfig, total_steps: int) -> flo
     return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * left
 
 
+class HostMemory:
+    """Keeps tensors of a device in host memory, each in a place of its own that stays pinned."""
+
+    def __init__(self) -> None:
+        self.places: dict[Any, Tensor] = {}
+
+    def store(self, value: Tensor, key: Any = None, changed: bool = True) -> Tensor:
+        """A sharded `value` in its place, which is that of `key` (None: of this parameter); unless
+        it has `changed`, it is there already. Other tensors are moved."""
+        if not isinstance(value, DTensor):
+            return value.to(HOST)
+        local, key = value.to_local(), key or id(value)
+        if changed or key not in self.places:
+            if key not in self.places:
+                self.places[key] = torch.empty_like(local, device=HOST)
+                devices.pin(self.places[key])
+            self.places[key].copy_(local)
+        whole: Any = {"shape": value.shape, "stride": value.stride()}
+        return DTensor.from_local(self.places[key], value.device_mesh, value.placements, **whole)
+
+
 class PolicyWorker:
     """One rank's part of a sharded model. Methods are collective: all ranks call them together."""
 
-    def __init__(self, device: str | None = None) -> None:
+    def __init__(self, device: str, transfer: str = "host") -> None:
+        if transfer == "ipc":
+            devices.forbid_expandable_segments()
         self.device = devices.get_device(device)
+        self.host = HostMemory()
         self.version = 0  # training steps
         self.ref: PolicyWorker  # the policy that KL terms compare with
         self.engines_group: Any = None
@@ -84,23 +109,27 @@ class PolicyWorker:
         self.optim, self.total_steps = optim, total_steps
         self.pack = partial(pack, device=self.device, remove_padding=model.use_remove_padding)
         self.model = build_policy(model, fsdp_config, self.device)
-        self.optimizers = [torch.optim.AdamW(self.model.parameters(), optim.lr)] if optim else []
+        parameters = self.model.parameters()
+        self.optimizers = [devices.adamw(parameters, optim.lr, self.device)] if optim else []
         self.move(HOST)
         if ref_fsdp_config is not None:
             self.ref = PolicyWorker(self.device.type)
             self.ref.build(model, ref_fsdp_config)
         return model_size(self.model.lm), devices.peak_flops(self.device)
 
-    def move(self, device: torch.device, optimizer: bool = False) -> None:
-        """Brings to the device, or back, parameters (and states) that are kept in host memory."""
+    def move(self, device: torch.device, optimizer: bool = False, changed: bool = True) -> None:
+        """Brings to the device, or back, parameters (and states) that are kept in host memory;
+        `changed`: the parameters have other values than when they left it."""
+        to_host, to_device = self.host.store, partial(Tensor.to, device=device, non_blocking=True)
         if self.config.param_offload:
-            self.model.to(device)
+            model: Any = self.model
+            model._apply(partial(to_host, changed=changed) if device == HOST else to_device)
         if optimizer and self.config.optimizer_offload:
             for state in [state for o in self.optimizers for state in o.state.values()]:
                 for name, value in state.items():
                     if value.dim():
-                        # Towards the host, a copy that doesn't block would take pinned memory.
-                        state[name] = value.to(device, non_blocking=device.type == "cuda")
+                        key = id(state), name
+                        state[name] = to_host(value, key) if device == HOST else to_device(value)
         if device == HOST:
             devices.empty_cache(self.device)
 
@@ -124,7 +153,7 @@ class PolicyWorker:
             for i, of_sample in zip(indices, per_token_of_response(values, part), strict=True):
                 results[i] = of_sample
         self.model.reshard()  # without a backward pass the root's parameters stay gathered
-        self.move(HOST)
+        self.move(HOST, changed=False)
         return np.concatenate([np.zeros(0, np.float32), *results])
 
     def ref_log_probs(self, *args: Any) -> np.ndarray:
@@ -211,7 +240,7 @@ class PolicyWorker:
         if dist.get_rank() == 0:
             whole = {name.removeprefix("lm."): weight for name, weight in weights.items()}
             write_folder(self.model_config, folder, whole, dtype)
-        self.move(HOST)
+        self.move(HOST, changed=False)
 
     def join_engines(self, address: str, world_size: int) -> None:
         """Becomes rank 0 of the process group in which weights are broadcast to the engines."""
@@ -220,7 +249,7 @@ class PolicyWorker:
     def plan_export(self, dtype: str | None, chunk_bytes: int) -> tuple[int, list[WeightChunk]]:
         """The policy's version, and what will be exported: all weights, tied ones once, in chunks
         of about `chunk_bytes`; as `dtype` (null: the device's usual one)."""
-        dtype = dtype or devices.default_dtype(self.device)
+        dtype = dtype or devices.default_dtype(self.device.type)
         itemsize = getattr(torch, dtype).itemsize
         chunks: list[WeightChunk] = []
         left = -1
@@ -255,7 +284,7 @@ class PolicyWorker:
     def finish_export(self) -> None:
         """Once all engines have loaded all chunks."""
         self.shared = ()
-        self.move(HOST)
+        self.move(HOST, changed=False)
 
 
 def _reasons(error: CheckpointException) -> str:

@@ -56,7 +56,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def build(
-        self, model: ModelConfig, rollout: RolloutConfig, device: str | None, max_model_len: int
+        self, model: ModelConfig, rollout: RolloutConfig, device: str, max_model_len: int
     ) -> None:
         """Loads the model for up to `max_model_len` tokens. Raises: ValueError for other keys."""
 

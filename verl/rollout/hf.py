@@ -24,13 +24,11 @@ KEEP_SHARE = 0.85  # the batch is compacted when a smaller share of its rows is 
 class HFEngine(RolloutEngine):
     """`actor_rollout_ref.rollout.name=hf`."""
 
-    def build(
-        self, model: ModelConfig, rollout: RolloutConfig, device: str | None, *_: Any
-    ) -> None:
+    def build(self, model: ModelConfig, rollout: RolloutConfig, device: str, *_: Any) -> None:
         """See `RolloutEngine.build`."""
         self.max_num_seqs = rollout.max_num_seqs
         self.device = get_device(device)
-        dtype = getattr(torch, rollout.dtype or default_dtype(self.device))
+        dtype = getattr(torch, rollout.dtype or default_dtype(device))
         self.model = cast(PreTrainedModel, load_hf_model(model, dtype)).eval()
         self.model.to(self.device)
         if self.model.config._attn_implementation == "sdpa":

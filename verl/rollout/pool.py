@@ -28,11 +28,11 @@ class EnginePool(WorkerGroup):
     """One engine per `tensor_model_parallel_size` slots."""
 
     def __init__(
-        self, cls: type[RolloutEngine], slots: Slots, config: Config, share: float
+        self, cls: type[RolloutEngine], slots: Slots, device: str, config: Config, share: float
     ) -> None:
         """Starts the engines' processes, each with `share` of its devices."""
         model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
-        device, self.max_num_seqs = config.trainer.device, rollout.max_num_seqs
+        self.max_num_seqs = rollout.max_num_seqs
         max_model_len = config.data.max_prompt_length + config.data.max_response_length
         self.ranks = rollout.tensor_model_parallel_size if cls.parallel else 1
         first = slots[:: self.ranks]

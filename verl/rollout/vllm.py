@@ -14,7 +14,7 @@ from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.hf import load_hf_config, num_embeddings, stop_token_ids, vocabulary_size
 from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import RolloutEngine, Row, SamplingParams, rows_of
-from verl.utils.device import default_dtype, get_device, kv_cache_bytes
+from verl.utils.device import default_dtype, kv_cache_bytes
 
 
 class VLLMEngine(RolloutEngine):
@@ -26,10 +26,10 @@ class VLLMEngine(RolloutEngine):
     transfers = ("host", "ipc", "nccl")
 
     def build(
-        self, model: ModelConfig, rollout: RolloutConfig, device: str | None, max_model_len: int
+        self, model: ModelConfig, rollout: RolloutConfig, device: str, max_model_len: int
     ) -> None:
         """See `RolloutEngine.build`."""
-        size, at = vocabulary_size(model), get_device(device)
+        size = vocabulary_size(model)
         masked = size < num_embeddings(model)
         os.environ.update(environment(rollout, self.share, self.bundles, masked))
         from vllm.config.weight_transfer import WeightTransferConfig
@@ -46,13 +46,14 @@ class VLLMEngine(RolloutEngine):
             raise ValueError(f"{name}, arguments of vLLM: {unknown_key(known, key)[0]}")
         register()
         self.stop_ids, self.max_num_seqs = stop_token_ids(model), rollout.max_num_seqs
-        dtype = rollout.dtype or default_dtype(at)
-        cache = kv_cache_bytes(at, load_hf_config(model), dtype, max_model_len, self.max_num_seqs)
+        dtype, config = rollout.dtype or default_dtype(device), load_hf_config(model)
+        cache = kv_cache_bytes(device, config, dtype, max_model_len, rollout.max_num_seqs)
+        head = {"head_dtype": "float32"} if rollout.fp32_lm_head else {}
         self.sleeps = rollout.free_cache_engine and current_platform.is_sleep_mode_available()
         parallel = rollout.tensor_model_parallel_size
         arguments: dict[str, Any] = dict(
             model=str(Path(model.path).expanduser()),
-            hf_overrides=dict(model.override_config),
+            hf_overrides=model.override_config | head,
             trust_remote_code=model.trust_remote_code,
             dtype=dtype,
             skip_tokenizer_init=True,
@@ -75,8 +76,8 @@ class VLLMEngine(RolloutEngine):
         )
         if masked:
             processors = [OwnVocabulary, *given.get("logits_processors", [])]
-            config = {**given.get("additional_config", {}), VOCABULARY_SIZE: size}
-            given = given | {"logits_processors": processors, "additional_config": config}
+            additional = {**given.get("additional_config", {}), VOCABULARY_SIZE: size}
+            given = given | {"logits_processors": processors, "additional_config": additional}
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments | given))
 
     def generate(
@@ -128,9 +129,13 @@ class VLLMEngine(RolloutEngine):
         self.engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
 
     def start_update(self) -> None:
-        """Wakes the memory of the weights up, and prepares vLLM for new ones."""
+        """Wakes the memory of the weights up, and prepares vLLM for new ones; ends first an update
+        that was left open when another engine died."""
+        from verl.rollout.vllm_worker import finish_open_update
+
         if self.engine.is_sleeping():
             self.engine.wake_up(["weights"])
+        self.engine.collective_rpc(finish_open_update)
         self.engine.collective_rpc("start_weight_update")
 
     def load_weights(self, chunk: WeightChunk) -> None:
@@ -159,7 +164,7 @@ def environment(
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in our process
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines would all bind to the same core
-        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
     }
     if masked:

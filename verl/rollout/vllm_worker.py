@@ -80,6 +80,12 @@ class OwnVocabulary(LogitsProcessor):
         """Nothing depends on the requests."""
 
 
+def finish_open_update(worker: Any) -> None:
+    """Ends an update that vLLM's `worker` has begun: until then it begins no other."""
+    if worker._weight_update_active:
+        worker.finish_weight_update()
+
+
 def register() -> None:
     """Tells vLLM of `ActorWeights`; for vLLM's own workers a `vllm.general_plugins` entry point."""
     with suppress(ValueError):  # it was registered before

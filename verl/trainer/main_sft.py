@@ -25,6 +25,7 @@ def train(config: SFTConfig, tokenizer: Any, signals: StopSignals) -> Path:
     from verl.trainer.ppo.checks import count_skipped
     from verl.trainer.ppo.metrics import update_metrics
     from verl.trainer.ppo.tracking import Tracking
+    from verl.utils.device import cluster_device
     from verl.utils.seqlen_balancing import balanced_partitions
     from verl.utils.timer import Timer
 
@@ -39,8 +40,9 @@ def train(config: SFTConfig, tokenizer: Any, signals: StopSignals) -> Path:
 
     start_ray(ranks, config.ray_init.num_cpus)
     signals.install()  # Ray takes SIGTERM
-    slots = reserve_devices(trainer.nnodes, trainer.n_gpus_per_node, trainer.device)
-    actor = WorkerGroup(PolicyWorker, slots, trainer.device, [(trainer.device,)] * ranks)
+    device = cluster_device(trainer.device)
+    slots = reserve_devices(trainer.nnodes, trainer.n_gpus_per_node, device)
+    actor = WorkerGroup(PolicyWorker, slots, device, [(device,)] * ranks)
     actor.connect()
     actor.call("build", config.model, config.fsdp_config, config.optim, total)
     every, skipped_in_a_row, timer = max(1, total // LOG_LINES), 0, Timer()

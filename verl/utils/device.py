@@ -1,5 +1,6 @@
 """The only place that asks "GPU or CPU?"."""
 
+import os
 import resource
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,31 @@ from verl.utils.flops import gpu_peak_flops, head_size
 VLLM_CPU_BLOCK = 128  # tokens of a block of vLLM's KV cache on a CPU
 
 
-def get_device(name: str | None = None) -> torch.device:
-    """The device of this process: `name`, or cuda where there is a GPU, else cpu."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+def cluster_device(name: str | None) -> str:
+    """What `trainer.device` stands for: `name`, or cuda if Ray's cluster has GPUs, else cpu."""
+    import ray
+
+    return name or ("cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")
+
+
+def get_device(name: str) -> torch.device:
+    """The device of a worker. Raises: ValueError, with torch's reason, for a GPU it can't use."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:
+            remedy = "python -m verl.tools.preflight tells more; trainer.device=cpu needs no GPU"
+            raise ValueError(f"PyTorch can't use the GPU: {error} ({remedy})") from None
+    return device
+
+
+def forbid_expandable_segments() -> None:
+    """Of PyTorch's allocator, before it is used: their CUDA IPC handles need a system call that
+    containers often lack (pidfd_getfd)."""
+    for name in {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        options = os.environ[name].split(",")
+        os.environ[name] = ",".join(o for o in options if "expandable_segments" not in o)
 
 
 def process_group_backend(device: torch.device) -> str:
@@ -34,11 +57,11 @@ def broadcast_group(device: torch.device, address: str, rank: int, world_size: i
 
 
 def kv_cache_bytes(
-    device: torch.device, config: Any, dtype: str, longest: int, sequences: int
+    device: str, config: Any, dtype: str, longest: int, sequences: int
 ) -> int | None:
     """vLLM's `kv_cache_memory_bytes` for so many sequences of `longest` tokens: 5 % of the memory
     at most. None on a GPU, where `gpu_memory_utilization` decides."""
-    if device.type == "cuda":
+    if device == "cuda":
         return None
     config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -48,14 +71,25 @@ def kv_cache_bytes(
     return min(token_bytes * blocks * VLLM_CPU_BLOCK, psutil.virtual_memory().total // 20)
 
 
-def default_dtype(device: torch.device) -> str:
+def default_dtype(device: str) -> str:
     """Type to compute in where the configuration names none."""
-    return "bfloat16" if device.type == "cuda" else "float32"
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def adamw(parameters: Any, lr: float, device: torch.device) -> torch.optim.AdamW:
+    """AdamW; on a GPU in one kernel, whose work needs no memory."""
+    return torch.optim.AdamW(parameters, lr, fused=device.type == "cuda" or None)
 
 
 def default_packed_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """Name of a function in `verl.models.packing`; the GPU's kernels are for 16-bit types."""
-    return "packed_varlen" if device.type == "cuda" and dtype.itemsize == 2 else "packed_sdpa"
+    """Name of an attention for packed sequences: FlashAttention 3 where it is installed on a Hopper
+    GPU, else of `verl.models.packing`. The GPU's kernels are for 16-bit types."""
+    from transformers.utils import is_flash_attn_3_available
+
+    if device.type != "cuda" or dtype.itemsize != 2:
+        return "packed_sdpa"
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return "flash_attention_3" if hopper and is_flash_attn_3_available() else "packed_varlen"
 
 
 REORDERED_FROM = 2**17  # weights of so many elements are faster in oneDNN's order (LOG.md)
@@ -74,22 +108,15 @@ def default_tile(device: torch.device) -> tuple[int, int]:
     return (2048, 2**14 if device.type == "cuda" else 2**11)
 
 
-def _uses_gpus(device: str | None) -> bool:
-    """Whether workers with `trainer.device` get GPUs of the cluster."""
-    import ray
-
-    return (device or ("cuda" if ray.cluster_resources().get("GPU", 0) else "cpu")) == "cuda"
-
-
-def worker_resources(device: str | None, share: float) -> dict[str, float]:
+def worker_resources(device: str, share: float) -> dict[str, float]:
     """Ray resources of a worker that uses `share` of a device."""
-    return {"num_cpus": 1} | ({"num_gpus": share} if _uses_gpus(device) else {})
+    return {"num_cpus": 1} | ({"num_gpus": share} if device == "cuda" else {})
 
 
-def default_weight_transfer(device: str | None, supported: Sequence[str], split: bool) -> str:
+def default_weight_transfer(device: str, supported: Sequence[str], split: bool) -> str:
     """The fastest transfer that the engine supports; `split`: it has devices of its own."""
     fastest = "nccl" if split else "ipc"
-    return fastest if _uses_gpus(device) and fastest in supported else "host"
+    return fastest if device == "cuda" and fastest in supported else "host"
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
@@ -106,6 +133,19 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
 def peak_flops(device: torch.device) -> float | None:
     """Operations a second that a GPU can do at most; None if that isn't known, as of a CPU."""
     return gpu_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, [M, K] and [K, N], kept in float32 where they are of 16 bits."""
+    if a.device.type == "cuda" and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def pin(memory: torch.Tensor) -> None:
+    """Lets GPUs read and write this part of the host's memory by themselves, which is faster."""
+    if torch.cuda.is_available():
+        torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
 
 
 def empty_cache(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from verl.config.schema import Config
 from verl.protocol import OptimizerStep, Sample
 from verl.rewards.scorer import RewardManager
 from verl.trainer.ppo.batches import has_spread
-from verl.utils.device import default_dtype, get_device
+from verl.utils.device import cluster_device, default_dtype
 from verl.utils.samples import write_samples
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def warn_of_disagreement(config: Config, metrics: Mapping[str, Any]) -> None:
     rollout, found = config.actor_rollout_ref.rollout, metrics.get("rollout/logprob_diff_mean")
     if found is None or rollout.top_p < 1 or rollout.top_k > 0:  # which the actor knows nothing of
         return
-    usual = default_dtype(get_device(config.trainer.device))
+    usual = default_dtype(cluster_device(config.trainer.device))
     precision = config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype
     types = {rollout.dtype or usual, precision or usual}
     # Nats a token. Rounding alone makes about 1e-6 in float32, 1e-2 in bfloat16.
