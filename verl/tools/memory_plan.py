@@ -4,7 +4,8 @@ without one, that comes on standard input.
 
 Exact for parameters, gradients and optimizer states (FSDP2 pads each tensor's rows to a multiple of
 the ranks). Activations are counted tensor by tensor, as the Hugging Face layers keep them. What
-CUDA, NCCL and a sleeping vLLM take for themselves is assumed: `CONTEXT` and `ASLEEP`.
+CUDA, NCCL, a sleeping vLLM and its CUDA graphs take for themselves is assumed: `CONTEXT`, `ASLEEP`
+and `GRAPHS`. GPU_GB=N in the environment: for a GPU of N GB instead of this machine's.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from verl.config.schema import Config
 
 GIB = 2**30
-CONTEXT, ASLEEP = 2 * GIB, 1 * GIB
+CONTEXT, ASLEEP, GRAPHS = 2 * GIB, 1 * GIB, 1.5 * GIB
 LOGITS = {"cpu": 2**22, "cuda": 2**25}
 """Numbers of a tile (`verl.utils.device.default_tile`)."""
 CHUNK = 2**28
@@ -179,10 +180,10 @@ class Plan:
         gathered = self.compute * (numbers(self.root) + 2 * numbers(self.layer))
         return self.updating() | {"gathered": gathered, "activations": self.activations()}
 
-    def stepping(self) -> Parts:
-        """Peak bytes of a rank in an optimizer step. On a GPU, torch's AdamW goes through all
-        tensors together (`foreach`), and takes the root of all second moments at a time."""
-        return self.updating() | {"AdamW's work": 4 * self.shard if self.cuda else 0}
+    def resuming(self) -> Parts:
+        """Peak bytes of a rank that loads a checkpoint: its states are made, with gradients, and
+        the largest tensor came whole when the model was built."""
+        return self.updating() | {"largest tensor": 4 * self.vocab * self.hidden}
 
     def generating(self) -> Parts:
         """Bytes of an engine on each of its devices. vLLM's cache gets what its share leaves."""
@@ -202,8 +203,9 @@ class Plan:
 
     def phases(self) -> dict[str, Parts]:
         """Bytes on a device in each phase of a step; for the CPU, on a machine altogether."""
-        generating, training, step = self.generating(), self.training(), self.stepping()
-        asleep = {"engine's process": float(ASLEEP)}
+        generating, training, resuming = self.generating(), self.training(), self.resuming()
+        graphs = GRAPHS if self.vllm and not self.rollout.enforce_eager else 0
+        asleep = {"engine's process": float(ASLEEP), "CUDA graphs": graphs}
         if not self.cuda:  # nothing sleeps
             ranks = {f"ranks' {k}": v * self.ranks for k, v in training.items()}
             return {"machine": ranks | {k: v * self.engines for k, v in generating.items()}}
@@ -212,11 +214,11 @@ class Plan:
         sync = self.resting() | {"parameters": 4 * self.shard, "chunk": 1.5 * widest}
         if self.engine_gpus:
             engine = {"generate, engine": generating | asleep}
-            return engine | {"train": training, "optimizer step": step, "new weights": sync}
+            return engine | {"resume": resuming, "train": training, "new weights": sync}
         if self.vllm and not self.rollout.free_cache_engine:
             asleep |= generating
-        phases = {"generate": self.resting() | generating | asleep, "train": training | asleep}
-        phases |= {"optimizer step": step | asleep}
+        phases = {"resume": resuming | asleep, "train": training | asleep}
+        phases |= {"generate": self.resting() | generating | asleep}
         return phases | {"new weights": sync | asleep | weights}
 
     def host(self) -> Parts:
@@ -296,12 +298,15 @@ class Plan:
 
     def verdict(self) -> str:
         """Whether it fits; if not, the smallest change with which it would."""
+        need = {name: sum(parts.values()) for name, parts in self.phases().items()}
+        largest = max(need, key=lambda name: need[name])
         if self.fits():
-            return "it fits"
+            return f"it fits; most is needed in {largest!r}: {need[largest] / GIB:.1f} GiB"
         keys = next(self.remedies(), None)
         if keys is None:
-            return "it does not fit: take more devices, or a smaller model"
-        return f"it does not fit; it would with {' '.join(f'{k}={v}' for k, v in keys.items())}"
+            return f"it does not fit ({largest}): take more devices, or a smaller model"
+        changes = " ".join(f"{k}={v}" for k, v in keys.items())
+        return f"it does not fit ({largest}); it would with {changes}"
 
 
 def read_model(path: str) -> dict[str, Any] | None:
@@ -318,6 +323,11 @@ def read_model(path: str) -> dict[str, Any] | None:
     return json.loads(Path(file).read_text()) if isinstance(file, str | Path) else None
 
 
+def usable(gigabytes: float) -> float:
+    """Bytes of a GPU that is sold with so many GB, such as 79 GiB of 80."""
+    return gigabytes * 79 / 80 * GIB
+
+
 def gpu_memory() -> float | None:
     """Bytes of this machine's first GPU, if there is one."""
     if not shutil.which("nvidia-smi"):
@@ -330,6 +340,21 @@ def gpu_memory() -> float | None:
         return None
 
 
+def machine(device: str) -> tuple[float, float, str]:
+    """Bytes of a device and of the host, and where they are from: this machine, or GPU_GB.
+
+    Raises: ValueError for a GPU_GB that is no number.
+    """
+    host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if device == "cpu":
+        return host, host, "this machine's"
+    if given := os.environ.get("GPU_GB"):  # nor is the host known that will have one
+        return usable(float(given)), math.inf, f"GPU_GB={given}"
+    if found := gpu_memory():
+        return found, host, f"this machine's GPU; its host has {host / GIB:.0f}"
+    return usable(80), math.inf, "no GPU is visible: 80 GB are assumed; GPU_GB=N says otherwise"
+
+
 def estimate(config: Config) -> str:
     """What DRY_RUN=1 says about memory; takes neither torch nor the network."""
     model = read_model(path := config.actor_rollout_ref.model.path)
@@ -339,15 +364,8 @@ def estimate(config: Config) -> str:
         return f"{line}: hf download {path} config.json" if on_hub else line
     model |= config.actor_rollout_ref.model.override_config
     device = config.trainer.device or "cuda"
-    host = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    if device == "cpu":
-        memory, origin = host, "this machine's"
-    elif found := gpu_memory():
-        memory, origin = found, f"this machine's GPU; its host has {host / GIB:.0f}"
-    else:  # nor is the host known that will have one
-        memory, host = 79.0 * GIB, math.inf
-        origin = "no GPU is visible: 80 GB are assumed"
     try:
+        memory, host, origin = machine(device)
         plan = Plan(config, model, device, memory, host)
     except ValueError as error:
         return f"memory estimate: {error}"
