@@ -15,6 +15,8 @@
 #   VENV     another place than .venv; while it is set, the scripts run what is there
 #   PYTHON   interpreter to start from [the first that fits of python3.11, 3.12, 3.13 and python3]
 #   DRY_RUN  1: print the commands and do nothing
+#   PREFLIGHT
+#            0: look at no GPU, driver or compiler; for installing where another machine will train
 # pip's own variables work as ever. The usual Linux wheel of PyTorch carries CUDA (some GB); without
 # a GPU, PIP_EXTRA_INDEX_URL may name PyTorch's index of CPU wheels (same release, some 200 MB).
 set -euo pipefail
@@ -128,6 +130,27 @@ plan() {
   free=$(df -Pk "$venv" "${venv%/*}/" . 2>&- | awk 'NR == 2 { print int($4 / 1e6) }') || true
   [[ $DRY_RUN ]] || ((free >= needed)) ||
     die "$free GB free for $folder, but the installation takes up to $needed GB"
+  [[ $kind != gpu ]] || look_at_gpu
+}
+
+# Before gigabytes are downloaded: whether this machine's driver can use them. That there is none is
+# no error, as on a login node; nor is it that no compiler is there, which can be added at any time.
+look_at_gpu() {
+  local driver compiler headers
+  [[ ${PREFLIGHT:-1} != 0 ]] || return 0
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || driver=''
+  if [[ ! $driver =~ ^([0-9]+)\. ]]; then
+    say "warning: no NVIDIA driver here (see nvidia-smi); the machine that trains needs 580 or newer"
+  elif ((BASH_REMATCH[1] < 580)); then
+    die "NVIDIA's driver ${driver%%$'\n'*} is too old: the packages are for CUDA 13, which needs 580" \
+      "install driver 580 or newer; or, if another machine will train, set PREFLIGHT=0"
+  fi
+  compiler=${CC:-$(command -v gcc || command -v clang || true)}
+  headers=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+  # vLLM's sampler is compiled when it runs, against these headers.
+  "$compiler" -fsyntax-only -I "$headers" -x c - <<<'#include <Python.h>' &>/dev/null ||
+    say "warning: on a GPU vLLM compiles C with Python.h, but ${compiler:-gcc or clang} can't here:" \
+      "apt install gcc libc6-dev python3-dev"
 }
 
 # prepare trainer|server: brings the environment up to date.
@@ -152,6 +175,10 @@ prepare() {
   [[ -z $DRY_RUN ]] || return 0
   check || die "the packages are installed in $folder but don't work (see above)"
   printf '%s\n' "$REPO" "$contents" "$sources" >"$stamp"
+  [[ $contents == gpu* && ${PREFLIGHT:-1} != 0 ]] || return 0
+  say "trying what a run on GPUs needs; the first time this takes a minute or two"
+  "$venv/bin/python" -m verl.tools.preflight --report "$venv/preflight.json" ||
+    say "warning: the packages are installed, but a run on this machine would fail (see above)"
 }
 
 # Of pip's output, the errors and a line for each larger step go to the screen.

@@ -31,6 +31,7 @@ LONGEST = [
     "faults/test_bad_input.py",
     "test_docs.py",
     "trainer/test_options.py",
+    "tools/test_preflight.py",
     "scripts/test_setup.py",
     "scripts/test_submit.py",
     "test_worker_group.py",

@@ -13,6 +13,7 @@
 #               interpreter [bin/python of the folder VENV, else of this repository's .venv, else
 #               python3]
 #   DRY_RUN     1: print the resolved configuration as YAML and stop
+#   PREFLIGHT   0: start without a look at this machine's GPUs, driver, compiler, memory and disks
 # Arguments of a script are overrides (key=value) and win over what stands here.
 # shellcheck shell=bash
 set -euo pipefail
@@ -167,6 +168,13 @@ launch() {
       printf 'error: RAY_ADDRESS=%s is a job server: SUBMIT=1 sends the run there; %s\n' \
         "$RAY_ADDRESS" "to join the cluster from here, give the host:port that 'ray start' printed" >&2
       exit 2
+    fi
+    if [[ ${PREFLIGHT:-1} != 0 && " $* " != *' trainer.device=cpu '* ]] &&
+      { command -v nvidia-smi || [[ -e /proc/driver/nvidia/version ]]; } >/dev/null; then
+      if ! "$PYTHON" -m verl.tools.preflight --quick "${@:2}" >&2; then
+        echo "error: this machine can't run it (see above); PREFLIGHT=0 starts it all the same" >&2
+        exit 1
+      fi
     fi
   fi
   exec "$PYTHON" -m "$@"

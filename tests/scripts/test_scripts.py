@@ -24,6 +24,7 @@ STEERING = (
     "CUDA_VISIBLE_DEVICES",
     "MATH_SERVER_URL",
     "SUBMIT",
+    "PREFLIGHT",
 )
 
 # (loss_agg_mode, use_grpopp, use_dr_grpo, alpha)
@@ -213,6 +214,33 @@ def test_more_ranks_than_devices_are_an_error_at_once(
     result = dry_run("countdown-3b-dapo-norm", *given, DRY_RUN="0", **variables)
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and message in error
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "looked"),
+    [
+        ({}, (), True),
+        ({"PREFLIGHT": "0"}, (), False),
+        ({}, ("trainer.device=cpu",), False),
+        ({"DRY_RUN": "1"}, (), False),
+    ],
+)
+def test_a_machine_that_cannot_run_it_is_told_before_the_run(
+    variables: dict[str, str], arguments: tuple[str, ...], looked: bool, tmp_path: Path
+) -> None:
+    """Its driver is older than torch's CUDA; or, as in most tests, torch has none."""
+    (smi := tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 520.61.05\n")
+    smi.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL_PATH": "/nowhere"} | variables
+    given = ("actor_rollout_ref.rollout.name=hf", "trainer.n_gpus_per_node=2", *arguments)
+    run = {"DRY_RUN": "0", "CUDA_VISIBLE_DEVICES": "0,1"} | variables
+    result = dry_run("countdown-3b-dapo-norm", *given, cwd=tmp_path, **run)
+    assert ("520.61.05, but CUDA" in result.stderr) == looked
+    assert ("PREFLIGHT=0 starts it all the same" in result.stderr) == looked
+    assert (tmp_path / "preflight.json").exists() == looked
+    expected = 0 if run["DRY_RUN"] == "1" else 1 if looked else 2
+    assert result.returncode == expected, result.stderr
+    assert ("no Hugging Face model there" in result.stderr) == (expected == 2)
 
 
 def test_keys_without_effect_are_named_on_stderr(results: dict[str, Result]) -> None:

@@ -155,6 +155,70 @@ def test_needs_are_checked_before_anything_starts(repo: Path, tmp_path: Path) ->
     assert not list(repo.glob(".venv*"))
 
 
+def fake_smi(folder: Path, driver: str) -> str:
+    """A PATH whose nvidia-smi tells of two GPUs with this driver."""
+    (program := folder / "smi" / "nvidia-smi").parent.mkdir(exist_ok=True)
+    program.write_text(f"#!/bin/sh\nprintf '{driver}\\n{driver}\\n'\n")
+    program.chmod(0o755)
+    return f"{program.parent}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("dry_run", ["0", "1"])
+def test_an_old_driver_is_an_error_before_anything_is_made(
+    repo: Path, tmp_path: Path, dry_run: str
+) -> None:
+    old = fake_smi(tmp_path, "570.86.15")
+    message = error(setup(repo, "gpu", PATH=old, DRY_RUN=dry_run))
+    assert message.startswith("NVIDIA's driver 570.86.15 is too old") and "PREFLIGHT=0" in message
+    assert not list(repo.glob(".venv*"))
+    assert commands(repo, "gpu", PATH=old, PREFLIGHT="0") == commands(repo, "gpu")
+    assert commands(repo, "cpu", PATH=old) == commands(repo, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("driver", "compiler", "warnings"),
+    [
+        ("580.65.06", "true", []),
+        ("1000.1", "true", []),
+        ("NVIDIA-SMI has failed", "true", ["no NVIDIA driver here"]),
+        ("580.65.06", "/no/cc", ["Python.h, but /no/cc can't here"]),
+    ],
+)
+def test_a_machine_without_driver_or_compiler_is_warned_of(
+    repo: Path, tmp_path: Path, driver: str, compiler: str, warnings: list[str]
+) -> None:
+    path = fake_smi(tmp_path, driver)
+    result = setup(repo, "gpu", "--trainer-only", DRY_RUN="1", PATH=path, CC=compiler)
+    assert (result.returncode, result.stderr) == (0, "")
+    found = [line for line in result.stdout.splitlines() if "warning: " in line]
+    assert len(found) == len(warnings)
+    assert all(text in line for text, line in zip(warnings, found, strict=True))
+    silent = setup(repo, "cpu", "--trainer-only", DRY_RUN="1", PATH=path, CC=compiler)
+    assert "warning" not in silent.stdout
+
+
+@pytest.mark.parametrize(("status", "preflight"), [(0, "1"), (1, "1"), (1, "0")])
+def test_the_preflight_comes_last_and_fails_nothing(
+    repo: Path, status: int, preflight: str
+) -> None:
+    """An interpreter that does nothing stands for the environment's, and for pip in it."""
+    venv = finish(repo, "gpu", sources="other")
+    (python := venv / "bin/python").unlink()
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >>{shlex.quote(str(repo / "calls"))}\n'
+        f"case $2 in verl.tools.preflight) echo looked; exit {status} ;; esac\n"
+    )
+    python.chmod(0o755)
+    result = setup(repo, "gpu", "--trainer-only", PREFLIGHT=preflight)
+    assert (result.returncode, result.stderr) == (0, "")
+    call = f"-m verl.tools.preflight --report {venv}/preflight.json"
+    assert (call in (repo / "calls").read_text()) == ("looked" in result.stdout)
+    assert ("looked" in result.stdout) == (preflight == "1")
+    warned = "a run on this machine would fail" in result.stdout
+    assert warned == (status == 1 and preflight == "1")
+    assert commands(repo, "gpu", "--trainer-only") == [["cd", str(repo)]]  # it is up to date
+
+
 def test_an_interpreter_without_venv_is_named_with_what_it_lacks(
     repo: Path, tmp_path: Path
 ) -> None:
