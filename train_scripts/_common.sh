@@ -12,6 +12,9 @@
 #   VERL_PYTHON or PYTHON
 #               interpreter [bin/python of the folder VENV, else of this repository's .venv, else
 #               python3]
+#   PUBLISHED   1: all settings as published, also those that only decide about speed and memory [0:
+#               what suits the GPU, docs/gpu.md; DRY_RUN=1 names the differences]
+#   GPU_GB      size of the GPUs for which memory is estimated [those of this machine, else 80]
 #   DRY_RUN     1: print the resolved configuration as YAML and stop
 #   PREFLIGHT   0: start without a look at this machine's GPUs, driver, compiler, memory and disks
 # Arguments of a script are overrides (key=value) and win over what stands here.
@@ -24,6 +27,7 @@ asks_for_help() { [[ " $* " == *' --help '* || " $* " == *' -h '* ]]; }
 # first_comment SCRIPT: its --help.
 first_comment() { sed -n '2,/^[^#]/{/^#/{s/^# \{0,1\}//; p;};}' "$1"; }
 
+GIVEN=("$@") # the arguments of the script that sources this
 REPO=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null && pwd)
 PYTHON=${VERL_PYTHON:-${PYTHON:-}}
 venv=${VENV:-$REPO/.venv}
@@ -161,6 +165,12 @@ launch() {
     echo
     sed -n '4,/^# shellcheck/{/^# shellcheck/d; s/^# \{0,1\}//; p;}' "${BASH_SOURCE[0]}"
     return
+  fi
+  local settings=()
+  if [[ ${PUBLISHED:-0} == 0 ]]; then
+    mapfile -t settings < <(DRY_RUN=quiet "$PYTHON" -m "$@" 2>/dev/null |
+      "$PYTHON" -m verl.tools.gpu_settings "${GIVEN[@]}")
+    set -- "$@" "${settings[@]}"
   fi
   if [[ ${DRY_RUN:-0} == 0 ]]; then
     [[ ${SUBMIT:-0} == 0 ]] || exec "$PYTHON" "$REPO/train_scripts/_submit.py" "$@"

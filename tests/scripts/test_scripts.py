@@ -1,5 +1,6 @@
 """The scripts of train_scripts/: what each of them resolves to with DRY_RUN=1."""
 
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ STEERING = (
     "CUDA_VISIBLE_DEVICES",
     "MATH_SERVER_URL",
     "SUBMIT",
+    "GPU_GB",
     "PREFLIGHT",
 )
 
@@ -111,8 +113,9 @@ Result = subprocess.CompletedProcess[str]
 
 
 def dry_run(name: str, *arguments: str, cwd: Path = SCRIPTS.parent, **variables: str) -> Result:
-    """Starts a script of train_scripts/ with DRY_RUN=1 and this interpreter."""
+    """Starts a script of train_scripts/ with DRY_RUN=1, PUBLISHED=1 and this interpreter."""
     environment = {key: value for key, value in os.environ.items() if key not in STEERING}
+    variables = {"PUBLISHED": "1"} | variables
     return subprocess.run(
         ["bash", SCRIPTS / f"{name}.sh", *arguments],
         env=environment | {"DRY_RUN": "1", "PYTHON": sys.executable} | variables,
@@ -179,6 +182,77 @@ def test_experiment(results: dict[str, Result], name: str) -> None:
     assert config["trainer.experiment_name"] == name
     expected = COMMON | TASKS[name.partition("-")[0]]
     assert {key: config[key] for key in expected} == expected
+
+
+FSDP = "actor_rollout_ref.actor.fsdp_config"
+FAST = {  # on four GPUs of 80 GB
+    "actor_rollout_ref.rollout.enforce_eager": False,
+    "actor_rollout_ref.rollout.enable_chunked_prefill": True,
+    f"{FSDP}.param_offload": False,
+    f"{FSDP}.optimizer_offload": False,
+    "actor_rollout_ref.actor.use_dynamic_bsz": True,
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 32768,
+}
+FOLLOW = {
+    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": True,
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 32768,
+}
+COUNT = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+QWEN_3B = dict(
+    model_type="qwen2",
+    hidden_size=2048,
+    intermediate_size=11008,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the config.json of Qwen2.5-3B."""
+    folder = tmp_path_factory.mktemp("3b")
+    (folder / "config.json").write_text(json.dumps(QWEN_3B))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "expected"),
+    [
+        ([], {}, FAST | FOLLOW),
+        ([], {"PUBLISHED": "1"}, {}),
+        ([f"{FSDP}.param_offload=True"], {}, {**FAST, **FOLLOW, f"{FSDP}.param_offload": True}),
+        # 5.7 GiB of states don't fit beside vLLM's 80 %.
+        ([], {"GPU_GB": "40"}, {**FAST, **FOLLOW, f"{FSDP}.optimizer_offload": True}),
+        (["trainer.device=cpu"], {}, {"trainer.device": "cpu"}),
+        ([f"{COUNT}=2"], {}, dict(list(FAST.items())[:4]) | {COUNT: 2}),
+    ],
+    ids=["80 GB", "published", "one that is given", "40 GB", "cpu", "micro-batches by count"],
+)
+def test_settings_of_speed_suit_the_gpu(
+    arguments: list[str], variables: dict[str, str], expected: dict[str, Any], model: str
+) -> None:
+    name, variables = "countdown-3b-delta-l-norm-alpha-1", {"PUBLISHED": "0"} | variables
+    published = resolved(dry_run(name, MODEL_PATH=model))
+    result = dry_run(name, *arguments, MODEL_PATH=model, **variables)
+    differences = {k: v for k, v in resolved(result).items() if v != published[k]}
+    assert differences == {k: v for k, v in expected.items() if v != published[k]}
+    for key in differences.keys() & FAST.keys():
+        assert f"{key}={differences[key]} (was {published[key]})" in result.stderr
+
+
+def test_without_an_estimate_nothing_moves() -> None:
+    """A pass still gets no more tokens than 4 responses of full length have."""
+    name = "math-3b-grpo-norm"
+    fast, published = (resolved(dry_run(name, PUBLISHED=p)) for p in ("0", "1"))
+    assert {key: value for key, value in fast.items() if value != published[key]} == {
+        "actor_rollout_ref.rollout.enforce_eager": False,
+        "actor_rollout_ref.rollout.enable_chunked_prefill": True,
+        "actor_rollout_ref.actor.use_dynamic_bsz": True,
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": True,
+    }
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -132,10 +132,10 @@ def allocator_check(
         return Check("allocator", OK, f"{settings}, and pidfd_getfd works")
     text = f"{settings}, but pidfd_getfd fails: {problem} (ptrace_scope={scope})"
     remedy = (
-        "unset PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF (or docker run "
-        "--cap-add=SYS_PTRACE, or actor_rollout_ref.rollout.weight_transfer=host)"
+        "a run's actor leaves expandable_segments out for CUDA IPC; docker run "
+        "--cap-add=SYS_PTRACE keeps it"
     )
-    return Check("allocator", FAILURE, text, remedy)
+    return Check("allocator", WARNING, text, remedy)
 
 
 def disk_check(name: str, folder: str, free: float, wanted: float) -> Check:
