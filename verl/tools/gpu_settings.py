@@ -44,7 +44,7 @@ def for_memory(config: Config, free: set[str]) -> Iterator[Settings]:
     for place in PLACES:
         offload = {key: value for key, value in zip(OFFLOADING, place, strict=True) if key in free}
         for tokens in budgets if free >= BATCHING else budgets[:1]:
-            batching = {f"{ACTOR}.use_dynamic_bsz": True}
+            batching: Settings = {f"{ACTOR}.use_dynamic_bsz": True}
             batching |= {f"{ACTOR}.ppo_max_token_len_per_gpu": tokens}
             yield offload | {key: value for key, value in batching.items() if free >= BATCHING}
 
@@ -58,7 +58,7 @@ def gpu_settings(config: Config, given: set[str]) -> Settings:
     found = {key: value for key, value in for_vllm(config).items() if key in free}
     choices = list(for_memory(config, free))
     try:
-        found |= next(filter(lambda choice: fits(config, found | choice), choices), {})
+        found |= next((c for c in choices if fits(config, found | c)), {})
     except ValueError:  # what the model needs is not known
         moderate = choices[min(BUDGETS.index(16384), len(choices) - 1)]
         found |= {key: value for key, value in moderate.items() if key not in OFFLOADING}

@@ -12,8 +12,10 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -100,18 +102,24 @@ def attention(device: str) -> str:
     from torch.nn.functional import scaled_dot_product_attention as sdpa
     from torch.nn.utils.rnn import pad_sequence
 
-    from verl.models import packing
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from verl.models.packing import pack
+    from verl.protocol import Prompt, Sample
     from verl.utils.device import default_dtype, default_packed_attention
 
-    at, dtype = torch.device(device), getattr(torch, default_dtype(torch.device(device)))
+    at, dtype = torch.device(device), getattr(torch, default_dtype(device))
     name = default_packed_attention(at, dtype)
     lengths, heads, groups, size = [1, 70, 200, 33], 4, 2, 64
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, h, sum(lengths), size) for h in (heads, groups, groups)]
     given = [torch.randn(s, generator=generator).to(at, dtype).requires_grad_() for s in shapes]
-    bounds = torch.tensor([0, *lengths], device=at).cumsum(0, dtype=torch.int32)
-    kwargs = {"sequence_lengths": lengths, "sequence_bounds": bounds}
-    output = getattr(packing, name)(None, *given, None, **kwargs)[0]  # [1, T, heads, size]
+    ids = np.zeros(max(lengths), np.int64)
+    samples = [Sample(Prompt(0, ids[:n], "", None), 0, ids[:1], "stop") for n in lengths]
+    module: Any = torch.nn.Module()  # as transformers' FlashAttention looks at it
+    module.is_causal, module.config = True, SimpleNamespace(_attn_implementation=name)
+    kwargs = pack(samples, at).model_kwargs
+    output = ALL_ATTENTION_FUNCTIONS[name](module, *given, **kwargs)[0]  # [1, T, heads, size]
 
     exact = [x.detach().float().requires_grad_() for x in given]
     q, k, v = (  # [sequences, heads, W, size]
@@ -194,7 +202,7 @@ def vllm_engine(device: str) -> str:
     freed, sleeps = free() - before, engine.sleeps
     if device == "cuda" and not (sleeps and freed >= CACHE / 2):
         raise RuntimeError(f"asleep, the engine has freed {freed / GIB:.2f} GiB")
-    dtype = default_dtype(torch.device(device))
+    dtype = default_dtype(device)
     tensors = [weight.to(getattr(torch, dtype)) for weight in weights.values()]
     engine.start_update()
     shapes = [list(t.shape) for t in tensors]
