@@ -101,7 +101,6 @@ def attention(device: str) -> str:
     than the rounding of its type."""
     from torch.nn.functional import scaled_dot_product_attention as sdpa
     from torch.nn.utils.rnn import pad_sequence
-
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from verl.models.packing import pack
