@@ -274,7 +274,7 @@ def print_early_stop(args: argparse.Namespace) -> None:
 def print_memory(args: argparse.Namespace) -> None:
     """Whether 8,192 tokens fit, on one machine of 4 or 8 GPUs of 80 GB; in GiB."""
     print(
-        "| model | GPUs | offload | micro-batch | generate | train | optimizer step | host "
+        "| model | GPUs | offload | micro-batch | generate | train | resume | host "
         "| cache holds | verdict |"
     )
     print("|---|---:|---|---:|---:|---:|---:|---:|---:|---|")
@@ -292,7 +292,7 @@ def print_memory(args: argparse.Namespace) -> None:
                 print(
                     f"| {model} | {gpus} | {'both' if offload else 'none'} | {plan.tokens} "
                     f"| {phases['generate']:.0f} | {phases['train']:.0f} "
-                    f"| {phases['optimizer step']:.0f} "
+                    f"| {phases['resume']:.0f} "
                     f"| {sum(plan.host().values()) / 2**30:.0f} | {max(0, cache):.0f} | {verdict} |"
                 )
 
