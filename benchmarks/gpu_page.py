@@ -65,12 +65,11 @@ def print_cards() -> None:
         for size in CARDS:
             config, plan = make(model, gpus, size, True)
             fsdp = config.actor_rollout_ref.actor.fsdp_config
-            away = {0: "none", 1: "optimizer", 2: "both"}[
-                fsdp.param_offload + fsdp.optimizer_offload
-            ]
+            offloaded = fsdp.param_offload + fsdp.optimizer_offload
+            away = ("none", "optimizer", "both")[offloaded]
             cache = plan.generating()["KV cache"] / (plan.kv_token * plan.longest)
             host = sum(plan.host().values()) / GIB
-            text = f"{away}; {plan.tokens:,}; {cache:.0f}; {host:.0f}"
+            text = f"{away}; {plan.tokens // 1024}k; {cache:.0f}; {host:.0f}"
             cells.append(text if plan.fits() else "no")
         print(f"| {model} | {gpus} |", " | ".join(cells), "|")
 
