@@ -23,7 +23,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from verl.config.base import Section, SFTConfig, too_many_ranks
 from verl.config.schema import Config
-from verl.config.validate import WITHOUT_EFFECT, ignored_keys, validate
+from verl.config.validate import ignored_keys, validate
+from verl.config.verl_keys import OF_ALL_RANKS, SAME_AS, refusal, without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,10 @@ def compose_config(
 def to_config(config: DictConfig, overrides: Sequence[str] = ()) -> Any:
     """The dataclasses of `schema`, locked; a warning names overrides that can't matter."""
     typed: Any = OmegaConf.to_object(config)
-    given = [parse_override(text).key_or_group for text in overrides]
-    if ignored := [f"{key} ({why})" for key, why in ignored_keys(typed, given).items()]:
+    given = {o.key_or_group: o.value() for o in map(parse_override, filter(str.strip, overrides))}
+    found = {k: why for k, v in given.items() if (why := without_effect(k, v))}
+    found |= ignored_keys(typed, [SAME_AS.get(key, key) for key in given])
+    if ignored := [f"{key} ({why})" for key, why in found.items()]:
         logger.warning("these keys have no effect in this run: %s", "; ".join(ignored))
     typed.lock()
     return typed
@@ -145,21 +148,28 @@ def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> 
     free = tuple(f"{key}." for key in defaults if key.endswith(OPEN))
     known = [key for key in defaults if not key.endswith(OPEN)]
     problems: dict[str, str] = {}
-    given = []
-    for text in overrides:
+    given, shares, written = [], {}, dict[str, tuple[str, Any]]()
+    for text in filter(str.strip, overrides):
         try:
             override = parse_override(text)
         except ConfigError as error:
             problems[str(error)] = text
             continue
-        key, value = override.key_or_group, override.value()
+        name, value = override.key_or_group, override.value()
+        key = SAME_AS.get(name, name)
+        other, before = written.setdefault(key, (name, value))
+        if other != name and before != value:
+            problems[f"{name}={value} contradicts {other}={before}: one key, two names"] = key
         if override.is_sweep_override():
             problems[f"{text}: several values are several runs, and take -m"] = key
         elif key.startswith(free) or any(f"{k}.".startswith(f"{key}.") for k in defaults):
             follows = value is None and "${" in str(defaults.get(key))
             given.append((key, defaults[key] if follows else value))
-        elif key not in WITHOUT_EFFECT and not key.startswith("hydra."):
-            problems.update([unknown_key(known, key)])
+        elif key in OF_ALL_RANKS:
+            shares[OF_ALL_RANKS[key]] = value
+        elif not (without_effect(key, value) or key.startswith("hydra.")):
+            text = refusal(key)
+            problems.update([(text, key) if text else unknown_key(known, key)])
     for key, value in given:
         try:
             OmegaConf.update(config, key, value, force_add=f"{key}.".startswith(free))
@@ -167,6 +177,12 @@ def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> 
             key, text = _explain(error)
             unknown = isinstance(error, ConfigKeyError | ConfigAttributeError)
             problems.update([unknown_key(known, key) if unknown else (text, key)])
+    for key, count in shares.items():
+        ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+        OmegaConf.update(config, key, count and max(1, count // ranks))
+        logger.warning(
+            "%s=%s, of %d on all %d ranks", key, count and max(1, count // ranks), count or 0, ranks
+        )
     return problems
 
 

@@ -130,8 +130,18 @@ class ActorConfig(Section):
 class RefConfig(Section):
     """`actor_rollout_ref.ref`: exists only when a KL term needs it."""
 
-    log_prob_micro_batch_size_per_gpu: int | None = key(None, **SIZE)
+    log_prob_micro_batch_size_per_gpu: int | None = key(
+        None, **SIZE, idle_if="ref.log_prob_use_dynamic_bsz=True"
+    )
     """Responses of one forward pass; null: rollout.log_prob_micro_batch_size_per_gpu."""
+    log_prob_use_dynamic_bsz: bool = key("${..rollout.log_prob_use_dynamic_bsz}", **FREE)
+    """Follows rollout.log_prob_use_dynamic_bsz."""
+    log_prob_max_token_len_per_gpu: int = key(
+        "${..rollout.log_prob_max_token_len_per_gpu}",
+        **SIZE,
+        idle_if="ref.log_prob_use_dynamic_bsz=False",
+    )
+    """Follows rollout.log_prob_max_token_len_per_gpu."""
     ulysses_sequence_parallel_size: int = key(1, low=1, high=1)
     """Sequence parallelism; only 1 (none) is supported."""
     fsdp_config: FSDPConfig = key(FSDPConfig)
@@ -182,6 +192,8 @@ class RolloutConfig(SamplingConfig):
         "${..actor.ppo_max_token_len_per_gpu}", **SIZE, idle_if="log_prob_use_dynamic_bsz=False"
     )
     """Follows actor.ppo_max_token_len_per_gpu."""
+    max_model_len: int | None = key(None, low=1, **VLLM)
+    """vLLM: longest sequence; null: max_prompt_length + max_response_length."""
     tensor_model_parallel_size: int = key(1, low=1, **VLLM)
     """vLLM: devices of one engine."""
     gpu_memory_utilization: float = key(0.5, high=1, above=0, **VLLM)

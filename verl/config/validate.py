@@ -19,12 +19,6 @@ LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "above": (operator.gt, "more than"),
     "high": (operator.le, "at most"),
 }
-WITHOUT_EFFECT = {
-    "critic.optim.lr": "there is no critic",
-    "trainer.critic_warmup": "there is no critic",
-    "trainer.default_hdfs_dir": "checkpoints go to trainer.default_local_dir",
-}
-"""Keys of verl that can't matter here, and why. A warning names them."""
 
 
 def validate(config: Config | SFTConfig, wrong: Collection[str] = ()) -> list[str]:
@@ -43,7 +37,7 @@ def validate(config: Config | SFTConfig, wrong: Collection[str] = ()) -> list[st
 def ignored_keys(config: Section, given: Collection[str]) -> dict[str, str]:
     """Those of the overridden keys that can't matter in this run, each with its reason."""
     conditions = {key: rules.idle_if for key, _, rules in config.walk()}
-    found = {key: WITHOUT_EFFECT[key] for key in given if key in WITHOUT_EFFECT}
+    found: dict[str, str] = {}
     for key in given:
         for condition in conditions.get(key, ()):
             switch = condition.partition("=")[0]  # one that is off is not idle
@@ -202,6 +196,8 @@ def _engines(config: Config) -> Iterator[str]:
         yield "{tensor_model_parallel_size=}: vLLM has one process per engine on a CPU"
     if trainer.device == "cpu" and transfer == "ipc":
         yield "{weight_transfer=} is for GPUs: set it to null"
+    if rollout.max_model_len and rollout.max_model_len < longest:
+        yield "{max_model_len=} " + short
     if tokens < rollout.max_num_seqs:
         yield "{max_num_batched_tokens=} is less than max_num_seqs: raise it"
     if tokens < longest and not rollout.enable_chunked_prefill:

@@ -33,7 +33,8 @@ class EnginePool(WorkerGroup):
         """Starts the engines' processes, each with `share` of its devices."""
         model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
         self.max_num_seqs = rollout.max_num_seqs
-        max_model_len = config.data.max_prompt_length + config.data.max_response_length
+        longest = config.data.max_prompt_length + config.data.max_response_length
+        max_model_len = rollout.max_model_len or longest
         self.ranks = rollout.tensor_model_parallel_size if cls.parallel else 1
         first = slots[:: self.ranks]
         self.settings = model, rollout, device, max_model_len

@@ -10,7 +10,7 @@ import numpy as np
 
 from verl.algorithms.losses import LossConfig
 from verl.cluster import WORKERS_PER_DEVICE, WorkerGroup, reserve_devices, start_ray
-from verl.config.schema import Config
+from verl.config.schema import Config, RefConfig, RolloutConfig
 from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import ARRAYS, OptimizerStep, Prompt, Sample, SampleBatch
 from verl.rollout.engine import SamplingParams, engine_class
@@ -86,10 +86,11 @@ class Workers:
         model = self.config.actor_rollout_ref
         rollout, field, method = model.rollout, "old_log_probs", "log_probs"
         size = rollout.log_prob_micro_batch_size_per_gpu or model.actor.ppo_micro_batch_size_per_gpu
+        sizes: RolloutConfig | RefConfig = rollout
         if role == "ref":
             field = method = "ref_log_probs"
-            size = model.ref.log_prob_micro_batch_size_per_gpu or size
-        dynamic, most = rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu
+            sizes, size = model.ref, model.ref.log_prob_micro_batch_size_per_gpu or size
+        dynamic, most = sizes.log_prob_use_dynamic_bsz, sizes.log_prob_max_token_len_per_gpu
         limit = MicroBatchLimit(None if dynamic else size, most)
         parts = [[samples[i] for i in share] for share in self._shares(samples)]
         unread = [name for name in ARRAYS if name.endswith("log_probs")]
