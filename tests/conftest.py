@@ -42,6 +42,9 @@ LONGEST = [
     "scripts/test_dapo_scripts.py",
     "utils/test_hub.py",
     "tools/test_memory_plan.py",
+    "tools/test_memory_emulated.py",
+    "test_gpu_placement.py",
+    "gpu/test_bare.py",
     "rollout/test_hf.py",
     "scripts/test_scripts.py",
 ]

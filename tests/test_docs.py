@@ -28,7 +28,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, REPO / "benchmarks" / "README.md"], ids=names)
+@pytest.mark.parametrize("page", [*PAGES, *sorted((REPO / "benchmarks").glob("*.md"))], ids=names)
 def test_relative_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text()))
     for link in links:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, dataclass_transform
 
-from omegaconf import OmegaConf
-
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -123,11 +121,6 @@ def too_many_ranks(trainer: "RunConfig") -> str | None:
         f"trainer.n_gpus_per_node={ranks}, but this machine has {found}: take {most} at most (in "
         f"scripts by N_GPUS={most}), or a cluster (RAY_ADDRESS)"
     )
-
-
-OmegaConf.register_new_resolver("verl.ranks", default_ranks)
-OmegaConf.register_new_resolver("verl.is_null", lambda value: value is None)
-OmegaConf.register_new_resolver("verl.token_budget", lambda *lengths: max(16384, sum(lengths)))
 
 
 class ModelConfig(Section):

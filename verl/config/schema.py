@@ -3,8 +3,6 @@
 
 from typing import Any
 
-from omegaconf import II
-
 from verl.config.base import (
     FSDPConfig,
     ModelConfig,
@@ -23,7 +21,7 @@ LOSS_AGG_MODES = (
     "seq-mean-token-sum",
     "seq-mean-token-sum-norm",
 )
-GRPOPP = "algorithm.grpopp_config"
+GRPOPP: Any = ("${algorithm.grpopp_config.alpha}", "${algorithm.grpopp_config.scope}")
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 FREE: dict[str, Any] = {"on_resume": "free"}
 SIZE = FREE | {"low": 1}  # of speed and memory alone
@@ -109,7 +107,7 @@ class ActorConfig(Section):
     use_grpopp: bool = key("${algorithm.use_grpopp}", **FREE)
     """Follows algorithm.use_grpopp."""
     grpopp_config: GrpoppConfig = key(
-        lambda: GrpoppConfig(II(f"{GRPOPP}.alpha"), II(f"{GRPOPP}.scope")),
+        lambda: GrpoppConfig(*GRPOPP),
         **FREE,
         idle_if="use_grpopp=False",
     )

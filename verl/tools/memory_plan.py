@@ -23,9 +23,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from verl.config.schema import Config
 
 GIB = 2**30
@@ -375,6 +372,11 @@ def estimate(config: Config) -> str:
 
 def main() -> None:
     """Prints the estimate; exits with 2 for what is no configuration of `main_ppo`."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    import verl.config.load  # noqa: F401  what stands for other keys gets its meaning there
+
     parser = argparse.ArgumentParser(prog="python -m verl.tools.memory_plan", description=__doc__)
     parser.add_argument("file", nargs="?", help="resolved configuration [standard input]")
     file = parser.parse_args().file
