@@ -299,7 +299,7 @@ def fitting_layers(run: Run) -> int:
 
 def fits(plan: Plan) -> bool:
     """Whether an update does, on a device without an engine."""
-    return max(sum(plan.training().values()), sum(plan.stepping().values())) <= plan.memory
+    return sum(plan.training().values()) <= plan.memory
 
 
 @cache

@@ -2,12 +2,14 @@
 
 import statistics
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_3_available
 
 from tests.gpu.bare_common import (
     LOGITS_STD,
@@ -27,6 +29,7 @@ from tests.gpu.bare_common import (
 from verl.algorithms.losses import LossConfig
 from verl.config.base import FSDPConfig, MixedPrecisionConfig, ModelConfig, OptimConfig
 from verl.models.logprobs import chunked_log_probs
+from verl.models.packing import sequence_kwargs
 from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import OptimizerStep
 from verl.utils.flops import update_flops
@@ -73,8 +76,7 @@ def attention(run: Run, out: Figures) -> str:
             total += sample.num_tokens
     heads, kv = shapes["num_attention_heads"], shapes["num_key_value_heads"]
     head = shapes["hidden_size"] // heads
-    ends = torch.tensor([0, *lengths], device=run.device).cumsum(0).to(torch.int32)
-    options = {"sequence_lengths": lengths, "sequence_bounds": ends, "scaling": head**-0.5}
+    options = sequence_kwargs(lengths, run.device) | {"scaling": head**-0.5}
     dtype = torch.bfloat16 if run.cuda else torch.float32
     make = torch.Generator(run.device).manual_seed(0)
     q, k, v, g = (
@@ -85,11 +87,14 @@ def attention(run: Run, out: Figures) -> str:
 
     def passes(name: str, *inputs: Tensor) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in inputs]
-        output, _ = ALL_ATTENTION_FUNCTIONS[name](None, *leaves, None, **options)
+        module: Any = torch.nn.Module()  # as transformers' FlashAttention looks at it
+        module.is_causal, module.config = True, SimpleNamespace(_attn_implementation=name)
+        output, _ = ALL_ATTENTION_FUNCTIONS[name](module, *leaves, **options)
         return [output, *torch.autograd.grad(output, leaves, g.to(output.dtype))]
 
     exact = passes("packed_sdpa", q.float(), k.float(), v.float())
     names = [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name.startswith("packed_")]
+    names += ["flash_attention_3"] * is_flash_attn_3_available()
     flops = 14 * heads * head * sum(n * (n + 1) / 2 for n in lengths)
     lines = []
     for name in names if run.cuda else ["packed_sdpa"]:
@@ -190,7 +195,7 @@ def _measure_update(
         require(not sums["skipped"], "the gradient is not finite")
 
     plan = memory_plan(run, budget, out["checkpointing"], offload)
-    parts = {"passes": plan.training(), "step": plan.stepping()}
+    parts = {"passes": plan.training(), "step": plan.updating()}
     for each in parts.values():
         del each["process"]
     times: list[float] = []
@@ -314,11 +319,16 @@ def _head_inputs(run: Run) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor
 
 @torch.no_grad()
 def precision_of_the_head(run: Run, out: Figures) -> str:
-    """How far log-probabilities move where logits are rounded to bfloat16; the time of float32."""
+    """How far log-probabilities move where logits are rounded to bfloat16, as engines do; ours of
+    the same inputs don't move. The time of float32."""
     hidden, weight, targets, _ = _head_inputs(run)
     exact, _ = chunked_log_probs(hidden, weight, targets)
     small = hidden.bfloat16(), weight.bfloat16()
-    rounded, _ = chunked_log_probs(*small, targets)
+    ours, _ = chunked_log_probs(*small, targets)
+    out["ours, max"] = (ours - exact).abs().max().item()
+    require(out["ours, max"] < 1e-3, f"unrounded logits move one by {out['ours, max']:.2g}")
+    logits = torch.cat([F.linear(rows, small[1]).float() for rows in small[0].split(256)])
+    rounded = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     moved = (rounded - exact).abs()
     out |= {"mean": moved.mean().item(), "max": moved.max().item()}
     out["mean, signed"] = (rounded - exact).mean().item()
@@ -327,14 +337,6 @@ def precision_of_the_head(run: Run, out: Figures) -> str:
     for name, inputs in ways.items():
         call = partial(chunked_log_probs, *inputs, targets)
         out[f"seconds in {name}"] = median_seconds(run.device, call, run.sizes.repeats)
-    if run.cuda:  # bfloat16 inputs, float32 logits: what a head that doesn't round could use
-        try:
-            for kind in (torch.float32, torch.bfloat16):
-                call = partial(torch.mm, small[0], small[1].T, out_dtype=kind)
-                cost = median_seconds(run.device, call, run.sizes.repeats)
-                out[f"seconds of a product to {kind}"] = cost
-        except (RuntimeError, TypeError) as error:
-            run.notes.append(f"torch.mm(…, out_dtype=torch.float32): {error}")
     require(out["max"] < 0.5, f"a log-probability moves by {out['max']:.2g}")
     times = " and ".join(f"{name} {out[f'seconds in {name}'] * 1e3:.1f} ms" for name in ways)
     return f"bfloat16 moves them by {out['mean']:.1e}, at most {out['max']:.1e}; {times}"

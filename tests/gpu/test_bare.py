@@ -14,7 +14,7 @@ from torch.nn.attention import varlen
 from tests.gpu import bare, bare_common
 from tests.gpu.bare_common import Sizes, Wrong, require
 from tests.helpers import ROOT
-from verl.models.packing import packed_varlen
+from verl.models.packing import packed_varlen, sequence_kwargs
 
 MISSING = ("ray", "vllm", "hydra", "wandb", "omegaconf", "psutil", "pandas", "pyarrow")
 HIDE = f"""
@@ -142,7 +142,6 @@ def test_an_older_torch_gets_the_arguments_that_it_knows(monkeypatch: pytest.Mon
     monkeypatch.setattr(varlen, "varlen_attn", older)
     assert "lacks enable_gqa, scale" in bare.adapt_varlen()
     q, kv = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8)
-    bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
-    options = {"sequence_lengths": [2, 3], "sequence_bounds": bounds, "scaling": 8**-0.5}
-    packed_varlen(None, q, kv, kv, None, **options)
+    options = sequence_kwargs([2, 3], torch.device("cpu")) | {"scaling": 8**-0.5}
+    packed_varlen(None, q, kv, kv, **options)
     assert calls == [((5, 4, 8), (5, 2, 8), 3, (-1, 0))]

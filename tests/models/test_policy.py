@@ -57,10 +57,12 @@ def worker(tiny_model: Path) -> PolicyWorker:
     return build(tiny_model)
 
 
-def build(folder: Path, remove_padding: bool = True, **model: object) -> PolicyWorker:
+def build(
+    folder: Path, remove_padding: bool = True, fsdp: FSDPConfig | None = None, **model: object
+) -> PolicyWorker:
     worker = PolicyWorker("cpu")
     config = ModelConfig(path=str(folder), use_remove_padding=remove_padding, **model)
-    worker.build(config, FSDPConfig(), OptimConfig(lr=1e-3), 10)
+    worker.build(config, fsdp or FSDPConfig(), OptimConfig(lr=1e-3), 10)
     return worker
 
 
@@ -174,14 +176,21 @@ def test_padding_and_checkpointing_do_not_change_the_gradient(
             assert distance(gradient(other, step, limit), expected) < 1e-6
 
 
-def _rank_gradients(rank: int, world: int, address: str, folder: Path, out: Path) -> None:
+def _rank_gradients(
+    rank: int, world: int, address: str, folder: Path, out: Path, fsdp_size: int
+) -> None:
     """One of `world` processes: gradients of every method and limit, padded and packed."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     results = {}
-    for remove_padding in (True, False):
-        policy = build(folder, remove_padding)
-        for mode in WEIGHTS:
+    every = fsdp_size == -1
+    for remove_padding in (True, False) if every else (True,):
+        policy = build(folder, remove_padding, FSDPConfig(fsdp_size=fsdp_size))
+        parameters = sum(p.numel() for p in policy.model.parameters())
+        held = sum(p.to_local().numel() for p in policy.model.parameters())
+        share = parameters // (world if fsdp_size == -1 else fsdp_size)
+        assert share <= held < 1.2 * share
+        for mode in WEIGHTS if every else ("delta-l",):
             step = weighted_step(mode)
             share = balanced_partitions([s.num_tokens for s in step.samples], world)[rank]
             for name, limit in LIMITS.items():
@@ -201,13 +210,16 @@ def _rank_gradients(rank: int, world: int, address: str, folder: Path, out: Path
     os._exit(0)
 
 
+@pytest.mark.parametrize(("world", "fsdp_size"), [(2, -1), (4, 2)])
 def test_ranks_do_not_change_the_gradient(
-    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+    world: int, fsdp_size: int, worker: PolicyWorker, tiny_model: Path, tmp_path: Path
 ) -> None:
+    """Also where groups of `fsdp_size` ranks hold a copy of the model each."""
     out = tmp_path / "gradients.pt"
-    mp.spawn(_rank_gradients, (2, free_address(), tiny_model, out), nprocs=2)
+    mp.spawn(_rank_gradients, (world, free_address(), tiny_model, out, fsdp_size), nprocs=world)
     results = torch.load(out, weights_only=True)
-    assert len(results) == 2 * (len(WEIGHTS) * len(LIMITS) + 1)
+    methods = 2 * len(WEIGHTS) if fsdp_size == -1 else 1
+    assert len(results) == methods * len(LIMITS) + 2 - (fsdp_size != -1)
     for (_, mode, _), value in results.items():
         step = weighted_step("delta-l" if mode == "lonely" else mode)
         assert distance(value, gradient(worker, step, LIMITS["all"])) < 1e-6

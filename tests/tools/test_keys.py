@@ -1,10 +1,16 @@
 """docs/keys.md is what the schema says."""
 
-from verl.tools.keys import FILE, page
+from verl.tools.keys import FILE, VERL_FILE, page, verl_page
 
 
 def test_the_page_is_current() -> None:
     assert FILE.read_text() == page(), "run python -m verl.tools.keys"
+
+
+def test_the_page_for_people_from_verl_is_current() -> None:
+    text = VERL_FILE.read_text()
+    assert text == verl_page(text), "run python -m verl.tools.keys"
+    assert "- `actor_rollout_ref.model.use_shm`: the model is read where it lies\n" in text
 
 
 def test_a_key_has_its_default_bounds_and_effect_on_the_page() -> None:

@@ -41,7 +41,7 @@ def rank_of_many(ranks: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process is rank 1 of a group whose collectives do nothing; tensors have no content."""
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))  # reads numbers, which tensors don't have below
-    monkeypatch.setattr(fsdp, "init_device_mesh", lambda *_: mesh)
+    monkeypatch.setattr(fsdp, "init_device_mesh", lambda *_, **__: mesh)
     monkeypatch.setattr(logprobs, "default_tile", lambda _: default_tile(GPU))
     try:
         with FakeTensorMode():

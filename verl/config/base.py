@@ -175,6 +175,8 @@ class FSDPConfig(Section):
     """Keep the parameters in host memory while they are not used."""
     optimizer_offload: bool = key(False, on_resume="free")
     """Keep the optimizer states in host memory between updates."""
+    fsdp_size: int = key(-1, low=-1, on_resume="free")
+    """Ranks that share a copy of the model; -1: all. Groups of fewer ranks hold a copy each."""
     reshard_after_forward: bool = key(True, on_resume="free")
     """Free a layer's gathered parameters after its forward pass."""
     mixed_precision: MixedPrecisionConfig = key(MixedPrecisionConfig)

@@ -151,7 +151,8 @@ def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> 
     free = tuple(f"{key}." for key in defaults if key.endswith(OPEN))
     known = [key for key in defaults if not key.endswith(OPEN)]
     problems: dict[str, str] = {}
-    given, shares, written = [], {}, dict[str, tuple[str, Any]]()
+    given, written = [], dict[str, tuple[str, Any]]()
+    shares: dict[str, int] = {}  # counts of all ranks together
     for text in filter(str.strip, overrides):
         try:
             override = parse_override(text)
@@ -168,11 +169,13 @@ def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> 
         elif key.startswith(free) or any(f"{k}.".startswith(f"{key}.") for k in defaults):
             follows = value is None and "${" in str(defaults.get(key))
             given.append((key, defaults[key] if follows else value))
-        elif key in OF_ALL_RANKS:
-            shares[OF_ALL_RANKS[key]] = value
+        elif (share := OF_ALL_RANKS.get(key)) and isinstance(value, int):
+            shares[share] = value
+        elif share:
+            given.append((share, value))
         elif not (without_effect(key, value) or key.startswith("hydra.")):
-            text = refusal(key)
-            problems.update([(text, key) if text else unknown_key(known, key)])
+            refused = refusal(key)
+            problems.update([(refused, key) if refused else unknown_key(known, key)])
     for key, value in given:
         try:
             OmegaConf.update(config, key, value, force_add=f"{key}.".startswith(free))
@@ -180,12 +183,10 @@ def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> 
             key, text = _explain(error)
             unknown = isinstance(error, ConfigKeyError | ConfigAttributeError)
             problems.update([unknown_key(known, key) if unknown else (text, key)])
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node if shares else 1
     for key, count in shares.items():
-        ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
-        OmegaConf.update(config, key, count and max(1, count // ranks))
-        logger.warning(
-            "%s=%s, of %d on all %d ranks", key, count and max(1, count // ranks), count or 0, ranks
-        )
+        OmegaConf.update(config, key, max(1, count // ranks))
+        logger.warning("%s=%d: %d of all %d ranks", key, max(1, count // ranks), count, ranks)
     return problems
 
 

@@ -179,8 +179,15 @@ def _engines(config: Config) -> Iterator[str]:
     short = f"can't hold one sequence of {longest} tokens {lengths}"
     if actor.use_dynamic_bsz and actor.ppo_max_token_len_per_gpu < longest:
         yield "{ppo_max_token_len_per_gpu=} " + short
-    if rollout.log_prob_use_dynamic_bsz and rollout.log_prob_max_token_len_per_gpu < longest:
-        yield "{log_prob_max_token_len_per_gpu=} " + short
+    for name, part in (("rollout", rollout), ("ref", config.actor_rollout_ref.ref)):
+        if part.log_prob_use_dynamic_bsz and part.log_prob_max_token_len_per_gpu < longest:
+            yield f"{{{name}.log_prob_max_token_len_per_gpu=}} " + short
+            break  # the reference's follows
+    ranks = trainer.nnodes * trainer.n_gpus_per_node
+    sizes = {"actor": actor.fsdp_config, "ref": config.actor_rollout_ref.ref.fsdp_config}
+    for name, fsdp in sizes.items():
+        if fsdp.fsdp_size == 0 or ranks % abs(fsdp.fsdp_size):
+            yield f"{{{name}.fsdp_config.fsdp_size=}} must divide the {ranks} ranks, or be -1"
     if trainer.async_rollout and not split:
         yield "{async_rollout=} needs engines on devices of their own: set {rollout_gpus_per_node}"
     if transfer in ("ipc", "nccl") and rollout.name == "hf":

@@ -31,7 +31,10 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = PolicyModel(lm, min(vocabulary_size(model), num_embeddings(model)))
     dtypes = MixedPrecisionPolicy(compute_dtype, getattr(torch, precision.reduce_dtype))
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    ranks, size = dist.get_world_size(), max(1, fsdp.fsdp_size)
+    shape = (ranks,) if fsdp.fsdp_size in (-1, ranks) else (ranks // size, size)
+    names = ("replicate", "shard")[-len(shape) :]
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     shard = partial(fully_shard, mesh=mesh, mp_policy=dtypes)
     layers = [m for m in lm.modules() if type(m).__name__ in (lm._no_split_modules or ())]
     if not layers:

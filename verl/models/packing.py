@@ -52,10 +52,7 @@ def pack(samples: Sequence[Sample], device: torch.device, remove_padding: bool =
     else:
         input_ids, position_ids = input_ids[mask][None], position_ids[mask][None]
         starts = np.cumsum(lengths) - lengths
-        model_kwargs = {"sequence_lengths": lengths.tolist(), "attention_mask": None}
-        bounds = tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-        for end in "qk":  # as transformers' FlashAttention wants them
-            model_kwargs |= {f"cu_seq_lens_{end}": bounds, f"max_length_{end}": int(lengths.max())}
+        model_kwargs = sequence_kwargs(lengths.tolist(), device)
     predictors, targets = [none], [none]
     for s, start in zip(samples, starts, strict=False):
         before = start + len(s.prompt.token_ids) - 1 + np.arange(len(s.response_ids))
@@ -64,6 +61,15 @@ def pack(samples: Sequence[Sample], device: torch.device, remove_padding: bool =
     ids, positions = tensor(input_ids), tensor(position_ids)
     wanted, where = tensor(np.concatenate(targets)), tensor(np.concatenate(predictors))
     return Batch(ids, positions, wanted, where, model_kwargs)
+
+
+def sequence_kwargs(lengths: list[int], device: torch.device) -> dict[str, Any]:
+    """What an attention must know of a packed row: the sequences' lengths, and where they begin."""
+    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
+    kwargs: dict[str, Any] = {"sequence_lengths": lengths, "attention_mask": None}
+    for end in "qk":  # as transformers' FlashAttention wants them
+        kwargs |= {f"cu_seq_lens_{end}": bounds, f"max_length_{end}": max(lengths)}
+    return kwargs
 
 
 def loss_inputs(step: OptimizerStep, log_probs: Tensor, entropy: Tensor) -> LossInputs:

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from verl.config.schema import Config
-from verl.tools.memory_plan import Plan, changed, machine, read_model
+from verl.tools.memory_plan import Plan, changed, machine, read_config, read_model
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 OFFLOADING = [f"{ACTOR}.fsdp_config.{name}_offload" for name in ("param", "optimizer")]
@@ -82,8 +80,7 @@ def main() -> None:
     text = sys.stdin.read()
     if not text:  # the configuration has an error, which the run itself reports
         return
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
-    config: Any = OmegaConf.to_object(merged)
+    config = read_config(text)
     given = {override.partition("=")[0].lstrip("+") for override in sys.argv[1:]}
     settings = gpu_settings(config, given)
     old = {key: attrgetter(key)(config) for key in settings}

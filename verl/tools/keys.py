@@ -14,9 +14,12 @@ from omegaconf import OmegaConf
 from verl.config.base import Rules, Section, SFTConfig, shown
 from verl.config.load import compose_config
 from verl.config.schema import Config
-from verl.config.validate import LIMITS, WITHOUT_EFFECT
+from verl.config.validate import LIMITS
+from verl.config.verl_keys import NOT_SUPPORTED, OF_ALL_RANKS, SAME_AS, WITHOUT_EFFECT
 
 FILE = Path(__file__).parents[2] / "docs" / "keys.md"
+VERL_FILE = FILE.with_name("from-verl.md")
+WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 INTRODUCTION = """\
 # Configuration keys
 
@@ -48,10 +51,25 @@ def page() -> str:
             rules = {key: replace(rule, on_resume="") for key, rule in rules.items()}
         entries = "\n".join(_section(config, "", defaults, rules))
         parts.append(f"## Keys of `verl.trainer.{program}`\n\n{entries}")
-    parts.append("## Keys of verl without effect\n\nThey are accepted, and named in a warning.\n")
-    for key, reason in WITHOUT_EFFECT.items():
-        parts[-1] += f"\n- `{key}`: {reason}."
     return "\n".join(parts) + "\n"
+
+
+def verl_page(text: str) -> str:
+    """The content of docs/from-verl.md: its present `text`, with the lists of keys made anew."""
+    lists = [
+        ("## Other names", SAME_AS, "`{}`: `{}`"),
+        ("## Counts of all ranks", OF_ALL_RANKS, "`{}`: a rank's share is `{}`"),
+        ("## Without effect", WITHOUT_EFFECT, "`{}`: {}"),
+        ("## Not supported", NOT_SUPPORTED, "`{}`: {}"),
+    ]
+    for title, table, form in lists:
+        before, after = text.split(f"{title}\n")
+        introduction, _, old = after.partition("\n- ")
+        rest = old.partition("\n## ")[2]
+        entries = [textwrap.fill(form.format(*item), 98, **WHOLE_WORDS) for item in table.items()]
+        items = "".join(f"\n- {textwrap.indent(e, '  ').strip()}" for e in entries)
+        text = f"{before}{title}\n{introduction}{items}\n" + (f"\n## {rest}" if rest else "")
+    return text
 
 
 def _section(
@@ -111,7 +129,7 @@ def _idle(rules: Rules) -> str:
 
 
 def _wrapped(text: str, width: int = 100) -> str:
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, width, **WHOLE_WORDS)
 
 
 def _docstrings(section: type[Section]) -> dict[str, str]:
@@ -128,9 +146,10 @@ def _docstrings(section: type[Section]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Writes the page."""
+    """Writes the pages."""
     FILE.write_text(page())
-    print(FILE)
+    VERL_FILE.write_text(verl_page(VERL_FILE.read_text()))
+    print(FILE, VERL_FILE)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ class Plan:
         self.norms = model["model_type"] == "qwen3"  # of queries and keys
         self.kv_token = 2 * self.layers * kv_heads * head * self.compute
         self.parameters = self._count(1)
-        self.shard = self._count(self.trainer.nnodes * self.ranks)
+        size = self.fsdp.fsdp_size
+        self.shard = self._count(size if size > 0 else self.trainer.nnodes * self.ranks)
         """Parameters of a rank, padding included."""
 
     def _count(self, ranks: int) -> int:
@@ -370,19 +371,26 @@ def estimate(config: Config) -> str:
     return f"memory estimate: {size}\n{plan}"
 
 
-def main() -> None:
-    """Prints the estimate; exits with 2 for what is no configuration of `main_ppo`."""
+def read_config(text: str) -> Config:
+    """A resolved configuration, as DRY_RUN=1 prints it. Raises: OmegaConfBaseException."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     import verl.config.load  # noqa: F401  what stands for other keys gets its meaning there
+
+    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
+    config: Any = OmegaConf.to_object(merged)
+    return config  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    """Prints the estimate; exits with 2 for what is no configuration of `main_ppo`."""
+    from omegaconf.errors import OmegaConfBaseException
 
     parser = argparse.ArgumentParser(prog="python -m verl.tools.memory_plan", description=__doc__)
     parser.add_argument("file", nargs="?", help="resolved configuration [standard input]")
     file = parser.parse_args().file
     try:
-        given = OmegaConf.create(Path(file).read_text() if file else sys.stdin.read())
-        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
+        config = read_config(Path(file).read_text() if file else sys.stdin.read())
     except (OSError, OmegaConfBaseException) as error:
         parser.error(f"{file or 'standard input'}: {error}")
     print(estimate(config))

@@ -103,8 +103,7 @@ def attention(device: str) -> str:
     from torch.nn.utils.rnn import pad_sequence
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from verl.models.packing import pack
-    from verl.protocol import Prompt, Sample
+    from verl.models.packing import sequence_kwargs
     from verl.utils.device import default_dtype, default_packed_attention
 
     at, dtype = torch.device(device), getattr(torch, default_dtype(device))
@@ -113,11 +112,9 @@ def attention(device: str) -> str:
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, h, sum(lengths), size) for h in (heads, groups, groups)]
     given = [torch.randn(s, generator=generator).to(at, dtype).requires_grad_() for s in shapes]
-    ids = np.zeros(max(lengths), np.int64)
-    samples = [Sample(Prompt(0, ids[:n], "", None), 0, ids[:1], "stop") for n in lengths]
     module: Any = torch.nn.Module()  # as transformers' FlashAttention looks at it
     module.is_causal, module.config = True, SimpleNamespace(_attn_implementation=name)
-    kwargs = pack(samples, at).model_kwargs
+    kwargs = sequence_kwargs(lengths, at)
     output = ALL_ATTENTION_FUNCTIONS[name](module, *given, **kwargs)[0]  # [1, T, heads, size]
 
     exact = [x.detach().float().requires_grad_() for x in given]
@@ -172,7 +169,6 @@ def make_model(folder: Path) -> dict[str, Tensor]:
 def vllm_engine(device: str) -> str:
     """vLLM generates, sleeps, takes its weights again, and generates the same with the same
     seeds. Raises: RuntimeError if it doesn't, or frees less than half of its KV cache."""
-    import numpy as np
 
     from verl.config.schema import EngineKwargs, ModelConfig, RolloutConfig
     from verl.protocol import Prompt, WeightChunk

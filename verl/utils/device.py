@@ -88,8 +88,9 @@ def default_packed_attention(device: torch.device, dtype: torch.dtype) -> str:
 
     if device.type != "cuda" or dtype.itemsize != 2:
         return "packed_sdpa"
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
-    return "flash_attention_3" if hopper and is_flash_attn_3_available() else "packed_varlen"
+    if is_flash_attn_3_available() and torch.cuda.get_device_capability(device)[0] == 9:
+        return "flash_attention_3"
+    return "packed_varlen"
 
 
 REORDERED_FROM = 2**17  # weights of so many elements are faster in oneDNN's order (LOG.md)

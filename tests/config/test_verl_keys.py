@@ -1,0 +1,137 @@
+"""What verl's own scripts ask for: accepted, or refused by one message that names all of it.
+
+`data/verl_scripts.jsonl` holds the overrides of the example scripts and DAPO recipes for text with
+FSDP in verl's repository (github.com/volcengine/verl, Apache 2.0), at v0.4.1, v0.7.0 and commit
+b178a3c, as their shell hands them over with HOME=/home/user.
+"""
+
+import json
+import logging
+import re
+from collections import Counter
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import ROOT
+from verl.config.load import ConfigError, compose_config, load_config
+from verl.config.schema import Config
+from verl.config.verl_keys import (
+    NOT_SUPPORTED,
+    OF_ALL_RANKS,
+    SAME_AS,
+    WITHOUT_EFFECT,
+    refusal,
+    without_effect,
+)
+
+LINES = (Path(__file__).parent / "data" / "verl_scripts.jsonl").read_text().splitlines()
+SCRIPTS = [json.loads(line) for line in LINES]
+SOURCES = {
+    "verl.trainer.main_ppo": (),
+    "recipe.dapo.main_dapo": ("dapo_trainer", ROOT / "recipe/dapo/config"),
+}
+KNOWN = {key: value for key, value, _ in Config().walk()}
+VALUES: dict[str, tuple[Any, Any]] = {  # two that are not the default
+    "actor_rollout_ref.actor.grad_clip": (0.5, 2.0),
+    "actor_rollout_ref.actor.optim.warmup_style": ("cosine", "linear"),
+    "actor_rollout_ref.model.use_remove_padding": (False, True),
+    "custom_reward_function.name": ("f", "g"),
+    "custom_reward_function.path": ("a.py", "b.py"),
+    "custom_reward_function.reward_kwargs": ({"x": 1}, {"x": 2}),
+    "data.max_prompt_length": (77, 78),
+    "data.max_response_length": (99, 98),
+    "data.tokenizer": ("a", "b"),
+    "ray_init.num_cpus": (5, 6),
+    "reward_model.enable": (False, True),
+    "reward_model.num_workers": (3, 4),
+    "reward_model.overlong_buffer.enable": (False, True),
+    "reward_model.overlong_buffer.len": (7, 8),
+    "reward_model.overlong_buffer.log": (True, False),
+    "reward_model.overlong_buffer.penalty_factor": (0.5, 2.0),
+    "reward_model.reward_manager": ("dapo", "naive"),
+}
+
+
+def problems(script: dict[str, Any]) -> list[str]:
+    try:
+        compose_config(script["overrides"], *SOURCES[script["program"]])
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+def test_all_that_verls_scripts_ask_for_is_accepted_or_known() -> None:
+    """No key is called unknown; each refusal says what to use."""
+    accepted = Counter[str]()
+    for script in SCRIPTS:
+        lines = problems(script)
+        for name in script["scripts"]:
+            accepted[name.partition(" ")[0]] += not lines
+        assert not [line for line in lines if "there is no key" in line], script["scripts"]
+    assert accepted >= Counter({"b178a3c": 12, "v0.7.0": 16, "v0.4.1": 12})
+
+
+@pytest.mark.parametrize(("name", "key"), SAME_AS.items())
+def test_another_name_is_the_same_key(name: str, key: str) -> None:
+    assert name not in KNOWN and key in KNOWN
+    new, other = VALUES[key]
+    text = json.dumps(new).replace('"', "") if isinstance(new, dict) else new
+    config = load_config([f"{name}={text}"])
+    assert attrgetter(key)(config) == new
+    config = load_config([f"{key}={text}", f"++{name}={text}"])
+    assert attrgetter(key)(config) == new
+    text_2 = json.dumps(other).replace('"', "") if isinstance(other, dict) else other
+    with pytest.raises(ConfigError, match=f"{re.escape(name)}=.* contradicts {re.escape(key)}="):
+        compose_config([f"{key}={text}", f"{name}={text_2}"])
+
+
+@pytest.mark.parametrize(("name", "key"), OF_ALL_RANKS.items())
+def test_a_count_of_all_ranks_is_shared_out(
+    name: str, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = load_config([f"{name}=128", "trainer.n_gpus_per_node=4", "trainer.nnodes=2"])
+    assert attrgetter(key)(config) == 16
+    assert f"{key}=16: 128 of all 8 ranks" in caplog.text
+    assert attrgetter(key)(load_config([f"{name}=null"])) is None
+
+
+def test_no_name_stands_twice_and_none_is_a_key_here() -> None:
+    names = Counter([*SAME_AS, *OF_ALL_RANKS, *(n.partition("=")[0] for n in WITHOUT_EFFECT)])
+    assert set(names.values()) == {1}
+    assert not names.keys() & KNOWN.keys()
+    assert {*OF_ALL_RANKS.values()} <= KNOWN.keys()
+    assert not NOT_SUPPORTED.keys() & (names.keys() - {"algorithm.gamma", "algorithm.lam"})
+
+
+def test_keys_without_effect_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    given = [
+        "data.return_raw_chat=True",
+        "+actor_rollout_ref.rollout.mode=async",
+        "algorithm.lam=1.0",
+    ]
+    with caplog.at_level(logging.WARNING):
+        assert load_config(given) == load_config()
+    for key in ("data.return_raw_chat", "actor_rollout_ref.rollout.mode", "algorithm.lam"):
+        assert caplog.text.count(key) == 1
+
+
+def test_all_that_is_refused_stands_in_one_message() -> None:
+    given = ["actor_rollout_ref.model.lora_rank=8", "data.trian_files=x", "algorithm.lam=0.95"]
+    with pytest.raises(ConfigError) as refused:
+        compose_config([*given, "critic.model.path=x", " ", "transfer_queue.enable=False"])
+    lora, typo, lam = str(refused.value).splitlines()
+    assert lora.startswith("actor_rollout_ref.model.lora_rank is known in verl, but not supported")
+    assert typo == "there is no key 'data.trian_files'; the nearest one is 'data.train_files'"
+    assert lam.startswith("algorithm.lam is known in verl, but not supported here: ")
+
+
+def test_what_asks_for_nothing_is_accepted() -> None:
+    assert without_effect("actor_rollout_ref.model.lora_rank", 0) == "it asks for nothing"
+    assert without_effect("actor_rollout_ref.model.lora_rank", 8) is None
+    assert without_effect("algorithm.gamma", 1.0) and not without_effect("algorithm.gamma", 0.9)
+    assert refusal("actor_rollout_ref.actor.megatron.anything.else")
+    assert refusal("actor_rollout_ref.nothing") is None
