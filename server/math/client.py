@@ -2,7 +2,6 @@
 
 python client.py '\\frac{3}{5}' 0.6          prints the verdict; exit status 0 equal, 1 not equal
 python client.py --pairs pairs.jsonl         one {"gold", "pred"} a line in, one verdict a line out
-python client.py --health
 
 Client("http://127.0.0.1:6284").verify([(r"\\frac{3}{5}", "0.6")])[0]["equal"]
 """
@@ -24,23 +23,12 @@ PAIRS_PER_REQUEST = 256
 
 
 class Client:
-    """Calls one server; waits where it is busy or away.
+    """Calls the server at `url` (default MATH_SERVER_URL, else `DEFAULT_URL`): `timeout` seconds
+    for one answer, and `max_wait` seconds to go on trying after connection errors and 503."""
 
-    Args:
-        url: Of the server; default the environment's MATH_SERVER_URL, else `DEFAULT_URL`.
-        max_wait: Seconds to go on trying after connection errors and 503.
-        timeout: Seconds for one answer.
-    """
-
-    def __init__(
-        self, url: str | None = None, max_wait: float = 60.0, timeout: float = 300.0
-    ) -> None:
+    def __init__(self, url: str | None = None, max_wait: float = 60, timeout: float = 300) -> None:
         self.url = (url or os.environ.get("MATH_SERVER_URL") or DEFAULT_URL).rstrip("/")
         self.max_wait, self.timeout = max_wait, timeout
-
-    def is_equal(self, gold: str, pred: str) -> bool:
-        """Whether `pred` equals the reference `gold`."""
-        return self.call("/is_equal", {"str1": gold, "str2": pred})["equal"]
 
     def verify(self, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         """`{"equal", "how", "status"}` for each (gold, pred), in order."""
@@ -51,17 +39,9 @@ class Client:
             results += self.call("/verify", body)["results"]
         return results
 
-    def health(self) -> dict[str, Any]:
-        """State of the server."""
-        return self.call("/health")
-
     def call(self, path: str, body: object = None) -> dict[str, Any]:
-        """The JSON answer to a POST of `body`, or to a GET without one.
-
-        Raises:
-            ConnectionError: no answer within `max_wait`.
-            ValueError: the server refuses the request (4xx); its text says why.
-        """
+        """The JSON answer to a POST of `body`, or to a GET without one. Raises `ConnectionError`
+        without an answer within `max_wait`, `ValueError` with the text of a refusal (4xx)."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, data, headers)
@@ -71,16 +51,15 @@ class Client:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
                     return json.load(response)
             except urllib.error.HTTPError as error:
-                text = error.read(1000).decode(errors="replace")
+                reason = error.read(1000).decode(errors="replace")
                 if 400 <= error.code < 500:
-                    raise ValueError(f"{self.url}{path}: {error.code} {text}") from error
+                    raise ValueError(f"{self.url}{path}: {error.code} {reason}") from error
                 failure: Exception = error
             except (OSError, http.client.HTTPException) as error:
                 failure = error
             if time.monotonic() + pause > deadline:
-                raise ConnectionError(
-                    f"no answer from {self.url} ({failure}); start it by server/math/start.sh"
-                ) from failure
+                text = f"no answer from {self.url} ({failure}); start it by server/math/start.sh"
+                raise ConnectionError(text) from failure
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
 
@@ -106,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     client = Client(options.url, options.max_wait)
     try:
         if options.health:
-            print(json.dumps(client.health()))
+            print(json.dumps(client.call("/health")))
             return 0
         pairs = read_pairs(options.pairs) if options.pairs else [tuple(options.answers)]
         results = client.verify(pairs)
@@ -115,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for result in results:
         print(json.dumps(result))
-    return 0 if all(result["equal"] for result in results) else 1
+    return int(not all(result["equal"] for result in results))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from . import families, structures, symbolic
+from . import regions, structures, symbolic
 from .evaluate import TooLarge, Undecided, exact
 from .normalise import normalise, words
 from .tokens import ParseError, TooComplex
@@ -34,40 +34,36 @@ _DOUBT = re.compile(
     r"(?i)(?<![a-z\\])(?:not|never|wrong|incorrect|maybe|perhaps|probably|either|but|if|n't)(?![a-z])"
 )
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time, not a ratio, if both sides are
+_PARITY = {"odd": r"2k+1,k\in\mathbb{Z}", "even": r"2k,k\in\mathbb{Z}"}
+_COMBINATIONS = re.compile(r"(?<![A-Za-z\\])C\((\d+), ?(\d+)\)")
 _DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))")
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The outcome for one pair, such as ``Verdict(True, "numeric", "ok")``.
-
-    Attributes:
-        equal: whether the two answers are the same.
-        how: the stage that decided: identical, normalised, numeric, structure or symbolic.
-        status: ok; unparsable if no stage could read one of the answers; undecided if words of
-            ``pred`` were not understood, or the values can't be told apart (then not equal).
-    """
+    """The outcome for one pair, such as ``Verdict(True, "numeric", "ok")``."""
 
     equal: bool
-    how: str
+    how: str  # the stage that decided: identical, normalised, numeric, structure or symbolic
+    # ok, unparsable (no stage could read it), undecided (not understood, or can't be told apart)
     status: str = "ok"
 
 
 def judge(gold: str, pred: str) -> Verdict:
     """Whether ``pred`` equals the reference ``gold``; may take long, see the module."""
-    verdict = quick(gold, pred)
-    if verdict is not None:
+    if verdict := quick(gold, pred):
         return verdict
     gold, pred = cache_key(gold, pred)
     verdict = _slow(gold, pred)
-    if verdict.equal or verdict.status != "ok" or not symbolic.unread(gold, pred):
-        return verdict
-    return Verdict(False, verdict.how, "undecided")
+    if verdict == Verdict(False, verdict.how) and symbolic.unread(gold, pred):
+        return Verdict(False, verdict.how, "undecided")
+    return verdict
 
 
 def _slow(gold: str, pred: str) -> Verdict:
     """The verdict of the later stages on a normalised pair."""
-    gold, pred, units_differ = split_units(gold, pred)
+    texts = (_PARITY.get(words(text), text) for text in (gold, pred))
+    gold, pred, units_differ = split_units(*texts)
     if units_differ:
         return Verdict(False, "normalised")
     try:
@@ -159,9 +155,9 @@ def _numeric(gold: str, pred: str) -> Verdict | None:
 def _compare(gold: str, pred: str) -> Verdict:
     """The structural stages, on both readings of commas between digits."""
     trees = structures.one_form(parse(gold)), parse(pred)
-    how = "structure" if any(tree.op in _STRUCTURES for tree in trees) else "symbolic"
+    how = "structure" if any(tree.op in structures.COMPOUND for tree in trees) else "symbolic"
     if "Z" in gold + pred or r"\pmod" in gold + pred:
-        family = families.same(*trees)
+        family = regions.same_families(*trees)
         if family is not None:
             return Verdict(family, "structure")
     if structures.same(*trees):
@@ -172,14 +168,13 @@ def _compare(gold: str, pred: str) -> Verdict:
     return Verdict(False, how)
 
 
-_STRUCTURES = ("list", "set", "group", "matrix", "rel", "cup", "cap", "minus", "such")
-
-
 def _other_readings(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> Iterator[tuple]:
-    """100,200 as a list, and 1,22 as a decimal fraction, where the other side clearly is one."""
-    if (gold_tree.op == "list") != (pred_tree.op == "list") and ",0" not in gold + pred:
+    """100,200 as a list, 1,22 as a decimal, where the other side clearly is one; C(3,2) as 3."""
+    lengths = [len(tree.args) if tree.op == "list" else 1 for tree in (gold_tree, pred_tree)]
+    if lengths[0] != lengths[1] and ",0" not in gold + pred:
         yield parse(gold, thousands=False), parse(pred, thousands=False)
-    if _DECIMAL_COMMA.fullmatch(gold) and exact(pred_tree) is not None:
-        yield parse(gold.replace(",", ".")), pred_tree
-    if _DECIMAL_COMMA.fullmatch(pred) and exact(gold_tree) is not None:
-        yield gold_tree, parse(pred.replace(",", "."))
+    if "C(" in gold + pred:  # a number of combinations, if it is no point
+        yield tuple(parse(_COMBINATIONS.sub(r"\\binom{\1}{\2}", text)) for text in (gold, pred))
+    for text, other in ((gold, pred_tree), (pred, gold_tree)):
+        if _DECIMAL_COMMA.fullmatch(text) and exact(other) is not None:
+            yield parse(text.replace(",", ".")), other

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
-from math import comb, factorial, isqrt
+from math import comb, factorial, isqrt, prod
 
 import mpmath
 from mpmath.libmp.libhyper import NoConvergence
@@ -25,6 +25,7 @@ NEGLIGIBLE = 1e-40  # next to numbers of ordinary size
 SAMPLES = 12  # positive points; three times as many of any sign follow
 INTEGERS = frozenset("nmk")
 _CONTEXT = mpmath.MPContext()
+CONSTANTS = {"pi": _CONTEXT.pi, "e": _CONTEXT.e, "i": _CONTEXT.j, "oo": _CONTEXT.inf}
 _ERRORS = (ZeroDivisionError, ValueError, OverflowError, TypeError, NoConvergence)
 
 
@@ -57,15 +58,6 @@ def _bits(value: Fraction) -> int:
     return value.numerator.bit_length() + value.denominator.bit_length()
 
 
-def _exact_product(*factors: Fraction) -> Fraction | None:
-    result = Fraction(1)
-    for factor in factors:
-        result *= factor
-        if _bits(result) > MAX_BITS:
-            return None
-    return result
-
-
 def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
     small = exponent.denominator == 1 and abs(exponent) * _bits(base) <= MAX_BITS
     return base**exponent.numerator if small else None
@@ -84,7 +76,8 @@ def _exact_binomial(n: Fraction, k: Fraction) -> Fraction | None:
 
 
 _EXACT = {
-    "add": lambda *terms: sum(terms, Fraction(0)), "mul": _exact_product, "neg": lambda a: -a,
+    "add": lambda *terms: sum(terms, Fraction(0)), "neg": lambda a: -a,
+    "mul": lambda *factors: prod(factors) if sum(map(_bits, factors)) <= 2 * MAX_BITS else None,
     "div": lambda a, b: a / b, "pow": _exact_power, "root": _exact_root, "abs": abs,
     "percent": lambda a: a / 100, "binom": _exact_binomial,
     "fact": lambda n: Fraction(factorial(int(n))) if n.denominator == 1 and 0 <= n < 400 else None,
@@ -113,18 +106,9 @@ def has(node: Node, op: str, name: str | None = None) -> bool:
     return any(name in (None, found.args[0]) for found in find(node, op))
 
 
-CONSTANTS = {
-    "pi": lambda: _CONTEXT.pi(), "e": lambda: _CONTEXT.e(), "i": lambda: _CONTEXT.mpc(0, 1),
-    "oo": lambda: _CONTEXT.inf,
-}  # fmt: skip
-
-
 def value(node: Node, point: dict | None = None, digits: int = DIGITS):
-    """The value of a tree with its variables at ``point``, an ``mpf`` or ``mpc``.
-
-    Raises:
-        Undecided: if it has none (a division by zero, a set) or would be too large.
-    """
+    """The value of a tree with its variables at ``point``, an ``mpf`` or ``mpc``;
+    :class:`Undecided` if it has none (a division by zero, a set) or would be too large."""
     with _CONTEXT.workdps(digits):
         try:
             return +_evaluate(node, point or {})
@@ -143,11 +127,11 @@ def _evaluate(node: Node, point: dict):
             return _CONTEXT.mpf(point[args[0]])
         if args[0] not in CONSTANTS:
             raise Undecided(f"no value for {args[0]}")
-        return CONSTANTS[args[0]]()
+        return +CONSTANTS[args[0]]
     if op == "known":
         return args[0]
     if op == "fn":
-        return _function(args[0], [_evaluate(arg, point) for arg in _operands(args[1:])])
+        return _function(args[0], [_evaluate(arg, point) for arg in args[1:]])
     if op == "apply":
         # An unknown function: any fixed smooth one, the same on both sides.
         return _CONTEXT.cos(_bounded(_evaluate(args[1], point)) + sum(map(ord, args[0]))) + 3
@@ -156,15 +140,6 @@ def _evaluate(node: Node, point: dict):
     if op not in _OPERATIONS:
         raise Undecided(f"{op} has no value")
     return _OPERATIONS[op](*(_evaluate(arg, point) for arg in args))
-
-
-def _operands(args: tuple) -> Iterator[Node]:
-    r"""Arguments, with the brackets of ``\max(1, 2)`` opened."""
-    for arg in args:
-        if arg.op in ("group", "set", "list"):
-            yield from (item for item in arg.args if isinstance(item, Node))
-        else:
-            yield arg
 
 
 def _bounded(x):
@@ -178,7 +153,7 @@ def _power(base, exponent):
     if base == 0 and _CONTEXT.re(exponent) <= 0 and exponent != 0:
         raise ZeroDivisionError("a negative power of 0")
     if base != 0 and base != 1:
-        _bounded(exponent * (abs(_CONTEXT.log(abs(base), 2)) + 1))
+        _bounded(exponent * (abs(_CONTEXT.mag(base)) + 1))
     return base**exponent
 
 
@@ -191,42 +166,29 @@ def _root(x, index):
     return _CONTEXT.sqrt(x) if index == 2 else _power(x, 1 / index)
 
 
-def _determinant(*rows):
-    if len(rows) > 10:
-        raise TooLarge("too large a determinant")
-    return _CONTEXT.det(_CONTEXT.matrix([list(row) for row in rows]))
-
-
 _OPERATIONS = {
     "add": lambda *terms: _CONTEXT.fsum(terms), "mul": lambda *factors: _CONTEXT.fprod(factors),
     "div": lambda a, b: a / b, "ratio": lambda a, b: a / b, "neg": lambda a: -a, "abs": abs,
-    "pow": _power, "root": _root, "percent": lambda a: a / 100, "det": _determinant,
-    "degree": lambda a: a * _CONTEXT.pi / 180, "row": lambda *cells: cells,
+    "pow": _power, "root": _root, "percent": lambda a: a / 100,
+    "det": lambda *rows: _CONTEXT.det(_CONTEXT.matrix(rows)), "row": lambda *cells: list(cells),
+    "degree": lambda a: a * _CONTEXT.pi / 180,
     "fact": lambda n: _CONTEXT.factorial(_bounded(n)),
     "binom": lambda n, k: _CONTEXT.binomial(_bounded(n), _bounded(k)),
-}  # fmt: skip
-_FUNCTIONS = {
-    "sqrt": lambda x: _CONTEXT.sqrt(x), "abs": abs, "log": lambda *x: _CONTEXT.log(*x),
-    "ln": lambda *x: _CONTEXT.log(*x), "lg": lambda x: _CONTEXT.log(x, 10),
-    "cbrt": lambda x: _root(x, _CONTEXT.mpf(3)),
 }  # fmt: skip
 
 
 def _function(name: str, args: list):
     if name in ("max", "min"):
         return max(args) if name == "max" else min(args)
-    if name in ("gcd", "lcm"):
+    name = re.sub("^ar?c?(?=sin|cos|tan|cot|sec|csc)", "a", name.lower()).replace("ln", "log")
+    if not hasattr(_CONTEXT, name):
         raise Undecided("number theory")
-    name = re.sub("^ar?c?(?=sin|cos|tan|cot|sec|csc)", "a", name.lower())
-    return (_FUNCTIONS.get(name) or getattr(_CONTEXT, name))(*map(_bounded, args))
+    return getattr(_CONTEXT, name)(*map(_bounded, args))
 
 
 def crossings(sides: Node, name: str) -> list:
-    """Where a piecewise linear expression in ``name`` is 0 or has a kink.
-
-    Raises:
-        Undecided: if it has no value, or isn't linear between two kinks.
-    """
+    """Where an expression in ``name`` that is piecewise linear, else :class:`Undecided`, is 0 or
+    has a kink."""
     inner = [found.args[0] for found in find(sides, "abs")]
     if len(inner) > MAX_KINKS or any(has(part, "abs") for part in inner):
         raise Undecided("too many kinks, or bars in bars")
@@ -291,9 +253,7 @@ def equal(a: Node, b: Node) -> bool:
 
     Where there are no such points (or ``i`` occurs), complex values are compared. At positive
     points, both sides must be real at most of those where one is: n! isn't (-n)!.
-
-    Raises:
-        Undecided: if no point gives values, or they are too large to tell apart.
+    :class:`Undecided` if no point gives values, or they are too large to tell apart.
     """
     names = tuple(sorted(symbols(a) | symbols(b)))
     if not names:

@@ -1,12 +1,12 @@
 """The shortest way to a verdict: quick stages, cache, a job that already runs, a new job."""
 
 import asyncio
-import collections
 import functools
 import hashlib
 import logging
 import math
 import time
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 
 from . import equivalence
@@ -20,49 +20,30 @@ LIMITS = {
     "died": Verdict(False, "crash", "memory"),
     "error": Verdict(False, "error", "error"),
 }
-SAME = Verdict(True, "identical", "ok")
-TOO_LONG = Verdict(False, "length", "unparsable")
-LIMITS_REMEMBERED_S = 300.0
-"""A pair that ran into its limits gets another chance, but not while its batch is sent again."""
-QUICK_CHARS = 300
-"""The quick stages take time with the length: longer strings leave the event loop at once."""
-HUNG_UP_S = 0.2
-"""So often a request that waits looks whether its caller still does."""
-PAIRS_PER_TURN = 32
-"""Pairs of a batch that pass the quick stages before other requests get their turn."""
+LIMITS_REMEMBERED_S = 300.0  # so long a pair that ran into its limits gets no other chance
+QUICK_CHARS = 300  # longer strings leave the event loop at once
+HUNG_UP_S = 0.2  # so often a request that waits looks whether its caller still does
+PAIRS_PER_TURN = 32  # of a batch pass the quick stages before other requests get their turn
 
 
 class Judge:
-    """Verdicts by the cheapest way there is.
-
-    Args:
-        pool: Runs `equivalence.judge`.
-        max_chars: A longer string is no answer.
-        cache_size: Verdicts to remember, least recently used first out.
-    """
+    """Verdicts by the cheapest way there is: `pool` runs `equivalence.judge`, a string of over
+    `max_chars` characters is no answer, of `cache_size` verdicts the least recently used go."""
 
     def __init__(self, pool: Pool, max_chars: int, cache_size: int) -> None:
         self.pool, self.max_chars, self.cache_size = pool, max_chars, cache_size
-        self.cache: collections.OrderedDict[bytes, tuple[Verdict, float]] = (
-            collections.OrderedDict()
-        )
-        """The verdict, and until when it holds."""
+        self.cache: OrderedDict[bytes, tuple[Verdict, float]] = OrderedDict()  # and its last moment
         self.running: dict[bytes, Job] = {}
-        self.sources: collections.Counter[str] = collections.Counter()
-        """Pairs by who knew the answer: quick, cache, running (another request's job), pool."""
-        self.decided: collections.Counter[tuple[str, str]] = collections.Counter()
-        """Pairs by (how, status)."""
+        # Pairs by who knew the answer: quick, cache, running (another request's job), pool.
+        self.sources: Counter[str] = Counter()
+        self.decided: Counter[tuple[str, str]] = Counter()  # pairs by (how, status)
 
     async def verdicts(
         self, pairs: Sequence[tuple[str, str]], hung_up: Callable[[], Awaitable[bool]]
     ) -> list[Verdict]:
-        """One verdict for each (gold, pred), in order.
-
-        Raises:
-            ConnectionAbortedError: the caller has `hung_up`; jobs that only it waits for end.
-            PoolFull: not all of them fit into the queue; none was queued.
-            PoolClosed: the server shuts down.
-        """
+        """One verdict for each (gold, pred), in order. Raises `ConnectionAbortedError` where the
+        caller has `hung_up` (jobs that only it waits for end), `PoolFull` where not all of them fit
+        into the queue (none was queued), `PoolClosed` where the server shuts down."""
         known: list[Verdict | bytes] = []  # the verdict, or the key of the job that will know
         jobs: dict[bytes, tuple[str, str]] = {}
         for i, (gold, pred) in enumerate(pairs):
@@ -90,7 +71,8 @@ class Judge:
         """The verdict, if it is known or quickly found, else the pair's key."""
         length = max(len(gold), len(pred))
         if length > self.max_chars:
-            return SAME if gold == pred else TOO_LONG
+            same = gold == pred
+            return Verdict(True, "identical") if same else Verdict(False, "length", "unparsable")
         item = _quick(gold, pred) if length <= QUICK_CHARS else _digest(gold, pred)
         if isinstance(item, Verdict):
             self.sources["quick"] += 1

@@ -5,16 +5,15 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .judge import Judge
 from .pool import Pool
 
-__all__ = ["CONTENT_TYPE", "Metrics"]
-
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10, 30)
 PATHS = {"/is_equal", "/verify", "/health", "/metrics"}
+REASONS = ("timeout", "postponed", "abandoned", "memory", "died", "recycled")
+SOURCES = ("quick", "cache", "running", "pool")
 
 
 class Metrics:
@@ -24,40 +23,28 @@ class Metrics:
         self.pool, self.judge = pool, judge
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "math_server_requests",
-            "Requests by path and status code",
-            ["path", "code"],
+            "math_server_requests", "Requests by path and status code", ["path", "code"],
             registry=self.registry,
-        )
+        )  # fmt: skip
         self.seconds = Histogram(
-            "math_server_request_seconds",
-            "Time to answer a request",
-            ["path"],
-            buckets=BUCKETS,
-            registry=self.registry,
-        )
+            "math_server_request_seconds", "Time to answer a request", ["path"],
+            buckets=BUCKETS, registry=self.registry,
+        )  # fmt: skip
         self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         """What pool and judge count by themselves; called by the registry."""
-        restarts = CounterMetricFamily(
-            "math_server_worker_restarts", "Replaced workers by reason", labels=["reason"]
-        )
-        for reason in ("timeout", "postponed", "abandoned", "memory", "died", "recycled"):
-            restarts.add_metric([reason], self.pool.restarts[reason])
-        yield restarts
-        sources = CounterMetricFamily(
-            "math_server_pairs", "Pairs by who knew the answer", labels=["source"]
-        )
-        for source in ("quick", "cache", "running", "pool"):
-            sources.add_metric([source], self.judge.sources[source])
-        yield sources
-        verdicts = CounterMetricFamily(
-            "math_server_verdicts", "Verdicts by stage and status", labels=["how", "status"]
-        )
-        for labels, count in self.judge.decided.items():
-            verdicts.add_metric(labels, count)
-        yield verdicts
+        restarts = {(reason,): self.pool.restarts[reason] for reason in REASONS}
+        sources = {(source,): self.judge.sources[source] for source in SOURCES}
+        for name, text, labels, counts in (
+            ("worker_restarts", "Replaced workers by reason", ["reason"], restarts),
+            ("pairs", "Pairs by who knew the answer", ["source"], sources),
+            ("verdicts", "Verdicts by stage and status", ["how", "status"], self.judge.decided),
+        ):
+            family = CounterMetricFamily(f"math_server_{name}", text, labels=labels)
+            for values, count in counts.items():
+                family.add_metric(values, count)
+            yield family
         for name, text, value in (
             ("workers", "Workers that are up", len(self.pool.pids)),
             ("queue_length", "Pairs that wait for a worker", self.pool.waiting),

@@ -8,10 +8,9 @@ import re
 from functools import lru_cache
 from unicodedata import normalize
 
-from .notations import RARE, Rules
-from .phrases import number_in_words, phrase, without_article
+from .phrases import ARTICLE, PARTS, VALUES, number_in_words, phrase
+from .tokens import FUNCTIONS
 from .units import UNITS
-from .vocabulary import FUNCTIONS
 
 _WORDS = {"and": r"\land ", "or": r"\lor "} | {
     word: sign
@@ -29,7 +28,7 @@ _CHARACTERS = {
     "÷": r"\div ", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
     "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ",
     "∓": r"\mp ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "º": "°", "’": "'", "′": "'", "″": "''",
-    "⟨": r"\langle ", "⟩": r"\rangle ", "，": ",", "。": ".", "：": ":", "；": ";", "…": "...",
+    "⟨": "(", "⟩": ")", "。": ".", "…": "...",
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\sqrt[3]",
     "⁻": "^{-}", "∨": r"\lor ", "∧": r"\land ", '"': "", "“": "", "”": "", "¢": r"\text{cents}",
     "`": "", "˚": "°", "⁄": "/", "⩽": r"\le ", "≦": r"\le ", "⩾": r"\ge ", "≧": r"\ge ",
@@ -42,13 +41,11 @@ _CHARACTERS = {
 }  # fmt: skip
 _TABLE = str.maketrans(
     _CHARACTERS
-    | {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F) if code - 0xFEE0 not in
-       map(ord, ",.:;")}
     | {digit: f"^{{{n}}}" for n, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     | {digit: f"_{{{n}}}" for n, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")}
     | {chr(code): " " for code in range(32)}
     | {sign: _CHARACTERS.get(plain := normalize("NFKC", sign), plain)
-       for sign in map(chr, range(0x1D400, 0x1D800))}  # 𝑥
+       for sign in map(chr, (*range(0xFF01, 0xFF5F), *range(0x1D400, 0x1D800)))}  # ＋, 𝑥
 )  # fmt: skip
 
 _CIRCLED = re.compile("[①-⑳]")
@@ -56,7 +53,7 @@ _ONLY_CIRCLED = re.compile(r"(?:[①-⑳]|[\s,;，；、.$(){}]|\\text|\\boxed|a
 _BOX = re.compile(r"\\(?:begin)?f?box(?:ed)?\s*\{")
 _BRACE = re.compile(r"\\.|[{}]")
 _UNIT_AFTER_BOX = re.compile(
-    r"\s*(?:\\?%|\^|°|(?:pct|percent|percentage|degrees?)(?![A-Za-z])|\\text\{)"
+    r"\s*(?:\\?%|\^|°|(?:pct|percent(?:age)?|degrees?)(?![A-Za-z])|\\text\{)"
 )
 _SYNONYMS = {
     name: replacement
@@ -68,19 +65,22 @@ _SYNONYMS = {
         "dbinom tbinom": r"\binom", "leq leqslant leqq": r"\le", "geq geqslant geqq": r"\ge",
         "neq": r"\ne", "vee": r"\lor", "wedge": r"\land", "degree": "°", "lbrace": r"\{",
         "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "dots cdots dotsc dotsb": r"\ldots",
-        "overrightarrow": r"\vec", "colon": ":",
+        "overrightarrow": r"\vec", "colon": ":", "langle": "(", "rangle": ")",
     }.items()
     for name in names.split()
 }  # fmt: skip
 _OPERATORS = {"<=": r"\le ", "=<": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "+/-": r"\pm ",
-              r"\not=": r"\ne "}  # fmt: skip
+              r"\not=": r"\ne ", r"\&": r" \land "}  # fmt: skip
 _CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen"}
-
-
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|it|sf|tt|cal|scr|frak|normal)|mbox|hbox"
     r"|operatorname\*?|bm|boldsymbol|emph|underline)\s*\{([^{}]*)\}"
 )
+_ARGUMENT = r"(\{[^{}]*\}|\w)"
+_CALCULUS = {"": r"\tan", "c": r"\cot", "arc": r"\arctan", "arcc": r"\arccot"}
+_INTEGER = r",\1\\in\\mathbb{Z}"
+_IN_TEXT = r"(?:\\text\{ ?)?"
+_FOR = rf"[ ,(]*{_IN_TEXT}(?:where|for|with)?(?: ?(?:an|any|all|every|some))?"
 _WORD = "|".join(sorted(_WORDS, reverse=True))
 _POWER_OF_UNIT = re.compile(rf"({'|'.join(sorted(UNITS, reverse=True))})(\^\{{?-?\d\}}?)?")
 _CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)*\.?")
@@ -112,7 +112,9 @@ def normalise(text: str) -> str:
     text = unbox(text)
     if _ONLY_CIRCLED.fullmatch(text):  # in another answer a footnote, or nothing
         text = _CIRCLED.sub(lambda match: f"({ord(match[0]) - 0x245F})", text)
-    text = _RULES(text).lstrip(" ,;:=").rstrip(" .,;:")
+    for sign, pattern, new in _RULES:  # a pattern is searched only where its sign is
+        text = pattern.sub(new, text) if sign in text else text
+    text = text.lstrip(" ,;:=").rstrip(" .,;:")
     text = text if text[:1] != "." or text[1:2].isdigit() else text.lstrip(".")
     return phrase(spelt) or text if (spelt := _in_words(text)) else text
 
@@ -162,14 +164,14 @@ def words(text: str) -> str | None:
     spelt = _in_words(text)
     if spelt and _MONTH.search(spelt):
         spelt = "".join(sorted(re.findall(r"[a-z]+|\d+", spelt)))
-    bare = re.sub(r"(?<!\d)[ ,]+|[ ,]+(?!\d)", "", without_article(spelt)) if spelt else ""
+    bare = re.sub(r"(?<!\d)[ ,]+|[ ,]+(?!\d)", "", ARTICLE.sub("", spelt)) if spelt else ""
     return bare if len(bare) > 1 else None
 
 
 def _in_words(text: str) -> str | None:
     if not _SPELT.fullmatch(text):
         return None
-    bare = re.sub(r"\\text\{|\}", "", text).lower()
+    bare = " ".join(re.sub(r"\\text\{|\}", " ", text).lower().split())
     return bare if not re.search(r"\d", bare) or re.search(r"[a-z]{3}", bare) else None
 
 
@@ -197,25 +199,27 @@ def _plain_text(match: re.Match[str]) -> str:
     return rf"\text{{{inner}}}" if match[0][:5] != r"\math" or " " in inner else f" {inner}"
 
 
+def _repeating(match: re.Match[str]) -> str:
+    """0.1(6) as a fraction: the digits up to the end of a period, less those before it."""
+    whole, fixed, period = match.groups()
+    numerator = int(whole + fixed + period) - int((whole + fixed) or 0)
+    denominator = (10 ** len(period) - 1) * 10 ** len(fixed)
+    return rf"\frac{{{numerator}}}{{{denominator}}}"
+
+
 def _group(match: re.Match[str]) -> str:
     """What one of the groups holds: a replacement that, unlike a template, costs nothing unused."""
     return match[match.lastindex] if match.lastindex else " "
 
 
-_RULES = Rules([
+_RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("}^{", r"(\^\{-?\d*)\}\^\{(?=\d)", _group),  # x¹² is x^{12}
     # commands
-    ("\\", r"\\(?:n(?![A-Za-z])|q?quad)", " "),
-    ("\\", r"(\\\\)|\\[()\[\]]", _group),
-    ("\\", r"\\(?:left|right|middle)(?![A-Za-z])\.?", ""),
-    (r"\!", r"(\\\\)|\\!() *", _group),
-    ("\\", r"(?<=\d)\\[,; ](?=\d{3}(?!\d))", ""),
-    ("\\", r"(\\\\)|\\(?:[,;:> ]|(?:[hv]space|(?:text)?color|tag|label|h?phantom)\*? *\{[^{}]*\}"
-     r"|(?:begin|end)\{(?:equation|displaymath|math|split|center)\*?\})", _group),
+    ("\\", r"(\\\\)|\\(%)|\\(?:[()\[\],;:> ]|! *()|n(?![A-Za-z])|q?quad"
+     r"|(?:left|right|middle)(?![A-Za-z])\.?|(?:begin|end)\{(?:equation|displaymath|math|split|center)"
+     r"\*?\}|(?:[hv]space|(?:text)?color|tag|label|h?phantom)\*? *\{[^{}]*\}"
+     r"|math(?:bin|rel|open|close|ord|punct)\s*\{([^{}]*)\})", _group),
     ("\\", r"\\([A-Za-z]+)", lambda match: _SYNONYMS.get(match[1], match[0])),
-    (r"\math", r"\\math(?:bin|rel|open|close|ord|punct)\s*\{([^{}]*)\}", _group),
-    (r"\%", r"\\%", "%"),
-    (r"\&", r"\\&", r" \\land "),
     (r"\mathbf", r"\\mathbf ?\{([NZQR])\}", r"\\mathbb{\1}"),
     (r"\circ", r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])", "°"),
     # signs
@@ -227,14 +231,17 @@ _RULES = Rules([
     ("", r"\\?\$|~", " "),
     ("**", r"(?<![\w)\]}])\*\*([^\s*](?:[^*]*[^\s*])?)\*\*(?![\w(\\])", _group),
     ("**", r"\*\*", "^"),
-    ("", r"<=|=<|>=|!=|\+/-|\\not=", lambda match: _OPERATORS[match[0]]),
+    ("", r"<=|=<|>=|!=|\+/-|\\not=|\\&", lambda match: _OPERATORS[match[0]]),
     ("...", r"\.\.\.+", r"\\ldots "),
     ("10^", r"(?<=\d) ?x ?(?=10\^)", "*"),
     ("%", r"(?<![\d.})\]])%(?=(?:pi|e|i)(?![A-Za-z]))", ""),
     # words
+    ("egrees", r"(?:\\text\{)? ?degrees (?=[CF])", "°"),
     ("^{", r"\\(?:mathrm|text)\{([^{}]*)\^\{(-?\d)\}\}", r"\\text{\1}^{\2}"),
     ("{", _TEXT, _plain_text),
     ("\\", r"\\(?:mathrm|mathbf|mathit|rm|bf|it|text|operatorname)(?![A-Za-z{])\s*", ""),
+    ("and", r"(hundred|thousand|million) and (?=[a-z])", r"\1 "),
+    ("and", rf"\b({'|'.join(VALUES)}) and (?=[a-z]+[ -](?:{'|'.join(PARTS)})s?\b)", r"\1 plus "),
     ("", rf"(?<![A-Za-z\\])({_WORD})(?![A-Za-z])", lambda match: _WORDS[match[1]]),
     ("U", r"(?<=[)\]]) *U *(?=[(\[])", r"\\cup "),
     ("", r"\s+", " "),
@@ -242,9 +249,64 @@ _RULES = Rules([
     ("/", r"(?<![\d./])(\d{1,9}) +(\d{1,9}) ?/ ?(\d{1,9})(?![\d./])", r"\1\\frac{\2}{\3}"),
     ("", _ANSWER_IS, ""),
     (r"\l", r".*\\l(?:or|and)(?![a-z]).*", lambda match: _connectives(match[0])),
-    (",", r"(?: ?, ?){2,}", ","),
     (", ", r"(\d), +(?=\d{3}(?!\d))", "\\1,\0"),  # "1, 234" is a list, "1,234" may be a number
     (" ", r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", ""),
     ("\0", "\0", " "),
-    *RARE,
-])  # fmt: skip
+    # degrees, temperatures, minutes of arc, a unit in brackets, ordinals
+    ("^", r"(?<=[\d}])\^(?:o|\{o\})(?![A-Za-z])", "°"),
+    ("prime", r"\^\{? ?\\prime ?(\\prime)? ?\}?", lambda m: "''" if m[1] else "'"),
+    ("°", r"\{ ?° ?\}", "°"),
+    ("°", r"(?<!\{)° ?(?:\\text\{ ?)?([CF])(?:elsius|ahrenheit)?(?![A-Za-z]) ?\}?", r"\\text{°\1}"),
+    ("})", r"(?<=[\d}])\((\\text\{[A-Za-z ]*\})\)\Z", r"\1"),
+    ("d", rf"(?<=\d)(?:\^? ?\{{? ?{_IN_TEXT})(?:st|nd|rd)(?![A-Za-z]) ?\}}{{0,2}}", ""),
+    ("th", rf"(?<=\d)(?:\^? ?\{{? ?{_IN_TEXT})th(?![A-Za-z]) ?\}}{{0,2}}", ""),
+    ("^{-", r"\\text\{([A-Za-z]+)(?: |\}?\\cdot ?)(?:\\text\{)?([A-Za-z]+)\}?\^\{-(\d)\}",
+     lambda m: rf"\text{{{m[1]}/{m[2]}}}" + (f"^{m[3]}" if m[3] != "1" else "")),
+    # bases, residues, numbers with a period or a rest
+    ("_", r"_\{\((\d+)\)\}", r"_{\1}"),
+    ("_", r"\A(?:\\text\{)?([0-9A-Fa-f]{2,})\}?_\{?(1[1-6])\}?\Z",
+     lambda m: f"{m[1].upper()}_{m[2]}"),
+    ("mod", r" ?(\( ?)?\\?(?:text\{ ?)?(?<![A-Za-z])[pb]?mod\b ?\}? ?(\d{1,9}|\{\d{1,9}\}|[a-z])"
+     r"(?(1) ?\))", lambda m: rf"\pmod{{{m[2].strip('{}')}}}"),
+    (".", r"(?<![\d.])(\d{0,20})\.(\d{0,20})\((\d{1,20})\)(?![\w(.^])", _repeating),
+    (".", r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot)\{(\d{1,20})\}", _repeating),
+    (r"\ldots", r"(\d{0,20})\.(\d{0,6}?)(\d{1,3}?)\3{2,9} ?\\ldots", _repeating),
+    (r"\ldots", r"(\.\d+) ?\\ldots *\Z", r"\1"),
+    (" ", r"\A-?\d{1,3}(?: \d{3})+(?:\.\d+)?\Z", lambda m: m[0].replace(" ", "")),
+    ("to", r"\A(\d+) ?(?:\\text\{)?to\}? ?(\d+)\Z", r"\1:\2"),
+    # lists, matrices, systems
+    ("<", r"\A<([^<>=]*,[^<>=]*)>\Z", r"(\1)"),
+    (")(", r"\A(?:\(\d\)){2,}\Z", lambda m: m[0].replace(")(", "),(")),
+    ("[", r"\A\[([A-J](?:, ?[A-J])+)\]\Z", r"\1"),
+    ("atrix(", r"(?<![A-Za-z])[Mm]atrix(?=\()", ""),
+    ("cases", r",? ?&? ?\\text\{ ?(?:if|for|when) ?\}|, ?(?:&|(?=\\\\))", "&"),
+    ("&", r"& ?(?=[=<>]|\\[lg]e(?![A-Za-z]))", ""),
+    (r"\begin", r"\\\{ ?(?=\\begin)(?!.*\\\})", ""),
+    (":", r"\A([^:]*(?:[<>]|\\[lg]e)[^:]*):(?=[\[(])", r"\1\\lor"),
+    # functions with other names
+    ("{}", rf"\{{\}}[_^]{_ARGUMENT}([CP])_{_ARGUMENT}", r"\2_\1^\3"),
+    ("choose", r"(?<![^ {(=*])(\d+|[a-z]) ?(?:\\text\{ ?)?\\?choose ?\}? ?(\d+|[a-z])(?![^ )}=,])",
+     r"\\binom{\1}{\2}"),
+    ("C", rf"(?<![A-Za-z\\])C_{_ARGUMENT}\^{_ARGUMENT}", r"\\binom{\1}{\2}"),
+    ("_", rf"(?<![A-Za-z\\])[AP]_{_ARGUMENT}\^{_ARGUMENT}", r"\\binom{\1}{\2}{\2}!"),
+    ("tg", rf"{_IN_TEXT}\\?(?<![A-Za-z])((?:arc)?c?)tg(?![a-z]) ?\}}? ?(?=(\w?))",
+     lambda m: _CALCULUS[m[1]] + " " * len(m[2])),
+    # for which letters something holds
+    ("Z", r"(?<=\\in)[ {]*Z\}?(?=\W|\Z)", r"\\mathbb{Z}"),
+    ("N", r"\A([A-Za-z](?:_\{?n\}?|\(n\))=.*?)[ ,(]*n ?\\in ?\\mathbb ?\{?N\}?[_^{}*+]*\)?\Z",
+     r"\1"),
+    ("mathbb", r"\\mathbb\{R\}[_^]\{?\+\}?", r"(0,\\infty)"),
+    ("angle", r"m?\\angle ?(?=[A-Z]|\{[A-Z])", ""),
+    ("{d", r"\\frac\{d ?([a-z])\}\{d ?[tx]\}", r"\1'"),
+    (r"\dot", r"\\dot(?: ?\{([a-z])\}| ([a-z]))", lambda m: f"{m[1] or m[2]}'"),
+    (".", r"\b(?:np|math|sympy)\.(?=[a-z])", ""),
+    (":00", r":00(?= ?\\?[a-z{]* ?(?i:[ap]\.?m))", ""),
+    ("{", r"(?<!frac\d)(?<=\d)\{ ?([a-z ]{2,})\}\Z|(?<=\})\{((?:square|cubic) ?[a-z]+)\}\Z",
+     lambda m: rf"\text{{{m[m.lastindex]}}}"),
+    ("Z", rf"{_FOR} ?\}}?([a-zA-Z]) ?\\in ?\\mathbb ?\{{?Z\}}?\)?\Z", _INTEGER),
+    ("integer", rf"{_FOR} ?\}}?\b([a-z])\b ?{_IN_TEXT}(?:is |are )?(?:any? )?integers?\}}?\)?\Z",
+     _INTEGER),
+    ("integer", rf"{_FOR} integers?[ }}]+([a-z])\)?\}}?\Z", _INTEGER),
+    ("for", rf"[ ,]*{_IN_TEXT}for (?:all|any|every)(?: real)?(?: numbers?| values of)? ?\}}?[a-z]"
+     r"(?:\\in ?\\mathbb\{R\})?\}?\Z", ""),
+]]  # fmt: skip

@@ -7,8 +7,6 @@ _ONES = (
     "fifteen sixteen seventeen eighteen nineteen"
 )
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6,
-          "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10}  # fmt: skip
 VALUES = {word: n for n, word in enumerate(_ONES.split())} | {
     word: 20 + 10 * n for n, word in enumerate(_TENS.split())
 }
@@ -17,50 +15,69 @@ _ORDINALS = (
     "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
     "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
 )
-_NUMBER = re.compile(
-    rf"(?P<tens>{_TENS.replace(' ', '|')})?(?:(?<=y)[ -](?=[a-z]))?"
-    rf"(?P<ones>{_ONES.replace(' ', '|')})?"
-    rf"(?: (?P<power>{'|'.join(POWERS)})|[ -](?P<part>{'|'.join(PARTS)})s?)?"
+PARTS = {"half": 2, "halve": 2, "quarter": 4} | {
+    word: n for n, word in enumerate(_ORDINALS.split(), 1) if n > 2
+}
+_SMALL = VALUES | {
+    f"{tens} {ones}": VALUES[tens] + n
+    for tens in _TENS.split() for n, ones in enumerate(_ONES.split()[1:10], 1)
+}  # fmt: skip
+# What a phrase may begin with, up to its article: it is, the series, n is, all.
+ARTICLE = re.compile(
+    r"\A(?:(?:the (?:function|series|sequence|integral|system|equation|graph|statement)|it|this"
+    r"|there|on|all|[a-z](?= is)) (?:(?:is|are) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
+    r"|(?:(?<=odd)|(?<=even)) (?:integer|number)s?\Z"
 )
-_ARTICLE = re.compile(r"(?:an?|the) (?=[a-z]{3})")
 _STOCK = {
-    "infinitely many solutions": r"\text{infinitely many}", "infinity": r"\infty", "true": "yes",
+    "infinitely many solutions": r"\text{infinitely many}",
+    "infinite number of solutions": r"\text{infinitely many}",
+    "infinite solutions": r"\text{infinitely many}", "infinity": r"\infty", "true": "yes",
     "positive infinity": r"\infty", "negative infinity": r"-\infty", "minus infinity": r"-\infty",
     "empty set": r"\emptyset", "no solution": r"\emptyset", "no solutions": r"\emptyset",
     "no real solution": r"\emptyset", "no real solutions": r"\emptyset", "false": "no",
-    "all real numbers": r"\mathbb{R}", "all reals": r"\mathbb{R}", "real numbers": r"\mathbb{R}",
-    "all real values": r"\mathbb{R}", "does not exist": "dne",
+    "reals": r"\mathbb{R}", "real numbers": r"\mathbb{R}", "real values": r"\mathbb{R}",
+    "does not exist": "dne",
+} | {
+    day[:n]: day for n in (3, 4)
+    for day in ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 }  # fmt: skip
 
 
 def number_in_words(text: str) -> str | None:
-    """The digits of a number up to 99, alone or times a power of ten, or of so many parts.
+    """The digits of a number in words, also with so many parts of one.
 
     >>> number_in_words("twenty-one"), number_in_words("three quarters"), number_in_words("two one")
     ('21', '3/4', None)
     """
-    match = _NUMBER.fullmatch(text)
-    tens, ones = (VALUES.get(match[n], 0) for n in ("tens", "ones")) if match else (0, 0)
-    unspelt = not match or not (match["tens"] or match["ones"])
-    if unspelt or (tens and match["ones"] and not 0 < ones < 10):
-        return None
-    if match["part"]:
-        return f"{tens + ones}/{PARTS[match['part']]}"
-    return str((tens + ones) * 10 ** POWERS.get(match["power"], 0))
+    text = text.replace("-", " ")
+    whole, plus, part = text.rpartition(" plus ")
+    count, _, name = part.rpartition(" ")
+    size = PARTS.get(name.removesuffix("s"))
+    if size and (name[-1] == "s") != (count in ("a", "one")):  # the twenty-third is no fraction
+        numbers = _whole(whole) if plus else 0, 1 if count == "a" else _whole(count)
+        return None if None in numbers else f"{numbers[0] * size + numbers[1]}/{size}"
+    number = _whole(text)
+    return None if number is None else str(number)
+
+
+def _whole(text: str) -> int | None:
+    """A whole number: so many of its highest power of ten, and a rest."""
+    for word, power in reversed(POWERS.items()):
+        head, found, tail = text.partition(f" {word}")
+        if found:
+            count, rest = _whole(head), _whole(tail[1:]) if tail else 0
+            fits = count is not None and rest is not None and rest < 10**power
+            return count * 10**power + rest if fits else None
+    return _SMALL.get(text)
 
 
 def phrase(text: str) -> str | None:
     """What a phrase in lower case stands for, or None if it has no other form."""
-    text = without_article(text)
-    if found := _STOCK.get(text) or number_in_words(text):
+    bare = ARTICLE.sub("", text)
+    if found := _STOCK.get(bare) or number_in_words(bare) or number_in_words(text):
         return found
-    head, _, counted = text.rpartition(" ")
+    head, _, counted = bare.rpartition(" ")
     if counted[-1:] == "s" and (number := number_in_words(head)):
         return f"{number} {counted}"  # eight weeks
     ordinals = _ORDINALS.split()
-    return str(ordinals.index(text) + 1) if text in ordinals else None
-
-
-def without_article(text: str) -> str:
-    """A phrase in lower case without the a, an or the before it."""
-    return _ARTICLE.sub("", text, count=1) if _ARTICLE.match(text) else text
+    return str(ordinals.index(bare) + 1) if bare in ordinals else None

@@ -5,18 +5,16 @@
     outcome = await pool.submit(r"\\frac{1}{2}", "0.5")   # Outcome("ok", {"equal": True, …})
     await pool.close()
 
-* A job's time counts from the moment a worker has it, so that its outcome doesn't depend on the
-  queue. A worker whose job is over the limit is killed and replaced.
+* A job's time counts from the moment a worker has it: its outcome doesn't depend on the queue.
 * Requests take turns: the next job is one of the `Turn` that has used the least worker time. A new
   turn begins where it would be had it always had its share (the virtual time of fair queueing): it
   neither waits for the batch before it nor starves it. Jobs that no turn waits for are cancelled.
 * A job that ran for `patience` seconds is *slow*; slow jobs never hold all workers, and those of
   one turn no more than half. Where they would while others wait, the worker is killed, and the job
-  starts anew among the slow ones, with the full limit. So hostile jobs don't delay the honest ones.
-* A worker that dies by itself is replaced, and its job tried again once, by the new process: it may
-  have been chance (the system's out-of-memory killer) or the job (a crash in C). A template takes
-  its workers along when it dies, which counts against none of their jobs.
-* The queue is bounded: `submit` raises `PoolFull` at once rather than making everybody wait.
+  starts anew among the slow ones, with the full limit.
+* A worker that dies is replaced, and its job tried again once, by the new process: it may have been
+  chance (the system's out-of-memory killer) or the job (a crash in C). A template takes its workers
+  along when it dies, which counts against none of their jobs.
 
 All methods belong to the event loop's thread. See `worker.py` for the processes.
 """
@@ -37,10 +35,8 @@ from typing import Any
 from .worker import COMMAND, FORK
 
 ROOT = Path(__file__).parents[2]
-START_LIMIT_S = 60.0
-"""The template has to import and warm up everything within this time."""
-RESPAWN_DELAY_S = 0.5
-"""Pause after a process that didn't even come up, so that a broken machine isn't made worse."""
+START_LIMIT_S = 60.0  # for the template, which imports and warms up everything
+RESPAWN_DELAY_S = 0.5  # after a process that didn't even come up: don't make it worse
 
 
 class PoolFull(Exception):
@@ -55,10 +51,8 @@ class PoolClosed(Exception):
 class Outcome:
     """What became of a job: `Outcome("ok", {"equal": True})`, `Outcome("timeout")`."""
 
-    kind: str
-    """`ok`, `timeout`, `memory` (over the limit), `died` (two workers did), or `error` (raised)."""
-    value: Any = None
-    """What the function returned as JSON, or for `error` the exception's text."""
+    kind: str  # ok, timeout, memory (over the limit), died (two workers did), error (raised)
+    value: Any = None  # what the function returned, as JSON; for `error` the exception's text
 
 
 @dataclass(slots=True, eq=False)
@@ -93,10 +87,9 @@ class Pool:
     """Runs the function `target` ("module:function") in worker processes; see the module's text.
 
     Args:
-        target: Imported by the template from the repository's root, where the module's
-            `preload()` is called. Takes and returns what JSON can carry; a dataclass becomes an
-            object.
-        workers: Number of processes that work at the same time.
+        target: Imported from the repository's root, where the module's `preload()` is called.
+            Takes and returns what JSON can carry; a dataclass becomes an object.
+        workers: Number of processes.
         time_limit: Seconds of wall-clock time for a job once it has started.
         memory_limit: Bytes of address space for each worker.
         queue_limit: Jobs that may wait.
@@ -118,8 +111,7 @@ class Pool:
         self.target, self.size = target, workers
         self.time_limit, self.memory_limit = time_limit, memory_limit
         self.queue_limit, self.recycle_after, self.patience = queue_limit, recycle_after, patience
-        self.restarts: collections.Counter[str] = collections.Counter()
-        """Replaced workers by reason: timeout, postponed, abandoned, memory, died, recycled."""
+        self.restarts: collections.Counter[str] = collections.Counter()  # by reason
         self._slow_slots, self._turn_slots = max(1, workers - 1), max(1, workers // 2)
         # Fresh jobs and slow ones, each turn's in their order.
         self._waiting: tuple[dict[Turn, dict[Job, None]], ...] = {}, {}
@@ -144,11 +136,8 @@ class Pool:
         return [worker.pid for worker in self._workers if worker.pid is not None]
 
     async def start(self) -> None:
-        """Start the processes. Returns when all are ready.
-
-        Raises:
-            RuntimeError: the template can't import its target, or takes over a minute for it.
-        """
+        """Returns when all processes are ready, else raises `RuntimeError`: the template can't
+        import its target, or takes over a minute for it."""
         self._loop = asyncio.get_running_loop()
         self._ready = self._loop.create_future()
         self._start_template()
@@ -177,12 +166,8 @@ class Pool:
                     job.cancel()
 
     def submit(self, *arguments: Any, turn: Turn | None = None) -> Job:
-        """Queue a job, without `turn` as a request of its own.
-
-        Raises:
-            PoolFull: as many jobs wait as may.
-            PoolClosed: `drain` or `close` was called, or `start` wasn't.
-        """
+        """Queue a job, without `turn` as a request of its own. Raises `PoolFull` where as many
+        wait as may, `PoolClosed` where `drain` or `close` was called, or `start` wasn't."""
         if not self._accepting:
             raise PoolClosed
         if self.room <= 0:
@@ -223,8 +208,6 @@ class Pool:
         except subprocess.TimeoutExpired:
             self._template.kill()  # on which the system kills the workers
             await asyncio.to_thread(self._template.wait)
-
-    # Jobs.
 
     def _enqueue(self, job: Job) -> None:
         self._waiting[job.slow].setdefault(job.turn, {})[job] = None
@@ -320,9 +303,9 @@ class Pool:
             return
         if job and worker.template.poll() is None:  # a template has ended before those it kills
             job.deaths += 1
-        if job and job.deaths > 1:
-            _settle(job, Outcome("died"))
-        self._replace(worker, "died", None if not job or job.done() else job)
+            if job.deaths > 1:
+                _settle(job, Outcome("died"))
+        self._replace(worker, "died", job if job and not job.done() else None)
 
     def _release(self, worker: _Worker) -> None:
         if worker.job and worker.timer:  # it has begun
@@ -338,8 +321,6 @@ class Pool:
         if job.cancelled() and job.slow:
             for worker in [worker for worker in self._workers if worker.job is job]:
                 self._replace(worker, "abandoned")
-
-    # Processes.
 
     def _start_template(self) -> None:
         self._control, theirs = socket.socketpair()
@@ -397,9 +378,5 @@ class Pool:
 
 
 def _settle(job: Job, outcome: Outcome | PoolClosed) -> None:
-    if job.done():  # its caller has given up
-        return
-    if isinstance(outcome, Outcome):
-        job.set_result(outcome)
-    else:
-        job.set_exception(outcome)
+    if not job.done():  # else its caller has given up
+        (job.set_result if isinstance(outcome, Outcome) else job.set_exception)(outcome)

@@ -1,27 +1,30 @@
-"""Sets of real numbers (intervals, unions, inequalities in one variable), compared by membership.
+"""Sets of real numbers, compared by membership.
 
-Between two neighbouring ends nothing changes, so two sets are equal if they agree at every end,
-between every two neighbours, and beyond the outermost.
+Regions are intervals, unions, inequalities in one variable. Between two neighbouring ends nothing
+changes, so two are equal if they agree at every end, between every two neighbours, and beyond the
+outermost. Families are π/4 + kπ for all integers k, or 11 modulo 15. Two are equal if a few members
+of each, those near 0, are among more members of the other.
 """
 
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import pairwise, repeat
 
-from .evaluate import NEGLIGIBLE, Undecided, crossings, symbols, value
+from .evaluate import INTEGERS, NEGLIGIBLE, Undecided, crossings, has, symbols, value
+from .tidy import name_of, tidy, value_of
 from .tree import Node
 
 OPERATIONS = ("cup", "cap", "minus", "such")
 MAX_ENDS, MAX_SIDES = 200, 4
 _SUBSETS = {"list": ("rel", "group"), "set": ("rel",)}  # in braces, (1, 2) is a point
 _NUMBERS = frozenset({"set:R"})
+FEW, MORE = 7, 25
+_INTEGERS = Node("sym", ("set:Z",))
 
 
 def same(a: Node, b: Node) -> bool:
-    """Whether two regions hold the same real numbers.
-
-    Raises:
-        Undecided: if an end isn't a number, or a side is no region of the real line.
-    """
+    """Whether two regions hold the same real numbers; :class:`Undecided` if an end isn't a number,
+    or a side is no region of the real line."""
     names = [symbols(a), symbols(b)]
     if max(map(len, names)) > 1:
         raise Undecided("not one variable")
@@ -40,13 +43,19 @@ def is_region(node: Node) -> bool:
     return node.op in OPERATIONS or (node.op == "sym" and node.args[0] in _NUMBERS)
 
 
-def parts(node: Node) -> Iterator[Node]:
-    """The operands of nested operations of one kind."""
-    for arg in node.args:
-        if arg.op == node.op:
-            yield from parts(arg)
-        else:
-            yield arg
+def listed(node: Node) -> Node:
+    """{x in Z | -2 < x < 1} as the set of its members; anything else, or endless, as it is."""
+    parts = node.args if node.op == "such" else ()
+    region = Node("cap", tuple(part for part in parts if part.args[-1:] != (_INTEGERS,)))
+    try:
+        ends = sorted(_ends(region)) if region.args != parts else []
+    except Undecided:
+        return node
+    outside = (ends[0] - 1, ends[-1] + 1) if ends else ()
+    if not ends or ends[-1] - ends[0] > MAX_ENDS or any(_holds(region, x) for x in outside):
+        return node
+    members = [n for n in range(int(ends[0]) - 1, int(ends[-1]) + 2) if _holds(region, n)]
+    return Node("set", tuple(Node("num", (Fraction(n), 0, 1)) for n in members))
 
 
 def near(a, b) -> bool:
@@ -72,24 +81,17 @@ def _ends(node: Node) -> Iterator:
     elif node.op == "group" and len(node.args) == 4:
         yield from (end for end in map(_real, node.args[2:]) if abs(end) < float("inf"))
     elif node.op == "rel":
-        yield from _relation_ends(node)
+        if len(symbols(node)) != 1 or len(node.args) > MAX_SIDES + 1:
+            raise Undecided("not one variable, or too long a chain")
+        for operator, left, right in zip(node.args[0], node.args[1:], node.args[2:], strict=False):
+            if operator in ("in", "notin") and left.op == "sym":
+                yield from _ends(right)
+            elif symbols(left) | symbols(right) and operator not in ("in", "notin"):
+                yield from crossings(Node("add", (left, Node("neg", (right,)))), *symbols(node))
+            else:
+                raise Undecided("not a variable, or a part that says nothing")
     elif not (node.op == "sym" and node.args[0] in _NUMBERS):
         raise Undecided(f"{node.op} is no region")
-
-
-def _relation_ends(node: Node) -> Iterator:
-    sides = node.args[1:]
-    if len(symbols(node)) != 1 or len(sides) > MAX_SIDES:
-        raise Undecided("not one variable, or too long a chain")
-    for operator, left, right in zip(node.args[0], sides[:-1], sides[1:], strict=True):
-        if operator in ("in", "notin"):
-            if left.op != "sym":
-                raise Undecided("not a variable")
-            yield from _ends(right)
-        else:
-            if not symbols(left) | symbols(right):
-                raise Undecided("a part that says nothing")
-            yield from crossings(Node("add", (left, Node("neg", (right,)))), *symbols(node))
 
 
 def _holds(node: Node, x) -> bool:
@@ -125,3 +127,59 @@ def _compare(operator: str, a, b) -> bool:
     if operator in ("=", "!="):
         return equal == (operator == "=")
     return operator in ("<=", ">=") if equal else (a < b) == (operator in ("<", "<="))
+
+
+def same_families(gold: Node, pred: Node) -> bool | None:
+    r"""Whether two answers are the same family; None unless both are families, and one says so.
+
+    ``3n`` alone is a formula. What says more is ``k \in \mathbb{Z}``, a modulus or, in the
+    reference, a name or π.
+    """
+    letters, names = (set(), set()), (set(), set())  # those that stand for integers; of either side
+    forms = [[*_members(side, letters[n], names[n])] for n, side in enumerate((gold, pred))]
+    used = [frozenset().union(*map(symbols, side)) for side in forms]
+    if not any(letters) or not (letters[0] or names[0] or has(gold, "sym", "pi")):
+        return None
+    if any(len(used[n]) != 1 or used[n] - letters[n] - INTEGERS for n in (0, 1)):
+        return None
+    if all(names) and names[0] != names[1]:
+        return False
+    members: list[list[tuple]] = [[], []]
+    try:
+        for n, (letter,) in enumerate(used):
+            for k in sorted(range(-MORE, MORE + 1), key=abs):
+                members[n] += (_at(form, {letter: k}) for form in forms[n])
+    except Undecided:
+        return None
+    return all(
+        any(len(x) == len(y) and all(map(near, x, y)) for y in members[1 - n])
+        for n in (0, 1)
+        for x in members[n][: FEW * len(forms[n])]
+    )
+
+
+def _at(form: Node, point: dict[str, int]) -> tuple:
+    """A member of a family: a number, or the ends of an interval."""
+    if form.op == "group":
+        kind = (form.args[0] == "[", form.args[1] == "]")
+        return (*kind, *(value(end, point) for end in form.args[2:]))
+    return (value(form, point),)
+
+
+def _members(node: Node, letters: set[str], names: set[Node]) -> Iterator[Node]:
+    """The forms of an answer, without their names; notes which letters stand for integers."""
+    node = tidy(node)
+    if node.op in ("list", "cup", "set", "such"):
+        for part in node.args:
+            yield from _members(part, letters, names)
+    elif node.op == "mod":
+        letters.add("k")
+        for form in _members(node.args[0], letters, names):
+            yield Node("add", (form, Node("mul", (node.args[1], Node("sym", ("k",))))))
+    elif node.op == "rel" and node.args[0] == ("in",) and node.args[2] == _INTEGERS:
+        letters |= symbols(node.args[1])
+    elif node.op == "rel" and (name := name_of(node)):
+        names.add(name)
+        yield value_of(node)
+    else:
+        yield node

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -32,14 +34,13 @@ from starlette.routing import Route
 
 from . import openapi
 from .judge import Judge
-from .metrics import CONTENT_TYPE, Metrics
+from .metrics import Metrics
 from .pool import Pool, PoolClosed, PoolFull
 
 log = logging.getLogger("uvicorn.error")
 BODY_TIMEOUT_S = 30.0
-DRAINED = 16
-"""Up to so many times the limit is read and thrown away: who still sends doesn't see the 413."""
-RETRY_AFTER = {"Retry-After": "1"}
+DRAINED = 16  # times the limit are read and thrown away: who still sends doesn't see the 413
+FAILURES = (HTTPException, ClientDisconnect, ConnectionAbortedError, PoolFull, PoolClosed)
 
 
 def setting(default: Any, text: str) -> Any:
@@ -67,8 +68,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse what can't work."""
-        for name, least in {"port": 0, "cache_size": 0, "shutdown_timeout": 0}.items():
-            if getattr(self, name) < least:
+        for name in ("port", "cache_size", "shutdown_timeout"):
+            if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
         for name in ("workers", "time_limit", "memory_limit_mb", "max_pairs", "max_chars"):
             if getattr(self, name) <= 0:
@@ -95,13 +96,8 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The request's JSON object.
-
-    Raises:
-        HTTPException: 400 for what isn't a JSON object in UTF-8, 408, or 413.
-    """
-    text = f"the request is over {max_bytes} bytes"
-    too_large = HTTPException(413, text, {"Connection": "close"})
+    """The request's JSON object; `HTTPException` 400 for what isn't one in UTF-8, 408, or 413."""
+    too_large = HTTPException(413, f"over {max_bytes} bytes", {"Connection": "close"})
     if int(request.headers.get("content-length", 0)) > DRAINED * max_bytes:
         raise too_large
     body, size = bytearray(), 0
@@ -125,20 +121,16 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     return document
 
 
-def text_field(document: object, name: str, where: str = "") -> str:
-    """The string `document[name]`.
-
-    Raises:
-        HTTPException: 422 where it is missing, no string, or holds half of a surrogate pair.
-    """
-    value = document.get(name) if isinstance(document, dict) else None
-    if not isinstance(value, str):
-        raise HTTPException(422, f"{where}{name} must be a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise HTTPException(422, f"{where}{name} holds a lone surrogate") from error
-    return value
+def texts(document: object, *names: str, where: str = "") -> tuple[str, ...]:
+    """The strings of these names in `document`; `HTTPException` 422 where one is missing, no
+    string, or holds half of a surrogate pair."""
+    fields = document if isinstance(document, dict) else {}
+    for name in names:
+        if not isinstance(fields.get(name), str):
+            raise HTTPException(422, f"{where}{name} must be a string")
+        if re.search("[\ud800-\udfff]", fields[name]):
+            raise HTTPException(422, f"{where}{name} holds a lone surrogate")
+    return tuple(fields[name] for name in names)
 
 
 class Service:
@@ -160,7 +152,7 @@ class Service:
     async def is_equal(self, request: Request) -> Response:
         """POST /is_equal: one pair, the published interface."""
         document = await read_json(request, self.settings.max_body_kb << 10)
-        pair = text_field(document, "str1"), text_field(document, "str2")
+        pair = texts(document, "str1", "str2")
         (verdict,) = await self.judge.verdicts([pair], request.is_disconnected)
         return JSONResponse({"equal": verdict.equal})
 
@@ -172,15 +164,9 @@ class Service:
             raise HTTPException(422, "pairs must be a list")
         if len(pairs) > self.settings.max_pairs:
             raise HTTPException(413, f"over {self.settings.max_pairs} pairs in one request")
-        verdicts = await self.judge.verdicts(
-            [
-                (text_field(pair, "gold", f"pairs[{i}]."), text_field(pair, "pred", f"pairs[{i}]."))
-                for i, pair in enumerate(pairs)
-            ],
-            request.is_disconnected,
-        )
-        results = [{"equal": v.equal, "how": v.how, "status": v.status} for v in verdicts]
-        return JSONResponse({"results": results})
+        pairs = [texts(pair, "gold", "pred", where=f"pairs[{i}].") for i, pair in enumerate(pairs)]
+        verdicts = await self.judge.verdicts(pairs, request.is_disconnected)
+        return JSONResponse({"results": [dataclasses.asdict(verdict) for verdict in verdicts]})
 
     async def health(self, request: Request) -> Response:
         """GET /health: 200 where a worker is up."""
@@ -190,7 +176,7 @@ class Service:
 
     async def show_metrics(self, request: Request) -> Response:
         """GET /metrics: Prometheus text."""
-        return Response(self.metrics.render(), media_type=CONTENT_TYPE)
+        return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     async def openapi_json(self, request: Request) -> Response:
         """GET /openapi.json: the interface in OpenAPI 3.1."""
@@ -225,30 +211,20 @@ class Service:
                 Route("/docs", self.docs),
                 Route("/", self.docs),
             ],
-            exception_handlers={
-                HTTPException: _refuse,
-                ClientDisconnect: _gone,
-                ConnectionAbortedError: _gone,
-                PoolFull: _try_later,
-                PoolClosed: _try_later,
-            },
+            exception_handlers=dict.fromkeys(FAILURES, _explain),
             lifespan=self.lifespan,
         )
         app.add_middleware(self.metrics.middleware)
         return app
 
 
-async def _refuse(request: Request, error: HTTPException) -> Response:
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-
-async def _gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=400)  # nobody is there to read it
-
-
-async def _try_later(request: Request, error: Exception) -> Response:
-    text = "the queue is full" if isinstance(error, PoolFull) else "the server is shutting down"
-    return JSONResponse({"error": text}, 503, RETRY_AFTER)
+async def _explain(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    if isinstance(error, PoolFull | PoolClosed):
+        text = "the queue is full" if isinstance(error, PoolFull) else "the server is shutting down"
+        return JSONResponse({"error": text}, 503, {"Retry-After": "1"})
+    return Response(status_code=400)  # the caller has gone: nobody is there to read it
 
 
 def _end_with_input() -> None:

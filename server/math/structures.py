@@ -6,29 +6,25 @@ r"""Two trees, compared part by part: lists, tuples, intervals, sets, matrices, 
 * Names matter where both sides have them, order where a name is missing and they differ.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import product
+from collections.abc import Sequence
 
 from . import regions
-from .evaluate import Undecided, equal, exact, settled, symbols
+from .evaluate import Undecided, equal, settled, symbols
 from .tidy import COLLECTIONS, is_numbered, name_of, tidy, value_of
-from .tree import Node
+from .tree import Node, rewritten
 from .values import same_values
 
 MAX_ITEMS, MAX_PARTS = 64, 12
-_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "==": "=="}
+_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 _UNIT_VECTORS = [frozenset(letters) for letters in ("j", "k", "jk")]
-_REGIONAL = (*COLLECTIONS, *regions.OPERATIONS, "rel")
 _VECTORS = (("(", ")"), ("[", "]"))
+COMPOUND = (*COLLECTIONS, *regions.OPERATIONS, "rel")
 
 
 def same(a: Node, b: Node) -> bool:
-    """Whether two answers are the same, ``a`` being the reference.
-
-    Raises:
-        Undecided: if the values can't be computed or told apart.
-    """
-    a, b = tidy(a), tidy(b)
+    """Whether two answers are the same, ``a`` being the reference; :class:`Undecided` if the
+    values can't be computed or told apart."""
+    a, b = regions.listed(tidy(a)), regions.listed(tidy(b))
     if a == b or "contradiction" in (a.op, b.op):
         return a == b
     if "mod" in (a.op, b.op):  # 3 (mod 5) for 3; others are families
@@ -53,23 +49,19 @@ def one_form(gold: Node) -> Node:
         return gold
 
 
-# ---------------------------------------------------------------- collections
-
-
 def _same_lists(a: Node, b: Node) -> bool:
     if "group" in (a.op, b.op):
         group, listed = (a, b) if a.op == "group" else (b, a)
         if listed.op == "set":
             only = listed.args[0] if len(listed.args) == 1 else listed
             return only.op == "group" and same(group, only)
-        if len(group.args) == 3:
-            return False
         if any(item.op == "rel" and set(item.args[0]) != {"="} for item in listed.args):
             return _same_regions(group, listed)
         names = [name_of(item) for item in listed.args]
         if None not in names and len(set(names)) < len(names):
             return False  # x = 1 or x = 2 is no point
-        return group.args[:2] == ("(", ")") and _pairwise(group.args[2:], listed.args)
+        shapes = _VECTORS if None not in names or len(names) > 2 else _VECTORS[:1]  # no interval
+        return group.args[:2] in shapes and _pairwise(group.args[2:], listed.args)
     sides = [side.args if side.op in ("list", "set") else (side,) for side in (a, b)]
     if len(sides[0]) == len(sides[1]) == 1 and a.op != b.op:
         return False  # {2} isn't 2
@@ -86,9 +78,8 @@ def _same_lists(a: Node, b: Node) -> bool:
 def _same_named(sides: list, names: list) -> bool | None:
     """Lists of assignments: by name, or in order where one side leaves distinct names out."""
     if all(all(side) for side in names):
-        if sorted(map(str, names[0])) != sorted(map(str, names[1])):
-            return None if any(map(is_numbered, names[0] + names[1])) else False
-        return None
+        alike = sorted(map(str, names[0])) == sorted(map(str, names[1]))
+        return None if alike or any(map(is_numbered, names[0] + names[1])) else False
     side = 0 if all(names[0]) else 1
     values = [value_of(item) for item in sides[side]]
     others = list(sides[1 - side])
@@ -105,14 +96,12 @@ def _same_named(sides: list, names: list) -> bool | None:
     return _matched(values, others, as_set=False)
 
 
-def _pairwise(left: Iterable[Node], right: Iterable[Node]) -> bool:
-    left, right = list(left), list(right)
+def _pairwise(left: Sequence[Node], right: Sequence[Node]) -> bool:
     return len(left) == len(right) and all(map(same, left, right))
 
 
-def _matched(left: Iterable[Node], right: Iterable[Node], as_set: bool) -> bool:
+def _matched(left: Sequence[Node], right: Sequence[Node], as_set: bool) -> bool:
     """Each item has its equal on the other side; once each, or at least once if ``as_set``."""
-    left, right = list(left), list(right)
     if max(len(left), len(right)) > MAX_ITEMS or (not as_set and len(left) != len(right)):
         return len(left) == len(right) and all(map(same, left, right))
     unused = list(right)
@@ -130,9 +119,6 @@ def _same_groups(a: Node, b: Node) -> bool:
         group, other = (a, b) if a.op == "group" else (b, a)
         items = group.args[2:]
         if other.op == "matrix":
-            rows = [Node("row", row.args[2:]) for row in items if row.op == "group"]
-            if rows:  # [[1, 2], [3, 4]]
-                return _same_matrices(Node("matrix", tuple(rows)), other)
             return bool(items) and group.args[:2] in _VECTORS and _pairwise(items, _vector(other))
         terms = (Node("mul", (x, Node("sym", (c,)))) for x, c in zip(items, "ijk", strict=False))
         unit_vectors = symbols(other) in _UNIT_VECTORS and len(items) in (2, 3)  # 2i + 3j
@@ -154,27 +140,29 @@ def _vector(matrix: Node) -> list[Node]:
     return [cell for row in matrix.args for cell in row.args] if flat else []
 
 
-# ------------------------------------------------------------------ relations
-
-
 def _same_relations(a: Node, b: Node) -> bool:
     name_a, name_b = name_of(a), name_of(b)
     if a.op != b.op:
         relation, other, name = (a, b, name_a) if a.op == "rel" else (b, a, name_b)
         if name is not None:
-            bare = value_of(relation)
-            if name.op == "group" and other.op == "list":
-                bare = _by_name(name, bare)
-            return same(bare, b) if a is relation else same(a, bare)
+            return same(value_of(a), b) if a is relation else same(a, value_of(b))
         if relation.args[0] == ("in",) and relation.args[1].op == "sym":
             return same(relation.args[2], other)
         if set(relation.args[0]) == {"="}:
-            return _is_identity(relation) and same(relation.args[-1], other)
-        numbers = other.op == "list" and not any(item.op in _REGIONAL for item in other.args)
+            first, *sides = relation.args[1:]
+            terms = first.args if relation is b and first.op == "add" else (first,)
+            named = len(terms) > 1 and all(term.op == "sym" for term in terms)  # m + n = 5 for 5
+            sides = sides if named else [first, *sides]  # 1 + 1 = 2 for 2
+            return not any(map(symbols, sides)) and all(same(side, other) for side in sides)
+        numbers = other.op == "list" and not any(item.op in COMPOUND for item in other.args)
         return not numbers and _same_regions(a, b)  # 1, 2 or \pm 3 is no region
     chains = len(a.args) == len(b.args) > 3 and set(a.args[0]) == set(b.args[0]) == {"="}
     if chains and _matched(a.args[1:], b.args[1:], as_set=False):  # a = b = c
         return True
+    if name_a and name_b and name_a.op == name_b.op == "apply" and name_a.args[0] == name_b.args[0]:
+        new, old = name_a.args[1], name_b.args[1]  # f(x) and f(t)
+        if new.op == old.op == "sym" and not symbols(new) & symbols(value_of(b)):
+            return same(value_of(a), rewritten(value_of(b), lambda p: new if p == old else p))
     if name_a is not None and name_b is not None and _compatible(name_a, name_b):
         return same(value_of(a), value_of(b))
     if set(a.args[0]) == set(b.args[0]) == {"="} and len(a.args) == len(b.args) == 3:
@@ -183,20 +171,6 @@ def _same_relations(a: Node, b: Node) -> bool:
         return _same_inequalities(a, b) or _same_regions(a, b)
     except Undecided:
         return False
-
-
-def _by_name(names: Node, values: Node) -> Node:
-    """(x, y) = (1, 2) as x = 1, y = 2."""
-    if names.op != values.op or len(names.args) != len(values.args):
-        return values
-    pairs = zip(names.args[2:], values.args[2:], strict=True)
-    return Node("list", tuple(Node("rel", (("=",), *pair)) for pair in pairs))
-
-
-def _is_identity(relation: Node) -> bool:
-    """A chain of equal numbers, like 1 + 1 = 2."""
-    values = [exact(side) for side in relation.args[1:]]
-    return None not in values and len(set(values)) == 1
 
 
 def _compatible(a: Node, b: Node) -> bool:
@@ -213,12 +187,9 @@ def _compatible(a: Node, b: Node) -> bool:
 
 
 def _same_equations(a: tuple[Node, Node], b: tuple[Node, Node]) -> bool:
-    """Two equations: one side in common, or the differences of their sides proportional."""
+    """Two equations: the same sides, or differences of their sides that are proportional."""
     if not symbols(a[0]) | symbols(a[1]):  # f(3) = 10
         return all(map(same, a, b))
-    for i, j in product((0, 1), repeat=2):
-        if a[i] == b[j] and symbols(a[i]):
-            return same(a[1 - i], b[1 - j])
     if symbols(a[0]) | symbols(a[1]) != symbols(b[0]) | symbols(b[1]):
         return False
     alike = all(map(same, a, b)) or all(map(same, a, reversed(b)))  # of identities, too
@@ -244,17 +215,11 @@ def _proportional(a: Sequence[Node], b: Sequence[Node]) -> int | None:
     raise Undecided("no ratio of the two relations")
 
 
-def _upward(node: Node) -> Node:
-    """A chain of inequalities turned so that it rises: ``5 >= x`` becomes ``x <= 5``."""
-    if all(op in (">", ">=", "=", "!=") for op in node.args[0]):
-        operators = tuple(_FLIPPED[op] for op in reversed(node.args[0]))
-        return Node("rel", (operators, *reversed(node.args[1:])))
-    return node
-
-
 def _same_inequalities(a: Node, b: Node) -> bool:
-    a, b = _upward(a), _upward(b)
-    if a.args[0] != b.args[0] or any(op not in _FLIPPED for op in a.args[0]):
+    """Chains of inequalities with the same sides, or one with sides in proportion."""
+    if a.args[0] != b.args[0]:  # 5 > x is x < 5
+        b = Node("rel", (tuple(_FLIPPED.get(op) for op in b.args[0][::-1]), *b.args[:0:-1]))
+    if a.args[0] != b.args[0] or not _FLIPPED.keys() >= {*a.args[0]}:
         return False
     if len(a.args) > 3 or not symbols(a) | symbols(b):  # f(2) > 3
         return _pairwise(a.args[1:], b.args[1:])
@@ -287,5 +252,5 @@ def _same_regions(a: Node, b: Node) -> bool:
         if a.op == b.op == "minus":
             return _pairwise(a.args, b.args)
         if (a.op == b.op and a.op in regions.OPERATIONS) or {a.op, b.op} == {"cap", "list"}:
-            return _matched(regions.parts(a), regions.parts(b), as_set=True)
+            return _matched(a.args, b.args, as_set=True)
         return False

@@ -1,15 +1,14 @@
 r"""The last stage: math-verify, for what the parser of answers doesn't read (sums, integrals …).
 
-It is used as documented (the reference first, both within ``$``), and only its LaTeX reader: its
-plain-expression reader evaluates Python. Time limits are the caller's, so its own, which need the
-signals of the main thread, are off.
+Only its LaTeX reader is used: its plain-expression reader evaluates Python. Its time limits, which
+need the signals of the main thread, are off: they are the caller's.
 """
 
 import logging
 import re
 from collections import Counter
 
-from .vocabulary import FUNCTIONS, NAMES, word_set
+from .tokens import FUNCTIONS, NAMES, word_set
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its limits are off
 
@@ -28,15 +27,13 @@ _PROSE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}")
 def readable(gold: str, pred: str) -> bool:
     """Whether math-verify may be trusted with a pair: short, no prose, as many
     ellipses and derivatives, letters alike in case."""
-    if max(len(gold), len(pred)) > MAX_LENGTH:
-        return False
-    prose = [Counter(_PROSE.findall(text)) for text in (gold, pred)]
-    signs = [[text.count(c) for c in (r"\ldots", r"\partial", "'")] for text in (gold, pred)]
-    letters = [{*_LETTER.findall(text)} for text in (gold, pred)]
+    pair = gold, pred
+    prose = [Counter(re.findall(rf"{_PROSE.pattern}|\\ldots|\\partial|'", text)) for text in pair]
+    letters = [{*_LETTER.findall(text)} for text in pair]
     lowered = [{letter.lower() for letter in own} for own in letters]
-    alike = letters[0] == letters[1] or lowered[0] != lowered[1]
+    alike = prose[0] == prose[1] and (letters[0] == letters[1] or lowered[0] != lowered[1])
     known = {*_COMMAND.findall(pred)} <= {*_COMMAND.findall(gold)} | _KNOWN and "{}" not in pred
-    return prose[0] == prose[1] and signs[0] == signs[1] and alike and known
+    return max(map(len, pair)) <= MAX_LENGTH and alike and known
 
 
 def unread(gold: str, pred: str) -> bool:

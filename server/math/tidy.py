@@ -1,12 +1,13 @@
 r"""One tree for what answers write in several ways, and the names that answers give to values."""
 
-from itertools import chain
+from itertools import chain, product
 
 from .evaluate import Undecided, equal, find, has, symbols, value
+from .tokens import word_set
 from .tree import Node, rewritten
-from .vocabulary import word_set
 
 COLLECTIONS = ("list", "set", "group", "matrix", "det")
+_POINTED = ("pow", "apply")
 _NAMES = word_set("apply fn abs div ratio degree pow mul matrix row cap cup")
 
 
@@ -15,9 +16,6 @@ def tidy(node: Node) -> Node:
     out as a list, matrices with arithmetic left to do, one layer of a list of one."""
     if node.op == "rel" and "~" in node.args[0]:
         node = _approximated(node)
-    if node.op == "rel" and "==" in node.args[0]:
-        operators = tuple("=" if op == "==" else op for op in node.args[0])
-        node = Node("rel", (operators, *node.args[1:]))
     if node.op == "group" and all(name_of(item) for item in node.args[2:]) and node.args[2:]:
         node = Node("list", node.args[2:])  # [x = 1, y = 2]
     if node.op == "rel" and len(node.args) > 3 and set(node.args[0]) == {"="}:
@@ -26,22 +24,33 @@ def tidy(node: Node) -> Node:
             node = Node("list", tuple(Node("rel", (("=",), name, last)) for name in names))
         elif name_of(node) and not all(_fits(side, value_of(node)) for side in node.args[2:-1]):
             node = Node("contradiction", node.args)  # y = 2x = 3x
+    if (
+        node.op == "rel"
+        and node.args[0] == ("=",)
+        and node.args[1].op == node.args[2].op == "group"
+    ):
+        names, values = (side.args[2:] for side in node.args[1:])  # (x, y) = (1, 2)
+        if len(names) == len(values) and all(map(_is_name, names)):
+            pairs = zip(names, values, strict=True)
+            node = Node("list", tuple(Node("rel", (("=",), *pair)) for pair in pairs))
     signs = len([*find(node, "pm"), *find(node, "mp")])
-    point = signs == 1 and node.op == "group" and node.args[0] == "("  # (0, \pm 5)
-    if point or (signs and node.op not in COLLECTIONS):
+    point = node.op == "group" and node.args[0] == "("
+    if signs and point and not has(node, "mp"):  # (\pm 1, \pm 5): each sign for itself
+        chosen = ({_choose(end, "pm"): 0, _choose(end, "mp"): 0} for end in node.args[2:])
+        node = Node("list", tuple(Node("group", ("(", ")", *ends)) for ends in product(*chosen)))
+    elif signs and (point or node.op not in COLLECTIONS):
         node = Node("list", (_choose(node, "pm"), _choose(node, "mp")))
     if node.op == "mul" and [arg.op for arg in node.args] == ["sym", "group"]:
         point, at = node.args  # P(1, 2)
         node = Node("rel", (("=",), point, at)) if point.args[0].isupper() else node
     node = _linear(node)
-    if node == Node("sym", ("{}",)):
-        return Node("set", ())
     if node.op == "add" and len(node.args) == 2 and node.args[1].op == "neg":
         (excluded,) = node.args[1].args
         node = Node("minus", (node.args[0], excluded)) if excluded.op == "set" else node
     if node.op in ("list", "set"):
-        items = (item.args if item.op == "list" else (item,) for item in map(tidy, node.args))
-        node = Node(node.op, _share_names([*chain.from_iterable(items)]))
+        items = map(tidy, _share_names(node.args))
+        flat = chain.from_iterable(part.args if part.op == "list" else (part,) for part in items)
+        node = Node(node.op, tuple(flat))
     return node
 
 
@@ -99,15 +108,14 @@ def _choose(node: Node, plus: str) -> Node:
                      else Node("neg", part.args) if part.op == minus else part)  # fmt: skip
 
 
-def _share_names(items: list[Node]) -> tuple[Node, ...]:
+def _share_names(items: tuple[Node, ...]) -> tuple[Node, ...]:
     r"""``x = 1, 2`` or ``x \ne 1, 2``: the name of the first belongs to all."""
-    first, *rest = items or [Node("list", ())]
-    if first.op == "rel" and rest and all(item.op != "rel" for item in rest):
-        if first.args[0] == ("=",) and name_of(first):
-            return (first.args[-1], *rest)
-        if first.args[0] == ("!=",):
-            return (first, *(Node("rel", (("!=",), first.args[1], item)) for item in rest))
-    return tuple(items)
+    if not items or items[0].op != "rel" or any(item.op == "rel" for item in items[1:]):
+        return items
+    operators, name, _ = items[0].args[:3]
+    if operators == ("!=",) or (operators == ("=",) and name_of(items[0])):
+        return (items[0], *(Node("rel", (operators, name, item)) for item in items[1:]))
+    return items
 
 
 def name_of(node: Node) -> Node | None:
@@ -122,12 +130,14 @@ def name_of(node: Node) -> Node | None:
 
 def _is_name(node: Node) -> bool:
     if node.op == "sym":
-        return node.args[0] not in ("pi", "oo", "{}")
+        return node.args[0] not in ("pi", "oo")
     if node.op == "group":
         return len(node.args) > 2 and all(map(_is_name, node.args[2:]))
+    if node.op == "fn":  # \sin A, while \ln x = 3 is an equation
+        return node.args[0] not in ("log", "ln", "exp") and bool(symbols(node))
     if node.op in _NAMES:
         return all(
-            _is_name(arg) or (arg.op == "num" and node.op in ("pow", "apply")) or arg.op == "rel"
+            _is_name(arg) or arg.op == "rel" or (arg.op in ("num", "neg") and node.op in _POINTED)
             for arg in node.args if isinstance(arg, Node)
         )  # fmt: skip
     return False

@@ -1,16 +1,47 @@
-"""An answer as a list of tokens: numbers, commands, letters, signs."""
+"""An answer as a list of tokens, and the words and signs that answers are made of."""
 
 import re
 
-from .vocabulary import FUNCTIONS, GREEK
 
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text, as a set."""
+    return frozenset(text.split())
+
+
+FUNCTIONS = word_set(
+    "sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos arctan arccot arcsec "
+    "arccsc arsinh arcosh artanh asin acos atan arcsinh arccosh arctanh ln log lg exp "
+    "sqrt cbrt abs Abs factorial binomial max min gcd lcm Re Im arg"
+)
+GREEK = word_set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
+    "rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
+)
+NAMES = GREEK | word_set("ell hbar prime angle triangle square star circ det dim")
+ACCENTS = frozenset(
+    map("\\{}".format, word_set("vec hat bar overline tilde ddot overrightarrow widehat dot"))
+)
+SYMBOLS = {r"\infty": "oo", r"\pi": "pi", r"\imath": "i"}
+RELATIONS = {"=": "=", "<": "<", ">": ">", r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\ge": ">=",
+              r"\ne": "!=", r"\in": "in", r"\notin": "notin", r"\approx": "~", r"\equiv": "=",
+              r"\simeq": "~"}  # fmt: skip
+SET_OPERATIONS = {r"\cup": "cup", r"\cap": "cap", r"\setminus": "minus", r"\backslash": "minus"}
+TIMES = frozenset(["*", r"\cdot", r"\times", r"\ast", r"\div", "/"])
+CLOSERS = {"(": ")]", "[": "])[", "]": "[])", r"\{": (r"\}",), "{": "}", 
+            r"\lfloor": (r"\rfloor",), r"\lceil": (r"\rceil",), r"\lvert": (r"\rvert",),
+            r"\|": (r"\|",), "|": "|"}  # fmt: skip
+NOT_A_FACTOR = word_set(
+    r"\cup \cap \setminus \backslash \pm \mp \} \\ \rfloor \rceil \rvert \mid \end \| "
+    r"\to \lor \land \rightarrow \Rightarrow \implies \iff \subset \subseteq \ldots \dots \cdots "
+    r"\sum \prod \int \iint \oint \lim \partial \sim \pmod \bmod \mod \perp \parallel \forall "
+    r"\exists"
+) | frozenset(RELATIONS) | (TIMES)  # fmt: skip
 MAX_TOKENS = 4_000
 _TOKEN = re.compile(
-    r"(?P<num>\d+\.?\d*(?:[eE][+-]?\d+(?![\d.]))?|\.\d+)"
+    r"(?P<num>\d+\.?\d*(?:[eE][+-]?\d+(?![\d.A-Za-z\\(]))?|\.\d+)"
     r"|(?P<cmd>\\[A-Za-z]+|\\.)|(?P<word>[A-Za-z]+)|(?P<space> +)|(?P<op>.)"
 )
 _THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?!,?\d)")
-_VOWELS = frozenset("eio")
 _SUBSCRIPT = re.compile(r"\d+(?!\d|\^(?:\{[^{}]*)?[-+(]*[A-Za-z])")
 _WORDS = FUNCTIONS | {"pi"} | {name for name in GREEK if len(name) > 2}
 
@@ -23,7 +54,7 @@ class TooComplex(ParseError):
     """The text exceeds a limit: no other parser should try it either."""
 
 
-def tokens(text: str, thousands: bool) -> list[str]:
+def split(text: str, thousands: bool) -> list[str]:
     """The tokens of an answer; words that are no function fall into letters."""
     found: list[str] = []
     position = depth = 0
@@ -54,7 +85,7 @@ def tokens(text: str, thousands: bool) -> list[str]:
 def _letters(word: str, alone: bool) -> list[str]:
     """A run of letters: a product of variables if short and lower case, else one name; an answer
     that is a word (``alone``, with a vowel) isn't a product either."""
-    spoken = alone and len(word) > 1 and not _VOWELS.isdisjoint(word)
+    spoken = alone and len(word) > 1 and not {*"eio"}.isdisjoint(word)
     if (word.isupper() and len(word) > 1) or len(word) > 4 or spoken:
         return [word]
     return list(word)

@@ -9,16 +9,14 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
-from . import vocabulary
-from .tokens import ParseError, TooComplex, tokens
-from .vocabulary import CLOSERS, FUNCTIONS, NOT_A_FACTOR, RELATIONS, TIMES
+from . import tokens
+from .tokens import CLOSERS, FUNCTIONS, NOT_A_FACTOR, RELATIONS, ParseError, TooComplex
 
-MAX_DEPTH = 50
+MAX_DEPTH = 30
 MAX_DIGITS = 400
-MAX_SET_TOKENS = 400
-MAX_POSTFIX = 6
 
 
 class Node(NamedTuple):
@@ -39,15 +37,13 @@ def rewritten(node: Node, change: Callable[[Node], Node]) -> Node:
 
 @lru_cache(maxsize=256)  # one stage after the other asks
 def parse(text: str, thousands: bool = True) -> Node:
-    """The tree of a normalised answer.
+    """The tree of a normalised answer; :class:`ParseError` for unknown commands, unbalanced
+    brackets, or limits exceeded.
 
     ``thousands`` reads commas between groups of three digits outside brackets as separators
     within a number (1,234 is one number), otherwise every comma separates.
-
-    Raises:
-        ParseError: for unknown commands, unbalanced brackets, or limits exceeded.
     """
-    parser = _Parser(tokens(text, thousands))
+    parser = _Parser(tokens.split(text, thousands))
     node = parser.answer()
     if parser.peek():
         raise ParseError(f"unexpected {parser.peek()!r}")
@@ -79,11 +75,12 @@ class _Parser:
     def accept(self, *tokens: str) -> str:
         return self.next() if self.peek() and self.peek() in tokens else ""
 
-    def enter(self) -> None:
-        """One level deeper; whoever calls it subtracts it again."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise TooComplex("nested too deeply")
+    def chain(self, operation: str, sign: str, part: Callable[[], Node]) -> Node:
+        """Parts with a sign between them, or the only part."""
+        parts = [part()]
+        while self.accept(sign):
+            parts.append(part())
+        return _together(operation, parts)
 
     def answer(self) -> Node:
         """Relations separated by commas, groups of them by semicolons.
@@ -91,23 +88,21 @@ class _Parser:
         Inequalities with an "or" between them are a union, with an "and" an intersection, for
         which commas stand as well: x > 0, y > 0 and z > 0.
         """
-        groups: list[Node] = []
-        while not groups or self.accept(";"):
-            start, items = self.at, []
-            while not items or self.accept(","):
-                items.append(self.joined(r"\lor", "cup"))
-            together = r"\land" in self.tokens[start : self.at]
-            kind = "cap" if together and all(i.op in ("rel", "cap") for i in items) else "list"
-            groups.append(_together(kind, items))
-        return _together("list", groups)
+        return self.chain("list", ";", self.items)
 
-    def joined(self, connective: str, operation: str) -> Node:
-        """Relations with "or" between them, or, which binds closer, with "and"."""
-        parts = []
-        while not parts or self.accept(connective):
-            both = connective == r"\lor"
-            parts.append(self.joined(r"\land", "cap") if both else self.relation())
-        return _together(operation, parts)
+    def items(self) -> Node:
+        start = self.at
+        node = self.chain("list", ",", self.either)
+        together = r"\land" in self.tokens[start : self.at] and node.op == "list"
+        together = together and all(item.op in ("rel", "cap") for item in node.args)
+        parts = (item.args if item.op == "cap" else (item,) for item in node.args)
+        return Node("cap", tuple(chain.from_iterable(parts))) if together else node
+
+    def either(self) -> Node:
+        return self.chain("cup", r"\lor", self.both)
+
+    def both(self) -> Node:
+        return self.chain("cap", r"\land", self.relation)
 
     def relation(self) -> Node:
         """A chain of sides: ``1 < x <= 2`` is one node with three sides and two operators."""
@@ -121,19 +116,14 @@ class _Parser:
 
     def union(self) -> Node:
         node = self.ratio()
-        while self.peek() in vocabulary.SET_OPERATIONS:
-            operation, part = vocabulary.SET_OPERATIONS[self.next()], self.ratio()
+        while self.peek() in tokens.SET_OPERATIONS:
+            operation, part = tokens.SET_OPERATIONS[self.next()], self.ratio()
             more = node.op == operation != "minus"
             node = Node(operation, (*node.args, part) if more else (node, part))
-            if len(self.tokens) > MAX_SET_TOKENS:
-                raise TooComplex("too long a union")
         return node
 
     def ratio(self) -> Node:
-        parts = [self.sum()]
-        while not self.such and self.accept(":"):
-            parts.append(self.sum())
-        return _together("ratio", parts)
+        return self.sum() if self.such else self.chain("ratio", ":", self.sum)
 
     def sum(self) -> Node:
         terms: list[Node] = []
@@ -154,7 +144,7 @@ class _Parser:
         """
         top, bottom = [self.factor()], []
         while token := self.peek():
-            if token in TIMES and not implicit:
+            if token in tokens.TIMES and not implicit:
                 self.next()
                 (bottom if token in ("/", r"\div") else top).append(self.factor(signed=True))
             elif self._starts_factor(token) and not (implicit and token[1:] in FUNCTIONS):
@@ -180,36 +170,34 @@ class _Parser:
             return self.bars == 0 and not self.such
         if token[0] == "\\":
             return token not in NOT_A_FACTOR
-        return token[0].isalnum() or token[0] == "." or token in ("(", "{", "°")
+        bracket = token in ("(", "{", "°") or token + self.peek(1) == r"[\begin"
+        return bracket or token[0].isalnum() or token[0] == "."
 
     def factor(self, signed: bool = False) -> Node:
         """A primary with its postfix signs and powers."""
         negative = False
         while signed and (sign := self.accept("-", "+")):
             negative ^= sign == "-"
-        node, signs = self.primary(), 0
+        node = self.primary()
         while token := self.accept("!", "%", "°", "^", "_"):
-            signs += 1
-            if signs > MAX_POSTFIX:
-                raise TooComplex("too many signs")
+            if token == "%" and node.op == "percent":
+                raise TooComplex("two per cent signs")
             if token == "^":
                 node = Node("pow", (node, self.argument(signed=True)))
             elif token == "_":
-                node = Node("sym", (f"{_name(node)}_{self.raw_group()}",))
+                if node.op not in ("sym", "num"):
+                    raise ParseError("a subscript on an expression")
+                node = Node("sym", (f"{node.args[0]}_{self.raw_group()}",))
             else:
                 node = Node({"!": "fact", "%": "percent", "°": "degree"}[token], (node,))
         return Node("neg", (node,)) if negative else node
 
     def argument(self, signed: bool = False) -> Node:
         """What follows ``^``, or a function without brackets: a group or one factor."""
-        if self.peek() == "{":
-            return self.primary()
         sign = self.accept("-", "+") if signed else ""
         node = self.primary()
         if self.accept("^"):
-            self.enter()
             node = Node("pow", (node, self.argument(signed=True)))
-            self.depth -= 1
         return Node("neg", (node,)) if sign == "-" else node
 
     def digit_or_group(self) -> Node:
@@ -232,16 +220,17 @@ class _Parser:
 
     def primary(self) -> Node:
         """A number, a symbol, a command with its arguments, or something in brackets."""
-        self.enter()
-        node = self._primary()
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise TooComplex("nested too deeply")
+        bracket = self.peek() in CLOSERS and not (self.peek() == "|" and self.bars)
+        node = self.bracketed() if bracket else self.atom()
         self.depth -= 1
         return node
 
-    def _primary(self) -> Node:
-        token = self.peek()
-        if token in CLOSERS and not (token == "|" and self.bars):
-            return self.bracketed()
-        self.next()
+    def atom(self) -> Node:
+        """What stands outside brackets, with the brackets of a call."""
+        token = self.next()
         if token[0] in "0123456789" or (token[0] == "." and len(token) > 1):
             return number(token)
         if token.isalpha():
@@ -251,16 +240,11 @@ class _Parser:
             if token in "fg" and "".join(self.tokens[self.at : self.at + 6]) == "^{-1}(":
                 self.at += 5
                 name += "^-1"
-            if token in ("f", "g") and self.peek() == "(":
+            bracket, point, end, after = map(self.peek, range(4))
+            called = bracket + end == "()" and (point or "+") in "xtnkz0123456789"
+            called = called and (point == "0" or after == "=")  # y(0) and h(2) = 7 are no products
+            if called or (bracket == "(" and token in ("f", "g")):
                 return Node("apply", (name, self.bracketed()))
-            called = (
-                self.peek() + self.peek(2) == "()" and (self.peek(1) or "+") in "xtnkz0123456789"
-            )
-            if called and (self.peek(1) == "0" or self.peek(3) == "="):
-                point = self.bracketed()  # a value at 0 and h(2) = 7 are no products
-                if point.op == "sym":
-                    return Node("apply", (name, point))
-                name += f"({point.args[0]})"
             return Node("sym", (name,))
         if token[0] != "\\" or token in NOT_A_FACTOR:
             raise ParseError(f"unexpected {token!r}")
@@ -271,8 +255,9 @@ class _Parser:
         if name in ("frac", "binom"):
             operation = "div" if name == "frac" else "binom"
             return Node(operation, (self.digit_or_group(), self.digit_or_group()))
-        if name == "sqrt":
-            index = self.bracketed().args[2:] if self.peek() == "[" else (number("2"),)
+        if name in ("sqrt", "cbrt"):
+            usual = (number("2" if name == "sqrt" else "3"),)
+            index = self.bracketed().args[2:] if self.peek() == "[" else usual
             if len(index) != 1:
                 raise ParseError("a root without an index")
             return Node("root", (self.argument(), *index))
@@ -282,16 +267,18 @@ class _Parser:
             return self.environment()
         if name.startswith("text{"):
             return Node("sym", (re.sub(r"\s", "", name[5:-1]).lower(),))
-        if token in vocabulary.ACCENTS:
+        if token in tokens.ACCENTS:
             inner = self.raw_group()
             bare = len(inner) == 1 and (name == "vec" or (name == "hat" and inner in "ijk"))
             name = "bar" if name == "overline" else name
             return Node("sym", (inner if bare else f"{name}:{inner}",))
+        if name in ("emptyset", "varnothing"):
+            return Node("set", ())
         if name == "mathbb":
             return Node("sym", (f"set:{self.raw_group()}",))
-        if token in vocabulary.SYMBOLS:
-            return Node("sym", (vocabulary.SYMBOLS[token],))
-        if name in vocabulary.NAMES:
+        if token in tokens.SYMBOLS:
+            return Node("sym", (tokens.SYMBOLS[token],))
+        if name in tokens.NAMES:
             return Node("sym", (token,))
         raise ParseError(f"unknown command {token!r}")
 
@@ -306,13 +293,16 @@ class _Parser:
         argument = self.bracketed() if bracket else self.product(implicit=True)
         if power == Node("neg", (number("1"),)) and "arc" + name in FUNCTIONS:
             name, power = "arc" + name, None
-        node = Node("fn", (name, argument, *([base] if base else [])))
+        base = number("10") if name == "lg" else base
+        arguments = argument.args if argument.op in ("set", "list") else (argument,)
+        arguments = argument.args[2:] if argument.op == "group" else arguments
+        node = Node("fn", (name.replace("lg", "log"), *arguments, *([base] if base else [])))
+        node = Node("abs", (argument,)) if name in ("abs", "Abs") else node
         return Node("pow", (node, power)) if power else node
 
     def bracketed(self) -> Node:
         r"""Everything that opens and closes: ( ) [ ] { } \{ \} | | and the named pairs."""
         opener = self.next()
-        self.enter()
         outer = self.bars, self.such
         self.bars, self.such = int(opener == "|"), opener == r"\{"
         if opener != "|" and (close := self.accept(CLOSERS[opener][0])):
@@ -323,7 +313,6 @@ class _Parser:
                 content = _such(content, self.answer())
             close = self.accept(*CLOSERS[opener])
         self.bars, self.such = outer
-        self.depth -= 1
         if not close or (opener == "{" and content is None):
             raise ParseError(f"{opener!r} is not closed, or empty")
         items = () if content is None else content.args if content.op == "list" else (content,)
@@ -335,14 +324,13 @@ class _Parser:
             return Node("abs", (content,))
         if opener in (r"\lfloor", r"\lceil"):
             return Node("fn", ("floor" if opener == r"\lfloor" else "ceil", content))
-        if opener == r"\langle":
-            return Node("group", ("(", ")", *items))
         alone = opener == "(" and close == ")" and content.op != "list"
         if opener == "{" or content.op == "matrix" or alone:
             return content
-        widths = {len(item.args) if item.op == "list" else 0 for item in items}
-        if opener == "[" and len(widths) == 1 and 0 not in widths:  # [1, 2; 3, 4]
-            return Node("matrix", tuple(Node("row", item.args) for item in items))
+        rows = [item.args[2 * (item.op == "group") :] for item in items
+                if item.op == "list" or (item.op == "group" and item.args[0] == "[")]  # fmt: skip
+        if opener == "[" and len(rows) == len(items) and len({*map(len, rows)}) == 1:
+            return Node("matrix", tuple(Node("row", row) for row in rows))  # [1, 2; 3, 4]
         return Node("group", (opener, close, *items))
 
     def environment(self) -> Node:
@@ -395,20 +383,6 @@ def _mixed(top: list[Node], factor: Node) -> Node:
     """1\\frac{1}{2} as 3/2, before a sign as well: the integer is taken off the factors."""
     if factor.op in ("percent", "degree"):
         return Node(factor.op, (_mixed(top, factor.args[0]),))
-    return Node("add", (top.pop(), factor)) if _is_proper(factor) else factor
-
-
-def _is_proper(node: Node) -> bool:
-    """Whether a node is the fraction of a mixed number: two integers, the smaller on top."""
-    parts = node.args if node.op == "div" else ()
-    whole = all(part.op == "num" and part.args[0].denominator == 1 for part in parts)
-    return bool(parts) and whole and parts[0].args[0] < parts[1].args[0]
-
-
-def _name(node: Node) -> str:
-    """The name that carries a subscript: a symbol's, or the digits of a based numeral."""
-    if node.op == "num" and node.args[0].denominator == 1:
-        return str(node.args[0])
-    if node.op == "sym":
-        return node.args[0]
-    raise ParseError("a subscript on an expression")
+    parts = [part.args[0] for part in factor.args if factor.op == "div" and part.op == "num"]
+    proper = len(parts) == 2 and parts[0] < parts[1] and parts[0].denominator == 1
+    return Node("add", (top.pop(), factor)) if proper and parts[1].denominator == 1 else factor

@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 
 from .phrases import PARTS, POWERS, VALUES
-from .vocabulary import word_set
+from .tokens import word_set
 
 UNITS = word_set(
     "mm cm dm km kg mg lb lbs oz ft mi yd hr hrs min mins sec secs ms mph kmh km/h m/s "
@@ -45,6 +45,7 @@ _UNIT = re.compile(
 _WRAPPING = re.compile(r"\\text\{|[{} ]")
 _TWO_UNITS = re.compile(
     r"(\d+) ?(?:\\text\{)?([a-z]+|°|')\}? ?,? ?(\d+(?:\.\d+)?) ?(?:\\text\{)?([a-z]+|''?)\}?"
+    r"(?:(?<=°\d'|\d\d') ?(\d+)'')?"
 )
 _SIZES = {  # a unit's dimension and size; feet have a sign of their own
     unit: (dimension, Fraction(size))
@@ -64,6 +65,7 @@ _UNIT_NAMES = {
     "kph": "km/h", "newton": "n", "joule": "j", "watt": "w", "volt": "v", "radian": "rad",
     "milliliter": "ml", "millilitre": "ml", "ounce": "oz", "mole": "mol", "eur": "euro",
 }  # fmt: skip
+_UNIT_WORDS = {unit.lower() for unit in UNITS} | _BESIDE | {*_UNIT_NAMES, *_UNIT_NAMES.values()}
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -77,7 +79,8 @@ def split_unit(text: str) -> tuple[str, str]:
         if (large[0] == small[0] and large[1] > small[1]) or match[2] == "°":
             ratio = large[1] / small[1] if match[2] != "°" else 60
             unit = _singular(match[4]).replace("''", "in")
-            return str(int(match[1]) * ratio + Fraction(match[3])), unit
+            seconds = Fraction(match[5] or 0) / 60
+            return str(int(match[1]) * ratio + Fraction(match[3]) + seconds), unit
     text = _QUOTIENT.sub(lambda m: rf"\text{{{re.sub(_WRAPPING, '', f'{m[1]}/{m[2]}')}}}", text)
     match = _UNIT.search(text[-80:]) if len(text) > 1 else None
     if not match:
@@ -90,7 +93,7 @@ def split_unit(text: str) -> tuple[str, str]:
         return text, ""
     power = (match["power"] or "").strip("^{}")
     name = re.sub(r" (?:old|long|tall|wide|high|deep|each|away|apart|in total)\Z", "", name)
-    if square := re.match(r"(sq(?:uare)?|cubic|cu)(?: |\. ?)", name):
+    if square := re.match(r"(sq(?:uare)?|cubic|cu)(?: |\. ?|(?=[a-z]{4}))", name):
         power, name = ("2" if square[1][0] == "s" else "3"), name[square.end() :]
     power_word, _, rest = name.partition(" ")
     if power_word in POWERS:  # 5 million people
@@ -122,7 +125,11 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
     if gold_unit and pred_unit:
         sizes = [_SIZES.get(unit, (unit, 0)) for unit in (gold_unit, pred_unit)]
         if gold_unit != pred_unit and sizes[0][0] == sizes[1][0]:  # 4 ft is 48 in
-            return rf"({gold_body})\cdot{sizes[0][1]}", rf"({pred_body})\cdot{sizes[1][1]}", False
+            bodies = (re.sub(r",(?=\d{3})", "", body) for body in (gold_body, pred_body))
+            gold, pred = (
+                rf"({body})\cdot{size}" for body, (_, size) in zip(bodies, sizes, strict=True)
+            )
+            return gold, pred, False
         (name, _, power), (other, _, its_power) = gold_unit.partition("^"), pred_unit.partition("^")
         return gold_body, pred_body, power != its_power or "" != name != other != ""
     signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in (gold_body, pred_body)]
@@ -134,7 +141,7 @@ def _is_unit(text: str) -> bool:
     match = _UNIT.search(text[-80:])
     words = re.findall(r"(?<!\\)\b[a-z.]+", match[0].lower()) if match else []
     return all(
-        word in UNITS or word in _BESIDE or word in _UNIT_NAMES or word in _UNIT_NAMES.values()
+        word in _UNIT_WORDS
         or (len(word) > 3 and word[-1] == "s" and word not in _NO_PLURALS
             and not re.search(r"(?<!mon)(?<!leng)(?<!pa)ths|tys|teens|folds|illions", word))
         for word in words

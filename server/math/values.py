@@ -5,12 +5,17 @@
   one less than one unit in its last place away. So 0.333333 is 1/3, and 0.33 isn't.
 """
 
+import re
+from collections.abc import Iterator
 from fractions import Fraction
+from itertools import permutations
 
-from .evaluate import CONSTANTS, Undecided, equal, exact, has, symbols, value
-from .tree import Node, rewritten
+from .evaluate import Undecided, equal, exact, has, symbols, value
+from .tree import Node, number, rewritten
 
 MIN_SIGNIFICANT, MIN_PLACES = 6, 4
+# One of integration on either side, or several of which one is a c.
+_CONSTANTS = re.compile(r"[Cc](_\w+)? [Cc](_\w+)?|(?=.*[Cc])[A-Dc](_\w+)?( [A-Dc](_\w+)?){3,5}")
 FLOAT_DIGITS = 16  # the last one of a printed float is rounding
 
 
@@ -20,62 +25,64 @@ def same_values(a: Node, b: Node) -> bool:
         return a.op == b.op and _same_ratios(a, b)
     if has(a, "sym", "oo") or has(b, "sym", "oo"):
         return a == b
-    signs = [{op for op in ("degree", "percent") if has(side, op)} for side in (a, b)]
-    if signs[0] != signs[1] and not signs[0] & signs[1]:
-        if signs[0] | signs[1] == {"degree"}:
-            if same_values(rewritten(a, _undegreed), rewritten(b, _undegreed)):
-                return True
-        elif same_values(*((_without_percent(a), b) if signs[0] else (a, _without_percent(b)))):
-            return True
+    return any(_same(*sides) for sides in _readings(a, b))
+
+
+def _readings(a: Node, b: Node) -> Iterator[tuple[Node, Node]]:
+    r"""Both sides without a degree or per cent sign that only one of them has, with other letters
+    for constants of integration, as antiderivatives, with \log to the base 10, and as they are."""
+    for op in ("degree", "percent"):
+        if has(a, op) != has(b, op):
+            yield _without(a, op), _without(b, op)
+    names, others = symbols(a), symbols(b)
+    alike = len(names) == len(others) and names & others
+    if alike and _CONSTANTS.fullmatch(" ".join(names ^ others)):
+        own, its = ([(name,) for name in some] for some in (names - others, others - names))
+        for order in permutations(own):
+            to = dict(zip(its, order, strict=True))
+            yield a, rewritten(b, lambda part, to=to: Node(part.op, to.get(part.args, part.args)))
+    constant = Node("sym", ("C",))  # antiderivatives may differ by a number
+    if a.op == b.op == "add" and constant in a.args and constant in b.args and len(names) == 2:
+        point = dict.fromkeys(names | others, 0.7)
+        starts = [Node("neg", (Node("known", (value(side, point),)),)) for side in (a, b)]
+        yield Node("add", (a, starts[0])), Node("add", (b, starts[1]))
+    logarithms = has(a, "fn", "log") or has(b, "fn", "log")
+    if logarithms and not (has(a, "fn", "ln") or has(b, "fn", "ln")):
+        yield rewritten(a, _common_logarithm), rewritten(b, _common_logarithm)
+    yield a, b
+
+
+def _same(a: Node, b: Node) -> bool:
     exact_a, exact_b = exact(a), exact(b)
     if exact_a is not None and exact_b is not None:
         return exact_a == exact_b or _abbreviates(a, b)
-    if {a.op, b.op} == {"sym", "mul"} and _letters(a) == _letters(b) != ["p", "i"]:
+    if "sym" in (a.op, b.op) and _word(a, b) == _word(b, a) not in ("", "pi"):
         return True  # \text{red} and the product of r, e and d
-    if a.op == b.op == "sym" and not {a.args[0], b.args[0]} <= CONSTANTS.keys():
-        name, other = a.args[0], b.args[0]  # words without regard to case
-        return len(name) > 1 and "_" not in name + other and name.lower() == other.lower()
-    if equal(a, b):
-        return True
-    names = symbols(a), symbols(b)
-    small = [{name.lower() for name in own - other} for own, other in (names, names[::-1])]
-    if small[0] == small[1] and small[0] and all(name[0] == "c" for name in small[0]):
-        return equal(rewritten(a, _small_constants), rewritten(b, _small_constants))
-    if not (has(a, "fn", "ln") or has(b, "fn", "ln")):
-        common_a, common_b = rewritten(a, _common_logarithm), rewritten(b, _common_logarithm)
-        if (common_a, common_b) != (a, b) and equal(common_a, common_b):
-            return True
-    return not (names[0] or names[1]) and _abbreviates(a, b)
+    close = not symbols(a) | symbols(b) and _abbreviates(a, b)
+    return {a.op, b.op} != {"sym"} and (close or equal(a, b))
 
 
-def _without_percent(node: Node) -> Node:
-    """A tree without the % at its end."""
-    if node.op == "neg":
-        return Node("neg", (_without_percent(node.args[0]),))
-    return node.args[0] if node.op == "percent" else node
-
-
-def _undegreed(node: Node) -> Node:
-    return node.args[0] if node.op == "degree" else node
+def _without(node: Node, op: str) -> Node:
+    """A tree without its degree signs outside functions, or without the % at its end."""
+    if node.op == op:
+        return node.args[0]
+    inner = ("neg", "add", "mul", "div") if op == "degree" else ("neg",)
+    return (
+        Node(node.op, tuple(_without(arg, op) for arg in node.args)) if node.op in inner else node
+    )
 
 
 def _common_logarithm(node: Node) -> Node:
-    """The other reading of \\log without a base: 10 where it was e."""
     common = node.op == "fn" and node.args[0] == "log" and len(node.args) == 2
-    return Node("fn", ("lg", node.args[1])) if common else node
+    return Node("fn", (*node.args, number("10"))) if common else node
 
 
-def _small_constants(node: Node) -> Node:
-    """c for C, of which one answer has the one and one the other."""
-    constant = node.op == "sym" and node.args[0][0] == "C"
-    return Node("sym", (node.args[0].lower(),)) if constant else node
-
-
-def _letters(node: Node) -> list[object]:
-    """The letters of a word, or of a product of variables."""
-    if node.op == "sym":
-        return list(node.args[0])
-    return [part.args[0] if part.op == "sym" else None for part in node.args]
+def _word(node: Node, other: Node) -> str:
+    """A word, also as a product of variables, whose case matters; "" for anything else."""
+    letters = node.args if node.op == "mul" else (node,)
+    word = "".join(part.args[0] if part.op == "sym" else "_" for part in letters)
+    known = len(word) > 1 and "_" not in word
+    return (word.lower() if node.op == other.op else word) if known else ""
 
 
 def _same_ratios(a: Node, b: Node) -> bool:
@@ -88,22 +95,15 @@ def _same_ratios(a: Node, b: Node) -> bool:
 
 def _abbreviates(a: Node, b: Node) -> bool:
     """Whether one side is a decimal that stands for the other's value."""
-    decimal, other = (_decimal(a), b) if _decimal(a) else (_decimal(b), a)
-    if not decimal or _decimal(other):
+    numerals = [side.args[0] if side.op == "neg" else side for side in (a, b)]
+    decimals = [numeral.args for numeral in numerals if numeral.op == "num" and numeral.args[1]]
+    if len(decimals) != 1:
         return False
-    written, places, significant = decimal
+    _, places, significant = decimals[0]
     if significant < MIN_SIGNIFICANT or places < MIN_PLACES:
         return False
     unit = Fraction(999_999 * (10 if significant >= FLOAT_DIGITS else 1), 10 ** (places + 6))
-    written, unit = (value(Node("num", (number, 0, 1))) for number in (written, unit))
     try:
-        return bool(abs(value(other) - written) < unit)
+        return bool(abs(value(a) - value(b)) < value(Node("num", (unit, 0, 1))))
     except Undecided:
         return False
-
-
-def _decimal(node: Node) -> tuple[Fraction, int, int] | None:
-    """A signed decimal numeral's (value, places, significant digits), or None."""
-    if node.op == "neg" and (inner := _decimal(node.args[0])):
-        return -inner[0], inner[1], inner[2]
-    return node.args if node.op == "num" and node.args[1] > 0 else None

@@ -4,20 +4,17 @@
 
 The template has imported and warmed up all that a job needs, holds one thread and none of the
 server's sockets, so that a new worker is ready within milliseconds and inherits nothing. It dies
-with the server (its control socket closes), a worker dies with it (`PR_SET_PDEATHSIG`).
-
-Started by `pool.Pool`, not by hand:
-
-    python -m server.math.worker CONTROL_FD MODULE:FUNCTION MEMORY_LIMIT
+with the server (its control socket closes), a worker dies with it (`PR_SET_PDEATHSIG`). `pool.Pool`
+starts it:  python -m server.math.worker CONTROL_FD MODULE:FUNCTION MEMORY_LIMIT
 """
 
 import contextlib
 import ctypes
 import dataclasses
 import gc
-import importlib
 import json
 import os
+import pkgutil
 import resource
 import signal
 import socket
@@ -27,27 +24,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-COMMAND = struct.Struct("!q")
-"""What goes over the control socket: 0 with a socket attached forks a worker that serves this
-socket, any other number is the process id of a worker to kill."""
-FORK = 0
+# What goes over the control socket: FORK with a socket attached forks a worker that serves this
+# socket, any other number is the process id of a worker to kill.
+COMMAND, FORK = struct.Struct("!q"), 0
 PR_SET_PDEATHSIG = 1
 
 
-def load(target: str) -> Callable[..., Any]:
-    """The function `module:function`; calls `preload()` of the module, if there is one."""
-    module_name, function = target.split(":")
-    module = importlib.import_module(module_name)
-    getattr(module, "preload", lambda: None)()
-    return getattr(module, function)
-
-
 def serve(connection: Connection, function: Callable[..., Any]) -> None:
-    """Answer jobs until the server closes the socket.
-
-    The first message is the process id. Then, for each JSON list of arguments that comes in, one of
-    `["ok", result]`, `["memory", null]`, `["error", text]` goes out; a dataclass becomes an object.
-    """
+    """Answer jobs until the server closes the socket: first goes out the process id, then for each
+    JSON list of arguments one of `["ok", result]`, `["memory", null]`, `["error", text]`."""
     with contextlib.suppress(EOFError, ConnectionError):
         connection.send_bytes(json.dumps(os.getpid()).encode())
         while True:
@@ -109,7 +94,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     control_fd, target, memory_limit = sys.argv[1:]
-    function = load(target)
+    function = pkgutil.resolve_name(target)
+    getattr(sys.modules[function.__module__], "preload", lambda: None)()
     gc.collect()
     gc.freeze()  # the collector of a worker leaves the pages that it shares with the template alone
     with socket.socket(fileno=int(control_fd)) as control:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from server.math import equivalence, evaluate
 from server.math.normalise import normalise
 from server.math.phrases import number_in_words
+from server.math.tokens import word_set
 from server.math.tree import parse
 from server.math.units import split_unit
-from server.math.vocabulary import word_set
 from tests.server.pairs import EQUAL, UNEQUAL
 
 HOSTILE = [
