@@ -256,6 +256,15 @@ def test_an_unknown_argument_is_named(tmp_path: Path) -> None:
         VLLMEngine().build(model, rollout, "cpu", 64)
 
 
+def test_vllms_warnings_are_shown_unless_others_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    assert environment(RolloutConfig(), 1.0, [0])["VLLM_LOGGING_LEVEL"] == "WARNING"
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    assert environment(RolloutConfig(), 1.0, [0])["VLLM_LOGGING_LEVEL"] == "DEBUG"
+
+
 def test_the_workers_of_a_parallel_engine_get_its_bundles() -> None:
     names = {"VLLM_RAY_PER_WORKER_GPUS": "0.5", "VLLM_RAY_BUNDLE_INDICES": "2,3"}
     rollout = RolloutConfig(tensor_model_parallel_size=2)
