@@ -1,5 +1,4 @@
-"""What travels between the stages of a training step: prompts, responses, and optimizer steps. All
-is ragged numpy; padded or packed tensors exist only inside a worker (`verl.models.packing`)."""
+"""What travels between the stages of a training step, as ragged numpy: `verl.models` packs it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,18 +15,12 @@ FinishReason = Literal["stop", "length"]
 class Prompt:
     """One row of a dataset, tokenized."""
 
-    index: int
-    """Row number in the dataset (over all its files, before filtering)."""
-    token_ids: NDArray[np.int64]
-    """Prompt tokens, [P]."""
-    data_source: str
-    """Chooses the reward function, and names the validation metrics."""
-    ground_truth: Any
-    """What the reward function compares with, such as ``{"target": 24, "numbers": [4, 6]}``."""
-    extra_info: dict[str, Any] = field(default_factory=dict)
-    """Passed to the reward function."""
-    location: str = ""
-    """File and row, for messages."""
+    index: int  # row number in the dataset (over all its files, before filtering)
+    token_ids: NDArray[np.int64]  # prompt tokens, [P]
+    data_source: str  # chooses the reward function, and names the validation metrics
+    ground_truth: Any  # what the reward function compares with: {"target": 9, "numbers": [4, 5]}
+    extra_info: dict[str, Any] = field(default_factory=dict)  # passed to the reward function
+    location: str = ""  # file and row, for messages
 
 
 @dataclass(slots=True)
@@ -35,33 +28,22 @@ class Sample:
     """One response of R tokens. Each stage of a step fills the fields that it owns."""
 
     prompt: Prompt
-    group: int
-    """Responses to the same prompt in one rollout batch share this number."""
-    response_ids: NDArray[np.int64]
-    """With the end-of-sequence token, if there was one, [R]."""
-    finish_reason: FinishReason
-    """`length`: the response hit the limit without an end-of-sequence token (truncated)."""
-    response_index: int = 0
-    """Which of the n responses to its prompt this is, from 0."""
-    policy_version: int = 0
-    """Training steps of the policy that generated the response."""
+    group: int  # responses to the same prompt in one rollout batch share this number
+    response_ids: NDArray[np.int64]  # with the end-of-sequence token, if there was one, [R]
+    finish_reason: FinishReason  # `length`: at the limit without an end-of-sequence token
+    response_index: int = 0  # which of the n responses to its prompt this is, from 0
+    policy_version: int = 0  # training steps of the policy that generated the response
+    # True for the tokens that the policy generated, [R]; None: all of them. The others (a tool's
+    # answer) are only read: they have no part in lengths, weights and losses.
     loss_mask: NDArray[np.bool_] | None = None
-    """True for the tokens that the policy generated, [R]; None: all of them. The others (a tool's
-    answer) are only read: they have no part in lengths, weights and losses."""
+    # Log-probability of each token under the distribution it was sampled from, [R].
     rollout_log_probs: NDArray[np.float32] | None = None
-    """Log-probability of each token under the distribution it was sampled from, [R]."""
-    score: float = 0.0
-    """What the reward function returned."""
-    reward: float = 0.0
-    """`score` with penalties (overlong, KL): what the advantage is made of."""
-    extras: dict[str, Any] = field(default_factory=dict)
-    """Everything else the reward function returned, such as `acc`."""
-    old_log_probs: NDArray[np.float32] | None = None
-    """Log-probabilities under the policy before this step's updates, [R]."""
-    ref_log_probs: NDArray[np.float32] | None = None
-    """Log-probabilities under the reference policy, [R]."""
-    advantage: float = 0.0
-    """One number per response: rewards are outcome rewards."""
+    score: float = 0.0  # what the reward function returned
+    reward: float = 0.0  # `score` with penalties (overlong, KL): what the advantage is made of
+    extras: dict[str, Any] = field(default_factory=dict)  # what else it returned, such as `acc`
+    old_log_probs: NDArray[np.float32] | None = None  # under the policy before this step's updates
+    ref_log_probs: NDArray[np.float32] | None = None  # under the reference policy, [R]
+    advantage: float = 0.0  # one number per response: rewards are outcome rewards
 
     @property
     def length(self) -> int:
@@ -92,9 +74,8 @@ ARRAYS: dict[str, np.dtype[Any]] = {
 
 
 class SampleBatch(list[Sample]):
-    """Samples that are sent to another process, where they arrive as a plain list. Field by field,
-    which is several times faster than sample by sample: arrays are copied once, into the message,
-    and arrive as read-only views of it; those in `omit` as None."""
+    """Samples that arrive in another process as a plain list, without the arrays in `omit`. Sent
+    field by field, which is several times faster: arrays become read-only views of the message."""
 
     def __init__(self, samples: Iterable[Sample], omit: Sequence[str] = ()) -> None:
         super().__init__(samples)
@@ -122,8 +103,7 @@ class OptimizerStep:
     """The responses of one optimizer step, and their weights in its own loss Σ_i w_i Σ_t ℓ_it."""
 
     samples: list[Sample]
-    weights: NDArray[np.float32]
-    """w_i, [N] (`verl.algorithms.weights.response_weights`)."""
+    weights: NDArray[np.float32]  # w_i, [N] (`verl.algorithms.weights.response_weights`)
 
     def share(self, indices: Sequence[int]) -> Self:
         """These responses with their weights, for one rank or micro-batch."""
@@ -133,9 +113,7 @@ class OptimizerStep:
 
 def response_lengths(samples: Iterable[Sample]) -> NDArray[np.int64]:
     """Tokens of each response that count, int64 [N]."""
-    return np.fromiter(  # the property takes twice as long
-        (len(s.response_ids) if s.loss_mask is None else s.length for s in samples), np.int64
-    )
+    return np.array([s.length for s in samples], np.int64)
 
 
 @dataclass(slots=True)

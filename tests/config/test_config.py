@@ -6,6 +6,7 @@ import logging
 import operator
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -579,27 +580,32 @@ def test_a_yaml_file_of_ones_own(tmp_path: Path) -> None:
 
 def test_entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     started: list[Any] = []
-    entry_point(started.append, "ppo_trainer", argv=[])
+
+    def run(*overrides: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["main_ppo", *overrides])
+        entry_point(started.append, "ppo_trainer")
+
+    run()
     assert started[0].actor_rollout_ref.rollout.n == 8
     assert capsys.readouterr().out == ""
 
     monkeypatch.setenv("DRY_RUN", "1")
-    entry_point(started.append, "ppo_trainer", argv=["data.train_batch_size=512"])
+    run("data.train_batch_size=512")
     output = capsys.readouterr()
     printed = yaml.safe_load(output.out)
     assert "memory estimate" in output.err
     assert printed["data"]["gen_batch_size"] == 512
     monkeypatch.setenv("DRY_RUN", "quiet")
-    entry_point(started.append, "ppo_trainer", argv=[])
+    run()
     output = capsys.readouterr()
     assert "memory estimate" not in output.err and "data:" in output.out
     with pytest.raises(SystemExit) as exit_:
-        entry_point(started.append, "ppo_trainer", argv=["data.n=1"])
+        run("data.n=1")
     assert exit_.value.code == 2 and len(started) == 1
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith("error: there is no key 'data.n'")
     with pytest.raises(SystemExit):
-        entry_point(started.append, "ppo_trainer", argv=["data.n=1", "trainer.nnodes=0"])
+        run("data.n=1", "trainer.nnodes=0")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
 

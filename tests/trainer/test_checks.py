@@ -59,5 +59,6 @@ def test_engines_that_disagree_are_warned_about(
 ) -> None:
     micro = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1"
     config = load_config([micro, "trainer.device=cpu", "actor_rollout_ref.rollout.n=2", *overrides])
-    warn_of_disagreement(config, {} if found is None else {"rollout/logprob_diff_mean": found})
+    metrics = {} if found is None else {"rollout/logprob_diff_mean": found}
+    warn_of_disagreement(config, metrics, "cpu")
     assert ("rollout/logprob_diff_mean" in caplog.text) is warned

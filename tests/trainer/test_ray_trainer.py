@@ -112,6 +112,7 @@ def in_process(config: Config, worker: PolicyWorker) -> Workers:
     workers = object.__new__(Workers)
     workers.config, workers.actor = config, InProcess(worker)
     workers.num_devices, workers.model_size, workers.peak_flops = 2, None, None
+    workers.device = "cpu"
     return workers
 
 

@@ -209,14 +209,16 @@ def test_lines_of_the_log_do_not_end_in_a_progress_bar(tmp_path):
         "from verl.config.load import entry_point\n"
         "from verl.trainer.ppo.tracking import Tracking\n"
         "def run(config):\n"
-        "    with Tracking(config, pathlib.Path(sys.argv[1]), '', 2, 0, None) as tracking:\n"
+        "    with Tracking(config, pathlib.Path(folder), '', 2, 0, None) as tracking:\n"
         "        tracking.log({'x': 1}, 1)\n"
         "        logging.warning('hello')\n"
-        "entry_point(run, 'sft_trainer', argv=['trainer.logger=console'])\n"
+        "folder = sys.argv.pop()\n"
+        "entry_point(run, 'sft_trainer')\n"
     )
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (40, 120))
-    subprocess.run([sys.executable, "-c", code, tmp_path], stderr=theirs, check=True)
+    arguments = ["trainer.logger=console", tmp_path]
+    subprocess.run([sys.executable, "-c", code, *arguments], stderr=theirs, check=True)
     os.close(theirs)
     shown = os.read(ours, 10_000).decode()
     assert " 0/2 " in shown and re.search(r"\r *\rWARNING hello\r\n", shown)

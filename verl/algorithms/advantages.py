@@ -58,9 +58,8 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
 def advantages(
     rewards: Array, groups: Array, lengths: Array, estimator: str = "grpo", norm_by_std: bool = True
 ) -> Tensor:
-    """One advantage per response, float64 [N], by an `estimator` of `ADVANTAGES`, from outcome
-    `rewards`, `groups` (equal integers mark responses to the same prompt) and `lengths` in tokens,
-    [N] each; `norm_by_std` is for `grpo`. Example:
+    """One advantage per response, float64 [N], by an `estimator` of `ADVANTAGES`; equal integers in
+    `groups` mark responses to the same prompt, `lengths` are in tokens, [N] each. Example:
     ``advantages([1, 0], [7, 7], [3, 5], norm_by_std=False)`` is ``[0.5, -0.5]``."""
     r, L = torch.as_tensor(rewards, dtype=torch.float64), torch.as_tensor(lengths)
     return ADVANTAGES[estimator](r, torch.as_tensor(groups), lengths=L, norm_by_std=norm_by_std)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,17 +26,10 @@ def kl_divergence(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> T
     return KL_ESTIMATORS[estimator](log_probs - ref_log_probs)
 
 
-def kl_of_response(log_probs: np.ndarray, ref_log_probs: np.ndarray, estimator: str) -> float:
-    """Σ_t kl_t of one response, from its tokens' log-probabilities, [L] each."""
-    d = kl_divergence(torch.as_tensor(log_probs), torch.as_tensor(ref_log_probs), estimator)
-    return d.double().sum().item()
-
-
 def adapted_kl_coef(
     kl_coef: float, current_kl: float, num_responses: int, horizon: int, target_kl: float
 ) -> float:
-    """The next coefficient β of the KL term in the reward, steered towards a target divergence
-    (arXiv 1909.08593, section 2.2): β · (1 + clip(d/target − 1, −0.2, 0.2) · n / horizon), with
-    this batch's mean divergence per token d, in nats, and its number of responses n."""
+    """β · (1 + clip(d/target − 1, −0.2, 0.2) · n / horizon) (arXiv 1909.08593, section 2.2), after
+    a batch of n responses with a mean divergence per token of d, in nats."""
     error = min(max(current_kl / target_kl - 1, -0.2), 0.2)
     return kl_coef * (1 + error * num_responses / horizon)

@@ -38,9 +38,8 @@ def policy_loss(
 
 def rollout_is_weights(log_ratio: Tensor, lengths: Tensor, level: str, threshold: float) -> Tensor:
     """Truncated importance-sampling weights between the engine that drew the tokens and the actor,
-    min(π_old/π_rollout, threshold): constants, by which each token's loss is multiplied, [T]
-    (Ionides 2008, doi:10.1198/106186008X320456, eq. 4; between a rollout engine and a trainer, Yao
-    et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
+    min(π_old/π_rollout, threshold), constants, [T] (Ionides 2008, doi:10.1198/106186008X320456, eq.
+    4; Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
     `log_ratio`: log π_old − log π_rollout, [T]. `level`: `token`, or `sequence`: the product of the
     ratios over the tokens of a response; their `lengths`, [N], add up to T."""
     log_ratio = log_ratio.detach()
@@ -73,22 +72,20 @@ class LossConfig:
 
 @dataclass(slots=True)
 class LossInputs:
-    """All that a loss may see of N responses with T counted tokens in all, response after response.
-    What belongs to a response is repeated for each of its tokens."""
+    """All that a loss may see of N responses, one after another, with T counted tokens in all."""
 
     log_probs: Tensor  # under the policy that is trained, with gradient, [T]
     entropy: Tensor  # of the distribution at each token, with gradient, [T]
     lengths: Tensor  # counted tokens of each response, [N]
-    weights: Tensor  # w_i, [T]
-    advantages: Tensor  # A_i, [T]
+    weights: Tensor  # w_i, repeated for each token, [T]
+    advantages: Tensor  # A_i, repeated for each token, [T]
     old_log_probs: Tensor | None = None  # before the step; None: the same as log_probs, [T]
     ref_log_probs: Tensor | None = None  # under the reference policy, [T]
     rollout_log_probs: Tensor | None = None  # as the engine reported them, [T]
 
 
 Sums = dict[str, Tensor]
-"""What a loss reports: sums over tokens. Those named ``w/…`` are weighted like the loss, and of
-those that end in ``_max`` the largest counts."""
+"""What a loss reports: sums over tokens, weighted like the loss if ``w/…``; ``…_max``: largest."""
 
 
 def ppo_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:

@@ -1,5 +1,4 @@
-"""Every aggregation of the loss is one weight per response: loss = Σ_i w_i Σ_t ℓ_it. It is computed
-once for the whole optimizer step; micro-batches and ranks only sum: the gradient stays the same."""
+"""Every aggregation of the loss is one weight per response, once for a whole optimizer step."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,14 +22,12 @@ def response_weights(
     rollout_lengths: Lengths | None = None,
     group_size: int | None = None,
 ) -> Tensor:
-    """The weights w_i: float32 [N], 0 where L_i = 0.
-    `lengths`: L_i of the optimizer step, in tokens, [N]. `mode`: a key of `WEIGHTS`.
-    `max_response_length`: the configured M, in tokens; a constant, not the width of a tensor.
-    For `delta-l`, `alpha`: its exponent, and `rollout_lengths`: those of the whole rollout batch
-    (None: `lengths`); for `token-mean-legacy`, `group_size`: responses of a group.
-
-    Raises: ValueError for an unknown mode, a negative length, or a missing group_size.
-    Example: ``response_weights([2, 8], "token-mean", 10)`` is ``[0.1, 0.1]``."""
+    """The weights w_i of an optimizer step, float32 [N], 0 where L_i = 0. `lengths`: L_i in tokens,
+    [N]; `mode`: a key of `WEIGHTS`; `max_response_length`: the configured M, in tokens. `delta-l`
+    takes the exponent `alpha`, and `rollout_lengths`, of the whole rollout batch (None: `lengths`);
+    `token-mean-legacy` takes `group_size`, in responses. Raises: ValueError for another mode, a
+    negative length, no group_size. Example: ``response_weights([2, 8], "token-mean", 10)`` is
+    ``[0.1, 0.1]``."""
     if mode not in WEIGHTS:
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(WEIGHTS)}")
     L = torch.as_tensor(lengths, dtype=torch.float64)

@@ -29,8 +29,7 @@ ANY = Rules()
 
 
 def key(default: Any, *, idle_if: str | tuple[str, ...] = (), **rules: Any) -> Any:
-    """A key with `Rules`, or a section. `default`: the value, an interpolation of other keys (which
-    null brings back), or a class or function that makes it."""
+    """A key or section. `default`: its value, what makes it, or `${other.key}` (of null, too)."""
     idle = (idle_if,) if isinstance(idle_if, str) else idle_if
     kind = "default_factory" if callable(default) else "default"
     return field(**{kind: default}, metadata={"rules": Rules(idle_if=idle, **rules)})
@@ -92,8 +91,7 @@ class Section:
 @cache
 def count_gpus() -> int:
     """GPUs of this machine that this process may use, found without torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return sum(name.strip() not in ("", "-1") for name in visible.split(","))
     try:
         found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
@@ -117,10 +115,8 @@ def too_many_ranks(trainer: "RunConfig") -> str | None:
         return None
     found = f"{gpus} GPUs" if gpus else f"no GPU and {cores} cores"
     found += f", {engines} for engines alone" if gpus and engines else ""
-    return (
-        f"trainer.n_gpus_per_node={ranks}, but this machine has {found}: take {most} at most (in "
-        f"scripts by N_GPUS={most}), or a cluster (RAY_ADDRESS)"
-    )
+    remedy = f"take {most} at most (in scripts by N_GPUS={most}), or a cluster (RAY_ADDRESS)"
+    return f"trainer.n_gpus_per_node={ranks}, but this machine has {found}: {remedy}"
 
 
 class ModelConfig(Section):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -64,9 +65,11 @@ def compose_config(
     return config
 
 
-def to_config(config: DictConfig, overrides: Sequence[str] = ()) -> Any:
-    """The dataclasses of `schema`, locked; a warning names overrides that can't matter."""
-    typed: Any = OmegaConf.to_object(config)
+def load_config(
+    overrides: Sequence[str] = (), config_name: str = "ppo_trainer", config_dir: str | Path = HERE
+) -> Any:
+    """`compose_config` as locked dataclasses; a warning names overrides that can't matter."""
+    typed: Any = OmegaConf.to_object(compose_config(overrides, config_name, config_dir))
     given = {o.key_or_group: o.value() for o in map(parse_override, filter(str.strip, overrides))}
     found = {k: why for k, v in given.items() if (why := without_effect(k, v))}
     found |= ignored_keys(typed, [SAME_AS.get(key, key) for key in given])
@@ -76,22 +79,11 @@ def to_config(config: DictConfig, overrides: Sequence[str] = ()) -> Any:
     return typed
 
 
-def load_config(
-    overrides: Sequence[str] = (), config_name: str = "ppo_trainer", config_dir: str | Path = HERE
-) -> Any:
-    """`compose_config` and `to_config` in one call: what tests and notebooks use."""
-    return to_config(compose_config(overrides, config_name, config_dir), overrides)
-
-
 def entry_point(
-    run: Callable[[Any], None],
-    config_name: str,
-    config_dir: str | Path = HERE,
-    argv: Sequence[str] | None = None,
+    run: Callable[[Any], None], config_name: str, config_dir: str | Path = HERE
 ) -> None:
-    """What every `python -m …` does: parse, check, and run, or with DRY_RUN=1 print the
-    configuration, and on standard error the memory that it takes (not with DRY_RUN=quiet). The
-    options are Hydra's. Exits with 2 and a line for each error in the configuration."""
+    """What every `python -m …` does: check and run or, with DRY_RUN, print the configuration and
+    (unless that is `quiet`) the memory that it takes. Exits with 2 and a line for each error."""
     parser = argparse.ArgumentParser(
         usage="python -m … [-m] [--config-name NAME] [--config-path DIR] key=value …",
         description="Keys: docs/keys.md. DRY_RUN=1 prints them all; -m: a run for each of key=a,b.",
@@ -100,7 +92,7 @@ def entry_point(
     parser.add_argument("--config-path", "--config-dir", default=config_dir)
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args()
     source = args.config_name, args.config_path
     if args.multirun:  # a process that runs others: nothing of this one stays
         main = sys.modules["__main__"].__spec__
@@ -108,17 +100,16 @@ def entry_point(
         os.execv(sys.executable, [sys.executable, *command, *args.overrides])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
-        config = compose_config(args.overrides, *source)
+        typed = load_config(args.overrides, *source)
     except ConfigError as error:
         exit_with(2, f"error: {error}".replace("\n", "\nerror: "))
-    typed = to_config(config, args.overrides)
     dry_run = os.environ.get("DRY_RUN", "")
     if dry_run in ("", "0"):
         if problem := too_many_ranks(typed.trainer):
             exit_with(2, f"error: {problem}")
         with logging_redirect_tqdm():  # so that lines of the log don't end in a progress bar
             return run(typed)
-    text = OmegaConf.to_yaml(config, resolve=True)
+    text = OmegaConf.to_yaml(asdict(typed))
     print(text, end="", flush=True)
     if isinstance(typed, Config) and dry_run != "quiet":
         command = [sys.executable, "-m", "verl.tools.memory_plan"]
@@ -139,10 +130,9 @@ def parse_override(text: str) -> Override:
         override = OverridesParser.create().parse_override(text)
         if not override.is_delete():
             return override
-    raise ConfigError(
-        f"{text!r} is not an override: write key=value, with quotes around lists, such as "
-        "\"trainer.logger=['console','wandb']\""
-    )
+    remedy = "write key=value, with quotes around lists, such as"
+    example = "\"trainer.logger=['console','wandb']\""
+    raise ConfigError(f"{text!r} is not an override: {remedy} {example}")
 
 
 def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> dict[str, str]:

@@ -1,5 +1,4 @@
-"""Every key of `verl.trainer.main_ppo`: its type, default, unit, bounds, and what a change means
-(`verl.config.base.Rules`). The names are verl's. docs/keys.md is made from this."""
+"""Every key of `verl.trainer.main_ppo`, and its `Rules`; docs/keys.md is made from this."""
 
 from typing import Any
 
@@ -292,8 +291,7 @@ class CustomRewardConfig(Section):
     reward_kwargs: dict[str, Any] = key(dict, idle_if="custom_reward_function.path=null")
     """More arguments of it, always the same."""
     timeout_s: float = key(300.0, above=0, **FREE, idle_if="custom_reward_function.path=null")
-    """Seconds of one call; then the run stops, with a checkpoint (after twice that without one, if
-    the function holds Python's global lock)."""
+    """Seconds of one call; then the run stops, with a checkpoint unless it holds Python's lock."""
 
 
 class KLControlConfig(Section):
@@ -309,7 +307,7 @@ class KLControlConfig(Section):
     """Adaptive: divergence per token to steer towards, in nats."""
 
 
-class FilterGroupsConfig(Section):
+class GroupFilterConfig(Section):
     """`algorithm.filter_groups`: DAPO's dynamic sampling (arXiv 2503.14476, section 3.2)."""
 
     enable: bool = False
@@ -355,9 +353,7 @@ class AlgorithmConfig(Section):
     kl_penalty: str = key("kl", choices=KL_ESTIMATORS, idle_if="use_kl_in_reward=False")
     """Estimator of that divergence."""
     kl_ctrl: KLControlConfig = key(KLControlConfig, idle_if="use_kl_in_reward=False")
-    filter_groups: FilterGroupsConfig = key(
-        FilterGroupsConfig, idle_if="filter_groups.enable=False"
-    )
+    filter_groups: GroupFilterConfig = key(GroupFilterConfig, idle_if="filter_groups.enable=False")
     filter_overlong_response: FilterOverlongConfig = key(FilterOverlongConfig)
     rollout_correction: RolloutCorrectionConfig = key(
         RolloutCorrectionConfig, idle_if=("bypass_old_log_prob=True", "async_rollout=True")

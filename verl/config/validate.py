@@ -22,8 +22,7 @@ LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 
 
 def validate(config: Config | SFTConfig, wrong: Collection[str] = ()) -> list[str]:
-    """What can't run: a line for each problem, with the key and the remedy. Nothing more is said of
-    the keys in `wrong`, about which users are told already."""
+    """A line with key and remedy for each problem, but of keys in `wrong`, which users know of."""
     values = list(_values(config))
     wrong = {*wrong, *(key for key, _ in values)}
     found = [*_common(config)]
@@ -115,10 +114,8 @@ def _method(config: Config) -> Iterator[str]:
     for name in ("use_grpopp", "use_dr_grpo", "grpopp_config.alpha", "grpopp_config.scope"):
         value = operator.attrgetter(name)
         if value(algorithm) != value(actor):
-            yield (
-                f"{{algorithm.{name}=}} contradicts {{actor.{name}=}}: set algorithm.{name} alone, "
-                "the actor follows it"
-            )
+            remedy = f"set algorithm.{name} alone, the actor follows it"
+            yield f"{{algorithm.{name}=}} contradicts {{actor.{name}=}}: {remedy}"
     methods = [name for name in ("use_grpopp", "use_dr_grpo") if getattr(algorithm, name)]
     if len(methods) == 2:
         yield "algorithm.use_grpopp and algorithm.use_dr_grpo are two methods: turn one of them off"
@@ -163,11 +160,9 @@ def _training(config: Config) -> Iterator[str]:
             yield "{async_rollout=}: what is carried over would be too old; set {carry_over}=False"
     if rollout.top_p < 1 or rollout.top_k > 0:
         for name in [name for name in off if any(config.ending(name).values())]:
-            yield (
-                f"{{{name}=}} compares the engines' log-probabilities with the actor's, but "
-                "{rollout.top_p=} and {rollout.top_k=} change the engines': set "
-                f"{{{name}}}={off[name]}, or top_p=1 and top_k=-1"
-            )
+            text = f"{{{name}=}} compares the engines' log-probabilities with the actor's, but "
+            text += "{rollout.top_p=} and {rollout.top_k=} change the engines': set "
+            yield text + f"{{{name}}}={off[name]}, or top_p=1 and top_k=-1"
 
 
 def _engines(config: Config) -> Iterator[str]:

@@ -51,16 +51,12 @@ class Row(NamedTuple):
 def load_prompts(
     files: Files, config: DataConfig, tokenizer: Any, num_embeddings: float = inf
 ) -> list[Prompt]:
-    """Tokenized prompts of all files, in file order; `Prompt.index` counts rows before filtering.
-    `num_embeddings`: ids that the model knows. Columns: `config.prompt_key` (chat messages, or a
-    string with apply_chat_template=False), `config.reward_fn_key`, `reward_model` (struct with
-    `ground_truth`), `extra_info` (optional). Raises: FileNotFoundError; ValueError for bad rows."""
-    required = {
-        config.prompt_key: "set data.prompt_key",
-        config.reward_fn_key: "set data.reward_fn_key",
-        "reward_model": REWARD_MODEL,
-    }
-    rows = _read_rows(files, required)
+    """Tokenized prompts of all files, in order, from the columns `prompt_key` (chat messages, or
+    strings with apply_chat_template=False), `reward_fn_key`, `reward_model` and, if it is there,
+    `extra_info`. Raises: FileNotFoundError; ValueError for bad rows or ids ≥ `num_embeddings`."""
+    columns = {config.prompt_key: "data.prompt_key", config.reward_fn_key: "data.reward_fn_key"}
+    remedies = {column: f"set {key}" for column, key in columns.items()}
+    rows = _read_rows(files, remedies | {"reward_model": REWARD_MODEL})
     key, bos = config.prompt_key, _bos(config, tokenizer, chat=config.apply_chat_template)
     render = partial(_render, config, tokenizer)
     tokens = _tokenize(tokenizer, rows, key, render, num_embeddings, bos)
@@ -94,10 +90,9 @@ def load_prompts(
 def load_sft_rows(
     config: SFTDataConfig, tokenizer: Any, num_embeddings: float = inf
 ) -> list[Sample]:
-    """One sample per row of `config.train_files`: prompt, and response with end-of-sequence token.
-    With truncation=right a response that doesn't fit into max_length loses its last tokens, this
-    one included, and its finish_reason is `length`. Raises: as `load_prompts`, also for a tokenizer
-    without end-of-sequence token and for a prompt that leaves no room for a response."""
+    """One sample per row of `config.train_files`: prompt, and response with end-of-sequence token,
+    which one that is cut has not. Raises: as `load_prompts`, also for a tokenizer without such a
+    token and for a prompt that leaves no room for a response."""
     if (eos := tokenizer.eos_token_id) is None:
         problem = "the tokenizer has no end-of-sequence token, so no response could learn to end"
         remedy = "set eos_token in its tokenizer_config.json, or choose another with data.tokenizer"
@@ -132,9 +127,8 @@ def load_sft_rows(
 class PromptOrder:
     """The endless order of training prompts, in batches of `batch_size`. Resumes exactly. Epoch e
     is a permutation drawn from `np.random.default_rng([seed, e])`, or the order of the file with
-    shuffle=False. Its last prompts, too few for a batch, are skipped.
-
-    Example: ``PromptOrder(5, batch_size=2, shuffle=False)`` gives [0, 1], [2, 3], [0, 1], …"""
+    shuffle=False. Its last prompts, too few for a batch, are skipped. Example:
+    ``PromptOrder(5, batch_size=2, shuffle=False)`` gives [0, 1], [2, 3], [0, 1], …"""
 
     num_prompts: int
     batch_size: int

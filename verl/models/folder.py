@@ -40,17 +40,15 @@ def model_folder(model: ModelConfig) -> Path:
 
 
 def check_model(model: ModelConfig, longest: int, export: bool) -> None:
-    """Downloads a model of the hub: workers don't wait for each other as long as that takes. Raises
-    ValueError for what would stop them later, and with `export` the end of the run. Warns if
-    sequences of `longest` tokens have too few positions."""
+    """Downloads a model of the hub, which takes longer than workers wait for each other. Raises:
+    ValueError for what would stop them later or (`export`) the end of the run."""
     config = load_hf_config(model)
     positions = getattr(config, "max_position_embeddings", None)
     folder = Path(model.path).expanduser()
     if not folder.is_dir():
-        snapshot_download(
-            model.path, allow_patterns=[f"*{end}" for end in (*COPIED, ".safetensors")]
-        )
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        patterns = [f"*{end}" for end in (*COPIED, ".safetensors")]
+        snapshot_download(model.path, allow_patterns=patterns)
+    elif not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ValueError(f"actor_rollout_ref.model.path={model.path}: the folder holds no weights")
     if min(stop_token_ids(model)) >= (size := config.get_text_config().vocab_size):
         raise ValueError(f"{model.path} has {size} tokens, and the tokenizer's end is none of them")
@@ -59,10 +57,8 @@ def check_model(model: ModelConfig, longest: int, export: bool) -> None:
         with TemporaryDirectory() as place:
             write_folder(model, place, {}, None)
     if positions and longest > positions:
-        logger.warning(
-            f"prompts and responses of {longest} tokens are longer than the {positions} positions "
-            f"{model.path} was made for"
-        )
+        text = "prompts and responses of %d tokens are longer than the %d positions %s was made for"
+        logger.warning(text, longest, positions, model.path)
 
 
 def check_weights(model: ModelConfig) -> None:
@@ -115,8 +111,7 @@ def write_folder(
     """Writes the model's own folder with other weights, as `dtype`; None: of its own type."""
     source, target = model_folder(model), Path(folder)
     config = json.loads((source / "config.json").read_text())
-    as_before = load_hf_config(model).dtype or _stored_type(source)
-    kind = getattr(torch, dtype) if dtype else as_before
+    kind = getattr(torch, dtype) if dtype else load_hf_config(model).dtype or _stored_type(source)
     shell = skeleton(model)
     shell.generation_config = GenerationConfig()  # the model's own file may be invalid
     own, buffers = (dict(x) for x in (shell.named_parameters(), shell.named_buffers()))

@@ -7,7 +7,7 @@ from os.path import expanduser, isdir, isfile, join
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
@@ -75,10 +75,9 @@ def _load(kind: Any, path: str, key: str = "actor_rollout_ref.model.path", **opt
     try:
         return kind.from_pretrained(folder, **options)
     except OSError as error:
-        raise ValueError(
-            f"{key}={path}: no Hugging Face model there; name a folder or a model of the hub (in "
-            f"scripts by MODEL_PATH): {' '.join(str(error).split())}"
-        ) from error
+        remedy = "name a folder or a model of the hub (in scripts by MODEL_PATH)"
+        reason = f"{remedy}: {' '.join(str(error).split())}"
+        raise ValueError(f"{key}={path}: no Hugging Face model there; {reason}") from error
 
 
 def vocabulary_size(model: ModelConfig) -> int:
@@ -92,8 +91,7 @@ def num_embeddings(model: ModelConfig) -> int:
 
 
 def stop_token_ids(model: ModelConfig) -> list[int]:
-    """Tokens that end a response: the tokenizer's, and those that generation_config.json beside it
-    names. Raises: ValueError if there is none."""
+    """What ends a response, by tokenizer or generation_config.json. Raises: ValueError if none."""
     path = model.tokenizer_path or model.path
     try:
         named = _load(GenerationConfig, path).eos_token_id
@@ -105,10 +103,8 @@ def stop_token_ids(model: ModelConfig) -> list[int]:
     named = named if isinstance(named, list) else [named]
     stop = {*named, load_tokenizer(model).eos_token_id} - {None}
     if not stop:
-        raise ValueError(
-            f"{path}: neither generation_config.json nor the tokenizer names an "
-            "end-of-sequence token: add eos_token_id to one of them"
-        )
+        problem = "neither generation_config.json nor the tokenizer names an end-of-sequence token"
+        raise ValueError(f"{path}: {problem}: add eos_token_id to one of them")
     return sorted(stop)
 
 
@@ -135,9 +131,6 @@ def reorder_linears(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and multiplies_faster_reordered(module.weight):
             weight = torch.ops.mkldnn._reorder_linear_weight(module.weight, REORDERED_ROWS)
-            forward = partial(_linear, weight, module.bias)
-            module.forward = forward  # type: ignore[method-assign]  # an instance's own
-
-
-def _linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            rest = {"attr": "none", "scalars": [], "algorithm": ""}
+            linear = partial(torch.ops.mkldnn._linear_pointwise, W=weight, B=module.bias, **rest)
+            module.forward = linear  # type: ignore[method-assign]  # an instance's own

@@ -47,9 +47,8 @@ class InPlaceLayer(DynamicLayer):
 def decode_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa`; for one new token per row without a copy of the cache for each query
-    head: those that share a key-value head are so many queries of that head. query
-    [B, heads, T, D], key and value [B, key-value heads, length, D] → [B, T, heads, D]."""
+    """transformers' `sdpa`, [B, heads, T, D] → [B, T, heads, D]; for T = 1 without copies of the
+    cache: query heads that share a key-value head are so many queries of that head."""
     per_head = attention_mask is not None and attention_mask.shape[1] > 1
     if query.shape[2] > 1 or per_head or kw.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)

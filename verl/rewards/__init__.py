@@ -19,10 +19,9 @@ RULES: dict[str, Callable[[str, Any], dict[str, Any]]] = {
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Scores one response by the rule of its data source (verl's signature, also that of
-    `custom_reward_function`): `score` and `acc`, both 0 or 1; math adds `pred`, `undecided` and
-    `too_long`, and reads `find_maj` in `extra_info` (`answers.compare`). Raises: ValueError for an
-    unknown data source or a wrong ground truth; RewardServerError without a LaTeX server."""
+    """`score` and `acc`, 0 or 1, of a response by the rule of its data source (verl's signature);
+    for math as `MathClient.compute_score`. Raises: ValueError for an unknown data source or a wrong
+    ground truth; RewardServerError without a LaTeX server."""
     if data_source in MATH_SOURCES:
         return math.compute_score(data_source, solution_str, ground_truth, extra_info)
     if data_source in RULES:

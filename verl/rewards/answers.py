@@ -27,13 +27,12 @@ MOST = 5000  # characters that the LaTeX server reads
 
 
 class Comparison(NamedTuple):
-    """An answer and its reference; `equal` is None if only the LaTeX server can tell, and
-    `too_long`, whether the length alone has decided."""
+    """An answer, and what strings alone tell of it."""
 
     pred: str
-    gold: str
-    equal: bool | None
-    too_long: bool = False
+    gold: str  # the reference
+    equal: bool | None  # None: only the LaTeX server can tell
+    too_long: bool = False  # whether the length alone has decided
 
 
 def compare(
@@ -53,10 +52,8 @@ def compare(
       than `max_answer_length` and than the reference with `SLACK`, or than `MOST` in all.
     * `published` (arXiv 2509.07558, its repository): the last innermost box, else the whole
       response; `max_answer_length` alone, spaces included; of `gpqa` the first letter.
-    Raises: as `reference`. Example:
-    >>> compare("amc", r"so \boxed{\frac{3}{5}}", "0.6")
-    Comparison(pred='\\frac{3}{5}', gold='0.6', equal=None, too_long=False)
-    """
+    Raises: as `reference`. Example: ``compare("amc", r"so \boxed{\frac{3}{5}}", "0.6")`` is
+    ``Comparison(pred=r"\frac{3}{5}", gold="0.6", equal=None, too_long=False)``."""
     gold = reference(data_source, ground_truth)
     if published:
         answers = [text for *_, text in boxes(solution_str, True)] or [solution_str.strip()]
@@ -78,8 +75,7 @@ def compare(
 
 
 def reference(data_source: str, ground_truth: Any) -> str:
-    """The right answer. Raises: ValueError if the ground truth is neither LaTeX, in a box or not,
-    nor a number, or is no letter for `gpqa`."""
+    """The right answer. Raises: ValueError if neither LaTeX nor a number; of gpqa, no letter."""
     number = isinstance(ground_truth, Real) and not isinstance(ground_truth, bool)
     text = str(ground_truth) if number else ground_truth
     if isinstance(text, str):
@@ -93,11 +89,8 @@ def reference(data_source: str, ground_truth: Any) -> str:
 def final_answers(text: str) -> list[str]:
     r"""What a response answers after its thinking: what stands in its complete, outermost boxes or,
     if they end later, in its last ``<answer>`` tags; without either, all that is left. The last one
-    decides. Boxes with nothing but a comma, "and" or "or" between them are one answer.
-
-    >>> final_answers(r"<think>\boxed{7}</think>So \boxed{2} or $\boxed{3}$.")
-    ['2, 3']
-    """
+    decides. Boxes with nothing but a comma, "and" or "or" between them are one answer. Example:
+    ``final_answers(r"<think>\boxed{7}</think>So \boxed{2} or $\boxed{3}$.")`` is ``["2, 3"]``."""
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     found, end = boxes(text), text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
@@ -118,11 +111,8 @@ def final_answers(text: str) -> list[str]:
 def boxes(text: str, published: bool = False) -> list[tuple[int, int, str]]:
     r"""Start, end and content of each complete box, in order: ``\boxed{…}`` with balanced braces,
     ``\boxed 5``, ``\fbox{…}``; of nested ones the outermost. `published`: ``\boxed{…}`` alone, and
-    the innermost. Takes time in proportion to the text, whatever its braces do.
-
-    >>> boxes(r"\boxed{1}, no: \boxed{\frac{1}{2}}, \boxed{3")
-    [(0, 9, '1'), (15, 34, '\\frac{1}{2}')]
-    """
+    the innermost. Takes time in proportion to the text, whatever its braces do. Example:
+    ``boxes(r"\boxed{1}, no: \boxed{2}, \boxed{3")`` is ``[(0, 9, "1"), (15, 24, "2")]``."""
     found: list[tuple[int, int, slice]] = []
     opened: list[tuple[int, int]] = []  # where each open brace's content starts; of a box: its own
     newest = -1  # content of the box that was opened last

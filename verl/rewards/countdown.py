@@ -1,5 +1,4 @@
-"""CountDown: combine all given numbers with + - * / so that they make the target. The response is
-hostile input: it is evaluated here with exact fractions, never by Python's parser."""
+"""CountDown: combine numbers with + - * / to make a target. Nothing of a response is executed."""
 
 import operator
 import re
@@ -18,16 +17,12 @@ ASSISTANT_MARKS = ("Assistant:", "<|im_start|>assistant")
 
 
 def compute_score(solution_str: str, ground_truth: Any) -> dict[str, float]:
-    """1 if the answer uses each number exactly once and makes the target, else 0.
-
-    The answer is the last ``<answer>…</answer>`` on the last line, after the first ``Assistant:``
-    (or ``<|im_start|>assistant``) if there is one. It holds nothing but ASCII digits, + - * / ( )
-    and whitespace; signs, leading zeros and ``= target`` are wrong. Raises: ValueError unless
-    `ground_truth` is ``{"target": int, "numbers": sequence or array of int >= 0}``.
-
-    >>> compute_score("<answer> 8 * 3 </answer>", {"target": 24, "numbers": [3, 8]})
-    {'score': 1.0, 'acc': 1.0}
-    """
+    """1 if the answer uses each number exactly once and makes the target, else 0. The answer is the
+    last ``<answer>…</answer>`` on the last line, after the first ``Assistant:`` (or
+    ``<|im_start|>assistant``) if there is one. It holds nothing but ASCII digits, + - * / ( ) and
+    whitespace; signs, leading zeros and ``= target`` are wrong. Raises: ValueError unless
+    `ground_truth` is ``{"target": int, "numbers": sequence or array of int >= 0}``. Example:
+    ``<answer> 8 * 3 </answer>`` is right for ``{"target": 24, "numbers": [3, 8]}``."""
     target, numbers = _read_ground_truth(ground_truth)
     answer = extract_answer(solution_str)
     correct = float(answer is not None and _is_solution(answer, target, numbers))

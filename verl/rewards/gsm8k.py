@@ -16,11 +16,8 @@ _PLAIN = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 def compute_score(solution_str: str, ground_truth: Any, method: str = "strict") -> dict[str, float]:
     """1 if the answer equals the reference as a number (18 = 18.0, 1,000 = 1000), else 0. `method`:
     ``strict`` takes the last ``#### <number>``, ``flexible`` the last number. Raises: ValueError
-    for another, or a ground truth that is no number (also as text, ``"1,000"``).
-
-    >>> compute_score("20 - 2 = 18\\n#### 18", "18")
-    {'score': 1.0, 'acc': 1.0}
-    """
+    for another, or a ground truth that is no number (also as text, ``"1,000"``). Example:
+    ``compute_score("so 18\\n#### 18", "18")`` is ``{"score": 1.0, "acc": 1.0}``."""
     if method not in METHODS:
         raise ValueError(f"method={method!r}: choose one of {', '.join(METHODS)}")
     known = isinstance(ground_truth, (str, Real)) and not isinstance(ground_truth, bool)
@@ -34,7 +31,6 @@ def compute_score(solution_str: str, ground_truth: Any, method: str = "strict") 
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Exact value of plain decimal notation, ``$1,234.50``, also with the full stop of a sentence;
-    None for anything else (exponents are never raised)."""
+    """Exact value of plain decimal notation, ``$1,234.50`` or ``18.``; None for anything else."""
     text = text.replace(",", "").replace("$", "").removesuffix(".")
     return Fraction(text) if _PLAIN.fullmatch(text) else None

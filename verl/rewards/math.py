@@ -88,9 +88,8 @@ class MathClient:
         self._http = httpx.AsyncClient(base_url=self.url, limits=limits, trust_env=False)
 
     async def connect(self, log_file: Path) -> None:
-        """Asks one pair that is equal and one that is not. With `config.autostart` a server that
-        isn't there is started, now and later, and prints to `log_file`. Raises: RewardServerError
-        without a server; ValueError for another one, or a URL where none can be started."""
+        """Tries the server, which `config.autostart` starts, with its output in `log_file`. Raises:
+        RewardServerError without one; ValueError for another, or a URL where none can start."""
         if self.config.autostart:
             self.process = ServerProcess(self.url, log_file)
         pairs = [(r"\frac{3}{5}", "0.6"), (r"\frac{3}{5}", "0.5")]
@@ -104,9 +103,8 @@ class MathClient:
     async def compute_score(self, *arguments: Any) -> dict[str, Any]:
         """Of the arguments of `compare`: `score` and `acc` (0 or 1), `pred` (the answer), and what
         counts as wrong: `undecided`, 1 where the server understood but a part of the answer, ran
-        into its limits or failed; `too_long`, 1 where the length alone has decided. Raises:
-        ValueError for a ground truth of the wrong form or a pair that the server refuses;
-        RewardServerError without an answer within `config.max_wait_s`."""
+        into its limits or failed; `too_long`, 1 where the length decides. Raises: ValueError for
+        a ground truth or a pair that can't be; RewardServerError without an answer."""
         published, limit = self.config.answer_rule == "published", self.config.max_answer_length
         answer = compare(*arguments, published=published, max_answer_length=limit)
         equal, undecided = answer.equal, False

@@ -48,9 +48,8 @@ class RewardManager:
         self._loop, self._thread = start_event_loop("rewards")
 
     def connect(self, prompts: Sequence[Prompt], folder: Path) -> None:
-        """Makes sure that responses to these prompts can be scored. A server that it starts keeps
-        its log in `folder`. Raises: ValueError for one without a function, or whose ground truth is
-        not of the form that this needs; as `MathClient.connect`."""
+        """Makes sure that responses to these prompts can be scored; a server's log is in `folder`.
+        Raises: ValueError for a prompt that no function can score; as `MathClient.connect`."""
         if self.custom is not None:
             return
         for prompt in prompts:
@@ -67,10 +66,9 @@ class RewardManager:
             self._run(self.math.connect(folder / "math_server.log")).result()
 
     def submit(self, samples: list[Sample]) -> Future[list[Sample]]:
-        """Starts to set `score`, `reward` and `extras` (with `acc`, always) of each sample. The
-        future holds the samples: all of them filled or, after an error, none. Raises, in the
-        future: RewardError if the reward function failed (its error is chained) or the LaTeX server
-        is gone; ValueError for a result that is no finite number or dict with one."""
+        """The future samples with `score`, `reward` and `extras` (`acc` always): all or, after an
+        error, none. Raises in the future: RewardError if the reward function fails or the LaTeX
+        server is gone; ValueError for a result that is no finite number or dict with one."""
         return self._run(self._score(samples))
 
     def texts(self, samples: Sequence[Sample]) -> list[str]:

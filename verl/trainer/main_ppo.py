@@ -18,9 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: Config) -> None:
-    """Trains as `config` says; again from the latest checkpoint, `trainer.max_restarts` times, if a
-    worker dies. Ends the process with one message, and with status 2 for input that can't be used,
-    1 for what went wrong later, 128 + N after signal N."""
+    """Trains, and goes on `trainer.max_restarts` times if a worker dies. An error or signal ends it
+    with one message and status 2 (input that can't be used), 1 (later), or 128 + N (signal N)."""
     import ray  # heavy imports wait until the configuration is known to be good
     from ray.exceptions import RayActorError
 

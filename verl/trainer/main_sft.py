@@ -1,5 +1,4 @@
-"""Supervised warm-up with the actor's workers: `python -m verl.trainer.main_sft key=value …`. The
-loss is the aggregation `token-mean` of −log π over the response tokens of a batch."""
+"""Supervised warm-up, token-mean of −log π: `python -m verl.trainer.main_sft key=value …`."""
 
 from pathlib import Path
 from typing import Any
@@ -82,8 +81,7 @@ def run(config: SFTConfig) -> None:
     signals = StopSignals()
     try:
         check_model(config.model, config.data.max_length, export=True)
-        tokenizer = load_tokenizer(config.model)
-        folder = train(config, tokenizer, signals)
+        folder = train(config, load_tokenizer(config.model), signals)
     except (ValueError, OSError, FloatingPointError) as error:
         exit_with(2, f"error: {error}")
     except KeyboardInterrupt:

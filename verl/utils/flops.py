@@ -25,9 +25,8 @@ def head_size(config: Any) -> int:
 def update_flops(size: ModelSize, prompts: ArrayLike, responses: ArrayLike) -> float:
     """Of a forward and a backward pass over sequences of these lengths in tokens, [N]: of a matrix
     product 2 for each weight and token, and twice that backwards. T = P + R − 1 tokens go through
-    the decoder, R hidden states through the head; each causal pair has a key and a value:
-    6·decoder·T + 6·head·R + 12·attention·T(T+1)/2. Not counted: other operations, those that
-    gradient checkpointing repeats, sliding windows."""
+    the decoder, R hidden states through the head; each causal pair has a key and a value. Other
+    operations are not counted: 6·decoder·T + 6·head·R + 12·attention·T(T+1)/2."""
     R = np.asarray(responses, np.float64)
     T = np.asarray(prompts, np.float64) + R - 1
     pairs = T * (T + 1) / 2

@@ -116,10 +116,8 @@ def write_responses(
 def some_generations(
     samples: Sequence[Sample], number: int, tokenizer: Any, skip_special_tokens: bool = False
 ) -> list[tuple[str, str, float]]:
-    """(prompt, response, score) of at most `number` samples, for people to read; drawn by their
-    positions alone, so that each validation shows the same prompts."""
-    order = np.random.default_rng(0).permutation(len(samples))
-    chosen = [samples[i] for i in order[:number]]
+    """(prompt, response, score) of at most `number` samples, the same prompts each time."""
+    chosen = [samples[i] for i in np.random.default_rng(0).permutation(len(samples))[:number]]
     texts = response_texts(chosen, tokenizer, skip_special_tokens)
     prompts = [str(tokenizer.decode(s.prompt.token_ids)) for s in chosen]
     return [(p, t, float(s.score)) for p, t, s in zip(prompts, texts, chosen, strict=True)]

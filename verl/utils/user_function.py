@@ -20,8 +20,7 @@ Function = Callable[..., Any]
 
 
 def load_function(key: str, path: str, name: str) -> Function:
-    """The function `name` of the Python file `path`; `key`: what the configuration calls it.
-    Raises: ValueError if there is none, or the file can't be imported."""
+    """The function `name` of the file `path`, for the configuration's `key`. Raises: ValueError."""
     file = Path(path).expanduser().absolute()
     if not file.is_file():
         raise ValueError(f"{key}.path={path}: no such file")
@@ -47,8 +46,7 @@ def load_function(key: str, path: str, name: str) -> Function:
 
 
 def taken(function: Function, names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
-    """Those of the arguments `names` that a function takes by name, beside all `others`. Raises:
-    TypeError if it can't be called with them."""
+    """The `names` that it takes as arguments; TypeError if it can't be called with all `others`."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # some functions that are written in C don't say what they take
@@ -131,8 +129,7 @@ class UserFunction:
     def _postpone_exit(self) -> None:
         if sys.__stderr__ is not None:
             faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=sys.__stderr__)
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(self.timeout_s / 4, self._postpone_exit)
+        self._timer = asyncio.get_running_loop().call_later(self.timeout_s / 4, self._postpone_exit)
 
 
 def start_event_loop(name: str) -> tuple[asyncio.AbstractEventLoop, Thread]:

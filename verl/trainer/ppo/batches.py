@@ -1,6 +1,5 @@
-"""Prompts → the train batch of each step: generation, rewards, DAPO's filters, prefetch. With
-`trainer.async_rollout` a thread generates the batch of step k + 1 while step k trains, so with the
-weights from before that; `next` waits, gives idle engines the new weights, and starts it again."""
+"""Prompts → the train batch of each step: generation, rewards, DAPO's filters, prefetch: with
+`trainer.async_rollout` a thread generates the next one, with the weights from before this step."""
 
 import logging
 import math
@@ -32,8 +31,7 @@ METRICS: dict[str, Callable[[Sample], float]] = {
     "score": lambda sample: sample.score,
     **dict.fromkeys(("seq_reward", "seq_final_reward"), lambda sample: sample.reward),
 }
-"""What `algorithm.filter_groups.metric` compares. Both rewards hold the overlong punishment; with a
-KL term, where they would differ, the configuration refuses `seq_final_reward`."""
+"""What `filter_groups.metric` compares. With a KL term, verl's two rewards would differ."""
 
 
 class TrainBatch(NamedTuple):
@@ -196,9 +194,8 @@ class Batches:
     def scored(
         self, prompts: list[Prompt], first: int, params: SamplingParams, timer: Timer
     ) -> Generator[list[Sample], None, None]:
-        """The responses to these prompts, whose groups are numbered from `first`: in this order, a
-        group as soon as it is complete and scored. Closing it ends generation and scoring. A
-        reward's error is raised at its group's turn, whenever the responses were finished."""
+        """The responses to these prompts, a group (numbered from `first`) as soon as it is scored;
+        reward errors are raised at their group's turn. Closing it ends generation and scoring."""
         numbers = list(range(first, first + len(prompts)))
         scoring: list[list[Future[list[Sample]]]] = [[] for _ in prompts]
         generated, more = self.generate(prompts, numbers, params), True
@@ -268,8 +265,7 @@ def has_spread(group: Sequence[Sample], metric: str) -> bool:
 
 
 def mini_batches(config: Config, samples: list[Sample], step: int) -> Iterator[list[Sample]]:
-    """The samples of each optimizer step: `ppo_mini_batch_size` prompts with all their responses,
-    over `ppo_epochs` epochs, in order or (`actor.shuffle`) at random."""
+    """The samples of each optimizer step: all responses to `ppo_mini_batch_size` prompts."""
     actor = config.actor_rollout_ref.actor
     groups = split_groups(samples)
     for epoch in range(actor.ppo_epochs):

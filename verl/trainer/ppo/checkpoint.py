@@ -29,8 +29,7 @@ CHECKED_BYTES = 2**20  # of each file's start and end are compared with the mani
 
 @dataclass(slots=True)
 class TrainState:
-    """All that a resumed run needs of the driver. Random numbers need no state: each generator is
-    seeded with the configuration's seed and step."""
+    """All that a resumed run needs of the driver. Random generators are made anew in each step."""
 
     batches: BatchesState  # position in the data, responses that wait for the next step
     step: int = 0  # training steps made
@@ -44,13 +43,12 @@ SCALARS = [f.name for f in fields(TrainState) if f.name != "batches"]  # as they
 
 
 class CheckpointFolder:
-    """The checkpoints below `trainer.default_local_dir`."""
+    """The checkpoints in `root`, where this run writes; what is only validated stays as it is."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.trainer = config, config.trainer
         self.home = Path(self.trainer.default_local_dir).expanduser().resolve()
         self.root = self.home / "val_only" if self.trainer.val_only else self.home
-        """Where this run writes: what is only validated stays as it is."""
         self.named = Path(self.trainer.resume_from_path or "").expanduser().resolve()
         self.run_id = ""  # of the run that goes on; empty for a new one
         self.latest: Path | None = None  # the last that was written or, before that, resumed from
@@ -65,7 +63,14 @@ class CheckpointFolder:
         try:
             aside.mkdir(parents=True)
             save_policy(aside / "actor")
-            self._write_state(aside, state)
+            batches, prefetched = state.batches, state.batches.prefetched
+            write_samples(aside / CARRIED, [s for group in batches.carried for s in group])
+            if prefetched is not None:
+                write_samples(aside / PREFETCHED, prefetched.samples)
+            saved = {f: getattr(state, f) for f in SCALARS} | {"order": batches.order}
+            saved |= {"run_id": owner(self.root), "config": asdict(self.config)}
+            saved["prefetched_metrics"] = prefetched.metrics if prefetched else None
+            (aside / "trainer.json").write_text(json.dumps(saved))
             seal(aside)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
@@ -97,26 +102,14 @@ class CheckpointFolder:
             text = "NO CHECKPOINT OF STEP %d: %s. The latest one is %s; make room in %s"
             logger.error(text, state.step, cause, self.latest, self.root)
 
-    def _write_state(self, folder: Path, state: TrainState) -> None:
-        batches, prefetched = state.batches, state.batches.prefetched
-        write_samples(folder / CARRIED, [s for group in batches.carried for s in group])
-        if prefetched is not None:
-            write_samples(folder / PREFETCHED, prefetched.samples)
-        saved = {f: getattr(state, f) for f in SCALARS}
-        saved |= {"order": batches.order, "run_id": owner(self.root), "config": asdict(self.config)}
-        saved["prefetched_metrics"] = prefetched.metrics if prefetched else None
-        (folder / "trainer.json").write_text(json.dumps(saved))
-
     def load(self, folder: Path, prompts: Sequence[Prompt]) -> TrainState:
-        """The inverse of `save`, without the policy. `prompts`: those of training; without any,
-        nothing that waits for the next step comes back. Raises: ValueError if it belongs to another
-        training that `trainer.resume_mode` doesn't allow."""
+        """The inverse of `save`, but for the policy and, without training `prompts`, what waits for
+        the next step. Raises: ValueError for another training, unless `resume_mode` allows it."""
         saved = read_state(folder)
         if missing := {*SCALARS, "prefetched_metrics", "run_id"} - saved.keys():
-            raise ValueError(
-                f"{folder} was written by another version, which did not save {min(missing)}: go "
-                "on with that one, or start anew with trainer.resume_mode=disable"
-            )
+            problem = f"was written by another version, which did not save {min(missing)}"
+            remedy = "go on with that one, or start anew with trainer.resume_mode=disable"
+            raise ValueError(f"{folder} {problem}: {remedy}")
         if not self._compare_config(folder, saved["config"]):
             saved["best"] = {}  # its validations can't be compared with what comes
         batches = BatchesState(saved["order"])
@@ -156,8 +149,7 @@ class CheckpointFolder:
                 shutil.rmtree(old, ignore_errors=True)
 
     def find(self) -> Path | None:
-        """Locks the folder. The checkpoint to resume from, as `trainer.resume_mode` says; None:
-        start anew. Raises: ValueError if that can't be, or none is whole."""
+        """Locks the folder; the checkpoint to resume from. Raises: ValueError if none is whole."""
         make_folder(self.root)
         if self.trainer.resume_mode != "resume_path":
             return find_latest(self.home) if self.trainer.resume_mode == "auto" else None
@@ -191,10 +183,9 @@ def find_latest(root: Path) -> Path | None:
             if problems:
                 logger.warning("taking the checkpoint %s (%s)", folder, "; ".join(problems))
             return folder
-    raise ValueError(
-        f"no checkpoint of the run in {root} is whole ({'; '.join(problems)}): bring one back, or "
-        "start anew with trainer.resume_mode=disable"
-    )
+    problem = f"no checkpoint of the run in {root} is whole ({'; '.join(problems)})"
+    remedy = "bring one back, or start anew with trainer.resume_mode=disable"
+    raise ValueError(f"{problem}: {remedy}")
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from verl.config.schema import Config
 from verl.protocol import OptimizerStep, Sample
 from verl.rewards.scorer import RewardManager
 from verl.trainer.ppo.batches import has_spread
-from verl.utils.device import cluster_device, default_dtype
+from verl.utils.device import default_dtype
 from verl.utils.samples import write_samples
 
 logger = logging.getLogger(__name__)
@@ -24,9 +24,8 @@ def count_skipped(
     steps: Sequence[OptimizerStep],
     dump: Path,
 ) -> int:
-    """How many optimizer steps up to now were skipped in a row, as their loss or gradient was not
-    finite, from the count before and what each rank says about each step, [ranks][steps]. Raises:
-    FloatingPointError after `limit` in a row; `steps` are then written to `dump`."""
+    """How many optimizer steps up to now were skipped in a row, as loss or gradient was not finite;
+    `by_rank`: [ranks][steps]. Raises: FloatingPointError after `limit`, with `steps` in `dump`."""
     flags = [max(rank["skipped"] for rank in ranks) for ranks in zip(*by_rank, strict=True)]
     for skipped in flags:
         in_a_row = in_a_row + 1 if skipped else 0
@@ -60,12 +59,12 @@ def warn_of_equal_scores(samples: Sequence[Sample], rewards: RewardManager) -> N
         logger.warning(text, len(samples), samples[0].score, shown.strip("\n"))
 
 
-def warn_of_disagreement(config: Config, metrics: Mapping[str, Any]) -> None:
+def warn_of_disagreement(config: Config, metrics: Mapping[str, Any], device: str) -> None:
     """Warns if `rollout/logprob_diff_mean` is more than the types of the numbers explain."""
     rollout, found = config.actor_rollout_ref.rollout, metrics.get("rollout/logprob_diff_mean")
     if found is None or rollout.top_p < 1 or rollout.top_k > 0:  # which the actor knows nothing of
         return
-    usual = default_dtype(cluster_device(config.trainer.device))
+    usual = default_dtype(device)
     precision = config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype
     types = {rollout.dtype or usual, precision or usual}
     # Nats a token. Rounding alone makes about 1e-6 in float32, 1e-2 in bfloat16.

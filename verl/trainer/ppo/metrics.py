@@ -50,9 +50,8 @@ def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, flo
 def speed_metrics(
     samples: list[Sample], seconds: Mapping[str, float], num_devices: int, filtering: bool = False
 ) -> dict[str, float]:
-    """``timing_s/…`` of phases and `step`, ``timing_per_token_ms/…``, and how many tokens are
-    trained on, over the whole step and all devices. With `algorithm.filter_groups` (`filtering`)
-    `gen` has no time per token: other responses are generated than those that are trained on."""
+    """``timing_s/…`` of phases and `step`, ``timing_per_token_ms/…`` (but of `gen` if `filtering`:
+    more responses are generated than trained on), and the tokens of the whole step."""
     total = sum(s.num_tokens for s in samples)
     tokens = dict.fromkeys(TOKEN_PHASES, total)
     tokens["gen"] = 0 if filtering else sum(s.length for s in samples)
@@ -80,8 +79,7 @@ def mfu_metrics(
 
 
 def validation_metrics(samples: list[Sample]) -> dict[str, float]:
-    """Of each data source, averaged over its P prompts: mean@N, std@N, best@k and maj@N of the
-    accuracy of a prompt's N responses; scores and lengths."""
+    """Of each data source with P prompts: accuracies as mean@N, …, maj@N; scores and lengths."""
     by_source: dict[str, dict[int, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for s in samples:
         by_source[s.prompt.data_source][s.prompt.index].append(s)
@@ -141,10 +139,9 @@ def validation_scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, float]:
-    """Ranks' sums of each mini-batch → `actor/…` and `rollout/…` means over mini-batches, of which
-    `actor/skipped_steps` counts the skipped ones. Sums named `w/…` already carry the weights of the
-    loss; of `perf/…`, `…_max` and what all ranks share it is the largest; the others become means
-    over tokens, those named `rollout/…` over `rollout/tokens`."""
+    """Ranks' sums of each mini-batch → means over mini-batches; `actor/skipped_steps`. Sums `w/…`
+    carry the loss's weights; of `perf/…`, `…_max` and what ranks share the largest counts; others
+    become means over tokens, those named `rollout/…` over `rollout/tokens`."""
     by_name: dict[str, list[float]] = defaultdict(list)
     for parts in zip(*by_rank, strict=True):  # one mini-batch, all ranks
         tokens, compared = (sum(p.get(k, 0) for p in parts) for k in ("tokens", "rollout/tokens"))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from verl.algorithms import advantages, kl, weights
 from verl.config.schema import Config
@@ -92,12 +93,9 @@ class RayPPOTrainer:
                 self.save_checkpoint()
             self.stop.patient = False
 
-    # ------------------------------------------------------------------------------- the stages
-
     def add_log_probs(self, samples: list[Sample], timer: Timer) -> dict[str, float]:
-        """Log-probabilities under the reference, and under the policy before its update. Responses
-        of an older policy keep those that they were sampled with. Where one optimizer step on fresh
-        responses follows, they stay None: the loss takes those of its own forward pass."""
+        """Log-probabilities under the reference, and before the update: those that old responses
+        were sampled with; None, for the loss to take its own, if one step on fresh ones follows."""
         config, actor = self.config.algorithm, self.config.actor_rollout_ref.actor
         before = self.state.step - 1  # the version of the policy that is about to be updated
         bypass = config.bypass_old_log_prob
@@ -121,7 +119,8 @@ class RayPPOTrainer:
         for s in samples:
             assert s.old_log_probs is not None and s.ref_log_probs is not None
             old, ref = s.counted(s.old_log_probs), s.counted(s.ref_log_probs)
-            divergences.append(kl.kl_of_response(old, ref, config.kl_penalty))
+            kl_t = kl.kl_divergence(torch.tensor(old), torch.tensor(ref), config.kl_penalty)
+            divergences.append(kl_t.double().sum().item())
             s.reward -= beta * divergences[-1]
         per_token = float(np.mean(divergences / response_lengths(samples).clip(min=1)))
         if config.kl_ctrl.type == "adaptive":
@@ -164,7 +163,7 @@ class RayPPOTrainer:
             by_rank, state.skipped_in_a_row, self.config.trainer.max_skipped_steps, steps, dump
         )
         record = metrics.update_metrics(by_rank)
-        checks.warn_of_disagreement(self.config, record)
+        checks.warn_of_disagreement(self.config, record, self.workers.device)
         return record
 
     def update_engines(self) -> None:
@@ -191,11 +190,8 @@ class RayPPOTrainer:
             **metrics.mfu_metrics(workers.model_size, steps, update_s, workers.peak_flops),
         }
 
-    # ------------------------------------------------------- validation, checkpoints, the end
-
     def end_step(self, record: dict[str, float]) -> None:
-        """Validates if that is due (for a run that is to stop, the resumed one makes up for it),
-        logs the step, and writes a checkpoint if that is due."""
+        """Validates if due (a run that is to stop leaves that to the next one), logs, and saves."""
         trainer = self.config.trainer
         self.state.validation_due = self.is_due(trainer.test_freq)
         timer = Timer()

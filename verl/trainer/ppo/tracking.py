@@ -62,14 +62,12 @@ def _never_fatal(name: str, consequence: str) -> Iterator[None]:
 
 
 class Tracking(AbstractContextManager["Tracking"]):
-    """Writes the metrics of each training step to metrics.jsonl and to every logger of
-    `trainer.logger`, and responses to the folders for them."""
+    """Writes metrics to metrics.jsonl and every logger of `trainer.logger`; responses to files."""
 
     def __init__(
         self, config: Any, run_dir: Path, run_id: str, total_steps: int, step: int, tokenizer: Any
     ) -> None:
-        """`config`: a `Config` or `SFTConfig`. `run_id`: of the run that goes on after `step`, here
-        and in wandb; empty: a new one. What another run left in its folders is moved aside."""
+        """`config`: a `Config` or `SFTConfig`; `run_id`: as for `claim`; `step`: steps made."""
         self.config, self.trainer, self.tokenizer = config, config.trainer, tokenizer
         settings = asdict(config)
         trainer, names = settings["trainer"], self.trainer.logger  # a list, or one
@@ -112,8 +110,7 @@ class Tracking(AbstractContextManager["Tracking"]):
         self._tell(lambda logger: logger.log(floats, step, whole_step if complete else None))
 
     def _tell(self, what: Callable[["Logger"], None]) -> None:
-        """A logger that fails is left out from then on: in an event file that a full disk has cut
-        off, nothing that comes later would be seen."""
+        """A logger that fails is left out from then on: its file may end in half a record."""
         loggers, self.loggers = self.loggers, []
         for each in loggers:
             with _never_fatal(each.name, REMEDY):
@@ -180,19 +177,16 @@ class Logger(NamedTuple):
     """Shows metrics to people."""
 
     name: str
-    log: Callable[[Metrics, int, Metrics | None], Any]
-    """New numbers of a step; and all of the step's, once it is complete."""
-    close: Callable[[bool], Any]
-    """The run has ended: whether with an error."""
+    log: Callable[[Metrics, int, Metrics | None], Any]  # what is new; all of a complete step
+    close: Callable[[bool], Any]  # whether the run ends with an error
     log_generations: Callable[[Generations, int], Any] = lambda generations, step: None
-    """Responses of the validation after a step."""
 
 
 def start_console(total_steps: int, step: int) -> Logger:
     """Lines and tables on standard output; in a terminal a progress bar on standard error."""
-    options: Any = {"unit": "step", "dynamic_ncols": True, "leave": False}
     # disable=None: no bar without a terminal
-    bar = tqdm(total=total_steps, initial=step, disable=None, **options)
+    options: Any = {"unit": "step", "dynamic_ncols": True, "leave": False, "disable": None}
+    bar = tqdm(total=total_steps, initial=step, **options)
 
     def log(metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
         if whole_step is None:
@@ -332,9 +326,8 @@ def owner(folder: Path) -> str | None:
 
 
 def claim(folders: Mapping[str, Path], run_id: str) -> str:
-    """Makes folders, by their keys, those of the run `run_id` or, if that is empty, of a new one,
-    whose id it returns. What another run left is moved into a subfolder, which is a run's folder
-    again; `LATEST` goes first, so that after a kill nothing resumes from the rest."""
+    """Gives folders, by their keys, to the run `run_id` (empty: a new one); returns its id. What
+    another left is moved to a subfolder, `LATEST` first: after a kill nothing resumes from it."""
     new, token, moved = not run_id, uuid.uuid4().hex[:8], []
     run_id = run_id or token
     for key, path in folders.items():

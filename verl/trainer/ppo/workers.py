@@ -41,7 +41,7 @@ class Workers:
         per_node = ranks + (trainer.rollout_gpus_per_node or 0)
         start_ray(trainer.nnodes * per_node, config.ray_init.num_cpus)
         ray_started()
-        device = cluster_device(trainer.device)
+        device = self.device = cluster_device(trainer.device)
         slots = reserve_devices(trainer.nnodes, per_node, device)
         actor_slots = [slot for i, slot in enumerate(slots) if i % per_node < ranks]
         engine_slots = [slot for i, slot in enumerate(slots) if i % per_node >= ranks]
