@@ -172,7 +172,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 
 def test_no_script_is_left_out() -> None:
     found = {path.stem for path in SCRIPTS.glob("*.sh")}
-    assert found == {*EXPERIMENTS, "quickstart", MATH_TINY, "_common", "_tiny"}
+    assert found == {*EXPERIMENTS, "quickstart", "first_run", MATH_TINY, "_common", "_tiny"}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
