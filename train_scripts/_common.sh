@@ -166,11 +166,14 @@ launch() {
     sed -n '4,/^# shellcheck/{/^# shellcheck/d; s/^# \{0,1\}//; p;}' "${BASH_SOURCE[0]}"
     return
   fi
-  local settings=()
+  local config settings overrides=("$@")
   if [[ ${PUBLISHED:-0} == 0 ]]; then
-    mapfile -t settings < <(DRY_RUN=quiet "$PYTHON" -m "$@" 2>/dev/null |
-      "$PYTHON" -m verl.tools.gpu_settings "${GIVEN[@]}")
-    set -- "$@" "${settings[@]}"
+    # If the configuration has an error, the run itself reports it.
+    if config=$(DRY_RUN=quiet "$PYTHON" -m "$@" 2>/dev/null); then
+      settings=$("$PYTHON" -m verl.tools.gpu_settings ${GIVEN[@]+"${GIVEN[@]}"} <<<"$config")
+      [[ -z $settings ]] || mapfile -t -O "${#overrides[@]}" overrides <<<"$settings"
+    fi
+    set -- ${overrides[@]+"${overrides[@]}"}
   fi
   if [[ ${DRY_RUN:-0} == 0 ]]; then
     [[ ${SUBMIT:-0} == 0 ]] || exec "$PYTHON" "$REPO/train_scripts/_submit.py" "$@"

@@ -104,7 +104,8 @@ def test_no_name_stands_twice_and_none_is_a_key_here() -> None:
     assert set(names.values()) == {1}
     assert not names.keys() & KNOWN.keys()
     assert {*OF_ALL_RANKS.values()} <= KNOWN.keys()
-    assert not NOT_SUPPORTED.keys() & (names.keys() - {"algorithm.gamma", "algorithm.lam"})
+    only_with_a_value = {n.partition("=")[0] for n in WITHOUT_EFFECT if "=" in n}
+    assert not NOT_SUPPORTED.keys() & (names.keys() - only_with_a_value)
 
 
 def test_keys_without_effect_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -129,8 +130,44 @@ def test_all_that_is_refused_stands_in_one_message() -> None:
     assert lam.startswith("algorithm.lam is known in verl, but not supported here: ")
 
 
+def test_keys_of_the_schema_are_never_said_to_have_no_effect(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    actor = "actor_rollout_ref.actor"
+    with caplog.at_level(logging.WARNING):
+        config = load_config(
+            [
+                f"{actor}.optim.weight_decay=0",
+                f"{actor}.fsdp_config.reshard_after_forward=False",
+                f"{actor}.fsdp_config={{param_offload: False}}",
+                "algorithm.rollout_correction.rollout_is=null",
+            ]
+        )
+    assert caplog.text == "" and config.actor_rollout_ref.actor.optim.weight_decay == 0
+    for key in NOT_SUPPORTED | WITHOUT_EFFECT:  # nor hides a table what is misspelled beside them
+        assert not [known for known in KNOWN if known.startswith(f"{key}.")]
+    with pytest.raises(ConfigError, match=r"there is no key .*; the nearest one is '.*offload'"):
+        compose_config([f"{actor}.fsdp_config.param_ofload=False"])
+
+
+def test_counts_of_all_ranks_that_contradict_or_are_none() -> None:
+    all_ranks, each = next(iter(OF_ALL_RANKS.items()))
+    ranks = "trainer.n_gpus_per_node=4"
+    assert attrgetter(each)(load_config([ranks, f"{each}=4", f"{all_ranks}=null"])) == 4
+    assert attrgetter(each)(load_config([ranks, f"{each}=4", f"{all_ranks}=16"])) == 4
+    with pytest.raises(ConfigError, match=r"=64 on 4 ranks contradicts .*_per_gpu=4"):
+        compose_config([ranks, f"{all_ranks}=64", f"{each}=4"])
+    with pytest.raises(ConfigError, match="must be a whole number"):
+        compose_config([ranks, f"{all_ranks}=many"])
+    with pytest.raises(ConfigError, match=r"trainer\.n_gpus_per_node=0"):
+        compose_config(["trainer.n_gpus_per_node=0", f"{all_ranks}=64"])
+
+
 def test_what_asks_for_nothing_is_accepted() -> None:
-    assert without_effect("actor_rollout_ref.model.lora_rank", 0) == "it asks for nothing"
+    assert without_effect("actor_rollout_ref.model.lora_rank", 0) == "no adapter"
+    assert without_effect("critic.model.anything", None) == "there is no critic"
+    assert without_effect("reward_model.model.path", None) == "it asks for nothing"
+    assert without_effect("algorithm.lam", 1) and without_effect("algorithm.lam", 0) is None
     assert without_effect("actor_rollout_ref.model.lora_rank", 8) is None
     assert without_effect("algorithm.gamma", 1.0) and not without_effect("algorithm.gamma", 0.9)
     assert refusal("actor_rollout_ref.actor.megatron.anything.else")

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import free_address, make_samples, make_step, make_tiny_model
@@ -365,6 +366,11 @@ def test_what_is_unchanged_is_not_copied_to_the_host_again() -> None:
     assert memory.store(state, "exp_avg").to_local().tolist() == [8]
     assert len(memory.places) == 2
     assert memory.store(torch.ones(1)).tolist() == [1]  # a buffer
+    # What a GPU's mesh holds stays on the host, too, where torch itself would move it back.
+    gpus = DeviceMesh("cuda", [0], _init_backend=False, _rank=0)
+    spec = DTensorSpec(gpus, parameter.placements, parameter._spec.tensor_meta)
+    on_a_gpu = DTensor(torch.tensor([5.0, 6.0]), spec, requires_grad=False)
+    assert memory.store(on_a_gpu).to_local().device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("transfer", ["host", "ipc"])

@@ -194,9 +194,12 @@ FAST = {  # on four GPUs of 80 GB
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 32768,
 }
 FOLLOW = {
-    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": True,
-    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu": 32768,
+    f"actor_rollout_ref.{part}.log_prob_{key}": value
+    for part in ("rollout", "ref")
+    for key, value in (("use_dynamic_bsz", True), ("max_token_len_per_gpu", 32768))
 }
+ALL = FAST | FOLLOW
+FEW = dict(list(FAST.items())[:4])
 COUNT = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
 QWEN_3B = dict(
     model_type="qwen2",
@@ -227,9 +230,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         # 5.7 GiB of states don't fit beside vLLM's 80 %.
         ([], {"GPU_GB": "40"}, {**FAST, **FOLLOW, f"{FSDP}.optimizer_offload": True}),
         (["trainer.device=cpu"], {}, {"trainer.device": "cpu"}),
-        ([f"{COUNT}=2"], {}, dict(list(FAST.items())[:4]) | {COUNT: 2}),
+        ([f"{COUNT}=2"], {}, FEW | {COUNT: 2}),
+        ([f"{FSDP}={{param_offload: True}}"], {}, {k: v for k, v in ALL.items() if FSDP not in k}),
     ],
-    ids=["80 GB", "published", "one that is given", "40 GB", "cpu", "micro-batches by count"],
+    ids=["80 GB", "published", "one", "40 GB", "cpu", "count", "section"],
 )
 def test_settings_of_speed_suit_the_gpu(
     arguments: list[str], variables: dict[str, str], expected: dict[str, Any], model: str
@@ -243,6 +247,13 @@ def test_settings_of_speed_suit_the_gpu(
         assert f"{key}={differences[key]} (was {published[key]})" in result.stderr
 
 
+def test_a_sweep_gets_the_settings_of_its_first_run(model: str) -> None:
+    sweep = ["-m", "actor_rollout_ref.actor.optim.lr=1e-6,2e-6"]
+    result = dry_run("countdown-3b-dapo-norm", *sweep, MODEL_PATH=model, PUBLISHED="0")
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    assert result.stdout.count("enforce_eager: false") == 2
+
+
 def test_without_an_estimate_nothing_moves() -> None:
     """A pass still gets no more tokens than 4 responses of full length have."""
     name = "math-3b-grpo-norm"
@@ -252,6 +263,7 @@ def test_without_an_estimate_nothing_moves() -> None:
         "actor_rollout_ref.rollout.enable_chunked_prefill": True,
         "actor_rollout_ref.actor.use_dynamic_bsz": True,
         "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz": True,
+        "actor_rollout_ref.ref.log_prob_use_dynamic_bsz": True,
     }
 
 

@@ -71,7 +71,9 @@ def load_config(
     """`compose_config` as locked dataclasses; a warning names overrides that can't matter."""
     typed: Any = OmegaConf.to_object(compose_config(overrides, config_name, config_dir))
     given = {o.key_or_group: o.value() for o in map(parse_override, filter(str.strip, overrides))}
-    found = {k: why for k, v in given.items() if (why := without_effect(k, v))}
+    own = tuple(f"{key}." for key, _, _ in typed.walk())
+    foreign = {k: v for k, v in given.items() if not any(o.startswith(f"{k}.") for o in own)}
+    found = {k: why for k, v in foreign.items() if (why := without_effect(k, v))}
     found |= ignored_keys(typed, [SAME_AS.get(key, key) for key in given])
     if ignored := [f"{key} ({why})" for key, why in found.items()]:
         logger.warning("these keys have no effect in this run: %s", "; ".join(ignored))
@@ -142,7 +144,7 @@ def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> 
     known = [key for key in defaults if not key.endswith(OPEN)]
     problems: dict[str, str] = {}
     given, written = [], dict[str, tuple[str, Any]]()
-    shares: dict[str, int] = {}  # counts of all ranks together
+    shares: dict[str, tuple[str, int]] = {}  # counts of all ranks together
     for text in filter(str.strip, overrides):
         try:
             override = parse_override(text)
@@ -160,10 +162,10 @@ def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> 
             follows = value is None and "${" in str(defaults.get(key))
             given.append((key, defaults[key] if follows else value))
         elif (share := OF_ALL_RANKS.get(key)) and isinstance(value, int):
-            shares[share] = value
-        elif share:
-            given.append((share, value))
-        elif not (without_effect(key, value) or key.startswith("hydra.")):
+            shares[share] = name, value
+        elif share and value is not None:
+            problems[f"{name}={value}: must be a whole number"] = share
+        elif not (share or without_effect(key, value) or key.startswith("hydra.")):
             refused = refusal(key)
             problems.update([(refused, key) if refused else unknown_key(known, key)])
     for key, value in given:
@@ -173,10 +175,13 @@ def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> 
             key, text = _explain(error)
             unknown = isinstance(error, ConfigKeyError | ConfigAttributeError)
             problems.update([unknown_key(known, key) if unknown else (text, key)])
-    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node if shares else 1
-    for key, count in shares.items():
-        OmegaConf.update(config, key, max(1, count // ranks))
-        logger.warning("%s=%d: %d of all %d ranks", key, max(1, count // ranks), count, ranks)
+    for key, (name, count) in shares.items():
+        ranks = max(1, config.trainer.nnodes * config.trainer.n_gpus_per_node)
+        share = max(1, count // ranks)
+        if written.get(key, (key, share))[1] not in (None, share):
+            problems[f"{name}={count} on {ranks} ranks contradicts {key}={written[key][1]}"] = key
+        OmegaConf.update(config, key, share)
+        logger.warning("%s=%d: %d of all %d ranks", key, share, count, ranks)
     return problems
 
 

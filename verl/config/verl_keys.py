@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from verl.config.base import shown
+
 _TABLES: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml")))
 SAME_AS: dict[str, str] = _TABLES["same_as"]
 OF_ALL_RANKS: dict[str, str] = _TABLES["of_all_ranks"]
@@ -16,11 +18,11 @@ NOT_SUPPORTED: dict[str, str] = _TABLES["not_supported"]
 
 def without_effect(key: str, value: Any) -> str | None:
     """Why an override of verl's changes nothing here; None if it is none of those."""
-    text = "null" if value is None else str(value)
+    text = f"{value:g}" if type(value) in (int, float) else shown(value)
     if reason := _nearest(WITHOUT_EFFECT, key) or WITHOUT_EFFECT.get(f"{key}={text}"):
         return reason
-    asks_for_nothing = value in (None, False, 0) and _nearest(NOT_SUPPORTED, key)
-    return "it asks for nothing" if asks_for_nothing else None
+    off = value is None or value is False
+    return "it asks for nothing" if off and _nearest(NOT_SUPPORTED, key) else None
 
 
 def refusal(key: str) -> str | None:

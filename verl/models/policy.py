@@ -56,24 +56,24 @@ def learning_rate_factor(step: int, optim: OptimConfig, total_steps: int) -> flo
 
 
 class HostMemory:
-    """Keeps tensors of a device in host memory, each in a place of its own that stays pinned."""
+    """Keeps sharded tensors of a device in host memory, each in a place of its own."""
 
     def __init__(self) -> None:
         self.places: dict[Any, Tensor] = {}
 
     def store(self, value: Tensor, key: Any = None, changed: bool = True) -> Tensor:
-        """A sharded `value` in its place, which is that of `key` (None: of this parameter); unless
-        it has `changed`, it is there already. Other tensors are moved."""
+        """A sharded `value` in the place of `key` (None: of this parameter object, which lasts);
+        one that has not `changed` is there already. Other tensors are copied to the host."""
         if not isinstance(value, DTensor):
             return value.to(HOST)
         local, key = value.to_local(), key or id(value)
-        if changed or key not in self.places:
-            if key not in self.places:
-                self.places[key] = torch.empty_like(local, device=HOST)
-                devices.pin(self.places[key])
+        if key not in self.places:
+            self.places[key] = torch.empty_like(local, device=HOST)
+            changed = True
+        if changed:
             self.places[key].copy_(local)
-        whole: Any = {"shape": value.shape, "stride": value.stride()}
-        return DTensor.from_local(self.places[key], value.device_mesh, value.placements, **whole)
+        # Not from_local, which would bring it back to the mesh's device.
+        return DTensor(self.places[key], value._spec, requires_grad=False)
 
 
 class PolicyWorker:
@@ -125,10 +125,10 @@ class PolicyWorker:
             model: Any = self.model
             model._apply(partial(to_host, changed=changed) if device == HOST else to_device)
         if optimizer and self.config.optimizer_offload:
-            for state in [state for o in self.optimizers for state in o.state.values()]:
+            for parameter, state in [item for o in self.optimizers for item in o.state.items()]:
                 for name, value in state.items():
                     if value.dim():
-                        key = id(state), name
+                        key = id(parameter), name
                         state[name] = to_host(value, key) if device == HOST else to_device(value)
         if device == HOST:
             devices.empty_cache(self.device)
@@ -190,6 +190,7 @@ class PolicyWorker:
         lr = optim.lr * learning_rate_factor(self.version, optim, self.total_steps)
         for group in optimizer.param_groups:  # a resumed run may change its settings
             group.update(lr=lr, weight_decay=optim.weight_decay, betas=tuple(optim.betas))
+            group["fused"] = optimizer.defaults["fused"]  # not that of a checkpoint's device
         results = []
         for step in steps:
             sums = self.accumulate_gradient(step, loss, limit)

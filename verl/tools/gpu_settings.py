@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import Any
 
 from verl.config.schema import Config
+from verl.config.verl_keys import OF_ALL_RANKS, SAME_AS
 from verl.tools.memory_plan import Plan, changed, machine, read_config, read_model
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -48,11 +49,13 @@ def for_memory(config: Config, free: set[str]) -> Iterator[Settings]:
 
 
 def gpu_settings(config: Config, given: set[str]) -> Settings:
-    """What suits the GPU best and is not so already, without the keys in `given`. Where no estimate
-    can be made, tensors stay where they are, and a pass gets at most what it got before."""
+    """What suits the GPU best and is not so already, without the keys in `given` and below them.
+    Where no estimate can be made, tensors stay where they are, and a pass gets at most what it got
+    before."""
     if config.trainer.device == "cpu":
         return {}
-    free = {key for key, _, _ in config.walk()} - given
+    names = tuple(f"{SAME_AS.get(key, OF_ALL_RANKS.get(key, key))}." for key in given)
+    free = {key for key, _, _ in config.walk() if not f"{key}.".startswith(names)}
     found = {key: value for key, value in for_vllm(config).items() if key in free}
     choices = list(for_memory(config, free))
     try:
@@ -80,7 +83,7 @@ def main() -> None:
     text = sys.stdin.read()
     if not text:  # the configuration has an error, which the run itself reports
         return
-    config = read_config(text)
+    config = read_config(text.partition("\n---\n")[0])  # of several runs (-m), the first
     given = {override.partition("=")[0].lstrip("+") for override in sys.argv[1:]}
     settings = gpu_settings(config, given)
     old = {key: attrgetter(key)(config) for key in settings}

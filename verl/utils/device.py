@@ -143,12 +143,6 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
-def pin(memory: torch.Tensor) -> None:
-    """Lets GPUs read and write this part of the host's memory by themselves, which is faster."""
-    if torch.cuda.is_available():
-        torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-
-
 def empty_cache(device: torch.device) -> None:
     """Returns cached device memory, so that another process on the same device can have it."""
     if device.type == "cuda":
