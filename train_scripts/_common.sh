@@ -14,7 +14,8 @@
 #               python3]
 #   PUBLISHED   1: all settings as published, also those that only decide about speed and memory [0:
 #               what suits the GPU, docs/gpu.md; DRY_RUN=1 names the differences]
-#   GPU_GB      size of the GPUs for which memory is estimated [those of this machine, else 80]
+#   GPU_GB      size of the GPUs for which memory is estimated; give it where others than this
+#               machine's train [those of this machine, else 80]
 #   DRY_RUN     1: print the resolved configuration as YAML and stop
 #   PREFLIGHT   0: start without a look at this machine's GPUs, driver, compiler, memory and disks
 # Arguments of a script are overrides (key=value) and win over what stands here.

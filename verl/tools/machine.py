@@ -157,9 +157,10 @@ def host_memory() -> float:
     import psutil
 
     free = float(psutil.virtual_memory().available)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists():
-        free = min(free, float(limit.read_text().replace("max", "inf")))
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.exists() and used.exists():
+        left = float(limit.read_text().replace("max", "inf")) - float(used.read_text())
+        free = min(free, left)
     return free
 
 

@@ -173,7 +173,8 @@ def open_files_check(limit: int) -> Check:
     """`ulimit -Hn`, up to which Ray raises its own limit. It wants 8192."""
     if limit >= 8192:
         return Check("open files", OK, f"{limit} at most")
-    return Check("open files", WARNING, f"{limit} at most", "raise it to 8192: ulimit -n 8192")
+    remedy = "raise the hard limit: /etc/security/limits.conf, or docker run --ulimit nofile=65536"
+    return Check("open files", WARNING, f"{limit} at most", remedy)
 
 
 def probe_check(name: str, command: Sequence[str], limit: float, remedy: str) -> tuple[Check, str]:
