@@ -88,7 +88,7 @@ find_python() {
 # plan trainer|server: what the environment will hold (what it holds now, and what was asked for),
 # by which packages. The first time also its state: ends if it is missing and can't be made.
 plan() {
-  local place='' held='' held_sources='' kind=${device:-cpu} with_vllm=$vllm with_dev=$dev
+  local place='' held='' was='' held_sources='' kind=${device:-cpu} with_vllm=$vllm with_dev=$dev
   local elsewhere=', or name another place with VENV=FOLDER' state=setup_state_$1
   venv=${VENV:-$REPO/.venv}
   [[ $1 == trainer ]] || kind=server with_vllm='' elsewhere='' venv=$REPO/.venv-server
@@ -96,10 +96,12 @@ plan() {
   # The stamp names this repository; once all is whole, what is there and from which files, too.
   folder=${venv#"$REPO/"} stamp=$venv/setup-stamp
   [[ ! -f $stamp ]] || { read -r place && read -r held && read -r held_sources; } <"$stamp" || true
-  [[ $kind != cpu || $held != gpu* ]] || kind=gpu # which does all that cpu does
-  [[ $held != *--vllm* ]] || with_vllm=--vllm
+  was=$held # also what a change that was stopped midway had found there
+  [[ $was || ! -f $stamp.old ]] || { read -r _ && read -r was; } <"$stamp.old" || true
+  [[ $kind != cpu || $was != gpu* ]] || kind=gpu # which does all that cpu does
+  [[ $was != *--vllm* ]] || with_vllm=--vllm
   [[ $kind != gpu ]] || with_vllm='' # it has the other distribution of vLLM, with the same files
-  [[ $held != *--dev* ]] || with_dev=--dev
+  [[ $was != *--dev* ]] || with_dev=--dev
   contents=$kind${with_vllm:+ $with_vllm}${with_dev:+ $with_dev}
 
   files=(pyproject.toml) alone=() modules=torch,ray,transformers,verl

@@ -6,6 +6,11 @@
 set -euo pipefail
 HERE=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" >/dev/null && pwd)
 
+if [[ " $* " == *' --help '* || " $* " == *' -h '* ]]; then
+  sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p;}' "${BASH_SOURCE[0]}"
+  exit
+fi
+
 # The tests of the report's page want a browser, and are skipped without one. It comes while the
 # environments are made.
 browser() {

@@ -274,6 +274,15 @@ def test_wrong_arguments(arguments: tuple[str, ...], message: str) -> None:
     assert result.returncode == 2 and message in result.stderr
 
 
+def test_a_wrong_override_is_no_rung_that_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = first_run.main(["--cpu", "--out", str(tmp_path / "out"), "bogus.key=1"])
+    shown = capsys.readouterr()
+    assert status == 2 and "there is no key 'bogus.key'" in shown.err
+    assert "report" not in shown.out + shown.err and not (tmp_path / "out").exists()
+
+
 def test_help_is_the_text_at_the_top_of_the_script() -> None:
     result = dry_run("first_run", "--help")
     assert result.returncode == 0 and "rung 5" in result.stdout and "--fresh" in result.stdout

@@ -408,6 +408,14 @@ def test_a_link_to_what_it_made_is_followed(repo: Path, tmp_path: Path) -> None:
     assert (repo / ".venv").is_symlink() and not (elsewhere / "half").exists()
 
 
+def test_what_an_interrupted_change_found_is_not_forgotten(repo: Path) -> None:
+    """Ctrl-C while something is added to it, and then a script that wants less."""
+    stamp = finish(repo, "gpu") / "setup-stamp"
+    stamp.rename(stamp.with_suffix(".old"))
+    stamp.write_text(f"{repo}\n")
+    assert any(".[gpu]" in command for command in commands(repo, "cpu", "--trainer-only"))
+
+
 def test_another_place_can_be_named(repo: Path) -> None:
     made = trainer(repo, "cpu", "of mine")
     assert commands(repo, VENV=f"{repo}/of mine") == [["cd", str(repo)], *made, *server(repo)]

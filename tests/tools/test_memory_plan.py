@@ -177,7 +177,7 @@ def test_an_hf_engine_on_a_cpu_holds_large_weights_twice(tied: bool, tmp_path: P
     folder = make_tiny_model(tmp_path / "model", **shape)
     engine = HFEngine()
     engine.build(ModelConfig(path=str(folder)), RolloutConfig(), "cpu", 100)
-    copies = [m.forward.args[0] for m in engine.model.modules() if "forward" in vars(m)]
+    copies = [m.forward.keywords["W"] for m in engine.model.modules() if "forward" in vars(m)]
     assert len(copies) == 2 * 3 + 1  # of two layers' MLP, and the head
     held = sum(4 * w.numel() for w in [*copies, *engine.model.parameters()])
     model = json.loads((folder / "config.json").read_text())
@@ -252,7 +252,8 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path) -> None:
 def test_dry_run_without_the_model(tmp_path: Path) -> None:
     _, err = dry_run("actor_rollout_ref.model.path=someone/some-model")
     line = "memory estimate: it needs config.json of {}, which is not on this machine"
-    hub = line.format("someone/some-model") + ": hf download someone/some-model config.json"
+    hf = Path(sys.executable).with_name("hf")
+    hub = line.format("someone/some-model") + f": {hf} download someone/some-model config.json"
     assert err.strip().splitlines()[-1] == hub
     _, err = dry_run("actor_rollout_ref.model.path=./nowhere")
     assert err.strip().splitlines()[-1] == line.format("./nowhere")

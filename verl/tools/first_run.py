@@ -175,6 +175,8 @@ def climb(first: FirstRun, start: int | None = None) -> int:
     """All rungs from `start` on, which is run again even if it has passed. Returns the status."""
     where = "the CPU" if first.cpu else f"{first.devices} GPU(s)"
     print(f"First run on {where}; files and logs: {first.out}")
+    shutil.rmtree(first.out / "report", ignore_errors=True)  # of an earlier failure
+    (first.out / "report.tar.gz").unlink(missing_ok=True)
     for number, rung in enumerate(first.table):
         head = f"rung {number}  {first.about(rung):<42}"
         if number < (start or 0):
@@ -201,6 +203,7 @@ def climb(first: FirstRun, start: int | None = None) -> int:
         warnings = [f"  warning: {text}" for text in findings.warnings]
         progress.end(f"passed in {findings.seconds} s: {findings}", warnings)
     print("", *table(first), "", sep="\n")
+    (first.out / "summary.txt").write_text("\n".join(table(first)) + "\n")
     if first.cpu:
         print("Nothing has failed here. On a machine with GPUs: bash train_scripts/first_run.sh")
     else:
@@ -259,12 +262,19 @@ def read_arguments(arguments: Sequence[str]) -> tuple[FirstRun, int | None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 if a rung failed."""
+    """Returns the exit status: 1 if a rung failed, 2 for overrides that can't be."""
     first, start = read_arguments(sys.argv[1:] if arguments is None else arguments)
     if os.environ.get("DRY_RUN", "0") not in ("", "0"):
         for rung in first.table:
             print(f"# {first.about(rung)}", *map(shlex.join, first.commands(rung)), sep="\n")
         return 0
+    # What is wrong in an override is nothing to report.
+    environment = first.environment() | {"DRY_RUN": "quiet"}
+    command = first.commands(first.table[1])[0]
+    tried = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if tried.returncode:
+        print(tried.stderr, end="", file=sys.stderr)
+        return tried.returncode
     first.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:

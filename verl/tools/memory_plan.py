@@ -359,7 +359,8 @@ def estimate(config: Config) -> str:
     if model is None:
         line = f"memory estimate: it needs config.json of {path}, which is not on this machine"
         on_hub = path.count("/") == 1 and path[0] not in "/.~"
-        return f"{line}: hf download {path} config.json" if on_hub else line
+        hf = Path(sys.executable).with_name("hf")
+        return f"{line}: {hf} download {path} config.json" if on_hub else line
     model |= config.actor_rollout_ref.model.override_config
     device = config.trainer.device or "cuda"
     try:
