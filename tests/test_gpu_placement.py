@@ -81,7 +81,7 @@ def settings(parallel: int = 1) -> Config:
 
 def pool(slots: Slots, share: float, parallel: int = 1) -> EnginePool:
     """Engines on these slots."""
-    return EnginePool(Engine, slots, settings(parallel), share)  # type: ignore[arg-type]
+    return EnginePool(Engine, slots, "cuda", settings(parallel), share)  # type: ignore[arg-type]
 
 
 def seen(places: list[tuple[list[int], str | None]]) -> list[int]:

@@ -158,6 +158,7 @@ def test_an_engine_that_died_between_steps_gets_the_next_weights(
     assert tokens(generate(engines)) == expected
 
 
+@pytest.mark.parametrize("workers", ["vllm"], indirect=True)
 def test_an_engine_that_dies_while_it_takes_weights_ends_no_update(
     workers: tuple[WorkerGroup, EnginePool], expected: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
