@@ -38,6 +38,19 @@ def make_tokenizer() -> Any:
     )
 
 
+QWEN_3B = dict(
+    model_type="qwen2",
+    hidden_size=2048,
+    intermediate_size=11008,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+)
+"""config.json of Qwen2.5-3B, as far as it matters."""
+
+
 def make_tiny_model(folder: Path, kind: str = "Qwen3", **overrides: Any) -> Path:
     """Saves a random decoder of this kind (2 layers, hidden 64, grouped-query attention) and its
     tokenizer."""

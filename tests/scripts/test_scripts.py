@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.helpers import QWEN_3B
+
 SCRIPTS = Path(__file__).parents[2] / "train_scripts"
 # Variables that steer the scripts: a test starts without the caller's.
 STEERING = (
@@ -201,16 +203,6 @@ FOLLOW = {
 ALL = FAST | FOLLOW
 FEW = dict(list(FAST.items())[:4])
 COUNT = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
-QWEN_3B = dict(
-    model_type="qwen2",
-    hidden_size=2048,
-    intermediate_size=11008,
-    num_hidden_layers=36,
-    num_attention_heads=16,
-    num_key_value_heads=2,
-    vocab_size=151936,
-    tie_word_embeddings=True,
-)
 
 
 @pytest.fixture(scope="module")

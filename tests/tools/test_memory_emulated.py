@@ -15,23 +15,13 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.helpers import make_samples, make_tokenizer
+from tests.helpers import QWEN_3B, make_samples, make_tokenizer
 from tests.tools.test_memory_plan import QWEN_7B, plan
 from verl.config.base import FSDPConfig, MixedPrecisionConfig, ModelConfig
 from verl.models import fsdp, logprobs
 from verl.models.packing import pack
 from verl.utils.device import default_packed_attention, default_tile
 
-QWEN_3B = dict(
-    model_type="qwen2",
-    hidden_size=2048,
-    intermediate_size=11008,
-    num_hidden_layers=36,
-    num_attention_heads=16,
-    num_key_value_heads=2,
-    vocab_size=151936,
-    tie_word_embeddings=True,
-)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")  # only its name: no GPU is touched
 PROMPT = 1024
 
