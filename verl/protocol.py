@@ -1,7 +1,7 @@
 """What travels between the stages of a training step, as ragged numpy: `verl.models` packs it."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pickle import PickleBuffer
 from typing import Any, Literal, Self
 
@@ -36,6 +36,8 @@ class Sample:
     # True for the tokens that the policy generated, [R]; None: all of them. The others (a tool's
     # answer) are only read: they have no part in lengths, weights and losses.
     loss_mask: NDArray[np.bool_] | None = None
+    # `loss_mask` without the tokens that rollout correction rejects; None: it rejects none.
+    trained_mask: NDArray[np.bool_] | None = None
     # Log-probability of each token under the distribution it was sampled from, [R].
     rollout_log_probs: NDArray[np.float32] | None = None
     score: float = 0.0  # what the reward function returned
@@ -59,6 +61,18 @@ class Sample:
     def truncated(self) -> bool:
         """Whether the response hit the length limit without an end-of-sequence token."""
         return self.finish_reason == "length"
+
+    def reject(self, kept: NDArray[np.bool_]) -> None:
+        """Takes tokens out of the loss; `kept`: of those that count, which stay, [L]."""
+        mask = np.ones(len(self.response_ids), bool) if self.loss_mask is None else self.loss_mask
+        self.trained_mask = mask.copy()
+        self.trained_mask[mask] = kept
+
+    def trained(self) -> Self:
+        """As the loss sees it: only tokens that were not rejected count."""
+        if self.trained_mask is None:
+            return self
+        return replace(self, loss_mask=self.trained_mask, trained_mask=None)
 
     def counted(self, values: NDArray[Any]) -> NDArray[Any]:
         """Of one value per token of the response, [R], those that count, [L]."""
@@ -104,11 +118,13 @@ class OptimizerStep:
 
     samples: list[Sample]
     weights: NDArray[np.float32]  # w_i, [N] (`verl.algorithms.weights.response_weights`)
+    regularizer_weights: NDArray[np.float32] | None = None  # KL loss, entropy bonus; None: w_i
 
     def share(self, indices: Sequence[int]) -> Self:
         """These responses with their weights, for one rank or micro-batch."""
-        samples = SampleBatch(self.samples[i] for i in indices)
-        return type(self)(samples, self.weights[list(indices)])
+        samples, chosen = SampleBatch(self.samples[i] for i in indices), list(indices)
+        others = self.regularizer_weights
+        return type(self)(samples, self.weights[chosen], None if others is None else others[chosen])
 
 
 def response_lengths(samples: Iterable[Sample]) -> NDArray[np.int64]:

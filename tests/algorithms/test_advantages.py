@@ -29,6 +29,14 @@ def test_grpo_by_hand():
     close(without, [0.5, -0.5, -0.5, 0.5, 0, 0], rtol=1e-12)
 
 
+def test_grpo_by_the_standard_deviation_of_the_batch():
+    # The rewards' mean is 5.5/6; the sum of squares is 1 + 1 + 0.25 + 9 = 11.25.
+    std = math.sqrt((11.25 - 5.5**2 / 6) / 5)
+    values = advantages(REWARDS, GROUPS, LENGTHS, "grpo", norm_by_std="batch")
+    close(values, [x / std for x in (0.5, -0.5, -0.5, 0.5, 0, 0)], rtol=1e-5)
+    close(advantages([2.0], [0], [1], "grpo", norm_by_std="batch"), [0])
+
+
 def test_rloo_by_hand():
     # 1 − (0 + 0.5)/2, 0 − 1, 0 − (1 + 0.5)/2, 1 − 0, 0.5 − (1 + 0)/2, alone
     values = advantages(REWARDS, GROUPS, LENGTHS, "rloo")

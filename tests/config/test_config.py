@@ -21,6 +21,7 @@ from verl.config.load import ConfigError, compose_config, entry_point, load_conf
 
 ACTOR = "actor_rollout_ref.actor."
 ROLLOUT = "actor_rollout_ref.rollout."
+CORRECTION = "algorithm.rollout_correction."
 
 
 def load(*overrides: str) -> Any:
@@ -139,7 +140,7 @@ def test_a_value_of_the_wrong_type(override: str) -> None:
         (f"{ROLLOUT}val_kwargs.top_p=-0.5", f"{ROLLOUT}val_kwargs.top_p=-0.5: must be more than 0"),
         (f"{ACTOR}loss_agg_mode=mean", f"{ACTOR}loss_agg_mode=mean: choose from token-mean, "),
         (f"{ROLLOUT}name=sglang", f"{ROLLOUT}name=sglang: choose from hf, vllm"),
-        ("algorithm.adv_estimator=gae", "adv_estimator=gae: choose from grpo, rloo, "),
+        ("algorithm.adv_estimator=gea", "adv_estimator=gea: choose from grpo, rloo, "),
         ("trainer.device=tpu", "trainer.device=tpu: choose from "),
     ],
 )
@@ -228,6 +229,51 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     "importance sampling after top-k": (
         ["algorithm.rollout_correction.rollout_is=token", f"{ROLLOUT}top_k=5"],
         "set algorithm.rollout_correction.rollout_is=null, or top_p=1 and top_k=-1",
+    ),
+    "rejection after top-k": (
+        [
+            f"{CORRECTION}rollout_rs=token",
+            f"{CORRECTION}rollout_rs_threshold=2",
+            f"{ROLLOUT}top_k=5",
+        ],
+        f"set {CORRECTION}rollout_rs=null, or top_p=1 and top_k=-1",
+    ),
+    "rejection without bounds": (
+        [f"{CORRECTION}rollout_rs=geometric"],
+        f"{CORRECTION}rollout_rs=geometric needs {CORRECTION}rollout_rs_threshold",
+    ),
+    "no such rejection": (
+        [f"{CORRECTION}rollout_rs=seq_max_k1", f"{CORRECTION}rollout_rs_threshold=2"],
+        f"{CORRECTION}rollout_rs=seq_max_k1: choose from geometric, seq_max_k2, ",
+    ),
+    "bounds of a divergence": (
+        [f"{CORRECTION}rollout_rs=token_k3", f"{CORRECTION}rollout_rs_threshold=0.5_2"],
+        f"{CORRECTION}rollout_rs_threshold=0.5_2: '0.5_2' must be a positive number",
+    ),
+    "bounds the wrong way round": (
+        [f"{CORRECTION}rollout_rs=token", f"{CORRECTION}rollout_rs_threshold=2_0.5"],
+        "'2_0.5' must be lower_upper, two positive numbers, or the upper alone",
+    ),
+    "two lower bounds": (
+        [
+            f"{CORRECTION}rollout_rs=token",
+            f"{CORRECTION}rollout_rs_threshold=0.5_2",
+            f"{CORRECTION}rollout_rs_threshold_lower=0.4",
+        ],
+        "'0.5_2' must be lower_upper",
+    ),
+    "bounds for three of two": (
+        [f"{CORRECTION}rollout_rs='token,geometric'", f"{CORRECTION}rollout_rs_threshold='2,3,4'"],
+        f"give one, or one for each of {CORRECTION}rollout_rs=token,geometric",
+    ),
+    "an estimator of verl's": (
+        ["algorithm.adv_estimator=gae"],
+        "algorithm.adv_estimator=gae is known in verl, but not supported here: there is no critic; "
+        "choose from grpo, rloo, reinforce_plus_plus_baseline",
+    ),
+    "standard deviation of what": (
+        ["algorithm.norm_adv_by_std_in_grpo=all"],
+        "algorithm.norm_adv_by_std_in_grpo=all: choose from True, False, batch",
     ),
     "ahead without engines of their own": (
         ["trainer.async_rollout=True"],
@@ -525,6 +571,12 @@ def test_when_a_key_has_no_effect(
             LossAggregation("delta-l", 512, alpha=0.0, scope="mini_batch"),
         ),
         (
+            ["algorithm.norm_adv_by_std_in_grpo=batch", f"{ACTOR}regularizer_agg_mode=token-mean"],
+            LossAggregation(
+                "token-mean", 512, norm_by_std="batch", alpha=0.75, regularizer_mode="token-mean"
+            ),
+        ),
+        (
             ["algorithm.norm_adv_by_std_in_grpo=False"],
             LossAggregation("token-mean", 512, norm_by_std=False, alpha=0.75),
         ),
@@ -532,6 +584,20 @@ def test_when_a_key_has_no_effect(
 )
 def test_the_flags_become_one_aggregation(overrides: list[str], expected: LossAggregation) -> None:
     assert resolve_aggregation(load(*overrides)) == expected
+
+
+def test_numbers_in_text_stay_as_they_are_written() -> None:
+    """YAML reads 0.5_2 as 0.52, and 2026_01_02 as 20260102."""
+    bounds = [f"{CORRECTION}rollout_rs=token", f"{CORRECTION}rollout_rs_threshold=0.5_2"]
+    config = load(*bounds, "+trainer.experiment_name=2026_01_02", "data.train_batch_size=1_024")
+    assert config.algorithm.rollout_correction.rollout_rs_threshold == "0.5_2"
+    assert config.trainer.experiment_name == "2026_01_02"
+    assert config.data.train_batch_size == 1024
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_keys_that_exist_may_be_added(plus: str) -> None:
+    assert load(f"{plus}data.seed=3").data.seed == 3
 
 
 @pytest.mark.parametrize("plus", ["", "+", "++"])

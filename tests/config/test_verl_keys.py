@@ -38,6 +38,7 @@ VALUES: dict[str, tuple[Any, Any]] = {  # two that are not the default
     "actor_rollout_ref.actor.grad_clip": (0.5, 2.0),
     "actor_rollout_ref.actor.optim.warmup_style": ("cosine", "linear"),
     "actor_rollout_ref.model.use_remove_padding": (False, True),
+    "algorithm.bypass_old_log_prob": (True, False),
     "custom_reward_function.name": ("f", "g"),
     "custom_reward_function.path": ("a.py", "b.py"),
     "custom_reward_function.reward_kwargs": ({"x": 1}, {"x": 2}),

@@ -68,8 +68,12 @@ def build(
 
 
 def weighted_step(mode: str, samples: list[Sample] | None = None) -> OptimizerStep:
+    """Under dr-grpo KL loss and entropy bonus have other weights, those of token-mean."""
     options = {"max_response_length": M, "alpha": 0.75, "group_size": 4}
-    return make_step(samples or make_samples(LENGTHS), mode, **options)
+    step = make_step(samples or make_samples(LENGTHS), mode, **options)
+    if mode == "dr-grpo":
+        step.regularizer_weights = make_step(step.samples).weights
+    return step
 
 
 def constant_step(samples: list[Sample], weight: float) -> OptimizerStep:
@@ -101,7 +105,8 @@ def reference_loss(folder: Path, step: OptimizerStep) -> tuple[torch.Tensor, tor
     """Loss and flat gradient, written out response by response in float64 on the plain model."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     loss = torch.zeros((), dtype=torch.float64)
-    for s, weight in zip(step.samples, step.weights.tolist(), strict=True):
+    other_weights = step.weights if step.regularizer_weights is None else step.regularizer_weights
+    for s, weight, other in zip(step.samples, step.weights, other_weights, strict=True):
         ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
         start = len(s.prompt.token_ids) - 1
         logits = model(ids).logits[0, start : start + len(s.response_ids)] / LOSS.temperature
@@ -110,10 +115,11 @@ def reference_loss(folder: Path, step: OptimizerStep) -> tuple[torch.Tensor, tor
         old, ref = (torch.tensor(x).double() for x in (s.old_log_probs, s.ref_log_probs))
         advantage = torch.full_like(taken, s.advantage)
         token_loss, _ = policy_loss(taken, old, advantage, 0.2, 0.3, 3.0)
-        token_loss = token_loss + 0.05 * (log_p.exp() * log_p).sum(-1)  # minus the entropy
-        token_loss = token_loss + 0.1 * kl_divergence(taken, ref, "low_var_kl")
-        mask = np.ones(len(taken), bool) if s.loss_mask is None else s.loss_mask
-        loss = loss + weight * token_loss[torch.tensor(mask)].sum()
+        regularizer = 0.05 * (log_p.exp() * log_p).sum(-1)  # minus the entropy
+        regularizer = regularizer + 0.1 * kl_divergence(taken, ref, "low_var_kl")
+        mask = torch.tensor(np.ones(len(taken), bool) if s.loss_mask is None else s.loss_mask)
+        loss = loss + float(weight) * token_loss[mask].sum()
+        loss = loss + float(other) * regularizer[mask].sum()
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()]).float()
 
@@ -305,6 +311,33 @@ def test_truncated_importance_sampling_by_hand(worker: PolicyWorker) -> None:
         assert sums["rollout/tokens"] == 3
         expected = sum(f * g for f, g in zip(factors, plain, strict=True))
         assert distance(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("level", "factors"), [(None, (1, 1)), ("token", (2, 3)), ("sequence", (3, 3))]
+)
+def test_reinforce_by_hand(
+    level: str | None, factors: tuple[float, float], worker: PolicyWorker
+) -> None:
+    """−A·log π, by the ratio of the policy that is trained to the engine: 2 a token, and 4; their
+    products are 8 and 4; cut at 3. Whatever the old log-probabilities are."""
+    samples = make_samples([3, 1])
+    own = log_probs_of(worker, samples, 1.0, LIMITS["all"])
+    for s, values, ratio in zip(samples, own, (2, 4), strict=True):
+        s.rollout_log_probs, s.old_log_probs = values - np.float32(np.log(ratio)), None
+    step = constant_step(samples, 0.1)
+    plain = [gradient(worker, step.share([i]), LIMITS["all"], LossConfig()) for i in range(2)]
+    config = LossConfig("reinforce", rollout_is=level, rollout_is_threshold=3.0)
+    expected = sum(f * g for f, g in zip(factors, plain, strict=True))
+    for limit in (LIMITS["one"], LIMITS["all"]):
+        assert distance(gradient(worker, step, limit, config), expected) < 1e-5
+    sums = worker.accumulate_gradient(step, config, LIMITS["all"])
+    losses = [-s.advantage * v.sum() for s, v in zip(samples, own, strict=True)]
+    assert sums["w/pg_loss"] == pytest.approx(0.1 * np.dot(factors, losses), rel=1e-5)
+    assert sums["ppo_kl"] == pytest.approx(-np.log(2**3 * 4), rel=1e-4)
+    if level:
+        mean = sums["rollout/is_weight_mean"] / sums["rollout/tokens"]
+        assert mean == pytest.approx((3 * factors[0] + factors[1]) / 4, rel=1e-5)
 
 
 def test_stale_responses_tell_nothing_of_the_engine(worker: PolicyWorker) -> None:
@@ -516,3 +549,6 @@ def test_learning_rate() -> None:
     assert [learning_rate_factor(i, ratio, 10) for i in (0, 1, 2, 6, 10)] == [0.5, 1, 1, 0.75, 0.5]
     cosine = OptimConfig(warmup_style="cosine")
     assert learning_rate_factor(5, cosine, 10) == pytest.approx(0.5)
+    waves = OptimConfig(warmup_style="cosine", num_cycles=1.0, min_lr_ratio=0.2)
+    found = [learning_rate_factor(i, waves, 8) for i in (0, 2, 4, 6, 8)]
+    assert found == pytest.approx([1, 0.6, 0.2, 0.6, 1])

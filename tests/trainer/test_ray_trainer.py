@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -387,6 +388,134 @@ def test_fresh_responses_beside_them_get_the_actors(
     for sample, expected in zip(fresh, actors, strict=True):
         np.testing.assert_allclose(sample.old_log_probs, expected, atol=1e-5)
         assert np.abs(sample.old_log_probs - sample.rollout_log_probs).max() > 0.01
+
+
+CORRECTION = "algorithm.rollout_correction"
+REJECTED = {1: [0, 2], 2: [0, 1, 2, 3, 4], 6: [1]}  # of the responses of LENGTHS these tokens
+
+
+def judged(
+    worker: PolicyWorker, model: Path, folder: Path, *overrides: str
+) -> tuple[RayPPOTrainer, list[Sample], dict[str, float]]:
+    """A trainer that rejects ratios beyond 3; samples that were drawn with the actor's
+    probabilities times 0.9, and times 1/4 where `REJECTED` says so; what it reports of them."""
+    rules = [f"{CORRECTION}.rollout_rs=token", f"{CORRECTION}.rollout_rs_threshold=3"]
+    trainer = make_trainer(model, folder, "trainer.n_gpus_per_node=2", *rules, *overrides)
+    trainer.state.step, trainer.workers = 1, in_process(trainer.config, worker)
+    samples = make_samples(LENGTHS, old_log_probs=None)
+    own = log_probs_of(worker, samples, 1.0, MicroBatchLimit(4))
+    for i, (s, values) in enumerate(zip(samples, own, strict=True)):
+        s.rollout_log_probs = values + np.float32(np.log(0.9))
+        s.rollout_log_probs[REJECTED.get(i, [])] += np.float32(np.log(0.25 / 0.9))
+    return trainer, samples, trainer.add_log_probs(samples, Timer())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rejected_tokens_have_no_part_in_loss_and_denominators(
+    name: str, worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The steps are those of responses without these tokens and, where none is left, without the
+    response. In all that is reported of responses the tokens remain."""
+    trainer, samples, record = judged(worker, tiny_model, tmp_path, *METHODS[name])
+    assert record["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(8 / 30)
+    assert record["rollout_corr/rollout_rs_seq_masked_fraction"] == 3 / 8
+    trainer.add_advantages(samples)
+    left = [2, 2, 0, 10, 1, 1, 2, 4]
+    a, everywhere = trainer.aggregation, [length for length in left if length]
+    parts = [0, 1, 3], [4, 5, 6, 7]
+    for step, used in zip(trainer.optimizer_steps(samples), parts, strict=True):
+        lengths = [left[i] for i in used]
+        assert [s.length for s in step.samples] == lengths
+        others = everywhere if a.scope == "batch" else None
+        w = response_weights(lengths, a.mode, 10, a.alpha, others, a.group_size)
+        np.testing.assert_array_equal(step.weights, w)
+        masks = [~np.isin(np.arange(LENGTHS[i]), REJECTED.get(i, [])) for i in used]
+        masked = [replace(samples[i], loss_mask=mask) for i, mask in zip(used, masks, strict=True)]
+        expected = gradient(worker, OptimizerStep(masked, step.weights), MicroBatchLimit(2))
+        assert distance(gradient(worker, step, MicroBatchLimit(3)), expected) < 1e-6
+    assert [s.length for s in samples] == LENGTHS
+
+
+def test_a_veto_rejects_responses_that_others_are_still_compared_with(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    veto = [f"{CORRECTION}.rollout_rs=null", f"{CORRECTION}.rollout_token_veto_threshold=1.5"]
+    trainer, samples, record = judged(worker, tiny_model, tmp_path, *veto)
+    assert record["rollout_corr/rollout_is_veto_fraction"] == pytest.approx(7 / 8)
+    for s, reward in zip(samples, [1, 0] * 4, strict=True):
+        s.reward = reward
+    trainer.add_advantages(samples)
+    (left,) = [s for step in trainer.optimizer_steps(samples) for s in step.samples]
+    assert left.response_ids is samples[2].response_ids and left.advantage > 0.5
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_factors_are_normalized_over_the_whole_batch(
+    bypass: bool, worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """8 of 30 factors are 4, cut at 2; the others 1/0.9. KL loss and entropy don't have them."""
+    overrides = [
+        f"{CORRECTION}.rollout_rs=null",
+        f"{CORRECTION}.rollout_is=token",
+        f"{CORRECTION}.rollout_is_batch_normalize=True",
+        f"{CORRECTION}.bypass_mode={bypass}",
+        f"{CORRECTION}.loss_type=reinforce",
+    ]
+    trainer, samples, record = judged(worker, tiny_model, tmp_path, *overrides)
+    mean = record["rollout_corr/rollout_is_batch_norm_factor"]
+    assert mean == pytest.approx((8 * 2 + 22 / 0.9) / 30, rel=1e-5)
+    assert all((s.old_log_probs is s.rollout_log_probs) is bypass for s in samples)
+    assert loss_config(trainer.config).kind == ("reinforce" if bypass else "ppo")
+    plain, divided = trainer.optimizer_steps(samples), trainer.optimizer_steps(samples, mean)
+    for a, b in zip(plain, divided, strict=True):
+        np.testing.assert_allclose(b.weights, a.weights / mean, rtol=1e-6)
+        np.testing.assert_array_equal(b.regularizer_weights, a.weights)
+
+
+def test_bypass_judges_by_the_actor_and_keeps_the_engines_log_probs(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    bypass = f"{CORRECTION}.bypass_mode=True"
+    _, samples, record = judged(worker, tiny_model, tmp_path, bypass)
+    assert record["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(8 / 30)
+    assert [s.trained().length for s in samples] == [2, 2, 0, 10, 1, 1, 2, 4]
+    assert all(s.old_log_probs is s.rollout_log_probs for s in samples)
+
+
+def test_a_step_with_rejection_and_normalized_factors(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """What the weights were is kept; the engine's responses are reported as they came."""
+    overrides = [
+        f"{CORRECTION}.rollout_rs=token_k2",
+        f"{CORRECTION}.rollout_rs_threshold=0.3",
+        f"{CORRECTION}.rollout_is=sequence",
+        f"{CORRECTION}.rollout_is_batch_normalize=True",
+        "trainer.total_training_steps=1",
+        "trainer.save_hf_model=False",
+        f"trainer.rollout_data_dir={tmp_path}/kept",
+    ]
+    trainer = make_trainer(tiny_model, tmp_path, "trainer.n_gpus_per_node=2", *overrides)
+    prepare(trainer, worker)
+    trainer.fit()
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert 0 < record["rollout_corr/rollout_rs_masked_fraction"] < 0.5
+    assert record["response_length/mean"] == np.mean(LENGTHS)
+    rows = pq.read_table(tmp_path / "kept" / "1.parquet").to_pydict()
+    assert rows["response_length"] == LENGTHS
+    rejected = record["rollout_corr/rollout_rs_masked_fraction"] * sum(LENGTHS)
+    mean = record["rollout_corr/rollout_is_batch_norm_factor"]
+    first, second = ({w for w in rows["weight"][part] if w} for part in (slice(4), slice(4, 8)))
+    tokens = sum(1 / (mean * w) for part in (first, second) for w in part)
+    assert len(first) == len(second) == 1 and tokens == pytest.approx(sum(LENGTHS) - rejected)
+
+
+def test_kl_loss_and_entropy_may_be_means_over_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    mode = "actor_rollout_ref.actor.regularizer_agg_mode=token-mean"
+    trainer = make_trainer(tiny_model, tmp_path, "algorithm.use_grpopp=True", mode)
+    for step, tokens in zip(trainer.optimizer_steps(make_samples(LENGTHS)), (21, 9), strict=True):
+        assert step.regularizer_weights == pytest.approx([1 / tokens] * 4)
+        assert len(set(step.weights.tolist())) > 1
 
 
 def prepare(trainer: RayPPOTrainer, worker: PolicyWorker) -> list[str]:

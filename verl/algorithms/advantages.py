@@ -22,10 +22,15 @@ def group_statistics(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Te
     return mean, std.index_select(0, index), count.index_select(0, index)
 
 
-def grpo_advantages(rewards: Tensor, groups: Tensor, *, norm_by_std: bool, **_: Any) -> Tensor:
+def grpo_advantages(
+    rewards: Tensor, groups: Tensor, *, norm_by_std: bool | str, **_: Any
+) -> Tensor:
     """(r − mean of the group) / (std of the group + 1e-6) (arXiv 2402.03300, section 4.1.2); Dr.
-    GRPO (arXiv 2503.20783) leaves the division out: `norm_by_std=False`. [N] → [N]."""
+    GRPO (arXiv 2503.20783) leaves the division out: `norm_by_std=False`. With `batch` it is the std
+    of all rewards (arXiv 2508.08221; TRL's `scale_rewards="batch"`). [N] → [N]."""
     mean, std, _count = group_statistics(rewards, groups)
+    if norm_by_std == "batch":
+        std = group_statistics(rewards, torch.zeros_like(groups))[1]
     return (rewards - mean) / (std + 1e-6) if norm_by_std else rewards - mean
 
 
@@ -56,7 +61,11 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
 
 
 def advantages(
-    rewards: Array, groups: Array, lengths: Array, estimator: str = "grpo", norm_by_std: bool = True
+    rewards: Array,
+    groups: Array,
+    lengths: Array,
+    estimator: str = "grpo",
+    norm_by_std: bool | str = True,
 ) -> Tensor:
     """One advantage per response, float64 [N], by an `estimator` of `ADVANTAGES`; equal integers in
     `groups` mark responses to the same prompt, `lengths` are in tokens, [N] each. Example:

@@ -1,6 +1,5 @@
 """The loss of a token, and its weighted sum over a micro-batch."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from verl.algorithms.kl import kl_divergence
+from verl.algorithms.rollout_correction import response_of_token, rollout_is_weights
 
 
 def policy_loss(
@@ -36,24 +36,6 @@ def policy_loss(
     return loss, {"ppo_kl": -log_ratio.detach()} | {name: x.float() for name, x in cut.items()}
 
 
-def rollout_is_weights(log_ratio: Tensor, lengths: Tensor, level: str, threshold: float) -> Tensor:
-    """Truncated importance-sampling weights between the engine that drew the tokens and the actor,
-    min(π_old/π_rollout, threshold), constants, [T] (Ionides 2008, doi:10.1198/106186008X320456, eq.
-    4; Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training").
-    `log_ratio`: log π_old − log π_rollout, [T]. `level`: `token`, or `sequence`: the product of the
-    ratios over the tokens of a response; their `lengths`, [N], add up to T."""
-    log_ratio = log_ratio.detach()
-    if level == "sequence":
-        response = _response_of_token(lengths)
-        log_ratio = log_ratio.new_zeros(len(lengths)).index_add(0, response, log_ratio)[response]
-    return log_ratio.clamp(max=math.log(threshold)).exp()
-
-
-def _response_of_token(lengths: Tensor) -> Tensor:
-    """Which response each token belongs to, [N] → [T]."""
-    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-
-
 @dataclass(frozen=True, slots=True)
 class LossConfig:
     """What an update minimizes."""
@@ -77,7 +59,8 @@ class LossInputs:
     log_probs: Tensor  # under the policy that is trained, with gradient, [T]
     entropy: Tensor  # of the distribution at each token, with gradient, [T]
     lengths: Tensor  # counted tokens of each response, [N]
-    weights: Tensor  # w_i, repeated for each token, [T]
+    weights: Tensor  # w_i of the policy loss, repeated for each token, [T]
+    regularizer_weights: Tensor  # those of KL loss and entropy bonus, [T]
     advantages: Tensor  # A_i, repeated for each token, [T]
     old_log_probs: Tensor | None = None  # before the step; None: the same as log_probs, [T]
     ref_log_probs: Tensor | None = None  # under the reference policy, [T]
@@ -89,30 +72,51 @@ Sums = dict[str, Tensor]
 
 
 def ppo_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
-    """Σ_i w_i Σ_t ℓ_it of a micro-batch, with ℓ = clipped loss − entropy bonus + KL."""
+    """PPO's clipped loss of a micro-batch, with entropy bonus and KL loss."""
     old = x.log_probs.detach() if x.old_log_probs is None else x.old_log_probs
     clip = config.clip_ratio_low, config.clip_ratio_high, config.clip_ratio_c
     loss, reported = policy_loss(x.log_probs, old, x.advantages, *clip)
-    sums = {name: value.sum() for name, value in (reported | {"entropy": x.entropy}).items()}
+    sums = {name: value.sum() for name, value in reported.items()}
     if x.rollout_log_probs is not None:
         factors, compared = _rollout_factors(old - x.rollout_log_probs, x, config)
         loss, sums = loss * factors, sums | compared
-    sums["w/pg_loss"] = (x.weights * loss).sum()
+    return _regularized(loss, sums, x, config)
+
+
+def reinforce_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
+    """−A·log π per token, times `rollout_is_weights` of the current policy π from the engine, and
+    the same terms: verl's `loss_type=reinforce`."""
+    assert x.rollout_log_probs is not None
+    log_ratio = x.log_probs.detach() - x.rollout_log_probs
+    loss, sums = -x.advantages * x.log_probs, {"ppo_kl": -log_ratio.sum()}
+    if level := config.rollout_is:
+        factors = rollout_is_weights(log_ratio, x.lengths, level, config.rollout_is_threshold)
+        loss = loss * factors
+        sums |= {"rollout/is_weight_mean": factors.sum(), "rollout/tokens": x.lengths.sum()}
+    return _regularized(loss, sums, x, config)
+
+
+def _regularized(
+    loss: Tensor, sums: Sums, x: LossInputs, config: LossConfig
+) -> tuple[Tensor, Sums]:
+    """Σ_i w_i Σ_t ℓ_it − entropy bonus + KL loss, which may have weights of their own."""
+    total = (x.weights * loss).sum()
+    sums |= {"w/pg_loss": total, "entropy": x.entropy.sum()}
     if config.entropy_coeff:
-        loss = loss - config.entropy_coeff * x.entropy
+        total = total - config.entropy_coeff * (x.regularizer_weights * x.entropy).sum()
     if config.kl_coef:
         assert x.ref_log_probs is not None
         kl = kl_divergence(x.log_probs, x.ref_log_probs, config.kl_type)
-        loss = loss + config.kl_coef * kl
-        sums["w/kl_loss"] = (x.weights * kl).sum()
-    return (x.weights * loss).sum(), sums
+        sums["w/kl_loss"] = (x.regularizer_weights * kl).sum()
+        total = total + config.kl_coef * sums["w/kl_loss"]
+    return total, sums
 
 
 def _rollout_factors(log_ratio: Tensor, x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
     """The factor of each token's loss, [T], and how far engine and actor are apart."""
     compared = torch.ones_like(log_ratio, dtype=torch.bool)
     if x.old_log_probs is not None:  # those that are the engine's own have nothing to report
-        response = _response_of_token(x.lengths)
+        response = response_of_token(x.lengths)
         compared = torch.isin(response, response[log_ratio != 0])
     sums = {
         "rollout/logprob_diff_mean": log_ratio.abs().sum(),
@@ -134,5 +138,9 @@ def nll_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
     return loss, {"w/nll_loss": loss, "entropy": x.entropy.sum()}
 
 
-LOSSES: dict[str, Callable[..., tuple[Tensor, Sums]]] = {"ppo": ppo_loss, "nll": nll_loss}
+LOSSES: dict[str, Callable[..., tuple[Tensor, Sums]]] = {
+    "ppo": ppo_loss,
+    "reinforce": reinforce_loss,
+    "nll": nll_loss,
+}
 """Kind → the loss of a micro-batch and what it reports."""

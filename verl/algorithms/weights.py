@@ -108,8 +108,10 @@ class LossAggregation:
     max_response_length: int  # M, in tokens
     alpha: float = 0.0  # exponent of ∆L, also where ∆L is only compared with
     scope: str = "batch"  # lengths that ∆L averages over: batch (rollout batch) or mini_batch
-    norm_by_std: bool = True  # whether grpo's advantages are divided by the standard deviation
+    # Whether grpo's advantages are divided by the group's standard deviation; `batch`: the batch's.
+    norm_by_std: bool | str = True
     group_size: int | None = None  # responses per micro-batch of token-mean-legacy
+    regularizer_mode: str | None = None  # of KL loss and entropy bonus; None: `mode`
 
     def weights(
         self, lengths: Lengths, rollout_lengths: Lengths | None = None, mode: str | None = None
@@ -130,6 +132,7 @@ def resolve_aggregation(config: Config) -> LossAggregation:
         max_response_length=config.data.max_response_length,
         alpha=algorithm.grpopp_config.alpha,
         scope=algorithm.grpopp_config.scope,
-        norm_by_std=algorithm.norm_adv_by_std_in_grpo and not algorithm.use_dr_grpo,
+        norm_by_std=not algorithm.use_dr_grpo and algorithm.norm_adv_by_std_in_grpo,
         group_size=actor.ppo_micro_batch_size_per_gpu if mode == "token-mean-legacy" else None,
+        regularizer_mode=actor.regularizer_agg_mode,
     )

@@ -16,7 +16,7 @@ class Rules:
     low: float | None = None  # at least this
     high: float | None = None  # at most this
     above: float | None = None  # more than this
-    choices: tuple[str, ...] = ()  # one of these, or a list of them; empty: any
+    choices: tuple[Any, ...] = ()  # one of these, or a list of them; empty: any
     on_resume: str = ""
     """What a change means for a run that resumes. `error`, the default: another training. `warn`:
     changed on purpose. `free`: only speed, memory, place or rounding. `validation`: free, but
@@ -152,7 +152,9 @@ class OptimConfig(Section):
     warmup_style: str = key("constant", choices=("constant", "cosine", "linear"))
     """Schedule after the warm-up."""
     min_lr_ratio: float = key(0.0, low=0, high=1)
-    """The cosine and linear schedules end at this share of lr."""
+    """The cosine and linear schedules fall to this share of lr."""
+    num_cycles: float = key(0.5, above=0, idle_if="warmup_style!=cosine")
+    """Waves of the cosine schedule; 0.5: it falls once."""
 
 
 class MixedPrecisionConfig(Section):

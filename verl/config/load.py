@@ -160,7 +160,7 @@ def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> 
             problems[f"{text}: several values are several runs, and take -m"] = key
         elif key.startswith(free) or any(f"{k}.".startswith(f"{key}.") for k in defaults):
             follows = value is None and "${" in str(defaults.get(key))
-            given.append((key, defaults[key] if follows else value))
+            given.append((key, defaults[key] if follows else value, text.partition("=")[2].strip()))
         elif (share := OF_ALL_RANKS.get(key)) and isinstance(value, int):
             shares[share] = name, value
         elif share and value is not None:
@@ -168,9 +168,11 @@ def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> 
         elif not (share or without_effect(key, value) or key.startswith("hydra.")):
             refused = refusal(key)
             problems.update([(refused, key) if refused else unknown_key(known, key)])
-    for key, value in given:
+    for key, value, written_as in given:
         try:
             OmegaConf.update(config, key, value, force_add=f"{key}.".startswith(free))
+            if isinstance(value, int | float) and isinstance(OmegaConf.select(config, key), str):
+                OmegaConf.update(config, key, written_as)  # 2026_01_02 is a name: not 20260102
         except OmegaConfBaseException as error:
             key, text = _explain(error)
             unknown = isinstance(error, ConfigKeyError | ConfigAttributeError)

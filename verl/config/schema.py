@@ -24,6 +24,10 @@ GRPOPP: Any = ("${algorithm.grpopp_config.alpha}", "${algorithm.grpopp_config.sc
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 FREE: dict[str, Any] = {"on_resume": "free"}
 SIZE = FREE | {"low": 1}  # of speed and memory alone
+WITHOUT_FACTORS = (  # of rollout_is
+    "bypass_old_log_prob=True and loss_type=ppo_clip",
+    "bypass_old_log_prob=False and async_rollout=True",
+)
 VLLM = FREE | {"idle_if": "rollout.name=hf"}
 
 
@@ -110,6 +114,12 @@ class ActorConfig(Section):
         **FREE,
         idle_if="use_grpopp=False",
     )
+    regularizer_agg_mode: str | None = key(
+        None, choices=("token-mean",), idle_if="use_kl_loss=False and entropy_coeff=0.0"
+    )
+    """Aggregation of KL loss and entropy bonus; null: that of the loss, the weights w_i.
+    `token-mean`: a mean over all tokens of the optimizer step, as under use_grpopp and use_dr_grpo
+    in the code of arXiv 2509.07558."""
     entropy_coeff: float = 0.0
     """Weight of the entropy bonus, which is subtracted from the loss."""
     use_kl_loss: bool = False
@@ -330,10 +340,27 @@ class FilterOverlongConfig(Section):
 class RolloutCorrectionConfig(Section):
     """`algorithm.rollout_correction`: the engines' log-probabilities are not quite the actor's."""
 
-    rollout_is: str | None = key(None, choices=("token", "sequence"))
+    rollout_is: str | None = key(None, choices=("token", "sequence"), idle_if=WITHOUT_FACTORS)
     """Truncated importance sampling: weigh a token by π_old/π_rollout of it or of its response."""
-    rollout_is_threshold: float = key(2.0, above=0, idle_if="rollout_is=null")
+    rollout_is_threshold: float = key(2.0, above=0, idle_if=("rollout_is=null", *WITHOUT_FACTORS))
     """The factor is at most this."""
+    rollout_is_batch_normalize: bool = key(False, idle_if=("rollout_is=null", *WITHOUT_FACTORS))
+    """Divide the factors by their mean over the whole batch."""
+    rollout_rs: str | None = None
+    """Rejection: tokens, or whole responses, where π_old/π_rollout is out of bounds have no part in
+    the loss and its denominators. token, sequence, geometric; or several of token_k1, seq_mean_k3,
+    … with commas between them (docs/engines.md)."""
+    rollout_rs_threshold: str | None = key(None, idle_if="rollout_rs=null")
+    """Its bounds: an upper one, or lower_upper (0.5_2); one, or one for each of rollout_rs."""
+    rollout_rs_threshold_lower: float | None = key(None, above=0, idle_if="rollout_rs=null")
+    """Lower bound of a ratio; null: 1 / upper."""
+    rollout_token_veto_threshold: float | None = key(None, above=0)
+    """Reject responses with a token whose π_old/π_rollout is less than this."""
+    loss_type: str = key(
+        "ppo_clip", choices=("ppo_clip", "reinforce"), idle_if="bypass_old_log_prob=False"
+    )
+    """With bypass_old_log_prob, the loss of a token: PPO's clipped one, whose ratio corrects by
+    itself, or −A·log π, times the factor of rollout_is."""
 
 
 class AlgorithmConfig(Section):
@@ -341,8 +368,11 @@ class AlgorithmConfig(Section):
 
     adv_estimator: str = key("grpo", choices=("grpo", "rloo", "reinforce_plus_plus_baseline"))
     """Advantage estimator."""
-    norm_adv_by_std_in_grpo: bool = key(True, idle_if="adv_estimator!=grpo")
-    """grpo: divide by the group's standard deviation (use_dr_grpo never does)."""
+    norm_adv_by_std_in_grpo: Any = key(
+        True, choices=(True, False, "batch"), idle_if=("adv_estimator!=grpo", "use_dr_grpo=True")
+    )
+    """grpo: divide by the standard deviation of the group's rewards. `batch`: by that of the whole
+    batch's, as TRL's scale_rewards=batch."""
     use_dr_grpo: bool = False
     """Dr. GRPO: weights 1/(N·M), advantages without the division (arXiv 2503.20783)."""
     use_grpopp: bool = False
@@ -355,11 +385,10 @@ class AlgorithmConfig(Section):
     kl_ctrl: KLControlConfig = key(KLControlConfig, idle_if="use_kl_in_reward=False")
     filter_groups: GroupFilterConfig = key(GroupFilterConfig, idle_if="filter_groups.enable=False")
     filter_overlong_response: FilterOverlongConfig = key(FilterOverlongConfig)
-    rollout_correction: RolloutCorrectionConfig = key(
-        RolloutCorrectionConfig, idle_if=("bypass_old_log_prob=True", "async_rollout=True")
-    )
+    rollout_correction: RolloutCorrectionConfig = key(RolloutCorrectionConfig)
     bypass_old_log_prob: bool = False
-    """The engines' log-probabilities are the old ones: the actor doesn't compute them."""
+    """The engines' log-probabilities are the old ones. The actor computes none before the update,
+    unless a rejection or rollout_is_batch_normalize needs them."""
 
 
 class TrainerConfig(RunConfig):

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from verl.config.base import Section, SFTConfig
+from verl.config.rejection import rejections
 from verl.config.schema import Config
+from verl.config.verl_keys import refusal
 
 LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "low": (operator.ge, "at least"),
@@ -69,7 +71,8 @@ def _values(config: Section) -> Iterator[tuple[str, str]]:
         if not all(math.isfinite(one) for one in chosen if isinstance(one, float)):
             yield key, f"{key}={value}: must be finite"
         if rules.choices and not all(one in rules.choices for one in chosen):
-            yield key, f"{key}={value}: choose from {', '.join(rules.choices)}"
+            text = f"{refused};" if (refused := refusal(f"{key}={value}")) else f"{key}={value}:"
+            yield key, f"{text} choose from {', '.join(map(str, rules.choices))}"
         for name, (holds, words) in LIMITS.items():
             limit = getattr(rules, name)
             if limit is not None and not holds(value, limit):
@@ -153,7 +156,12 @@ def _training(config: Config) -> Iterator[str]:
         yield "{rollout.do_sample=}: greedy responses don't differ; training needs do_sample=True"
     if rollout.temperature == 0:
         yield "{rollout.temperature=}: greedy responses don't differ; take temperature > 0"
-    off = {"async_rollout": False, "bypass_old_log_prob": False, "rollout_is": "null"}
+    try:
+        rejections(config.algorithm.rollout_correction)
+    except ValueError as error:
+        yield str(error)
+    off: dict[str, Any] = {"async_rollout": False, "bypass_old_log_prob": False}
+    off |= dict.fromkeys(("rollout_is", "rollout_rs", "rollout_token_veto_threshold"), "null")
     if groups.enable:
         off["carry_over"] = False
         if config.trainer.async_rollout and groups.carry_over:

@@ -91,6 +91,9 @@ def loss_inputs(step: OptimizerStep, log_probs: Tensor, entropy: Tensor) -> Loss
         entropy,
         lengths=torch.as_tensor(lengths, dtype=torch.int64, device=device),
         weights=of_response(step.weights),
+        regularizer_weights=of_response(
+            step.weights if step.regularizer_weights is None else step.regularizer_weights
+        ),
         advantages=of_response([s.advantage for s in samples]),
         old_log_probs=of_token("old_log_probs"),
         ref_log_probs=of_token("ref_log_probs"),

@@ -42,7 +42,8 @@ class MicroBatchLimit:
 
 def learning_rate_factor(step: int, optim: OptimConfig, total_steps: int) -> float:
     """Share of the peak learning rate in training step `step` (from 0): linear warm-up that
-    already moves in the first step, then constant, cosine or linear down to `min_lr_ratio`."""
+    already moves in the first step, then constant, linear down to `min_lr_ratio`, or `num_cycles`
+    waves of a cosine from the peak to there (0.5: down once)."""
     warmup = optim.lr_warmup_steps
     if warmup < 0:
         warmup = int(optim.lr_warmup_steps_ratio * total_steps)
@@ -51,7 +52,8 @@ def learning_rate_factor(step: int, optim: OptimConfig, total_steps: int) -> flo
     if optim.warmup_style == "constant":
         return 1.0
     done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    left = (1 + math.cos(math.pi * done)) / 2 if optim.warmup_style == "cosine" else 1 - done
+    waves = 2 * math.pi * optim.num_cycles * done
+    left = (1 + math.cos(waves)) / 2 if optim.warmup_style == "cosine" else 1 - done
     return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * left
 
 

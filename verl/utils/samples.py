@@ -106,8 +106,9 @@ def write_responses(
     if optimizer_steps:
         weights: dict[int, float] = {}
         for taken in reversed(optimizer_steps):
-            weights.update(zip(map(id, taken.samples), taken.weights.tolist(), strict=True))
-        columns["weight"] = [weights.get(id(s)) for s in samples]
+            tokens = (id(s.response_ids) for s in taken.samples)  # shared with `Sample.trained`
+            weights.update(zip(tokens, taken.weights.tolist(), strict=True))
+        columns["weight"] = [weights.get(id(s.response_ids)) for s in samples]
     path = Path(folder).expanduser() / f"{step}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)

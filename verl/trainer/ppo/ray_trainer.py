@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from verl.algorithms import advantages, kl, weights
+from verl.algorithms import advantages, kl, rollout_correction, weights
 from verl.config.schema import Config
 from verl.protocol import OptimizerStep, Sample, response_lengths
 from verl.trainer.ppo import checks, metrics
 from verl.trainer.ppo.batches import Batches, mini_batches
 from verl.trainer.ppo.checkpoint import CheckpointFolder, TrainState
 from verl.trainer.ppo.tracking import Tracking
-from verl.trainer.ppo.workers import Workers, needs_reference
+from verl.trainer.ppo.workers import Workers, loss_config, needs_reference
 from verl.utils.signals import StopSignals
 from verl.utils.timer import Timer
 
@@ -77,7 +77,8 @@ class RayPPOTrainer:
                 record = batch.metrics | self.add_log_probs(samples, timer)
                 with timer("adv"):
                     record |= self.add_advantages(samples)
-                    steps = self.optimizer_steps(samples)
+                    mean_factor = record.get("rollout_corr/rollout_is_batch_norm_factor", 1.0)
+                    steps = self.optimizer_steps(samples, mean_factor)
                 with timer("update_actor"):
                     record |= self.update_actor(steps)
                 with timer("update_weights"):
@@ -97,21 +98,52 @@ class RayPPOTrainer:
         """Log-probabilities under the reference, and before the update: those that old responses
         were sampled with; None, for the loss to take its own, if one step on fresh ones follows."""
         config, actor = self.config.algorithm, self.config.actor_rollout_ref.actor
-        before = self.state.step - 1  # the version of the policy that is about to be updated
-        bypass = config.bypass_old_log_prob
-        sampled_with = [s for s in samples if bypass or s.policy_version < before]
-        fresh = [s for s in samples if not bypass and s.policy_version == before]
+        correction, before = config.rollout_correction, self.state.step - 1  # the policy's version
+        old = [config.bypass_old_log_prob or s.policy_version < before for s in samples]
+        fresh = [s for s, is_old in zip(samples, old, strict=True) if not is_old]
         one_step = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
         several_steps = len(samples) > one_step or actor.ppo_epochs > 1
-        for sample in sampled_with:
-            sample.old_log_probs = sample.rollout_log_probs
-        if fresh and (several_steps or sampled_with or config.use_kl_in_reward):
+        weighted = [not is_old or loss_config(self.config).kind == "reinforce" for is_old in old]
+        normalized = correction.rollout_is and correction.rollout_is_batch_normalize
+        judged = correction.rollout_rs or correction.rollout_token_veto_threshold
+        if judged or (normalized and any(weighted)):  # which takes what the actor says of them all
+            needed = samples
+        else:
+            needed = fresh if several_steps or any(old) or config.use_kl_in_reward else []
+        if needed:
             with timer("old_log_prob"):
-                self.workers.add_log_probs(fresh, "actor")
+                self.workers.add_log_probs(needed, "actor")
+        record = self.correct_rollout(samples, weighted) if len(needed) == len(samples) else {}
+        for sample, is_old in zip(samples, old, strict=True):
+            if is_old:
+                sample.old_log_probs = sample.rollout_log_probs
         if needs_reference(self.config):
             with timer("ref"):
                 self.workers.add_log_probs(samples, "ref")
-        return self.subtract_kl(samples) if config.use_kl_in_reward else {}
+        return record | (self.subtract_kl(samples) if config.use_kl_in_reward else {})
+
+    def correct_rollout(self, samples: list[Sample], weighted: list[bool]) -> dict[str, float]:
+        """Takes the tokens that `algorithm.rollout_correction` rejects out of the loss; says how
+        far engines and actor are apart. `weighted`: which samples have the factors of rollout_is.
+        """
+        lengths = response_lengths(samples)
+        old, rollout = (
+            torch.tensor(np.concatenate([s.counted(getattr(s, name)) for s in samples])).double()
+            for name in ("old_log_probs", "rollout_log_probs")
+        )
+        kept, record = rollout_correction.correct(
+            old,
+            rollout,
+            torch.tensor(lengths),
+            torch.tensor(weighted),
+            self.config.algorithm.rollout_correction,
+        )
+        for sample, mask in zip(
+            samples, np.split(kept.numpy(), lengths.cumsum()[:-1]), strict=True
+        ):
+            if not mask.all():
+                sample.reject(mask)
+        return {f"rollout_corr/{name}": value for name, value in record.items()}
 
     def subtract_kl(self, samples: list[Sample]) -> dict[str, float]:
         """reward_i −= β Σ_t kl_it, by the estimator `kl_penalty`; moves β if it is adaptive."""
@@ -132,28 +164,37 @@ class RayPPOTrainer:
         """One advantage per response; metrics of the aggregation."""
         rewards, groups = [s.reward for s in samples], [s.group for s in samples]
         estimator, by_std = self.config.algorithm.adv_estimator, self.aggregation.norm_by_std
-        lengths = response_lengths(samples)
+        lengths = response_lengths(s.trained() for s in samples)
         values = advantages.advantages(rewards, groups, lengths, estimator, by_std)
         for sample, value in zip(samples, values.tolist(), strict=True):
             sample.advantage = value
-        lengths = response_lengths(filter(self.counts, samples))
+        lengths = response_lengths(self.trained(samples))
         modes = dict.fromkeys((*COMPARED_WEIGHTS, self.aggregation.mode))
         by_method = {mode: self.aggregation.weights(lengths, mode=mode) for mode in modes}
         return metrics.loss_agg_metrics(lengths, by_method, self.aggregation.mode)
 
-    def optimizer_steps(self, samples: list[Sample]) -> list[OptimizerStep]:
-        """The responses of each optimizer step that have a part in its loss, with their weights."""
-        rollout_lengths = response_lengths(filter(self.counts, samples))
-        steps = []
+    def optimizer_steps(
+        self, samples: list[Sample], mean_factor: float = 1.0
+    ) -> list[OptimizerStep]:
+        """The responses of each optimizer step that have a part in its loss, with their weights.
+        Those of the policy loss are divided by `mean_factor`."""
+        rollout_lengths, steps = response_lengths(self.trained(samples)), []
         for mini_batch in mini_batches(self.config, samples, self.state.step):
-            counting = list(filter(self.counts, mini_batch))
-            w = self.aggregation.weights(response_lengths(counting), rollout_lengths)
-            steps.append(OptimizerStep(counting, w).share(np.flatnonzero(w).tolist()))
+            counting = self.trained(mini_batch)
+            lengths, mode = response_lengths(counting), self.aggregation.regularizer_mode
+            w = others = self.aggregation.weights(lengths, rollout_lengths)
+            if mode:
+                others = self.aggregation.weights(lengths, rollout_lengths, mode)
+            step = OptimizerStep(counting, w / np.float32(mean_factor), others)
+            steps.append(step.share(np.flatnonzero(w).tolist()))
         return steps
 
-    def counts(self, sample: Sample) -> bool:
-        """Whether a response takes part in the loss and its denominators."""
-        return not (self.config.algorithm.filter_overlong_response.enable and sample.truncated)
+    def trained(self, samples: list[Sample]) -> list[Sample]:
+        """The responses that have a part in the loss and its denominators, as the loss sees them:
+        without those that are filtered out, and those of which rejection leaves nothing."""
+        dropping = self.config.algorithm.filter_overlong_response.enable
+        left = [(s, s.trained()) for s in samples if not (dropping and s.truncated)]
+        return [trained for s, trained in left if trained is s or trained.length]
 
     def update_actor(self, steps: list[OptimizerStep]) -> dict[str, float]:
         """Makes the optimizer steps; returns means over them. Raises: as `count_skipped`."""

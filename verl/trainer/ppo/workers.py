@@ -164,8 +164,9 @@ def loss_config(config: Config) -> LossConfig:
     """The actor's loss, as the configuration says."""
     actor, correction = config.actor_rollout_ref.actor, config.algorithm.rollout_correction
     low, high = actor.clip_ratio_low, actor.clip_ratio_high
+    reinforce = config.algorithm.bypass_old_log_prob and correction.loss_type == "reinforce"
     return LossConfig(
-        kind="ppo",
+        kind="reinforce" if reinforce else "ppo",
         temperature=config.actor_rollout_ref.rollout.temperature,
         clip_ratio_low=actor.clip_ratio if low is None else low,
         clip_ratio_high=actor.clip_ratio if high is None else high,
