@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from tests.helpers import close
-from verl.algorithms.rollout_correction import correct
-from verl.config.rejection import OPTIONS, rejections
-from verl.config.schema import RolloutCorrectionConfig
-from verl.trainer.ppo.core_algos import kept_tokens
+from verl.algorithms.rollout_correction import correct, kept_tokens
+from verl.config.rollout_correction import OPTIONS, RolloutCorrectionConfig, rejections
 
 LENGTHS = torch.tensor([2, 0, 1])
 RATIOS = torch.tensor([2.0, 0.25, 1.1], dtype=torch.float64).log()  # their products: 0.5, 1.1

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from verl.config.rejection import Rejection, rejections
-from verl.config.schema import RolloutCorrectionConfig
+from verl.config.rollout_correction import Rejection, RolloutCorrectionConfig, rejections
 
 SAFE = 20.0  # bounds logarithms, so that exp stays finite
 

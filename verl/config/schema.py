@@ -12,6 +12,7 @@ from verl.config.base import (
     TrainFilesConfig,
     key,
 )
+from verl.config.rollout_correction import RolloutCorrectionConfig
 
 LOSS_AGG_MODES = (
     "token-mean",
@@ -24,10 +25,6 @@ GRPOPP: Any = ("${algorithm.grpopp_config.alpha}", "${algorithm.grpopp_config.sc
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 FREE: dict[str, Any] = {"on_resume": "free"}
 SIZE = FREE | {"low": 1}  # of speed and memory alone
-WITHOUT_FACTORS = (  # of rollout_is
-    "bypass_old_log_prob=True and loss_type=ppo_clip",
-    "bypass_old_log_prob=False and async_rollout=True",
-)
 VLLM = FREE | {"idle_if": "rollout.name=hf"}
 
 
@@ -335,32 +332,6 @@ class FilterOverlongConfig(Section):
 
     enable: bool = False
     """Truncated responses get weight 0 and leave every denominator."""
-
-
-class RolloutCorrectionConfig(Section):
-    """`algorithm.rollout_correction`: the engines' log-probabilities are not quite the actor's."""
-
-    rollout_is: str | None = key(None, choices=("token", "sequence"), idle_if=WITHOUT_FACTORS)
-    """Truncated importance sampling: weigh a token by π_old/π_rollout of it or of its response."""
-    rollout_is_threshold: float = key(2.0, above=0, idle_if=("rollout_is=null", *WITHOUT_FACTORS))
-    """The factor is at most this."""
-    rollout_is_batch_normalize: bool = key(False, idle_if=("rollout_is=null", *WITHOUT_FACTORS))
-    """Divide the factors by their mean over the whole batch."""
-    rollout_rs: str | None = None
-    """Rejection: tokens, or whole responses, where π_old/π_rollout is out of bounds have no part in
-    the loss and its denominators. token, sequence, geometric; or several of token_k1, seq_mean_k3,
-    … with commas between them (docs/engines.md)."""
-    rollout_rs_threshold: str | None = key(None, idle_if="rollout_rs=null")
-    """Its bounds: an upper one, or lower_upper (0.5_2); one, or one for each of rollout_rs."""
-    rollout_rs_threshold_lower: float | None = key(None, above=0, idle_if="rollout_rs=null")
-    """Lower bound of a ratio; null: 1 / upper."""
-    rollout_token_veto_threshold: float | None = key(None, above=0)
-    """Reject responses with a token whose π_old/π_rollout is less than this."""
-    loss_type: str = key(
-        "ppo_clip", choices=("ppo_clip", "reinforce"), idle_if="bypass_old_log_prob=False"
-    )
-    """With bypass_old_log_prob, the loss of a token: PPO's clipped one, whose ratio corrects by
-    itself, or −A·log π, times the factor of rollout_is."""
 
 
 class AlgorithmConfig(Section):

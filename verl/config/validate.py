@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.config.base import Section, SFTConfig
-from verl.config.rejection import rejections
+from verl.config.rollout_correction import rejections
 from verl.config.schema import Config
 from verl.config.verl_keys import refusal
 

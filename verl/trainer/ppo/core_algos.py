@@ -4,5 +4,5 @@
 from verl.algorithms.advantages import ADVANTAGES, advantages
 from verl.algorithms.kl import KL_ESTIMATORS, adapted_kl_coef, kl_divergence
 from verl.algorithms.losses import policy_loss
-from verl.algorithms.rollout_correction import kept_tokens, rollout_is_weights
+from verl.algorithms.rollout_correction import rollout_is_weights
 from verl.algorithms.weights import WEIGHTS, response_weights

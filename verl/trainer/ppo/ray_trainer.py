@@ -103,13 +103,13 @@ class RayPPOTrainer:
         fresh = [s for s, is_old in zip(samples, old, strict=True) if not is_old]
         one_step = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
         several_steps = len(samples) > one_step or actor.ppo_epochs > 1
-        weighted = [not is_old or loss_config(self.config).kind == "reinforce" for is_old in old]
+        reinforce = loss_config(self.config).kind == "reinforce"
+        weighted = [reinforce or not is_old for is_old in old]  # by the factors of rollout_is
         normalized = correction.rollout_is and correction.rollout_is_batch_normalize
         judged = correction.rollout_rs or correction.rollout_token_veto_threshold
-        if judged or (normalized and any(weighted)):  # which takes what the actor says of them all
+        needed = fresh if several_steps or any(old) or config.use_kl_in_reward else []
+        if judged or (normalized and any(weighted)):  # by what the actor says of the whole batch
             needed = samples
-        else:
-            needed = fresh if several_steps or any(old) or config.use_kl_in_reward else []
         if needed:
             with timer("old_log_prob"):
                 self.workers.add_log_probs(needed, "actor")
@@ -138,9 +138,8 @@ class RayPPOTrainer:
             torch.tensor(weighted),
             self.config.algorithm.rollout_correction,
         )
-        for sample, mask in zip(
-            samples, np.split(kept.numpy(), lengths.cumsum()[:-1]), strict=True
-        ):
+        masks = np.split(kept.numpy(), lengths.cumsum()[:-1])
+        for sample, mask in zip(samples, masks, strict=True):
             if not mask.all():
                 sample.reject(mask)
         return {f"rollout_corr/{name}": value for name, value in record.items()}

@@ -93,7 +93,7 @@ class Workers:
         dynamic, most = sizes.log_prob_use_dynamic_bsz, sizes.log_prob_max_token_len_per_gpu
         limit = MicroBatchLimit(None if dynamic else size, most)
         parts = [[samples[i] for i in share] for share in self._shares(samples)]
-        unread = [name for name in ARRAYS if name.endswith("log_probs")]
+        unread = ["trained_mask", *(name for name in ARRAYS if name.endswith("log_probs"))]
         arguments = [(SampleBatch(p, unread), rollout.temperature, limit) for p in parts]
         for part, values in zip(parts, self.actor.scatter(method, arguments), strict=True):
             ends = np.cumsum([len(s.response_ids) for s in part])

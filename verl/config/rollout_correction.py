@@ -1,15 +1,45 @@
-"""What `algorithm.rollout_correction.rollout_rs` asks for: its options with their thresholds."""
+"""`algorithm.rollout_correction`: its keys, and what they reject."""
 
 import math
 from typing import NamedTuple
 
-from verl.config.schema import RolloutCorrectionConfig
+from verl.config.base import Section, key
 
 OLDER = {"token": "token_k1", "sequence": "seq_sum_k1", "geometric": "seq_mean_k1"}
 """verl's names up to 0.7, which bound π_old/π_rollout: the newer ones bound π_rollout/π_old."""
 LEVELS = ("token", "seq_sum", "seq_mean", "seq_max")
 OPTIONS = {*OLDER, *(f"{level}_{k}" for level in LEVELS for k in ("k1", "k2", "k3"))}
 OPTIONS.remove("seq_max_k1")  # of a number with a sign
+WITHOUT_FACTORS = (  # of rollout_is
+    "bypass_old_log_prob=True and loss_type=ppo_clip",
+    "bypass_old_log_prob=False and async_rollout=True",
+)
+
+
+class RolloutCorrectionConfig(Section):
+    """`algorithm.rollout_correction`: the engines' log-probabilities are not quite the actor's."""
+
+    rollout_is: str | None = key(None, choices=("token", "sequence"), idle_if=WITHOUT_FACTORS)
+    """Truncated importance sampling: weigh a token by π_old/π_rollout of it or of its response."""
+    rollout_is_threshold: float = key(2.0, above=0, idle_if=("rollout_is=null", *WITHOUT_FACTORS))
+    """The factor is at most this."""
+    rollout_is_batch_normalize: bool = key(False, idle_if=("rollout_is=null", *WITHOUT_FACTORS))
+    """Divide the factors by their mean over the whole batch."""
+    rollout_rs: str | None = None
+    """Rejection: tokens, or whole responses, where π_old/π_rollout is out of bounds have no part in
+    the loss and its denominators. token, sequence, geometric; or several of token_k1, seq_mean_k3,
+    … with commas between them (docs/engines.md)."""
+    rollout_rs_threshold: str | None = key(None, idle_if="rollout_rs=null")
+    """Its bounds: an upper one, or lower_upper (0.5_2); one, or one for each of rollout_rs."""
+    rollout_rs_threshold_lower: float | None = key(None, above=0, idle_if="rollout_rs=null")
+    """Lower bound of a ratio; null: 1 / upper."""
+    rollout_token_veto_threshold: float | None = key(None, above=0)
+    """Reject responses with a token whose π_old/π_rollout is less than this."""
+    loss_type: str = key(
+        "ppo_clip", choices=("ppo_clip", "reinforce"), idle_if="bypass_old_log_prob=False"
+    )
+    """With bypass_old_log_prob, the loss of a token: PPO's clipped one, whose ratio corrects by
+    itself, or −A·log π, times the factor of rollout_is."""
 
 
 class Rejection(NamedTuple):
