@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from verl.algorithms.losses import LossConfig
 from verl.config.schema import FSDPConfig, ModelConfig
-from verl.models.packing import packed_sdpa
+from verl.models.packing import packed_attention
 from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import OptimizerStep, Prompt, Sample
 
@@ -161,7 +161,7 @@ def discarded(
 
 def per_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     """What the actor does."""
-    return packed_sdpa(torch.nn.Module(), q, k, v, None, sequence_lengths=lengths)[0]
+    return packed_attention(torch.nn.Module(), q, k, v, None, sequence_lengths=lengths)[0]
 
 
 def per_sequence_gqa(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:

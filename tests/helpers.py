@@ -51,29 +51,31 @@ QWEN_3B = dict(
 """config.json of Qwen2.5-3B, as far as it matters."""
 
 
+TINY: dict[str, Any] = dict(
+    vocab_size=len(VOCABULARY),
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+    initializer_range=0.1,
+    eos_token_id=0,
+    pad_token_id=1,
+)
+
+
 def make_tiny_model(folder: Path, kind: str = "Qwen3", **overrides: Any) -> Path:
-    """Saves a random decoder of this kind (2 layers, hidden 64, grouped-query attention) and its
-    tokenizer."""
+    """Saves a random decoder of this kind and its tokenizer; `overrides`: what isn't as in `TINY`,
+    where None is left out."""
     import torch
     import transformers
 
-    settings = dict(
-        vocab_size=len(VOCABULARY),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
+    settings = {name: value for name, value in (TINY | overrides).items() if value is not None}
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**(settings | overrides))
+    config = getattr(transformers, f"{kind}Config")(bos_token_id=None, **settings)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

@@ -136,8 +136,9 @@ def response_lengths(samples: Iterable[Sample]) -> NDArray[np.int64]:
 class WeightChunk:
     """W weights on their way to the engines; without tensors and handles a broadcast follows."""
 
-    names: list[str]  # in the checkpoint, [W]
+    names: list[str]  # as the engine calls them, [W]
     dtype: str  # PyTorch's name of their type, such as bfloat16
     shapes: list[list[int]]  # [W]
     tensors: list[Any] | None = None  # on the host, [W]
     ipc_handles: list[dict[str, Any]] | None = None  # to those on a GPU, by the GPU's id, [W]
+    sources: list[str] = field(default_factory=list)  # the policy's weights that become these

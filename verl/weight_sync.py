@@ -51,7 +51,8 @@ class WeightSync:
         self.connected = self.engines.processes.copy()
 
     def _send(self, transfer: str, only: int | None = None) -> None:
-        version, chunks = self.actor.call("plan_export", self.dtype, CHUNK_BYTES)[0]
+        stored = self.engines.stored
+        version, chunks = self.actor.call("plan_export", self.dtype, CHUNK_BYTES, stored)[0]
         self.engines.call("start_update", only=only)
         pending: list[Any] = []
         for chunk in chunks:

@@ -92,12 +92,12 @@ def attention(run: Run, out: Figures) -> str:
         output, _ = ALL_ATTENTION_FUNCTIONS[name](module, *leaves, **options)
         return [output, *torch.autograd.grad(output, leaves, g.to(output.dtype))]
 
-    exact = passes("packed_sdpa", q.float(), k.float(), v.float())
+    exact = passes("packed_attention", q.float(), k.float(), v.float())
     names = [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name.startswith("packed_")]
     names += ["flash_attention_3"] * is_flash_attn_3_available()
     flops = 14 * heads * head * sum(n * (n + 1) / 2 for n in lengths)
     lines = []
-    for name in names if run.cuda else ["packed_sdpa"]:
+    for name in names if run.cuda else ["packed_attention"]:
         try:
             errors = list(map(relative_error, passes(name, q, k, v), exact))
             cost = median_seconds(run.device, partial(passes, name, q, k, v), run.sizes.repeats)
@@ -113,8 +113,8 @@ def attention(run: Run, out: Figures) -> str:
             worst = max(found["relative errors"])
             require(worst < 2e-2, f"{name}: relative error {worst:.2g}")
     if run.cuda and "error" in out["packed_varlen"]:  # the usual one
-        run.attention = "packed_sdpa"  # so that the other sections have something to tell
-        run.notes.append("packed_varlen fails: all that follows uses packed_sdpa")
+        run.attention = "packed_attention"  # so that the other sections have something to tell
+        run.notes.append("packed_varlen fails: all that follows uses packed_attention")
         raise Wrong(out["packed_varlen"]["error"])
     return ", ".join(lines)
 

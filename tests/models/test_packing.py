@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import make_samples
-from verl.models.packing import loss_inputs, pack, packed_sdpa, per_token_of_response
+from verl.models.packing import loss_inputs, pack, packed_attention, per_token_of_response
 from verl.protocol import OptimizerStep, Prompt, Sample
 
 CPU = torch.device("cpu")
@@ -146,7 +146,7 @@ def test_packed_attention_is_block_diagonal_and_causal(key_heads, window):
         torch.randn(1, heads, 10, 8, dtype=torch.float64, generator=generator).requires_grad_()
         for heads in (4, key_heads, key_heads)
     )
-    ours, weights = packed_sdpa(
+    ours, weights = packed_attention(
         torch.nn.Module(),
         query,
         key,
@@ -171,14 +171,14 @@ def test_packed_attention_is_block_diagonal_and_causal(key_heads, window):
 
 def test_default_scale_is_that_of_the_head_size():
     query, key, value = torch.randn(3, 1, 2, 5, 16, generator=torch.Generator().manual_seed(0))
-    ours, _ = packed_sdpa(torch.nn.Module(), query, key, value, None, sequence_lengths=[2, 3])
+    ours, _ = packed_attention(torch.nn.Module(), query, key, value, None, sequence_lengths=[2, 3])
     torch.testing.assert_close(ours, plain_attention(query, key, value, [2, 3], 1 / 4, None))
 
 
 def test_model_sees_the_same_in_packed_and_padded_rows(tiny_model):
     samples = make_samples([4, 1, 0, 7, 2])
     logits = []
-    for remove_padding, attention in ((True, "packed_sdpa"), (False, "eager")):
+    for remove_padding, attention in ((True, "packed_attention"), (False, "eager")):
         model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention)
         batch = pack(samples, CPU, remove_padding)
         with torch.no_grad():

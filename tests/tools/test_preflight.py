@@ -13,7 +13,7 @@ import pytest
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.helpers import ROOT
-from verl.models.packing import packed_sdpa
+from verl.models.packing import packed_attention
 from verl.tools import machine, preflight, probes
 from verl.tools.machine import GB, GPU
 from verl.tools.preflight import FAILURE, OK, WARNING, Check
@@ -331,13 +331,13 @@ def test_all_probes_on_the_cpu(tmp_path: Path) -> None:
 
 def test_a_wrong_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that lets a sequence see those before it."""
-    right = packed_sdpa
+    right = packed_attention
     assert "is SDPA" in probes.attention("cpu")
 
     def wrong(*args: Any, **options: Any) -> Any:
         return right(*args, **options | {"sequence_lengths": [304]})
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "packed_sdpa", wrong)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "packed_attention", wrong)
     with pytest.raises(RuntimeError, match="differs from SDPA"):
         probes.attention("cpu")
 

@@ -23,7 +23,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error_with_its_reason() -> None:
         (True, (8, 0), torch.bfloat16, "packed_varlen"),
         (True, (10, 0), torch.bfloat16, "packed_varlen"),
         (False, (9, 0), torch.bfloat16, "packed_varlen"),
-        (True, (9, 0), torch.float32, "packed_sdpa"),
+        (True, (9, 0), torch.float32, "packed_attention"),
     ],
 )
 def test_the_attention_of_packed_rows(
@@ -36,7 +36,7 @@ def test_the_attention_of_packed_rows(
     monkeypatch.setattr(transformers.utils, "is_flash_attn_3_available", lambda: installed)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert device.default_packed_attention(GPU, dtype) == name
-    assert device.default_packed_attention(torch.device("cpu"), dtype) == "packed_sdpa"
+    assert device.default_packed_attention(torch.device("cpu"), dtype) == "packed_attention"
 
 
 def test_weights_take_the_fastest_way_that_the_engine_knows() -> None:

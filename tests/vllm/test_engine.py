@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,22 +20,22 @@ from verl.rollout.engine import RolloutEngine, SamplingParams
 from verl.rollout.hf import HFEngine
 from verl.rollout.vllm import VLLMEngine, environment
 
-MODELS = {
-    "qwen2-tied": ("Qwen2", True),
-    "qwen2": ("Qwen2", False),
-    "llama": ("Llama", False),
-    "qwen3-tied": ("Qwen3", True),
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2-tied": ("Qwen2", {}),
+    "mixtral": ("Mixtral", {"tie_word_embeddings": False, "num_local_experts": 4}),
+    "llama": ("Llama", {"tie_word_embeddings": False}),
+    "qwen3-tied": ("Qwen3", {}),
 }
 LIMIT = MicroBatchLimit(64)
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    kind, tied = MODELS[request.param]
+    kind, overrides = MODELS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     # Twice as many embeddings as the tokenizer has words.
     size = 2 * len(VOCABULARY)
-    make_tiny_model(folder, kind, tie_word_embeddings=tied, initializer_range=0.1, vocab_size=size)
+    make_tiny_model(folder, kind, vocab_size=size, **overrides)
     return ModelConfig(path=str(folder))
 
 
@@ -77,19 +78,20 @@ def update(actor: PolicyWorker, seed: int) -> None:
     actor.update([step], LossConfig(), LIMIT, 1.0)
 
 
-def transfer(actor: PolicyWorker, engine: RolloutEngine) -> dict[str, torch.Tensor]:
-    """Gives the engine the actor's weights in small chunks, and returns them."""
-    version, chunks = actor.plan_export(None, 20_000)
+def transfer(actor: PolicyWorker, engine: RolloutEngine) -> None:
+    """Gives the engine the actor's weights in small chunks."""
+    version, chunks = actor.plan_export(None, 20_000, engine.stored)
     engine.start_update()
-    weights = {}
     for chunk in chunks:
-        exported = actor.export(chunk, "host")
-        engine.load_weights(exported)
-        weights |= dict(zip(exported.names, exported.tensors, strict=True))
+        engine.load_weights(actor.export(chunk, "host"))
     actor.finish_export()
     engine.finish_update(version)
     assert len(chunks) > 3
-    return weights
+
+
+def weights_of(actor: PolicyWorker) -> dict[str, torch.Tensor]:
+    """The actor's weights, as transformers names them."""
+    return {n: p.detach().full_tensor() for n, p in actor.model.lm.named_parameters()}
 
 
 def difference(actor: PolicyWorker, samples: list[Sample], temperature: float) -> float:
@@ -127,7 +129,8 @@ def test_it_is_the_actors_model_before_and_after_updates(
         stale = generate(engine, PROMPTS, SamplingParams(4, 30))
         assert difference(actor, stale, 1.0) > 1e-2  # an engine without the update would show
         for one in engines:
-            plain.load_state_dict(transfer(actor, one), strict=False)
+            transfer(actor, one)
+            plain.load_state_dict(weights_of(actor), strict=False)
             assert one.version == version
             check(actor, one, plain)
 
@@ -165,7 +168,8 @@ def test_top_k_and_top_p_are_in_the_log_probs(
     model: ModelConfig, engine: VLLMEngine, actor: PolicyWorker
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(model.path)
-    plain.load_state_dict(transfer(actor, engine), strict=False)
+    transfer(actor, engine)
+    plain.load_state_dict(weights_of(actor), strict=False)
     for params in (SamplingParams(4, 10, top_k=3), SamplingParams(4, 10, 0.7, top_p=0.5)):
         for s in generate(engine, PROMPTS, params):
             ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]

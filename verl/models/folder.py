@@ -17,6 +17,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import cached_file
 
 from verl.config.schema import ModelConfig
+from verl.models.guard import check_family
 from verl.models.hf import check_names, load_hf_config, load_tokenizer, stop_token_ids
 
 logger = logging.getLogger(__name__)
@@ -27,10 +28,15 @@ COPIED = {".json", ".jinja", ".model", ".py", ".tiktoken", ".txt"}
 
 
 def skeleton(model: ModelConfig, **options: Any) -> Any:
-    """The model without memory for its weights."""
+    """The model without memory for its weights. Raises: ValueError for one of another kind."""
     options["trust_remote_code"] = model.trust_remote_code
+    config = load_hf_config(model)
+    own = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not own:
+        problem = f"a {config.model_type} model is none of text alone, which is all that is trained"
+        raise ValueError(f"{model.path}: {problem}")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_hf_config(model), **options)
+        return AutoModelForCausalLM.from_config(config, **options)
 
 
 def model_folder(model: ModelConfig) -> Path:
@@ -53,6 +59,7 @@ def check_model(model: ModelConfig, longest: int, export: bool) -> None:
     if min(stop_token_ids(model)) >= (size := config.get_text_config().vocab_size):
         raise ValueError(f"{model.path} has {size} tokens, and the tokenizer's end is none of them")
     check_weights(model)
+    check_family(skeleton(model), model)
     if export:
         with TemporaryDirectory() as place:
             write_folder(model, place, {}, None)

@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from verl.config.schema import FSDPConfig, ModelConfig
 from verl.models.folder import skeleton
-from verl.models.hf import load_hf_config, load_hf_model, num_embeddings, vocabulary_size
+from verl.models.guard import check_policy
+from verl.models.hf import load_hf_model, num_embeddings, vocabulary_size
+from verl.models.kv_cache import DECODE_ATTENTION
 from verl.models.logprobs import PolicyModel
 from verl.utils.device import default_dtype, default_packed_attention
 
@@ -22,11 +23,13 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
     what rank 0 loads. Raises: ValueError for a model that can't be sharded, or packed."""
     precision = fsdp.mixed_precision
     compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device.type))
-    attention = "sdpa"
-    if model.use_remove_padding:
-        _check_packable(load_hf_config(model), model.path)
-        attention = default_packed_attention(device, compute_dtype)
-    lm = skeleton(model, attn_implementation=attention, dtype=torch.float32)
+    lm = skeleton(model, dtype=torch.float32)
+    packed = default_packed_attention(device, compute_dtype)
+    if lm._can_set_attn_implementation():
+        lm.set_attn_implementation(packed if model.use_remove_padding else DECODE_ATTENTION)
+    trained = {*lm.get_decoder().parameters(), *lm.get_output_embeddings().parameters()}
+    for parameter in lm.parameters():  # the others belong to images, and are never used
+        parameter.requires_grad_(parameter in trained)
     if model.enable_gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     policy = PolicyModel(lm, min(vocabulary_size(model), num_embeddings(model)))
@@ -42,6 +45,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
     for layer in layers:
         shard(layer, reshard_after_forward=fsdp.reshard_after_forward)
     shard(policy, reshard_after_forward=False)
+    register_fsdp_forward_method(policy, "plain_log_probs")
     policy.to_empty(device=device)  # else the weights would be sent by way of the host
 
     loaded = PolicyModel(load_hf_model(model, torch.float32)) if dist.get_rank() == 0 else None
@@ -55,17 +59,8 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
     for name, value in buffers[0].items():
         parent, _, leaf = name.rpartition(".")
         setattr(policy.get_submodule(parent), leaf, value.to(device))
-    return policy.train()
-
-
-def _check_packable(config: Any, path: str) -> None:
-    """Raises ValueError for layers that carry state from one packed sequence into the next."""
-    others = {*(getattr(config, "layer_types", None) or ())}
-    others -= {"full_attention", "sliding_attention"}
-    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if others or getattr(architecture, "_is_stateful", False):  # Mamba, RWKV, …
-        raise ValueError(
-            f"{path}: a {config.model_type} model has layers that are not attention "
-            f"({', '.join(sorted(others)) or 'recurrent'}), and those mix packed sequences: set "
-            "actor_rollout_ref.model.use_remove_padding=False"
-        )
+    policy.eval()  # no dropout, no noise of a router
+    for layer in policy.modules():
+        layer.training = getattr(layer, "gradient_checkpointing", False)
+    check_policy(policy, model, compute_dtype, device)
+    return policy

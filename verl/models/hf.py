@@ -20,15 +20,13 @@ disable_progress_bar()  # one per file and process, in the middle of the log
 
 
 def load_hf_config(model: ModelConfig) -> Any:
-    """The model's configuration with `override_config`, and without dropout, which is chance.
-    Raises: ValueError if there is no such model, or its head isn't a plain matrix product."""
+    """The model's configuration with `override_config`, without dropout, which is chance, and what
+    routers add to a loss that isn't ours. Raises: ValueError if there is no such model."""
     config = _load(AutoConfig, model.path, trust_remote_code=model.trust_remote_code)
     config.update(model.override_config)
     for name in [n for n in vars(config) if n.endswith(("dropout", "_pdrop"))]:
         setattr(config, name, 0.0)
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"{model.path}: models with {name} are not supported")
+    config.get_text_config().output_router_logits = False
     return config
 
 

@@ -9,7 +9,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-DECODE_ATTENTION = "sdpa_decode"  # transformers' name of `decode_attention`
+from verl.models.packing import explicit_attention
+
+DECODE_ATTENTION = "decode"  # transformers' name of `decode_attention`
 
 
 class InPlaceLayer(DynamicLayer):
@@ -47,8 +49,12 @@ class InPlaceLayer(DynamicLayer):
 def decode_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kw: Any
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa`, [B, heads, T, D] → [B, T, heads, D]; for T = 1 without copies of the
-    cache: query heads that share a key-value head are so many queries of that head."""
+    """transformers' `sdpa`, [B, heads, T, D] → [B, T, heads, D], with sinks and caps of scores; for
+    T = 1 without copies of the cache: query heads that share a key-value head are so many queries
+    of that head."""
+    if kw.get("s_aux") is not None or kw.get("softcap") is not None:
+        output = explicit_attention(query, key, value, attention_mask, **kw)
+        return output.transpose(1, 2).contiguous(), None
     per_head = attention_mask is not None and attention_mask.shape[1] > 1
     if query.shape[2] > 1 or per_head or kw.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)

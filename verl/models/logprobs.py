@@ -1,6 +1,7 @@
 """Log-probability and entropy of given tokens, without ever holding [tokens, vocabulary]."""
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ class PolicyModel(nn.Module):
         """`vocabulary_size`: ids that have a probability; None: all that the model knows."""
         super().__init__()
         self.lm, self.vocabulary_size = lm, vocabulary_size
+        self.scale, self.cap = scale_and_cap(lm)
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """(log_probs, entropy) of `batch.targets`, float32 [T] each."""
@@ -24,8 +26,53 @@ class PolicyModel(nn.Module):
         output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, **options)
         hidden = output.last_hidden_state.flatten(0, 1)[batch.predictors]  # [T, H]
         head = self.lm.get_output_embeddings()
-        options = {"bias": head.bias, "vocabulary_size": self.vocabulary_size}
+        options = {"bias": head.bias, "vocabulary_size": self.vocabulary_size, "cap": self.cap}
+        temperature /= self.scale
         return chunked_log_probs(hidden, head.weight, batch.targets, temperature, **options)
+
+    def plain_log_probs(self, ids: Tensor, count: int) -> Tensor:
+        """Of the last tokens of `ids`, [1, S], by the model's own forward pass: float32 [count]."""
+        options = {"use_cache": False}
+        if "logits_to_keep" in signature(self.lm.forward).parameters:
+            options["logits_to_keep"] = count
+        logits = self.lm(input_ids=ids[:, :-1], **options).logits[0, -count:]
+        log_probs = logits[:, : self.vocabulary_size].float().log_softmax(-1)
+        return log_probs.gather(-1, ids[0, -count:, None])[:, 0]
+
+
+@torch.no_grad()
+def scale_and_cap(lm: Any) -> tuple[float, float | None]:
+    """(s, c) of a head whose products x the model makes the logits s·c·tanh(x / c); c None: s·x. By
+    its own `forward`, given these x for hidden states and no head. Raises: ValueError for a head
+    that does something else."""
+    x = torch.tensor([2.0**-10, -1.0, 3.0, 40.0, 2.0**20])
+    decoder, head = lm.base_model, lm.get_output_embeddings()
+    decoder.forward = lambda *args, **kwargs: _Hidden(x[None, :, None])
+    head.forward = lambda hidden: hidden
+    try:
+        logits = lm(input_ids=torch.zeros(1, len(x), dtype=torch.int64)).logits.flatten().cpu()
+    finally:
+        del decoder.forward, head.forward
+    s = (logits[0] / x[0]).item()
+    c = (logits[-1] / s).item()
+    if torch.allclose(logits, s * x, rtol=1e-4):
+        return s, None
+    if not torch.allclose(logits, s * c * torch.tanh(x / c), rtol=1e-4):
+        raise ValueError(f"{type(lm).__name__}: its output is no head that scales or caps logits")
+    return s, c
+
+
+class _Hidden:
+    """What a decoder returns: hidden states, and None of all else that a model may ask for."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.last_hidden_state
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -58,13 +105,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
-        grad_log_probs, grad_entropy = (grad / ctx.options[0] for grad in grads)
+        temperature, _, _, cap = ctx.options
+        grad_log_probs, grad_entropy = (grad / temperature for grad in grads)
         both = grad_log_probs + grad_entropy * entropy
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         tiles = _tiles(hidden, weight, bias, targets, *ctx.options)
         for rows, columns, log_p, place, inside in tiles:
+            slope = None if cap is None else 1 - (log_p * (temperature / cap)) ** 2  # of the cap
             # d log p(a) / d logit_j = [j = a] − p_j;  d H / d logit_j = −p_j (log p_j + H)
             log_p -= normalizer[rows, None]
             p = log_p.exp()
@@ -72,24 +121,26 @@ class _ChunkedLogProbs(torch.autograd.Function):
             loss = log_p.mul_(grad_entropy[rows, None]).add_(both[rows, None]).mul_(p)
             minus = torch.where(inside, -grad_log_probs[rows], 0)
             loss.scatter_add_(-1, place[:, None], minus[:, None])
+            loss = loss if slope is None else loss.mul_(slope)
             if grad_bias is not None:
                 grad_bias[columns] -= loss.sum(0)
             loss = loss.to(hidden.dtype)  # minus the gradient of the logits
             _subtract_product(grad_hidden[rows], loss, weight[columns])
             _subtract_product(grad_weight[columns], loss.T, hidden[rows])
         # autograd gives each gradient the type of its input
-        return grad_hidden, grad_weight, grad_bias, *4 * [None]
+        return grad_hidden, grad_weight, grad_bias, *5 * [None]
 
 
 def _tiles(*args: Any) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
     """Rows, vocabulary entries and their logits; the place of each row's target in the tile, and
     whether it is there at all (if not, the place is the nearest one), [n] each."""
-    hidden, weight, bias, targets, temperature, tile, size = args  # as of `chunked_log_probs`
+    hidden, weight, bias, targets, temperature, tile, size, cap = args  # of `chunked_log_probs`
     for i in range(0, len(targets), tile[0]):
         for j in range(0, size, tile[1]):
             rows, columns = slice(i, i + tile[0]), slice(j, min(j + tile[1], size))
             logits = product(hidden[rows], weight[columns].T)
             logits = logits if bias is None else logits.add_(bias[columns])
+            logits = logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
             logits = logits if temperature == 1 else logits.div_(temperature)
             place = targets[rows].clamp(columns.start, columns.stop - 1)
             yield rows, columns, logits, place - j, place == targets[rows]
@@ -111,10 +162,12 @@ def chunked_log_probs(
     bias: Tensor | None = None,
     tile: tuple[int, int] | None = None,
     vocabulary_size: int | None = None,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and entropy of its distribution, in nats: float32 [R] each,
     differentiable. `hidden` [R, H]: final hidden states; `weight` [V, H], `bias` [V]: the output
-    embedding, whose logits are divided by `temperature`; ids from `vocabulary_size` on (default: V)
-    have probability 0. `tile`: rows and vocabulary entries whose logits exist at a time."""
+    embedding, whose logits (of which `cap` c makes c·tanh(logit / c)) are divided by `temperature`;
+    ids from `vocabulary_size` on (default: V) have probability 0. `tile`: rows and vocabulary
+    entries whose logits exist at a time."""
     size, tile = vocabulary_size or len(weight), tile or default_tile(hidden.device)
-    return _ChunkedLogProbs.apply(hidden, weight, bias, targets, temperature, tile, size)
+    return _ChunkedLogProbs.apply(hidden, weight, bias, targets, temperature, tile, size, cap)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad as pad_
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -112,13 +113,19 @@ def per_token_of_response(values: Tensor, samples: Sequence[Sample]) -> list[np.
     return arrays
 
 
-def packed_sdpa(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """An attention function for transformers, with `Batch.model_kwargs` among the options: causal
     within each sequence of a packed row, one call per sequence, on any device. query
-    [1, heads, T, D], key and value [1, key-value heads, T, D] → [1, T, heads, D]."""
-    window = _sliding_window(options)
+    [1, heads, T, D], key and value [1, key-value heads, T, D] → [1, T, heads, D]. Raises:
+    ValueError for a model whose attention is more than this."""
+    window = _sliding_window(attention_mask, options)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -128,17 +135,73 @@ def packed_sdpa(
         mask, length = None, q.shape[2]
         if window is not None and length > window:
             mask = q.new_ones(length, length, dtype=torch.bool).tril().triu(1 - window)
-        outputs.append(sdpa(q, k, v, mask, is_causal=mask is None, scale=options.get("scaling")))
+        outputs.append(_attend(q, k, v, mask, options))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """Of one sequence; a sink becomes a first key that all queries give its own logit, with value
+    0, by `EXTRA` more features."""
+    scale, sink = options.get("scaling") or q.shape[-1] ** -0.5, options.get("s_aux")
+    if options.get("softcap") is not None:
+        return explicit_attention(q, k, v, mask, **options)
+    if sink is None:
+        return sdpa(q, k, v, mask, is_causal=mask is None, scale=scale)
+    q, k, v = pad_(q, (0, EXTRA, 1, 0), value=1), *(pad_(x, (0, EXTRA, 1, 0)) for x in (k, v))
+    k[:, :, 0, -EXTRA:] = (sink / scale / EXTRA)[:, None].to(k.dtype)
+    mask = mask if mask is None else pad_(mask, (1, 0, 1, 0), value=True)
+    output = sdpa(q, k, v, mask, is_causal=mask is None, scale=scale)
+    return output[:, :, 1:, :-EXTRA]
+
+
+EXTRA = 8  # fast kernels want heads of a multiple of it
+
+
+def explicit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Attention that holds all scores: softmax of c·tanh(score / c), c = `softcap`, beside a sink's
+    logit `s_aux` [heads]. [B, heads, T, D] each; `mask`: what is seen; None: what came before."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        new, total = scores.shape[-2:]
+        mask = scores.new_ones(new, total, dtype=torch.bool).tril(total - new)
+    # Not -inf: padding that sees nothing would become NaN.
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).float()
+    if s_aux is not None:
+        sink = s_aux.float()[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    return weights.to(value.dtype) @ value
+
+
 def packed_varlen(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """The same in one call: `torch.nn.attention.varlen`, for GPUs (16-bit types)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    visible = ((_sliding_window(options) or 0) - 1, 0)  # tokens before (-1: all) and after
+    if options.get("s_aux") is not None or options.get("softcap") is not None:
+        return packed_attention(module, query, key, value, attention_mask, **options)
+    visible = ((_sliding_window(attention_mask, options) or 0) - 1, 0)  # before (-1: all) and after
     bounds, longest = options["cu_seq_lens_q"], options["max_length_q"]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale, gqa = options.get("scaling"), query.shape[1] != key.shape[1]
@@ -149,17 +212,22 @@ def packed_varlen(
     return output[None], None
 
 
-def _sliding_window(options: dict[str, Any]) -> int | None:
-    """Raises ValueError for attention that is more than softmax of scaled products."""
-    for name in ("s_aux", "softcap"):
-        if options.get(name) is not None:
-            raise ValueError(
-                f"attention with {name} can't run packed: set "
-                "actor_rollout_ref.model.use_remove_padding=False"
-            )
-    return options.get("sliding_window")
+def _sliding_window(mask: Tensor | None, options: dict[str, Any]) -> int | None:
+    """Tokens that each one sees. Raises: ValueError for a model that has masks of its own, or does
+    not say where sequences begin."""
+    if "sequence_lengths" not in options or (mask is not None and mask.dim()):
+        raise ValueError(f"the model's attention can't run packed: {UNPACK}")
+    window: int | None = options.get("sliding_window")
+    return int(mask) if mask is not None else window
 
 
-for function in (packed_sdpa, packed_varlen):  # by these names; they need no mask
+def _mask(*_: Any, local_size: int | None = None, **__: Any) -> Tensor | None:
+    """Instead of a mask, for models that don't give it to the attention: the window's size, []."""
+    return None if local_size is None else torch.tensor(local_size)
+
+
+UNPACK = "set actor_rollout_ref.model.use_remove_padding=False"
+
+for function in (packed_attention, packed_varlen):  # by these names
     AttentionInterface.register(function.__name__, function)
-    AttentionMaskInterface.register(function.__name__, lambda *args, **kwargs: None)
+    AttentionMaskInterface.register(function.__name__, _mask)

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import reduce_tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from verl.algorithms.losses import LOSSES, LossConfig
 from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig
@@ -111,7 +112,7 @@ class PolicyWorker:
         self.optim, self.total_steps = optim, total_steps
         self.pack = partial(pack, device=self.device, remove_padding=model.use_remove_padding)
         self.model = build_policy(model, fsdp_config, self.device)
-        parameters = self.model.parameters()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = [devices.adamw(parameters, optim.lr, self.device)] if optim else []
         self.move(HOST)
         if ref_fsdp_config is not None:
@@ -249,29 +250,43 @@ class PolicyWorker:
         """Becomes rank 0 of the process group in which weights are broadcast to the engines."""
         self.engines_group = devices.broadcast_group(self.device, address, 0, world_size)
 
-    def plan_export(self, dtype: str | None, chunk_bytes: int) -> tuple[int, list[WeightChunk]]:
+    def plan_export(
+        self, dtype: str | None, chunk_bytes: int, stored: bool = False
+    ) -> tuple[int, list[WeightChunk]]:
         """The policy's version, and what will be exported: all weights, tied ones once, in chunks
-        of about `chunk_bytes`; as `dtype` (null: the device's usual one)."""
+        of about `chunk_bytes`; as `dtype` (null: the device's usual one), and the buffers that are
+        part of a checkpoint as they are. `stored`: in the names and shapes of the checkpoint."""
         dtype = dtype or devices.default_dtype(self.device.type)
-        itemsize = getattr(torch, dtype).itemsize
+        lm, kept = self.model.lm, self.model.lm.state_dict().keys()
+        weights = [(name, value, dtype) for name, value in lm.named_parameters()]
+        for name, value in lm.named_buffers():
+            weights += [(name, value, str(value.dtype).removeprefix("torch."))] * (name in kept)
         chunks: list[WeightChunk] = []
         left = -1
-        for name, parameter in self.model.lm.named_parameters():
-            size = parameter.numel() * itemsize
-            if size > left:
-                chunks.append(WeightChunk([], dtype, []))
+        for name, value, kind in weights:
+            size = value.numel() * getattr(torch, kind).itemsize
+            if size > left or chunks[-1].dtype != kind:
+                chunks.append(WeightChunk([], kind, []))
                 left = chunk_bytes
             left -= size
-            chunks[-1].names.append(name)
-            chunks[-1].shapes.append(list(parameter.shape))
+            chunks[-1].sources.append(name)
+        shapes = {name: value.shape for name, value, _ in weights}
+        for chunk in chunks:
+            empty = {name: torch.empty(shapes[name], device="meta") for name in chunk.sources}
+            sent = revert_weight_conversion(lm, empty) if stored else empty
+            chunk.names, chunk.shapes = [*sent], [[*value.shape] for value in sent.values()]
         return self.version, chunks
 
     def export(self, chunk: WeightChunk, transfer: str) -> WeightChunk:
         """Gathers and sends these weights; returns the chunk with what this rank adds to it."""
         self.move(self.device)
         lm, dtype = self.model.lm, getattr(torch, chunk.dtype)
-        sharded = (lm.get_parameter(name).detach() for name in chunk.names)
-        weights = [value.full_tensor().to(dtype).contiguous() for value in sharded]
+        values: dict[str, Any] = dict(lm.named_parameters()) | dict(lm.named_buffers())
+        found = {name: values[name].detach() for name in chunk.sources}
+        found = {n: (v.full_tensor() if isinstance(v, DTensor) else v) for n, v in found.items()}
+        if chunk.names != chunk.sources:
+            found = revert_weight_conversion(lm, found)
+        weights = [found[name].to(dtype).contiguous() for name in chunk.names]
         if transfer == "ipc":
             # Kept until the next chunk; torch itself keeps what an engine has not let go of.
             self.shared = weights

@@ -44,6 +44,7 @@ class RolloutEngine(ABC):
 
     needs: ClassVar[str | None] = None  # package that the engine imports
     parallel: ClassVar[bool] = False  # whether it may have `tensor_model_parallel_size` devices
+    stored: ClassVar[bool] = False  # new weights come as in a checkpoint, not as in the model
     transfers: ClassVar[tuple[str, ...]] = ("host",)  # of `weight_transfer`: what it supports
 
     version: int = 0  # training steps of the policy that gave the engine its weights
@@ -53,6 +54,10 @@ class RolloutEngine(ABC):
     def __init__(self, share: float = 1.0, bundles: Sequence[int] = (0,)) -> None:
         """To use `share` of each of its devices: these bundles of Ray's placement group."""
         self.share, self.bundles = share, bundles
+
+    @classmethod  # noqa: B027  engines that take all models
+    def check(cls, model: ModelConfig) -> None:
+        """Before anything starts. Raises: ValueError for a model that the engine can't run."""
 
     @abstractmethod
     def build(

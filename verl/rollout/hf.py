@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from verl.config.schema import ModelConfig, RolloutConfig
+from verl.models.folder import skeleton
 from verl.models.hf import load_hf_model, reorder_linears, stop_token_ids, vocabulary_size
 from verl.models.kv_cache import DECODE_ATTENTION, InPlaceLayer
 from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
@@ -23,6 +24,15 @@ KEEP_SHARE = 0.85  # the batch is compacted when a smaller share of its rows is 
 
 class HFEngine(RolloutEngine):
     """`actor_rollout_ref.rollout.name=hf`."""
+
+    @classmethod
+    def check(cls, model: ModelConfig) -> None:
+        """See `RolloutEngine.check`: prompts are padded, which a recurrent state would remember."""
+        if (lm := skeleton(model))._is_stateful:
+            problem = (
+                f"{model.path}: a {lm.config.model_type} model has layers that are not attention"
+            )
+            raise ValueError(f"{problem}: set actor_rollout_ref.rollout.name=vllm")
 
     def build(self, model: ModelConfig, rollout: RolloutConfig, device: str, *_: Any) -> None:
         """See `RolloutEngine.build`."""
@@ -42,8 +52,8 @@ class HFEngine(RolloutEngine):
 
     @torch.no_grad()
     def load_weights(self, chunk: WeightChunk) -> None:
-        """Copies into the model's parameters. Raises: KeyError for a name it doesn't have."""
-        params = dict(self.model.named_parameters())
+        """Copies into the model's weights. Raises: KeyError for a name it doesn't have."""
+        params = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         assert chunk.tensors is not None
         for name, value in zip(chunk.names, chunk.tensors, strict=True):
             params[name].copy_(value)

@@ -35,6 +35,7 @@ class EnginePool(WorkerGroup):
         self.max_num_seqs = rollout.max_num_seqs
         longest = config.data.max_prompt_length + config.data.max_response_length
         max_model_len = rollout.max_model_len or longest
+        self.stored = cls.stored
         self.ranks = rollout.tensor_model_parallel_size if cls.parallel else 1
         first = slots[:: self.ranks]
         self.settings = model, rollout, device, max_model_len

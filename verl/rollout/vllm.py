@@ -22,7 +22,7 @@ class VLLMEngine(RolloutEngine):
     `tensor_model_parallel_size` above 1, vLLM's own workers hold the model."""
 
     needs = "vllm"
-    parallel = True
+    parallel = stored = True
     transfers = ("host", "ipc", "nccl")
 
     def build(

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory, ipc_engine
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
@@ -37,6 +38,15 @@ class ActorWeights(ipc_engine.IPCWeightTransferEngine):
         assert isinstance(init_info, GroupInfo)
         rank, size = init_info.rank + self.parallel_config.rank, init_info.world_size
         self.process_group = broadcast_group(self.device, init_info.address, rank, size)
+
+    def start_weight_update(self) -> None:
+        """Has vLLM's CPU kernels for experts make their copy anew, too."""
+        for module in self.model.modules():
+            method = getattr(module, "quant_method", None)
+            kernel = getattr(method, "moe_kernel", None)
+            if kernel and isinstance(kernel.fused_experts, CPUUnquantizedExperts):
+                method.moe_kernel = None  # as before the first weights
+        super().start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Loads `update_info["chunk"]`."""

@@ -51,9 +51,10 @@ def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
 
     model = config.actor_rollout_ref.model
     try:
-        engine_class(config.actor_rollout_ref.rollout.name)  # its package may be missing
+        engine = engine_class(config.actor_rollout_ref.rollout.name)  # its package may be missing
         length = config.data.max_prompt_length + config.data.max_response_length
         check_model(model, length, config.trainer.save_hf_model and not config.trainer.val_only)
+        engine.check(model)
         return RayPPOTrainer(config, load_tokenizer(model), latest)
     except (ValueError, OSError) as error:
         exit_with(2, f"error: {error}")

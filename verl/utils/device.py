@@ -87,7 +87,7 @@ def default_packed_attention(device: torch.device, dtype: torch.dtype) -> str:
     from transformers.utils import is_flash_attn_3_available
 
     if device.type != "cuda" or dtype.itemsize != 2:
-        return "packed_sdpa"
+        return "packed_attention"
     if is_flash_attn_3_available() and torch.cuda.get_device_capability(device)[0] == 9:
         return "flash_attention_3"
     return "packed_varlen"

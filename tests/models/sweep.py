@@ -1,0 +1,173 @@
+"""The table of docs/models.md: `python -m tests.models.sweep [family …]` prints it. All in float32
+on a CPU; packed and padded passes against transformers' own, engines against the actor, before and
+after an update of all weights."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import free_address, make_samples, make_step
+from tests.models.families import FAMILIES, make_family
+from verl.algorithms.losses import LossConfig
+from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
+from verl.models.folder import check_model
+from verl.models.policy import MicroBatchLimit, PolicyWorker
+from verl.protocol import Sample
+from verl.rollout.engine import RolloutEngine, SamplingParams, engine_class
+
+LENGTHS = [3, 20, 1, 12]  # some longer than the windows
+LIMIT = MicroBatchLimit(len(LENGTHS))
+EXACT = 1e-4  # nats
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone, if there is none."""
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("gloo", init_method=free_address(), rank=0, world_size=1)
+    yield
+    if own:
+        dist.destroy_process_group()
+
+
+def plain_log_probs(folder: Path, samples: list[Sample]) -> np.ndarray:
+    """Of all response tokens, [ΣR], by transformers' eager forward pass of each sequence."""
+    lm = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    found = []
+    for s in samples:
+        ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))[None]
+        with torch.no_grad():
+            log_p = lm(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        before = np.arange(len(s.prompt.token_ids) - 1, ids.shape[1] - 1)
+        found.append(log_p[before, s.response_ids].numpy())
+    return np.concatenate(found)
+
+
+def build(folder: Path, packed: bool = True) -> PolicyWorker:
+    """An actor of one rank. Raises: ValueError for a model that is refused."""
+    model = ModelConfig(path=str(folder), use_remove_padding=packed)
+    check_model(model, 64, export=True)
+    worker = PolicyWorker("cpu")
+    worker.build(model, FSDPConfig(), OptimConfig(lr=3e-3), 10)
+    return worker
+
+
+def actor_difference(folder: Path, packed: bool) -> float:
+    """Largest difference of the actor's log-probabilities."""
+    samples = make_samples(LENGTHS)
+    found = build(folder, packed).log_probs(samples, 1.0, LIMIT)
+    return float(np.abs(found - plain_log_probs(folder, samples)).max())
+
+
+def actor_of(folder: Path) -> PolicyWorker:
+    """Packed, if it can be."""
+    try:
+        return build(folder)
+    except ValueError:
+        return build(folder, packed=False)
+
+
+def engine_difference(folder: Path, name: str) -> float:
+    """Largest difference of an engine's log-probabilities, before and after updates."""
+    cls = engine_class(name)
+    cls.check(ModelConfig(path=str(folder)))
+    engine: RolloutEngine = cls()
+    rollout = RolloutConfig(name=name, max_num_seqs=8)
+    engine.build(ModelConfig(path=str(folder)), rollout, "cpu", 160)
+    worker = actor_of(folder)
+    prompts = [s.prompt for s in make_samples(LENGTHS)]
+    differences = []
+    for _ in range(3):
+        samples = engine.generate_all(prompts, range(len(prompts)), SamplingParams(2, 20))
+        ours = np.concatenate([s.rollout_log_probs for s in samples])
+        differences.append(np.abs(ours - worker.log_probs(samples, 1.0, LIMIT)).max())
+        worker.update([make_step(make_samples(LENGTHS))], LossConfig(), LIMIT, 1.0)
+        send_weights(worker, engine)
+    return float(max(differences))
+
+
+def send_weights(worker: PolicyWorker, engine: RolloutEngine) -> None:
+    """Gives the engine the actor's weights, in small chunks."""
+    version, chunks = worker.plan_export(None, 20_000, engine.stored)
+    engine.start_update()
+    for chunk in chunks:
+        engine.load_weights(worker.export(chunk, "host"))
+    worker.finish_export()
+    engine.finish_update(version)
+
+
+def in_own_process(folder: Path, name: str) -> float:
+    """`engine_difference`, of vLLM, which changes the process that imports it."""
+    command = [sys.executable, "-m", "tests.models.sweep", "--engine", name, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+    if not lines:
+        raise ValueError((done.stderr.strip() or "no output").splitlines()[-1])
+    kind, _, text = lines[0].removeprefix("RESULT ").partition(" ")
+    if kind == "error":
+        raise ValueError(text)
+    return float(text)
+
+
+def cell(measure: Callable[[], float], notes: dict[str, str], name: str) -> str:
+    """What stands in the table; a reason goes into `notes`."""
+    try:
+        difference = measure()
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        known = isinstance(error, ValueError)
+        notes[name] = lines[0] if known else f"{type(error).__name__}: {lines[0]}"
+        return "refused" if known else "**fails**"
+    return "yes" if difference < EXACT else f"**{difference:.2g} off**"
+
+
+def main(names: list[str]) -> None:
+    """Prints the table and, below it, why something is refused."""
+    columns = ["packed", "padded", "`hf`", "`vllm`"]
+    print("| family | " + " | ".join(columns) + " |\n|" + "---|" * 5)
+    notes: dict[str, str] = {}
+    for name in names or FAMILIES:
+        with tempfile.TemporaryDirectory() as place:
+            folder = make_family(name, Path(place))
+            measures: list[Callable[[], float]] = [
+                partial(actor_difference, folder, True),
+                partial(actor_difference, folder, False),
+                partial(engine_difference, folder, "hf"),
+                partial(in_own_process, folder, "vllm"),
+            ]
+            cells = []
+            for column, measure in zip(columns, measures, strict=True):
+                # Where no actor can be built, there is nothing to compare an engine with.
+                alone = len(cells) > 1 and cells[:2] == ["refused"] * 2
+                cells.append("—" if alone else cell(measure, notes, f"{name}, {column}"))
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        for key in [key for key in notes if key.startswith(f"{name}, ")]:
+            notes[key] = notes[key].replace(f"{place}: ", "")
+    print()
+    for key, text in notes.items():
+        print(f"* {key}: {text}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["--engine"]:
+        try:
+            with one_rank():
+                print("RESULT ok", engine_difference(Path(sys.argv[3]), sys.argv[2]), flush=True)
+        except Exception as error:
+            print("RESULT error", (str(error).splitlines() or [repr(error)])[0], flush=True)
+        os._exit(0)  # vLLM's threads may still run
+    with one_rank():
+        main(sys.argv[1:])

@@ -1,0 +1,79 @@
+"""Whether a model can be trained: before anything starts, by its structure; at each start, by its
+log-probabilities, which must be those of transformers."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from verl.config.schema import ModelConfig
+from verl.models.packing import UNPACK, pack, packed_attention, sequence_kwargs
+from verl.protocol import Prompt, Sample
+
+COUNTED = 8  # last tokens of each sequence that are compared
+LONGEST_WINDOW = 4096  # the first sequence is longer than a window of the attention up to this
+TOLERANCE = {4: 1e-3, 2: 0.3}
+"""Nats a token, by bytes of the type: what rounding alone may do. In bfloat16 tokens that nobody
+would write differ by some hundredths, and experts may change places; a wrong attention, by nats."""
+
+
+@torch.no_grad()
+def check_family(lm: Any, model: ModelConfig) -> None:
+    """`lm`: the model without memory for its weights. Raises: ValueError for one that has no
+    attention or, where sequences are packed, one whose layers would mix them."""
+    name = f"{model.path}: a {lm.config.model_type} model"
+    if lm._is_stateful and not any("Attention" in type(m).__name__ for m in lm.modules()):
+        raise ValueError(f"{name} has no attention, and no engine that gets its weights")
+    if lm.get_decoder() is lm:
+        raise ValueError(f"{name} does not say what its decoder is: not supported")
+    if not model.use_remove_padding:
+        return
+    others = {*(getattr(lm.config.get_text_config(), "layer_types", None) or ())}
+    others -= {"full_attention", "sliding_attention"}
+    if others or lm._is_stateful or not lm._can_set_attn_implementation():  # Jamba, BLOOM, …
+        kinds = ", ".join(sorted(others)) or "an attention of its own"
+        raise ValueError(f"{name} has layers that mix packed sequences ({kinds}): {UNPACK}")
+    lm.set_attn_implementation(packed_attention.__name__)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    options = sequence_kwargs([1, 1], ids.device) | {"attention_mask": torch.ones_like(ids)}
+    try:
+        lm.get_decoder()(input_ids=ids, use_cache=False, **options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    except RuntimeError:  # without weights not all can be computed; `check_policy` comes later
+        pass
+
+
+@torch.no_grad()
+def check_policy(policy: Any, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Compares log-probabilities of two short sequences, packed or padded into one pass, with those
+    that transformers' forward with plain attention gives of each alone. Collective. Raises:
+    ValueError, with the difference, if they are not the same up to rounding."""
+    lm, rng = policy.lm, np.random.default_rng(0)
+    config = lm.config.get_text_config()
+    windows = [v for k, v in vars(config).items() if "window" in k and type(v) is int]
+    longest = max([v for v in windows if v <= LONGEST_WINDOW], default=0) + 2 * COUNTED + 1
+    longest = min(longest, getattr(config, "max_position_embeddings", None) or longest)
+    samples = []
+    for length in (longest, COUNTED + 4):
+        ids = rng.integers(0, policy.vocabulary_size, length)
+        prompt = Prompt(0, ids[:-COUNTED], "", None)
+        samples.append(Sample(prompt, 0, ids[-COUNTED:], "length"))
+    ours, _ = policy(pack(samples, device, model.use_remove_padding), 1.0)
+    usual = lm.config._attn_implementation
+    if lm._can_set_attn_implementation():
+        lm.set_attn_implementation("eager")
+    rows = [np.concatenate([s.prompt.token_ids, s.response_ids])[None] for s in samples]
+    plain = [policy.plain_log_probs(torch.as_tensor(row, device=device), COUNTED) for row in rows]
+    if lm._can_set_attn_implementation():
+        lm.set_attn_implementation(usual)
+    policy.reshard()  # without a backward pass the root's parameters stay gathered
+    difference = (ours - torch.cat(plain)).abs().mean().item()
+    if not difference < (limit := TOLERANCE[dtype.itemsize]):  # or it is not a number
+        way, other = "padded", "no setting of ours helps: take another model"
+        if model.use_remove_padding:
+            way, other = "packed", "set actor_rollout_ref.model.use_remove_padding=False"
+        raise ValueError(
+            f"{model.path}: {way}, log-probabilities of a {config.model_type} model differ by "
+            f"{difference:.3g} nats a token from transformers' own (rounding: {limit:g}): {other}"
+        )
