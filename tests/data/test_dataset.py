@@ -433,3 +433,31 @@ def test_importing_the_module_does_not_import_heavy_packages():
     code = f"import sys, verl.data.dataset; print({heavy} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_the_chat_template_gets_options_systems_and_tools(tmp_path):
+    """Tools as schemas, of which a parquet file makes structs with nulls, or as one string."""
+    template = "{%- for t in tools or [] -%}<unk> {{ t.name }}{{ t.unit is defined }} {% endfor -%}"
+    template += TEMPLATE + "{%- if enable_thinking is defined %} a{% endif -%}"
+    tokenizer = make_tokenizer(template)
+    texts = []
+    tokenizer.apply_chat_template = lambda *args, own=tokenizer.apply_chat_template, **options: (
+        texts.append(own(*args, **options)) or texts[-1]
+    )
+    chat = [{"role": "system", "content": "b"}, *user("a")]
+    schemas = [{"name": "x"}, {"name": "y", "unit": "m"}]
+    path = write(tmp_path / "x.parquet", row(chat, tools=schemas), row(chat))
+    load_prompts(path, DataConfig(), tokenizer)
+    tools = "<unk> xFalse <unk> yTrue "
+    assert texts == [f"{tools}<system> b <user> a <assistant>", "<system> b <user> a <assistant>"]
+    write(path, row(chat, tools='[{"name": "x"}]'))
+    config = DataConfig(apply_chat_template_kwargs={"enable_thinking": False})
+    load_prompts(path, config, tokenizer)
+    assert texts[2:] == ["<unk> xFalse <system> b <user> a <assistant> a"]
+
+
+def test_a_message_that_calls_tools_needs_no_content(tmp_path):
+    template = "{%- for m in messages %}{{ m.content or m.tool_calls[0].name }} {% endfor -%}"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "b"}]}
+    path = write(tmp_path / "x.parquet", row([*user("a"), call]))
+    assert ids_of(load_prompts(path, DataConfig(), make_tokenizer(template))) == [[A, B]]

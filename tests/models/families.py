@@ -16,7 +16,7 @@ LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v
 LATENT |= {"num_key_value_heads": 2, "q_lora_rank": 16}
 GROUPS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GROUPS |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-DEEPSEEK = LATENT | GROUPS | {"head_dim": 16}
+DEEPSEEK = LATENT | GROUPS | {"head_dim": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16}
 LINEAR |= {"linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16}
@@ -88,7 +88,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "PhiMoE": ("Phimoe", JITTER),
     "DBRX": ("Dbrx", DBRX | {"tie_word_embeddings": False}),
     "DeepSeek-V2": ("DeepseekV2", DEEPSEEK),
-    "DeepSeek-V3": ("DeepseekV3", DEEPSEEK),
+    "DeepSeek-V3": ("DeepseekV3", DEEPSEEK | {"topk_method": "noaux_tc"}),
     "Qwen3-Next": ("Qwen3Next", SHARED_MOE | LINEAR),
     "Qwen3.5, text": ("Qwen3_5Text", LINEAR),
     "LFM2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),

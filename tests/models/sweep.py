@@ -1,8 +1,10 @@
-"""The table of docs/models.md: `python -m tests.models.sweep [family …]` prints it. All in float32
-on a CPU; packed and padded passes against transformers' own, engines against the actor, before and
-after an update of all weights."""
+"""The table of docs/models.md: `python -m tests.models.sweep [--without-vllm] [family …]` prints
+it. All in float32 on a CPU; packed and padded passes against transformers' own, engines against the
+actor, before and after updates of all weights."""
 
+import gc
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -94,6 +96,7 @@ def engine_difference(folder: Path, name: str) -> float:
         differences.append(np.abs(ours - worker.log_probs(samples, 1.0, LIMIT)).max())
         worker.update([make_step(make_samples(LENGTHS))], LossConfig(), LIMIT, 1.0)
         send_weights(worker, engine)
+    vars(engine).clear()  # frees vLLM's memory
     return float(max(differences))
 
 
@@ -107,67 +110,83 @@ def send_weights(worker: PolicyWorker, engine: RolloutEngine) -> None:
     engine.finish_update(version)
 
 
-def in_own_process(folder: Path, name: str) -> float:
-    """`engine_difference`, of vLLM, which changes the process that imports it."""
-    command = [sys.executable, "-m", "tests.models.sweep", "--engine", name, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
-    if not lines:
-        raise ValueError((done.stderr.strip() or "no output").splitlines()[-1])
-    kind, _, text = lines[0].removeprefix("RESULT ").partition(" ")
-    if kind == "error":
-        raise ValueError(text)
-    return float(text)
+def in_own_process(names: list[str]) -> Iterator[float | ValueError]:
+    """`engine_difference` of each family with vLLM, which changes the process that imports it."""
+    while names:
+        command = [sys.executable, "-m", "tests.models.sweep", "--vllm", *names]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        with subprocess.Popen(command, **pipes) as child:
+            for line in child.stdout:
+                if line.startswith("RESULT "):
+                    kind, _, text = line.removeprefix("RESULT ").strip().partition(" ")
+                    yield float(text) if kind == "ok" else ValueError(text)
+                    names = names[1:]
+        if names:
+            yield ValueError(f"the process ended with status {child.returncode}")
+            names = names[1:]
 
 
-def cell(measure: Callable[[], float], notes: dict[str, str], name: str) -> str:
-    """What stands in the table; a reason goes into `notes`."""
+def vllm_differences(names: list[str]) -> None:
+    """Prints a line for each family."""
+    for name in names:
+        with tempfile.TemporaryDirectory() as place:
+            try:
+                folder = make_family(name, Path(place))
+                print("RESULT ok", engine_difference(folder, "vllm"), flush=True)
+            except Exception as error:
+                lines = str(error).splitlines() or [""]
+                print(f"RESULT error {type(error).__name__}: {lines[0]}", flush=True)
+            gc.collect()
+    os._exit(0)  # its threads may still run
+
+
+def cell(measure: Callable[[], float], reasons: dict[str, str], place: str) -> str:
+    """What stands in the table at this place, and in `reasons` why it isn't "yes"."""
     try:
         difference = measure()
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        known = isinstance(error, ValueError)
-        notes[name] = lines[0] if known else f"{type(error).__name__}: {lines[0]}"
-        return "refused" if known else "**fails**"
-    return "yes" if difference < EXACT else f"**{difference:.2g} off**"
+        reasons[place] = re.sub(r"/tmp/\S+: ", "", lines[0])
+        return "no"
+    return "yes" if difference < EXACT else f"{difference:.2g} off"
 
 
-def main(names: list[str]) -> None:
-    """Prints the table and, below it, why something is refused."""
-    columns = ["packed", "padded", "`hf`", "`vllm`"]
-    print("| family | " + " | ".join(columns) + " |\n|" + "---|" * 5)
-    notes: dict[str, str] = {}
-    for name in names or FAMILIES:
+def main(names: list[str], engines: list[str]) -> None:
+    """Prints the table and, below it, the reasons; `engines`: families that vLLM runs."""
+    print("| family | packed | padded | `hf` | `vllm` |\n|" + "---|" * 5)
+    reasons: dict[str, str] = {}
+    with_vllm = in_own_process([name for name in names if name in engines])
+    for name in names:
         with tempfile.TemporaryDirectory() as place:
             folder = make_family(name, Path(place))
-            measures: list[Callable[[], float]] = [
-                partial(actor_difference, folder, True),
-                partial(actor_difference, folder, False),
-                partial(engine_difference, folder, "hf"),
-                partial(in_own_process, folder, "vllm"),
-            ]
-            cells = []
-            for column, measure in zip(columns, measures, strict=True):
-                # Where no actor can be built, there is nothing to compare an engine with.
-                alone = len(cells) > 1 and cells[:2] == ["refused"] * 2
-                cells.append("—" if alone else cell(measure, notes, f"{name}, {column}"))
+            measures: dict[str, Callable[[], float]] = {
+                "packed": partial(actor_difference, folder, True),
+                "padded": partial(actor_difference, folder, False),
+                "hf": partial(engine_difference, folder, "hf"),
+                "vllm": partial(result_of, with_vllm),
+            }
+            cells: list[str] = []
+            for column, measure in measures.items():
+                # Without an actor there is nothing to compare an engine with.
+                run = cells[:2] != ["no", "no"] and (column != "vllm" or name in engines)
+                cells.append(cell(measure, reasons, f"{name}, {column}") if run else "–")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
-        for key in [key for key in notes if key.startswith(f"{name}, ")]:
-            notes[key] = notes[key].replace(f"{place}: ", "")
-    print()
-    for key, text in notes.items():
-        print(f"* {key}: {text}")
+    print("\n" + "\n".join(f"* {place}: {reason}" for place, reason in reasons.items()))
+
+
+def result_of(results: Iterator[float | ValueError]) -> float:
+    """The next one. Raises: what it is."""
+    result = next(results)
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
-    if sys.argv[1:2] == ["--engine"]:
-        try:
-            with one_rank():
-                print("RESULT ok", engine_difference(Path(sys.argv[3]), sys.argv[2]), flush=True)
-        except Exception as error:
-            print("RESULT error", (str(error).splitlines() or [repr(error)])[0], flush=True)
-        os._exit(0)  # vLLM's threads may still run
     with one_rank():
-        main(sys.argv[1:])
+        if sys.argv[1:2] == ["--vllm"]:
+            vllm_differences(sys.argv[2:])
+        named = [name for name in sys.argv[1:] if name != "--without-vllm"] or [*FAMILIES]
+        main(named, [] if "--without-vllm" in sys.argv else named)

@@ -42,6 +42,31 @@ def test_models_that_cannot_work_are_named(
         check_model(model, 10, export=True)
 
 
+LONGROPE = {"long_factor": [2.0] * 16, "short_factor": [1.0] * 16}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "options", "limit"),
+    [
+        ("Llama", {"rope_type": "dynamic", "factor": 2.0}, {}, 512),
+        (
+            "Phi3",
+            LONGROPE | {"rope_type": "longrope"},
+            {"original_max_position_embeddings": 64},
+            64,
+        ),
+    ],
+)
+def test_rotary_embeddings_that_change_with_the_batch_are_refused(
+    kind: str, rope: dict[str, object], options: dict[str, int], limit: int, tmp_path: Path
+) -> None:
+    make_tiny_model(tmp_path, kind, rope_parameters=rope | {"rope_theta": 1e4}, **options)
+    model = ModelConfig(path=str(tmp_path))
+    check_model(model, limit, export=False)
+    with pytest.raises(ValueError, match=rf"beyond {limit} tokens, {rope['rope_type']} rotary"):
+        check_model(model, limit + 1, export=False)
+
+
 ROW = "model.layers.1.mlp.up_proj.weight"
 
 

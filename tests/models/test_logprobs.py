@@ -94,6 +94,22 @@ def test_tokens_of_probability_zero_are_as_if_they_were_not_there(width, tempera
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_capped_logits(temperature):
+    """c·tanh(x / c), and then the temperature."""
+    leaves, targets = inputs(torch.float32)
+    hidden, weight, bias = leaves
+    ours = chunked_log_probs(hidden, weight, targets, temperature, bias, (3, 4), cap=1.5)
+    log_p = (1.5 * torch.tanh((hidden @ weight.T + bias) / 1.5) / temperature).log_softmax(-1)
+    theirs = log_p[torch.arange(len(targets)), targets], -(log_p.exp() * log_p).sum(-1)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(objective(*ours), leaves)
+    expected = torch.autograd.grad(objective(*theirs), leaves)
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_large_logits_do_not_overflow(width):
     hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)

@@ -169,6 +169,51 @@ def test_packed_attention_is_block_diagonal_and_causal(key_heads, window):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_sinks_and_caps(window, softcap):
+    """A sink takes its share of the softmax and gives nothing; a cap bends scores before it."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, 9, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)
+    )
+    sinks = torch.randn(4, dtype=torch.float64, generator=generator)
+    leaves = [x.requires_grad_() for x in (query, key, value, sinks)]
+    options = {"sequence_lengths": [3, 6], "sliding_window": window, "softcap": softcap}
+    ours, _ = packed_attention(torch.nn.Module(), *leaves[:3], None, s_aux=sinks, **options)
+    parts = []
+    for start, end in ((0, 3), (3, 9)):
+        q, k, v = (x[0, :, start:end] for x in (query, key, value))
+        scores = q @ k.repeat_interleave(2, 0).transpose(1, 2) / 8**0.5
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        seen = seen if window is None else seen.triu(1 - window)
+        e = scores.exp() * seen
+        shares = e / (e.sum(-1, keepdim=True) + sinks.exp()[:, None, None])
+        parts.append((shares @ v.repeat_interleave(2, 0)).transpose(0, 1))
+    theirs = torch.cat(parts)[None]
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # a float32 softmax
+    cotangent = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
+    for a, b in zip(
+        torch.autograd.grad((ours * cotangent).sum(), leaves),
+        torch.autograd.grad((theirs * cotangent).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_windows_that_only_a_mask_tells_and_masks_of_a_models_own():
+    query, key, value = torch.randn(3, 1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
+    options = {"sequence_lengths": [9]}
+    arguments = torch.nn.Module(), query, key, value
+    told, _ = packed_attention(*arguments, None, sliding_window=3, **options)
+    masked, _ = packed_attention(*arguments, torch.tensor(3), **options)
+    assert torch.equal(told, masked)
+    for mask, rest in ((torch.zeros(1, 1, 9, 9), options), (None, {})):
+        with pytest.raises(ValueError, match="use_remove_padding=False"):
+            packed_attention(*arguments, mask, **rest)
+
+
 def test_default_scale_is_that_of_the_head_size():
     query, key, value = torch.randn(3, 1, 2, 5, 16, generator=torch.Generator().manual_seed(0))
     ours, _ = packed_attention(torch.nn.Module(), query, key, value, None, sequence_lengths=[2, 3])

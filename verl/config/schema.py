@@ -37,6 +37,8 @@ class DataConfig(TrainFilesConfig):
     """Column that chooses the reward function."""
     apply_chat_template: bool = True
     """Render chat messages with the tokenizer's template; False: prompts are plain strings."""
+    apply_chat_template_kwargs: dict[str, Any] = key(dict, idle_if="apply_chat_template=False")
+    """What the template gets beside the messages, such as {enable_thinking: False} of Qwen3's."""
     max_prompt_length: int = key(512, low=1)
     """Longest prompt, in tokens."""
     max_response_length: int = key(512, low=1)

@@ -1,5 +1,6 @@
 """Parquet files → prompts or supervised samples, and the order in which they are used."""
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -52,8 +53,9 @@ def load_prompts(
     files: Files, config: DataConfig, tokenizer: Any, num_embeddings: float = inf
 ) -> list[Prompt]:
     """Tokenized prompts of all files, in order, from the columns `prompt_key` (chat messages, or
-    strings with apply_chat_template=False), `reward_fn_key`, `reward_model` and, if it is there,
-    `extra_info`. Raises: FileNotFoundError; ValueError for bad rows or ids ≥ `num_embeddings`."""
+    strings with apply_chat_template=False), `reward_fn_key`, `reward_model` and, if they are there,
+    `extra_info` and `tools` (of the chat: schemas, or all as one JSON string). Raises:
+    FileNotFoundError; ValueError for bad rows or ids ≥ `num_embeddings`."""
     columns = {config.prompt_key: "data.prompt_key", config.reward_fn_key: "data.reward_fn_key"}
     remedies = {column: f"set {key}" for column, key in columns.items()}
     rows = _read_rows(files, remedies | {"reward_model": REWARD_MODEL})
@@ -196,7 +198,7 @@ def _read_rows(files: Files, required: dict[str, str]) -> list[Row]:
                     if key not in columns:
                         problem = f"no such column, only {', '.join(columns)}: {remedy}"
                         raise Row(str(path), {}).error(key, problem)
-                values = parquet.read(columns=[*required, "extra_info"]).to_pylist()
+                values = parquet.read(columns=[*required, "extra_info", "tools"]).to_pylist()
         except (pa.ArrowException, OSError) as error:
             problem = f"not a readable parquet file ({error}): check the path, or write it anew"
             raise ValueError(f"{path}: {problem}") from error
@@ -216,19 +218,31 @@ def _render(config: DataConfig, tokenizer: Any, row: Row, key: str) -> str:
     if not messages:
         raise row.error(key, EMPTY)
     for message in messages:
-        if not isinstance(message, dict) or None in map(message.get, ("role", "content")):
+        called = isinstance(message, dict) and message.get("tool_calls")  # instead of a content
+        needed = ("role",) if called else ("role", "content")
+        if not isinstance(message, dict) or None in map(message.get, needed):
             shape = '{"role": …, "content": …}'
             raise row.error(key, f"each message must be {shape}, not {message!r:.60}")
     if getattr(tokenizer, "chat_template", None) is None:
         problem = "can't render chat messages: the tokenizer has no chat template"
         remedy = "Choose one that has, with data.tokenizer, or use plain string prompts"
         raise row.error(key, f"{problem}. {remedy} and data.apply_chat_template=False")
-    # A parquet struct has every field in every row; templates expect absent ones to be absent.
-    chat = [{k: v for k, v in message.items() if v is not None} for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        tools = row.values.get("tools")
+        options = {"tools": json.loads(tools) if isinstance(tools, str) else _without_null(tools)}
+        options |= config.apply_chat_template_kwargs
+        options |= {"add_generation_prompt": True, "tokenize": False}
+        return str(tokenizer.apply_chat_template(_without_null(messages), **options))
     except Exception as error:  # templates raise what they like, Jinja's own errors included
         raise row.error(key, f"the tokenizer's chat template rejects it: {error}") from error
+
+
+def _without_null(value: Any) -> Any:
+    """A struct of a parquet file has every field in every row; templates expect absent ones to be
+    absent."""
+    if isinstance(value, dict):
+        return {k: _without_null(v) for k, v in value.items() if v is not None}
+    return [_without_null(v) for v in value] if isinstance(value, list) else value
 
 
 def _bos(config: TrainFilesConfig, tokenizer: Any, chat: bool) -> list[int]:

@@ -49,23 +49,32 @@ def check_model(model: ModelConfig, longest: int, export: bool) -> None:
     """Downloads a model of the hub, which takes longer than workers wait for each other. Raises:
     ValueError for what would stop them later or (`export`) the end of the run."""
     config = load_hf_config(model)
-    positions = getattr(config, "max_position_embeddings", None)
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    ropes = getattr(text, "rope_parameters", None) or {}
     folder = Path(model.path).expanduser()
     if not folder.is_dir():
         patterns = [f"*{end}" for end in (*COPIED, ".safetensors")]
         snapshot_download(model.path, allow_patterns=patterns)
     elif not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ValueError(f"actor_rollout_ref.model.path={model.path}: the folder holds no weights")
-    if min(stop_token_ids(model)) >= (size := config.get_text_config().vocab_size):
+    if min(stop_token_ids(model)) >= (size := text.vocab_size):
         raise ValueError(f"{model.path} has {size} tokens, and the tokenizer's end is none of them")
+    for rope in (ropes, *ropes.values()):  # of all layers or, by name, of some
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        limit = kind and rope.get("original_max_position_embeddings", positions)
+        if kind in ("dynamic", "longrope") and longest > limit:
+            problem = f"{kind} rotary embeddings of a batch depend on its longest sequence"
+            remedy = f"make prompts and responses no longer, now {longest}"
+            raise ValueError(f"{model.path}: beyond {limit} tokens, {problem}: {remedy}")
     check_weights(model)
     check_family(skeleton(model), model)
     if export:
         with TemporaryDirectory() as place:
             write_folder(model, place, {}, None)
     if positions and longest > positions:
-        text = "prompts and responses of %d tokens are longer than the %d positions %s was made for"
-        logger.warning(text, longest, positions, model.path)
+        note = "prompts and responses of %d tokens are longer than the %d positions %s was made for"
+        logger.warning(note, longest, positions, model.path)
 
 
 def check_weights(model: ModelConfig) -> None:
