@@ -10,12 +10,13 @@ from tests.helpers import TINY, make_tiny_model, make_tokenizer
 WINDOW = {"sliding_window": 8}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SHARED_MOE = MOE | {"shared_expert_intermediate_size": 32}
-LOCAL_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+UNTIED = {"tie_word_embeddings": False}
+LOCAL_MOE = UNTIED | {"num_local_experts": 4, "num_experts_per_tok": 2}
 JITTER = LOCAL_MOE | {"router_jitter_noise": 0.1, "output_router_logits": True}
 LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32}
 LATENT |= {"num_key_value_heads": 2, "q_lora_rank": 16}
 GROUPS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-GROUPS |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+GROUPS |= UNTIED | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 DEEPSEEK = LATENT | GROUPS | {"head_dim": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16}
 LINEAR |= {"linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
@@ -77,16 +78,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Cohere 2": ("Cohere2", WINDOW | {"logit_scale": 0.25}),
     "MiniCPM3": ("MiniCPM3", LATENT | {"dim_model_base": 32}),
     "Apertus": ("Apertus", {}),
-    "GPT-OSS": ("GptOss", WINDOW | LOCAL_MOE | {"tie_word_embeddings": False}),
+    "GPT-OSS": ("GptOss", WINDOW | LOCAL_MOE),
     "Qwen2-MoE": ("Qwen2Moe", SHARED_MOE),
     "Qwen2-MoE, windows": ("Qwen2Moe", SHARED_MOE | WINDOW | MIXED | {"use_sliding_window": True}),
     "Qwen3-MoE": ("Qwen3Moe", MOE),
-    "OLMoE": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "OLMoE": ("Olmoe", UNTIED | {"num_experts": 4, "num_experts_per_tok": 2}),
     "GLM-4 MoE": ("Glm4Moe", GROUPS | {"partial_rotary_factor": 0.5, "n_shared_experts": 1}),
     "Mixtral": ("Mixtral", JITTER),
     "MiniMax-M2": ("MiniMaxM2", JITTER | {"rotary_dim": 16}),
     "PhiMoE": ("Phimoe", JITTER),
-    "DBRX": ("Dbrx", DBRX | {"tie_word_embeddings": False}),
+    "DBRX": ("Dbrx", DBRX | UNTIED),
     "DeepSeek-V2": ("DeepseekV2", DEEPSEEK),
     "DeepSeek-V3": ("DeepseekV3", DEEPSEEK | {"topk_method": "noaux_tc"}),
     "Qwen3-Next": ("Qwen3Next", SHARED_MOE | LINEAR),
@@ -109,7 +110,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Nemotron": ("Nemotron", {}),
     "Falcon": ("Falcon", {"head_dim": None}),
     "BLOOM": ("Bloom", {"n_layer": 2, "n_head": 2}),
-    "GPT-J": ("GPTJ", GPT | {"rotary_dim": 16, "tie_word_embeddings": False}),
+    "GPT-J": ("GPTJ", GPT | UNTIED | {"rotary_dim": 16}),
     "GPT-Neo": (
         "GPTNeo",
         {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}

@@ -119,9 +119,10 @@ def test_what_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_the_hf_engine_refuses_recurrent_layers(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"jamba .*: set actor_rollout_ref\.rollout\.name=vllm"):
-        HFEngine.check(ModelConfig(path=str(make_family("Jamba", tmp_path))))
+@pytest.mark.parametrize(("family", "kind"), [("Jamba", "linear_attention"), ("LFM2", "conv")])
+def test_the_hf_engine_refuses_recurrent_layers(family: str, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"\({kind}\): set .*rollout\.name=vllm"):
+        HFEngine.check(ModelConfig(path=str(make_family(family, tmp_path))))
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "DeepSeek-V3", "Apertus", "GPT-OSS"])

@@ -62,8 +62,9 @@ def check_model(model: ModelConfig, longest: int, export: bool) -> None:
         raise ValueError(f"{model.path} has {size} tokens, and the tokenizer's end is none of them")
     for rope in (ropes, *ropes.values()):  # of all layers or, by name, of some
         kind = rope.get("rope_type") if isinstance(rope, dict) else None
-        limit = kind and rope.get("original_max_position_embeddings", positions)
-        if kind in ("dynamic", "longrope") and longest > limit:
+        if kind not in ("dynamic", "longrope"):
+            continue
+        if longest > (limit := rope.get("original_max_position_embeddings", positions)):
             problem = f"{kind} rotary embeddings of a batch depend on its longest sequence"
             remedy = f"make prompts and responses no longer, now {longest}"
             raise ValueError(f"{model.path}: beyond {limit} tokens, {problem}: {remedy}")

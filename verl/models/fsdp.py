@@ -15,6 +15,7 @@ from verl.models.guard import check_policy
 from verl.models.hf import load_hf_model, num_embeddings, vocabulary_size
 from verl.models.kv_cache import DECODE_ATTENTION
 from verl.models.logprobs import PolicyModel
+from verl.models.packing import packed_attention
 from verl.utils.device import default_dtype, default_packed_attention
 
 
@@ -25,6 +26,8 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
     compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device.type))
     lm = skeleton(model, dtype=torch.float32)
     packed = default_packed_attention(device, compute_dtype)
+    if getattr(lm, "_compatible_flash_implementations", None):  # and no other, as for sinks
+        packed = packed_attention.__name__
     if lm._can_set_attn_implementation():
         lm.set_attn_implementation(packed if model.use_remove_padding else DECODE_ATTENTION)
     trained = {*lm.get_decoder().parameters(), *lm.get_output_embeddings().parameters()}

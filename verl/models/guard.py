@@ -17,6 +17,13 @@ TOLERANCE = {4: 1e-3, 2: 0.3}
 would write differ by some hundredths, and experts may change places; a wrong attention, by nats."""
 
 
+def other_layers(lm: Any) -> set[str]:
+    """Kinds of layers that are not attention to all tokens before, or to a window of them."""
+    kinds = {*(getattr(lm.config.get_text_config(), "layer_types", None) or ())}
+    kinds -= {"full_attention", "sliding_attention"}
+    return kinds or ({"recurrent"} if lm._is_stateful else set())
+
+
 @torch.no_grad()
 def check_family(lm: Any, model: ModelConfig) -> None:
     """`lm`: the model without memory for its weights. Raises: ValueError for one that has no
@@ -28,11 +35,10 @@ def check_family(lm: Any, model: ModelConfig) -> None:
         raise ValueError(f"{name} does not say what its decoder is: not supported")
     if not model.use_remove_padding:
         return
-    others = {*(getattr(lm.config.get_text_config(), "layer_types", None) or ())}
-    others -= {"full_attention", "sliding_attention"}
-    if others or lm._is_stateful or not lm._can_set_attn_implementation():  # Jamba, BLOOM, …
-        kinds = ", ".join(sorted(others)) or "an attention of its own"
-        raise ValueError(f"{name} has layers that mix packed sequences ({kinds}): {UNPACK}")
+    own = set() if lm._can_set_attn_implementation() else {"an attention of its own"}
+    if kinds := other_layers(lm) | own:  # Jamba, BLOOM, …
+        text = ", ".join(sorted(kinds))
+        raise ValueError(f"{name} has layers that mix packed sequences ({text}): {UNPACK}")
     lm.set_attn_implementation(packed_attention.__name__)
     ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     options = sequence_kwargs([1, 1], ids.device) | {"attention_mask": torch.ones_like(ids)}

@@ -32,7 +32,7 @@ class PolicyModel(nn.Module):
 
     def plain_log_probs(self, ids: Tensor, count: int) -> Tensor:
         """Of the last tokens of `ids`, [1, S], by the model's own forward pass: float32 [count]."""
-        options = {"use_cache": False}
+        options: dict[str, Any] = {"use_cache": False}
         if "logits_to_keep" in signature(self.lm.forward).parameters:
             options["logits_to_keep"] = count
         logits = self.lm(input_ids=ids[:, :-1], **options).logits[0, -count:]

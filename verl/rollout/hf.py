@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWar
 
 from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.folder import skeleton
+from verl.models.guard import other_layers
 from verl.models.hf import load_hf_model, reorder_linears, stop_token_ids, vocabulary_size
 from verl.models.kv_cache import DECODE_ATTENTION, InPlaceLayer
 from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
@@ -28,11 +29,11 @@ class HFEngine(RolloutEngine):
     @classmethod
     def check(cls, model: ModelConfig) -> None:
         """See `RolloutEngine.check`: prompts are padded, which a recurrent state would remember."""
-        if (lm := skeleton(model))._is_stateful:
-            problem = (
-                f"{model.path}: a {lm.config.model_type} model has layers that are not attention"
-            )
-            raise ValueError(f"{problem}: set actor_rollout_ref.rollout.name=vllm")
+        lm = skeleton(model)
+        if kinds := other_layers(lm) - {"chunked_attention"}:
+            problem = f"a {lm.config.model_type} model has other layers than attention"
+            remedy = f"({', '.join(sorted(kinds))}): set actor_rollout_ref.rollout.name=vllm"
+            raise ValueError(f"{model.path}: {problem} {remedy}")
 
     def build(self, model: ModelConfig, rollout: RolloutConfig, device: str, *_: Any) -> None:
         """See `RolloutEngine.build`."""

@@ -9,6 +9,7 @@ import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory, ipc_engine
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from verl.protocol import WeightChunk
@@ -42,7 +43,7 @@ class ActorWeights(ipc_engine.IPCWeightTransferEngine):
     def start_weight_update(self) -> None:
         """Has vLLM's CPU kernels for experts make their copy anew, too."""
         for module in self.model.modules():
-            method = getattr(module, "quant_method", None)
+            method: Any = getattr(module, "quant_method", None)
             kernel = getattr(method, "moe_kernel", None)
             if kernel and isinstance(kernel.fused_experts, CPUUnquantizedExperts):
                 method.moe_kernel = None  # as before the first weights
@@ -64,7 +65,15 @@ class ActorWeights(ipc_engine.IPCWeightTransferEngine):
         return value
 
     def finish_weight_update(self) -> None:
-        """Renews, too, the copy of tied embeddings that vLLM's CPU kernels keep for the output."""
+        """Renews, too, the copy of tied embeddings that vLLM's CPU kernels keep for the output.
+        Raises: ValueError if vLLM's model has not taken all of the new weights."""
+        for name, module in self.model.named_modules():
+            info = get_layerwise_info(module)
+            stale = info.can_load() and not info.load_numel and [*module.parameters(recurse=False)]
+            if stale and not isinstance(module, ParallelLMHead):  # which may be tied
+                kind = type(self.model).__name__
+                remedy = "set actor_rollout_ref.rollout.name=hf"
+                raise ValueError(f"vLLM's {kind} takes no new weights of {name}: {remedy}")
         super().finish_weight_update()
         for module in self.model.modules():
             if isinstance(module, ParallelLMHead):
