@@ -18,6 +18,7 @@ LATENT |= {"num_key_value_heads": 2, "q_lora_rank": 16}
 GROUPS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 GROUPS |= UNTIED | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 DEEPSEEK = LATENT | GROUPS | {"head_dim": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+DEEPSEEK |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16}
 LINEAR |= {"linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16}

@@ -144,6 +144,9 @@ class VLLMEngine(RolloutEngine):
 
     def finish_update(self, version: int) -> None:
         """Forgets what was computed with the old weights, and wakes the KV cache up."""
+        from verl.rollout.vllm_worker import check_update
+
+        self.engine.collective_rpc(check_update)
         self.engine.collective_rpc("finish_weight_update")
         if self.engine.is_sleeping():
             self.engine.wake_up(["kv_cache"])

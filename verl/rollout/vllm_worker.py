@@ -65,15 +65,7 @@ class ActorWeights(ipc_engine.IPCWeightTransferEngine):
         return value
 
     def finish_weight_update(self) -> None:
-        """Renews, too, the copy of tied embeddings that vLLM's CPU kernels keep for the output.
-        Raises: ValueError if vLLM's model has not taken all of the new weights."""
-        for name, module in self.model.named_modules():
-            info = get_layerwise_info(module)
-            stale = info.can_load() and not info.load_numel and [*module.parameters(recurse=False)]
-            if stale and not isinstance(module, ParallelLMHead):  # which may be tied
-                kind = type(self.model).__name__
-                remedy = "set actor_rollout_ref.rollout.name=hf"
-                raise ValueError(f"vLLM's {kind} takes no new weights of {name}: {remedy}")
+        """Renews, too, the copy of tied embeddings that vLLM's CPU kernels keep for the output."""
         super().finish_weight_update()
         for module in self.model.modules():
             if isinstance(module, ParallelLMHead):
@@ -103,6 +95,17 @@ def finish_open_update(worker: Any) -> None:
     """Ends an update that vLLM's `worker` has begun: until then it begins no other."""
     if worker._weight_update_active:
         worker.finish_weight_update()
+
+
+def check_update(worker: Any) -> None:
+    """Before an update ends. Raises: ValueError if vLLM's model has not taken all new weights."""
+    model = worker.weight_transfer_engine.model
+    for name, module in model.named_modules():
+        info = get_layerwise_info(module)
+        stale = info.can_load() and not info.load_numel and [*module.parameters(recurse=False)]
+        if stale and not isinstance(module, ParallelLMHead):  # which may be tied
+            problem = f"vLLM's {type(model).__name__} takes no new weights of {name}"
+            raise ValueError(f"{problem}: set actor_rollout_ref.rollout.name=hf")
 
 
 def register() -> None:
