@@ -86,8 +86,8 @@ def engine_difference(folder: Path, name: str) -> float:
     cls.check(ModelConfig(path=str(folder)))
     engine: RolloutEngine = cls()
     rollout = RolloutConfig(name=name, max_num_seqs=8)
-    worker = actor_of(folder)  # first: vLLM changes some of transformers' classes
     engine.build(ModelConfig(path=str(folder)), rollout, "cpu", 160)
+    worker = actor_of(folder)
     prompts = [s.prompt for s in make_samples(LENGTHS)]
     differences = []
     for _ in range(3):
