@@ -47,6 +47,7 @@ VALUES: dict[str, tuple[Any, Any]] = {  # two that are not the default
     "data.tokenizer": ("a", "b"),
     "ray_init.num_cpus": (5, 6),
     "reward_model.enable": (False, True),
+    "reward_model.model.path": ("a", "b"),
     "reward_model.num_workers": (3, 4),
     "reward_model.overlong_buffer.enable": (False, True),
     "reward_model.overlong_buffer.len": (7, 8),
@@ -167,7 +168,7 @@ def test_counts_of_all_ranks_that_contradict_or_are_none() -> None:
 def test_what_asks_for_nothing_is_accepted() -> None:
     assert without_effect("actor_rollout_ref.model.lora_rank", 0) == "no adapter"
     assert without_effect("critic.model.anything", None) == "there is no critic"
-    assert without_effect("reward_model.model.path", None) == "it asks for nothing"
+    assert without_effect("reward_model.profiler.tool", None) == "it asks for nothing"
     assert without_effect("algorithm.lam", 1) and without_effect("algorithm.lam", 0) is None
     assert without_effect("actor_rollout_ref.model.lora_rank", 8) is None
     assert without_effect("algorithm.gamma", 1.0) and not without_effect("algorithm.gamma", 0.9)

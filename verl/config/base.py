@@ -122,6 +122,7 @@ def too_many_ranks(trainer: "RunConfig") -> str | None:
 class ModelConfig(Section):
     """`actor_rollout_ref.model`, and `model` of the warm-up."""
 
+    section = "actor_rollout_ref.model"  # what messages call it
     path: str = "Qwen/Qwen2.5-3B"
     """Hugging Face model: a folder or a name on the hub."""
     override_config: dict[str, Any] = key(dict)
@@ -134,6 +135,12 @@ class ModelConfig(Section):
     """Run Python code that the model's folder brings along."""
     tokenizer_path: str | None = None
     """Follows data.tokenizer."""
+
+
+class ClassifierConfig(ModelConfig):
+    """A sequence classifier with one label: what `reward_model.model` stands for."""
+
+    section = "reward_model.model"
 
 
 class OptimConfig(Section):

@@ -3,6 +3,7 @@
 from typing import Any
 
 from verl.config.base import (
+    ClassifierConfig,
     FSDPConfig,
     ModelConfig,
     OptimConfig,
@@ -268,11 +269,61 @@ class MathServerConfig(Section):
     """Requests that are under way at the same time."""
 
 
+class RewardModelModelConfig(Section):
+    """`reward_model.model`: a sequence classifier with one label. It reads the conversation with
+    the response, and its output at the last token is the score."""
+
+    path: str | None = None
+    """Hugging Face model with a `score` head, and its tokenizer: a folder or a name on the hub."""
+    input_tokenizer: str | None = "policy"
+    """The policy's tokenizer (`policy`, or its path): responses are decoded, and the conversation
+    is rendered and tokenized by the reward model's own. null: the model reads the policy's
+    tokens as they are."""
+    override_config: dict[str, Any] = key(dict)
+    """Values that replace those of the model's config.json."""
+    use_remove_padding: bool = key("${actor_rollout_ref.model.use_remove_padding}", **FREE)
+    """Packed forward pass; null: as the policy's."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's folder brings along."""
+    fsdp_config: FSDPConfig = key(FSDPConfig)
+
+    def classifier(self) -> ClassifierConfig:
+        """The model as `verl.models` takes it."""
+        assert self.path is not None
+        return ClassifierConfig(
+            path=self.path,
+            override_config=self.override_config,
+            enable_gradient_checkpointing=False,
+            use_remove_padding=self.use_remove_padding,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
 class RewardModelConfig(Section):
     """`reward_model`."""
 
     enable: bool = False
-    """Rewards are functions here; a model that scores responses is not supported."""
+    """Let a model score the responses, instead of a function. In validations it scores rows whose
+    `reward_model.style` is `model`; functions score the others."""
+    model: RewardModelModelConfig = key(RewardModelModelConfig, idle_if="reward_model.enable=False")
+    micro_batch_size_per_gpu: int | None = key(
+        None, **SIZE, idle_if=("reward_model.enable=False", "reward_model.use_dynamic_bsz=True")
+    )
+    """Conversations of one forward pass of the reward model on a rank; null: a token budget."""
+    use_dynamic_bsz: bool = key(
+        "${verl.is_null:${.micro_batch_size_per_gpu}}", **FREE, idle_if="reward_model.enable=False"
+    )
+    """Micro-batches by token budget instead of by count; null: where no count is given."""
+    forward_max_token_len_per_gpu: int = key(
+        "${verl.token_budget:${data.max_prompt_length},${data.max_response_length}}",
+        **SIZE,
+        idle_if=("reward_model.enable=False", "reward_model.use_dynamic_bsz=False"),
+    )
+    """That budget (a longer conversation stands alone); null: 16384, or max_prompt_length +
+    max_response_length if that is more."""
+    max_length: int | None = key(None, low=1, idle_if="reward_model.enable=False")
+    """Longer conversations are cut on the right, in tokens of the reward model, with a warning;
+    null: max_prompt_length + max_response_length."""
     reward_manager: str = key("naive", choices=("naive", "dapo"))
     """`dapo` adds the overlong punishment to the score."""
     skip_special_tokens: bool = False

@@ -49,11 +49,16 @@ class Row(NamedTuple):
 
 
 def load_prompts(
-    files: Files, config: DataConfig, tokenizer: Any, num_embeddings: float = inf
+    files: Files,
+    config: DataConfig,
+    tokenizer: Any,
+    num_embeddings: float = inf,
+    for_model: Callable[[dict[str, Any]], bool] = lambda reward_model: False,
 ) -> list[Prompt]:
     """Tokenized prompts of all files, in order, from the columns `prompt_key` (chat messages, or
-    strings with apply_chat_template=False), `reward_fn_key`, `reward_model` and, if it is there,
-    `extra_info`. Raises: FileNotFoundError; ValueError for bad rows or ids ≥ `num_embeddings`."""
+    strings with apply_chat_template=False), `reward_fn_key`, `reward_model` (`for_model` says of it
+    whether a reward model scores the row) and, if it is there, `extra_info`. Raises:
+    FileNotFoundError; ValueError for bad rows or ids ≥ `num_embeddings`."""
     columns = {config.prompt_key: "data.prompt_key", config.reward_fn_key: "data.reward_fn_key"}
     remedies = {column: f"set {key}" for column, key in columns.items()}
     rows = _read_rows(files, remedies | {"reward_model": REWARD_MODEL})
@@ -73,10 +78,12 @@ def load_prompts(
             ids = ids[-limit:] if config.truncation == "left" else ids[:limit]
         source = row.typed(config.reward_fn_key, str, "write the name that chooses the reward")
         model, info = row.typed("reward_model", dict, REWARD_MODEL), row.values.get("extra_info")
-        if model.get("ground_truth") is None:
+        truth = model.get("ground_truth")
+        chat = _messages(config, row) if for_model(model) else None
+        if truth is None and chat is None:
             raise row.error("reward_model", f"has no ground_truth: {REWARD_MODEL}")
         info = {} if info is None else row.typed("extra_info", dict)
-        prompts.append(Prompt(index, ids, source, model["ground_truth"], info, row.location))
+        prompts.append(Prompt(index, ids, source, truth, info, row.location, chat))
     count = f"{overlong} of {len(rows)} prompts are longer than data.max_prompt_length={limit}"
     if not prompts:
         remedy = "so data.filter_overlong_prompts=True leaves none: raise the limit"
@@ -212,6 +219,22 @@ def _render(config: DataConfig, tokenizer: Any, row: Row, key: str) -> str:
     """The text that the model continues."""
     if not config.apply_chat_template:
         return row.typed(key, str, "render chat messages with data.apply_chat_template=True")
+    chat = _messages(config, row)
+    if getattr(tokenizer, "chat_template", None) is None:
+        problem = "can't render chat messages: the tokenizer has no chat template"
+        remedy = "Choose one that has, with data.tokenizer, or use plain string prompts"
+        raise row.error(key, f"{problem}. {remedy} and data.apply_chat_template=False")
+    try:
+        return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # templates raise what they like, Jinja's own errors included
+        raise row.error(key, f"the tokenizer's chat template rejects it: {error}") from error
+
+
+def _messages(config: DataConfig, row: Row) -> list[dict[str, Any]]:
+    """The row's chat messages; none where prompts are strings."""
+    key = config.prompt_key
+    if not config.apply_chat_template:
+        return []
     messages = row.typed(key, list, "for plain strings set data.apply_chat_template=False")
     if not messages:
         raise row.error(key, EMPTY)
@@ -219,16 +242,8 @@ def _render(config: DataConfig, tokenizer: Any, row: Row, key: str) -> str:
         if not isinstance(message, dict) or None in map(message.get, ("role", "content")):
             shape = '{"role": …, "content": …}'
             raise row.error(key, f"each message must be {shape}, not {message!r:.60}")
-    if getattr(tokenizer, "chat_template", None) is None:
-        problem = "can't render chat messages: the tokenizer has no chat template"
-        remedy = "Choose one that has, with data.tokenizer, or use plain string prompts"
-        raise row.error(key, f"{problem}. {remedy} and data.apply_chat_template=False")
     # A parquet struct has every field in every row; templates expect absent ones to be absent.
-    chat = [{k: v for k, v in message.items() if v is not None} for message in messages]
-    try:
-        return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # templates raise what they like, Jinja's own errors included
-        raise row.error(key, f"the tokenizer's chat template rejects it: {error}") from error
+    return [{k: v for k, v in message.items() if v is not None} for message in messages]
 
 
 def _bos(config: TrainFilesConfig, tokenizer: Any, chat: bool) -> list[int]:

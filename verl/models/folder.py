@@ -12,12 +12,18 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import cached_file
 
 from verl.config.schema import ModelConfig
-from verl.models.hf import check_names, load_hf_config, load_tokenizer, stop_token_ids
+from verl.models.hf import (
+    architecture,
+    check_names,
+    load_hf_config,
+    load_tokenizer,
+    stop_token_ids,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +36,7 @@ def skeleton(model: ModelConfig, **options: Any) -> Any:
     """The model without memory for its weights."""
     options["trust_remote_code"] = model.trust_remote_code
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_hf_config(model), **options)
+        return architecture(model).from_config(load_hf_config(model), **options)
 
 
 def model_folder(model: ModelConfig) -> Path:
@@ -40,22 +46,28 @@ def model_folder(model: ModelConfig) -> Path:
 
 
 def check_model(model: ModelConfig, longest: int, export: bool) -> None:
-    """Downloads a model of the hub, which takes longer than workers wait for each other. Raises:
-    ValueError for what would stop them later or (`export`) the end of the run."""
+    """Downloads the policy's model, if it is one of the hub. Raises: ValueError for what would stop
+    workers later or (`export`) the end of the run."""
     config = load_hf_config(model)
-    positions = getattr(config, "max_position_embeddings", None)
-    folder = Path(model.path).expanduser()
-    if not folder.is_dir():
-        patterns = [f"*{end}" for end in (*COPIED, ".safetensors")]
-        snapshot_download(model.path, allow_patterns=patterns)
-    elif not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise ValueError(f"actor_rollout_ref.model.path={model.path}: the folder holds no weights")
+    fetch(model, longest)
     if min(stop_token_ids(model)) >= (size := config.get_text_config().vocab_size):
         raise ValueError(f"{model.path} has {size} tokens, and the tokenizer's end is none of them")
     check_weights(model)
     if export:
         with TemporaryDirectory() as place:
             write_folder(model, place, {}, None)
+
+
+def fetch(model: ModelConfig, longest: int) -> None:
+    """Downloads a model of the hub, which takes longer than workers wait for each other; warns if
+    it was made for fewer than `longest` tokens. Raises: ValueError for a folder without weights."""
+    positions = getattr(load_hf_config(model), "max_position_embeddings", None)
+    folder = Path(model.path).expanduser()
+    if not folder.is_dir():
+        patterns = [f"*{end}" for end in (*COPIED, ".safetensors")]
+        snapshot_download(model.path, allow_patterns=patterns)
+    elif not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ValueError(f"{model.section}.path={model.path}: the folder holds no weights")
     if positions and longest > positions:
         text = "prompts and responses of %d tokens are longer than the %d positions %s was made for"
         logger.warning(text, longest, positions, model.path)

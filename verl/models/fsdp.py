@@ -8,28 +8,41 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM
 
+from verl.config.base import ClassifierConfig
 from verl.config.schema import FSDPConfig, ModelConfig
 from verl.models.folder import skeleton
-from verl.models.hf import load_hf_config, load_hf_model, num_embeddings, vocabulary_size
+from verl.models.hf import (
+    architecture,
+    load_hf_config,
+    load_hf_model,
+    num_embeddings,
+    vocabulary_size,
+)
 from verl.models.logprobs import PolicyModel
+from verl.models.reward import RewardModel
 from verl.utils.device import default_dtype, default_packed_attention
 
 
 def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> Any:
-    """A `PolicyModel` with fp32 weights: every rank shards an empty skeleton, and gets its part of
-    what rank 0 loads. Raises: ValueError for a model that can't be sharded, or packed."""
+    """A `PolicyModel`, or the `RewardModel` of a classifier, with fp32 weights: every rank shards
+    an empty skeleton, and gets its part of what rank 0 loads. Raises: ValueError for a model that
+    can't be sharded, or packed."""
     precision = fsdp.mixed_precision
     compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device.type))
     attention = "sdpa"
     if model.use_remove_padding:
-        _check_packable(load_hf_config(model), model.path)
+        _check_packable(model)
         attention = default_packed_attention(device, compute_dtype)
     lm = skeleton(model, attn_implementation=attention, dtype=torch.float32)
     if model.enable_gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = PolicyModel(lm, min(vocabulary_size(model), num_embeddings(model)))
+    if isinstance(model, ClassifierConfig):
+        wrapped: Any = RewardModel
+    else:
+        size = min(vocabulary_size(model), num_embeddings(model))
+        wrapped = partial(PolicyModel, vocabulary_size=size)
+    policy = wrapped(lm)
     dtypes = MixedPrecisionPolicy(compute_dtype, getattr(torch, precision.reduce_dtype))
     ranks, size = dist.get_world_size(), max(1, fsdp.fsdp_size)
     shape = (ranks,) if fsdp.fsdp_size in (-1, ranks) else (ranks // size, size)
@@ -44,7 +57,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
     shard(policy, reshard_after_forward=False)
     policy.to_empty(device=device)  # else the weights would be sent by way of the host
 
-    loaded = PolicyModel(load_hf_model(model, torch.float32)) if dist.get_rank() == 0 else None
+    loaded = wrapped(load_hf_model(model, torch.float32)) if dist.get_rank() == 0 else None
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp.set_model_state_dict(policy, loaded.state_dict() if loaded else {}, options=options)
     lm.tie_weights()
@@ -58,14 +71,15 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
     return policy.train()
 
 
-def _check_packable(config: Any, path: str) -> None:
+def _check_packable(model: ModelConfig) -> None:
     """Raises ValueError for layers that carry state from one packed sequence into the next."""
+    config, path = load_hf_config(model), model.path
     others = {*(getattr(config, "layer_types", None) or ())}
     others -= {"full_attention", "sliding_attention"}
-    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if others or getattr(architecture, "_is_stateful", False):  # Mamba, RWKV, …
+    kind = architecture(model)._model_mapping.get(type(config), None)
+    if others or getattr(kind, "_is_stateful", False):  # Mamba, RWKV, …
         raise ValueError(
             f"{path}: a {config.model_type} model has layers that are not attention "
             f"({', '.join(sorted(others)) or 'recurrent'}), and those mix packed sequences: set "
-            "actor_rollout_ref.model.use_remove_padding=False"
+            f"{model.section}.use_remove_padding=False"
         )

@@ -8,9 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.utils.logging import disable_progress_bar
 
+from verl.config.base import ClassifierConfig
 from verl.config.schema import ModelConfig
 from verl.utils.device import multiplies_faster_reordered
 from verl.utils.flops import ModelSize, head_size
@@ -19,10 +26,18 @@ from verl.utils.hub import ask_hub
 disable_progress_bar()  # one per file and process, in the middle of the log
 
 
+def architecture(model: ModelConfig) -> Any:
+    """The kind of model, as one of transformers' Auto classes."""
+    if isinstance(model, ClassifierConfig):
+        return AutoModelForSequenceClassification
+    return AutoModelForCausalLM
+
+
 def load_hf_config(model: ModelConfig) -> Any:
     """The model's configuration with `override_config`, and without dropout, which is chance.
     Raises: ValueError if there is no such model, or its head isn't a plain matrix product."""
-    config = _load(AutoConfig, model.path, trust_remote_code=model.trust_remote_code)
+    key, trust = f"{model.section}.path", model.trust_remote_code
+    config = _load(AutoConfig, model.path, key, trust_remote_code=trust)
     config.update(model.override_config)
     for name in [n for n in vars(config) if n.endswith(("dropout", "_pdrop"))]:
         setattr(config, name, 0.0)
@@ -36,7 +51,7 @@ def load_hf_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """The whole model with its weights, on the host. Raises: ValueError if some are missing."""
     options = {"config": load_hf_config(model), "trust_remote_code": model.trust_remote_code}
     options |= {"dtype": dtype, "output_loading_info": True}
-    lm, info = _load(AutoModelForCausalLM, model.path, **options)
+    lm, info = _load(architecture(model), model.path, f"{model.section}.path", **options)
     check_names(info["missing_keys"], info["unexpected_keys"], lm, model.path)
     return lm
 
@@ -60,10 +75,12 @@ def check_names(missing: Collection[str], others: Collection[str], lm: Any, path
 def load_tokenizer(model: ModelConfig) -> Any:
     """What decides prompts, texts and stopping. Raises: ValueError if there is none."""
     path = model.tokenizer_path or model.path
-    key = "data.tokenizer" if model.tokenizer_path else "actor_rollout_ref.model.path"
+    key = "data.tokenizer" if model.tokenizer_path else f"{model.section}.path"
     found = _load(AutoTokenizer, path, key, trust_remote_code=model.trust_remote_code)
     if not found.get_vocab().keys() - {*found.all_special_tokens}:  # made up from nothing
-        raise ValueError(f"{path}: no tokenizer there: name another in data.tokenizer")
+        classifier = isinstance(model, ClassifierConfig)
+        remedy = "copy its own there" if classifier else "name another in data.tokenizer"
+        raise ValueError(f"{path}: no tokenizer there: {remedy}")
     return found
 
 

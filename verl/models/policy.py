@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from verl.algorithms.losses import LOSSES, LossConfig
+from verl.config.base import ClassifierConfig
 from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig
 from verl.models.folder import write_folder
 from verl.models.fsdp import build_policy
@@ -88,6 +89,7 @@ class PolicyWorker:
         self.host = HostMemory()
         self.version = 0  # training steps
         self.ref: PolicyWorker  # the policy that KL terms compare with
+        self.reward_model: PolicyWorker  # what scores responses, if it is a model
         self.engines_group: Any = None
         self.shared: Sequence[Tensor] = ()
 
@@ -103,10 +105,11 @@ class PolicyWorker:
         optim: OptimConfig | None = None,
         total_steps: int = 0,
         ref_fsdp_config: FSDPConfig | None = None,
+        reward_model: tuple[ClassifierConfig, FSDPConfig] | None = None,
     ) -> tuple[ModelSize | None, float | None]:
         """Loads and shards the model, to be trained by AdamW as `optim` says and, with
-        `ref_fsdp_config`, the reference beside it. Returns the model's matrix products, and the
-        device's peak in operations a second, if known."""
+        `ref_fsdp_config`, the reference beside it; with `reward_model`, that one, too. Returns the
+        model's matrix products, and the device's peak in operations a second, if known."""
         self.model_config, self.config = model, fsdp_config
         self.optim, self.total_steps = optim, total_steps
         self.pack = partial(pack, device=self.device, remove_padding=model.use_remove_padding)
@@ -117,7 +120,10 @@ class PolicyWorker:
         if ref_fsdp_config is not None:
             self.ref = PolicyWorker(self.device.type)
             self.ref.build(model, ref_fsdp_config)
-        return model_size(self.model.lm), devices.peak_flops(self.device)
+        if reward_model is not None:
+            self.reward_model = PolicyWorker(self.device.type)
+            self.reward_model.build(*reward_model)
+        return model_size(self.model.lm) if optim else None, devices.peak_flops(self.device)
 
     def move(self, device: torch.device, optimizer: bool = False, changed: bool = True) -> None:
         """Brings to the device, or back, parameters (and states) that are kept in host memory;
@@ -146,7 +152,8 @@ class PolicyWorker:
     def log_probs(
         self, samples: Sequence[Sample], temperature: float, limit: MicroBatchLimit
     ) -> np.ndarray:
-        """Of all response tokens, float32 [ΣR], which travels fast; 0 where one doesn't count."""
+        """Of all response tokens, float32 [ΣR], which travels fast; 0 where one doesn't count. Of a
+        `RewardModel`: what it returns instead."""
         self.move(self.device)
         results = [np.zeros(0, np.float32)] * len(samples)
         for indices in self.micro_batches(samples, limit):
@@ -161,6 +168,10 @@ class PolicyWorker:
     def ref_log_probs(self, *args: Any) -> np.ndarray:
         """`log_probs` under the reference policy."""
         return self.ref.log_probs(*args)
+
+    def reward_scores(self, conversations: Sequence[Sample], limit: MicroBatchLimit) -> np.ndarray:
+        """The reward model's scores, float32 [N], of `verl.rewards.model.Conversations`."""
+        return self.reward_model.log_probs(conversations, 1.0, limit)
 
     def accumulate_gradient(
         self, step: OptimizerStep, loss: LossConfig, limit: MicroBatchLimit

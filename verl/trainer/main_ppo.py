@@ -46,6 +46,7 @@ def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
     """A trainer whose input is good; nothing is started."""
     from verl.models.folder import check_model
     from verl.models.hf import load_tokenizer
+    from verl.models.reward import check_reward_model
     from verl.rollout.engine import engine_class
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
@@ -54,6 +55,8 @@ def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
         engine_class(config.actor_rollout_ref.rollout.name)  # its package may be missing
         length = config.data.max_prompt_length + config.data.max_response_length
         check_model(model, length, config.trainer.save_hf_model and not config.trainer.val_only)
+        if (reward := config.reward_model).enable:
+            check_reward_model(reward.model.classifier(), reward.max_length or length)
         return RayPPOTrainer(config, load_tokenizer(model), latest)
     except (ValueError, OSError) as error:
         exit_with(2, f"error: {error}")

@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from verl.protocol import OptimizerStep, Sample, response_lengths
 from verl.utils.flops import ModelSize, update_flops
 
-VAL_CORE = re.compile(r"val-core/(.+)/acc/((?:mean|best|maj)@\d+)(?:/mean)?")
-"""Data source, and figure, of a validation metric."""
+VAL_CORE = re.compile(r"val-core/(.+)/(acc|reward)/((?:mean|best|maj)@\d+)(?:/mean)?")
+"""Data source, `acc` or (where a reward model scores) `reward`, and figure of a validation."""
 
 TOKEN_PHASES = ("ref", "old_log_prob", "adv", "update_actor")  # `gen` counts responses only
 SHARED = ("grad_norm", "lr", "skipped")  # of an optimizer step, the same on all ranks
@@ -79,25 +79,29 @@ def mfu_metrics(
 
 
 def validation_metrics(samples: list[Sample]) -> dict[str, float]:
-    """Of each data source with P prompts: accuracies as mean@N, …, maj@N; scores and lengths."""
+    """Of each data source with P prompts: accuracies as mean@N, …, maj@N; scores and lengths. Where
+    there are no accuracies the scores take their place, as verl's `reward` (`_validate`)."""
     by_source: dict[str, dict[int, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for s in samples:
         by_source[s.prompt.data_source][s.prompt.index].append(s)
     metrics: dict[str, Any] = {}
     for source, groups in by_source.items():
         core, aux, mine = f"val-core/{source}", f"val-aux/{source}", [*chain(*groups.values())]
-        acc_PN = np.array([s.extras["acc"] for s in mine], np.float64).reshape(len(groups), -1)
+        what = "acc" if all("acc" in s.extras for s in mine) else "reward"
+        values = [s.extras["acc"] if what == "acc" else s.score for s in mine]
+        acc_PN = np.array(values, np.float64).reshape(len(groups), -1)
         n = acc_PN.shape[1]
-        metrics[f"{core}/acc/mean@{n}"] = acc_PN.mean()
-        metrics[f"{aux}/reward/mean@{n}"] = np.mean([s.score for s in mine])
+        metrics[f"{core}/{what}/mean@{n}"] = acc_PN.mean()
+        if what == "acc":
+            metrics[f"{aux}/reward/mean@{n}"] = np.mean([s.score for s in mine])
         metrics[f"{aux}/response_length/mean"] = response_lengths(mine).mean()
         metrics[f"{aux}/response_length/clip_ratio"] = np.mean([s.truncated for s in mine])
         if n == 1:
             continue
-        metrics[f"{aux}/acc/std@{n}"] = acc_PN.std(axis=1).mean()
+        metrics[f"{aux}/{what}/std@{n}"] = acc_PN.std(axis=1).mean()
         for k in (2**i for i in range(1, (n - 1).bit_length())):
-            metrics[f"{aux}/acc/best@{k}/mean"] = best_of(acc_PN, k).mean()
-        metrics[f"{core}/acc/best@{n}/mean"] = acc_PN.max(axis=1).mean()
+            metrics[f"{aux}/{what}/best@{k}/mean"] = best_of(acc_PN, k).mean()
+        metrics[f"{core}/{what}/best@{n}/mean"] = acc_PN.max(axis=1).mean()
         if all("pred" in s.extras for s in mine):
             # Compared as text, so that an answer may be a list. Ties go to the earlier answer.
             votes = [[str(s.extras["pred"]) for s in group] for group in groups.values()]
@@ -135,7 +139,7 @@ def loss_agg_metrics(
 def validation_scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The accuracy of each data source: ``val-core/{source}/acc/mean@N``."""
     matches = ((VAL_CORE.fullmatch(key), value) for key, value in metrics.items())
-    return {m[1]: value for m, value in matches if m and m[2].startswith("mean@")}
+    return {m[1]: v for m, v in matches if m and m[2] == "acc" and m[3].startswith("mean@")}
 
 
 def update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, float]:

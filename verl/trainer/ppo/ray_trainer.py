@@ -51,6 +51,7 @@ class RayPPOTrainer:
         self.workers.build(self.total_steps, self.resumed)
         self.batches.generate = self.workers.engines.generate
         self.batches.update_engines = self.update_engines
+        self.batches.rewards.reward_model = self.workers.reward_scores
         self.probe = prompts[0]  # what engines are compared on
         self.engine_metrics = self.workers.verify_engines(self.probe, self.state.step, strict=True)
 
@@ -246,13 +247,15 @@ class RayPPOTrainer:
             self.save_checkpoint()
 
     def validate(self) -> None:
-        """Logs the accuracy on the validation prompts, and some of the responses."""
+        """Logs the accuracy on the validation prompts (what a reward model scores has none), and
+        some of the responses."""
         step = self.state.step
         samples = self.batches.validation(step)
         record = metrics.validation_metrics(samples)
-        accuracy = float(np.mean(list(metrics.validation_scores(record).values())))
-        if accuracy > self.state.best.get("val-core/best_acc", -np.inf):
-            self.state.best = {"val-core/best_acc": accuracy, "val-core/best_step": step}
+        if accuracies := list(metrics.validation_scores(record).values()):
+            accuracy = float(np.mean(accuracies))
+            if accuracy > self.state.best.get("val-core/best_acc", -np.inf):
+                self.state.best = {"val-core/best_acc": accuracy, "val-core/best_step": step}
         self.tracking.log_validation(record | self.state.best, step, samples)
         self.state.validation_due = False
 

@@ -272,7 +272,8 @@ def validation_table(metrics: Metrics) -> str:
     rows: dict[str, dict[str, str]] = {}
     for key, value in metrics.items():
         if match := VAL_CORE.fullmatch(key):
-            rows.setdefault(match[1], {})[match[2]] = f"{value:.3f}"
+            label = match[3] if match[2] == "acc" else f"reward {match[3]}"
+            rows.setdefault(match[1], {})[label] = f"{value:.3f}"
     for source, row in rows.items():
         for name, label, form in (("mean", "length", ".1f"), ("clip_ratio", "truncated", ".1%")):
             if (value := metrics.get(f"val-aux/{source}/response_length/{name}")) is not None:
