@@ -81,7 +81,7 @@ def make_tiny_model(
     return folder
 
 
-def make_tiny_reward_model(folder: Path, kind: str = "Qwen2", **overrides: Any) -> Path:
+def make_tiny_reward_model(folder: Path, kind: str = "Llama", **overrides: Any) -> Path:
     """Saves a random classifier with one label. Its tokenizer has other ids than the policy's, and
     a chat template that ends a turn with `=` (the user's) or `*`."""
     options = {"tie_word_embeddings": False, "num_labels": 1} | overrides

@@ -115,7 +115,7 @@ def test_the_shards_settings_are_the_reward_models_own(tmp_path: Path) -> None:
     half = MixedPrecisionConfig(param_dtype="bfloat16")
     fsdp = FSDPConfig(param_offload=True, mixed_precision=half)
     folder = make_tiny_reward_model(tmp_path / "reward")
-    policy = ClassifierConfig(path=str(make_tiny_reward_model(tmp_path / "policy", "Llama")))
+    policy = ClassifierConfig(path=str(make_tiny_reward_model(tmp_path / "policy", "Qwen2")))
     worker = PolicyWorker("cpu")
     worker.build(policy, FSDPConfig(), reward_model=(ClassifierConfig(path=str(folder)), fsdp))
     scores = [worker.reward_scores(conversations(), limit) for limit in (LIMITS[0], LIMITS[0])]

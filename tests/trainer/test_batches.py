@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.helpers import make_samples
+from tests.helpers import make_samples, make_tiny_model, make_tiny_reward_model
 from verl.config.schema import Config
 from verl.protocol import Prompt, Sample
 from verl.rewards import RewardError, compute_score
@@ -150,6 +150,55 @@ def test_a_batch_larger_than_the_data_names_its_key():
     for enable, key in ((False, "data.train_batch_size"), (True, "data.gen_batch_size")):
         with pytest.raises(ValueError, match=rf"{key}=4 is more than the 3"):
             make_batches(make_config(enable=enable, metric="acc"), Engine(mixed_every(1)), 3)
+
+
+def test_a_reward_model_is_asked_once_all_responses_are_there(tmp_path):
+    """Functions score other prompts of the same round meanwhile."""
+    config, engine, calls = make_config(), Engine(mixed_every(1)), []
+    config.reward_model.enable = True
+    config.actor_rollout_ref.model.path = str(make_tiny_model(tmp_path / "policy"))
+    config.reward_model.model.path = str(make_tiny_reward_model(tmp_path / "reward"))
+    batches = make_batches(config, engine)
+    for prompt in (batches.prompts[1], batches.prompts[2]):
+        prompt.messages = [{"role": "user", "content": "+"}]
+
+    def scores(conversations: Sequence[Sample]) -> list[float]:
+        assert engine.ended.is_set()
+        calls.append([(s.group, s.response_index) for s in conversations])
+        return [float(s.group) / 8 for s in conversations]
+
+    batches.rewards.reward_model = scores
+    samples, _ = batches.next(1, Timer())
+    assert indices(samples) == [0, 1, 2, 3]
+    assert [s.score for s in samples] == [1, 0, 0, *3 * [1 / 8], *3 * [2 / 8], 1, 0, 0]
+    assert [group for group, _ in calls[0]] == [1, 1, 1, 2, 2, 2] and len(calls) == 1
+    assert ["acc" in s.extras for s in samples[::3]] == [True, False, False, True]
+    # What was not scored, as somebody stopped looking, is forgotten.
+    batches.prompts[4].messages = batches.prompts[5].messages = batches.prompts[1].messages
+    groups = batches._round(2, 0, Timer())
+    batches.rewards.reward_model = lambda conversations: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        next(groups)
+    batches.rewards.reward_model = scores
+    assert len(list(batches._round(3, 0, Timer()))) == 4
+    assert [len(asked) for asked in calls] == [6]
+
+
+def test_a_reward_models_scores_are_filtered(tmp_path):
+    config = make_config(enable=True, metric="score", carry_over=False)
+    config.reward_model.enable = True
+    config.actor_rollout_ref.model.path = str(make_tiny_model(tmp_path / "policy"))
+    config.reward_model.model.path = str(make_tiny_reward_model(tmp_path / "reward"))
+    batches = make_batches(config, Engine(mixed_every(1)))
+    for prompt in batches.prompts:
+        prompt.messages = []
+    ids = iter(range(1000))
+    batches.rewards.reward_model = lambda conversations: [
+        next(ids) / 100 if s.prompt.index % 2 else 0.5 for s in conversations
+    ]
+    samples, metrics = batches.next(1, Timer())
+    assert indices(samples) == [1, 3, 5, 7]
+    assert metrics["train/num_gen_batches"] == 2 and metrics["train/kept_prompts_ratio"] == 0.5
 
 
 # ---------------------------------------------------------------------------------- the filter

@@ -59,8 +59,8 @@ class RewardManager:
         for prompt in prompts:
             source = prompt.data_source
             if prompt.messages is not None:
-                if self.conversations is not None:
-                    self.conversations.render(prompt, "")
+                if (reader := self.conversations) and reader.tokenizer is not None:
+                    reader.render(prompt, "")
                 continue
             try:
                 if source in MATH_SOURCES:
