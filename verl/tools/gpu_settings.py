@@ -14,7 +14,7 @@ from typing import Any
 
 from verl.config.schema import Config
 from verl.config.verl_keys import OF_ALL_RANKS, SAME_AS
-from verl.tools.memory_plan import Plan, changed, machine, read_config, read_model
+from verl.tools.memory_plan import Plan, changed, machine, read_config, read_models
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 OFFLOADING = [f"{ACTOR}.fsdp_config.{name}_offload" for name in ("param", "optimizer")]
@@ -72,10 +72,8 @@ def fits(config: Config, settings: Settings) -> bool:
     for key, value in settings.items():
         config = changed(config, key, value)
     memory, host, _ = machine("cuda")
-    if (model := read_model(config.actor_rollout_ref.model.path)) is None:
-        raise ValueError("config.json is not on this machine")
-    model |= config.actor_rollout_ref.model.override_config
-    return Plan(config, model, "cuda", MARGIN * memory, MARGIN * host).fits()
+    model, *scorer = read_models(config)
+    return Plan(config, model, "cuda", MARGIN * memory, MARGIN * host, *scorer).fits()
 
 
 def main() -> None:

@@ -91,9 +91,10 @@ class Plan:
         device: str,
         memory: float,
         host_memory: float = math.inf,
+        scorer: dict[str, Any] | None = None,
     ) -> None:
         """`model`: the content of config.json; `host_memory`: bytes of a machine, where `memory` is
-        a GPU's.
+        a GPU's; `scorer`: config.json of the reward model, if there is one.
 
         Raises: ValueError for a model whose layers are not known here.
         """
@@ -133,6 +134,13 @@ class Plan:
         size = self.fsdp.fsdp_size
         self.shard = self._count(size if size > 0 else self.trainer.nnodes * self.ranks)
         """Parameters of a rank, padding included."""
+        fsdp = config.reward_model.model.fsdp_config
+        self.offloads_scorer = fsdp.param_offload
+        self.scorer: Plan | None = None
+        if scorer is not None:
+            own = changed(config, "actor_rollout_ref.actor.fsdp_config", fsdp)
+            headless = scorer | {"tie_word_embeddings": True}  # its head has one row
+            self.scorer = Plan(own, headless, device, memory)
 
     def _count(self, ranks: int) -> int:
         root = [(-(-rows // ranks), columns) for rows, columns in self.root]
@@ -161,10 +169,12 @@ class Plan:
 
     def resting(self) -> Parts:
         """Bytes that a rank keeps on its device while an engine works there."""
+        scorer = self.scorer.shard if self.scorer and not self.offloads_scorer else 0
         return {
             "parameters": 0 if self.fsdp.param_offload else 4 * self.shard,
             "optimizer": 0 if self.fsdp.optimizer_offload else 8 * self.shard,
             "reference": 4 * self.shard if self.reference and not self.offloads_reference else 0,
+            "reward model": 4 * scorer,
             "process": CONTEXT,
         }
 
@@ -172,6 +182,17 @@ class Plan:
         """Bytes that a rank keeps on its device all through an update."""
         parts = self.resting() | {"parameters": 4 * self.shard, "optimizer": 8 * self.shard}
         return parts | {"gradients": 4 * self.shard}
+
+    def scoring(self, model: "Plan") -> Parts:
+        """Peak bytes of a rank in a forward pass of the reward model."""
+        reward, c = self.config.reward_model, model.compute
+        size = None if reward.use_dynamic_bsz else reward.micro_batch_size_per_gpu
+        longest = reward.max_length or self.longest
+        tokens = size * longest if size else max(reward.forward_max_token_len_per_gpu, longest)
+        parts = self.resting() | {"reward model": 4 * model.shard}
+        parts["gathered"] = c * (numbers(model.root) + 2 * numbers(model.layer))
+        width = (4 + 4 * c) * model.hidden + c * (5 * model.wide + 3 * model.inner)
+        return parts | {"activations": tokens * width}
 
     def training(self) -> Parts:
         """Peak bytes of a rank in the passes of an update."""
@@ -210,12 +231,14 @@ class Plan:
         widest = max(CHUNK, 4 * self.vocab * self.hidden)  # a large tensor stands alone
         weights = {"engine's weights": generating["engine's weights"]}
         sync = self.resting() | {"parameters": 4 * self.shard, "chunk": 1.5 * widest}
+        score = {"score": self.scoring(self.scorer)} if self.scorer else {}
         if self.engine_gpus:
             engine = {"generate, engine": generating | asleep}
-            return engine | {"resume": resuming, "train": training, "new weights": sync}
+            return engine | score | {"resume": resuming, "train": training, "new weights": sync}
         if self.vllm and not self.rollout.free_cache_engine:
             asleep |= generating
-        phases = {"resume": resuming | asleep, "train": training | asleep}
+        phases = {name: parts | asleep for name, parts in score.items()}
+        phases |= {"resume": resuming | asleep, "train": training | asleep}
         phases |= {"generate": self.resting() | generating | asleep}
         return phases | {"new weights": sync | asleep | weights}
 
@@ -223,7 +246,8 @@ class Plan:
         """Bytes of the first node's memory, for devices other than the CPU, when it is fullest: at
         the start, or from the first optimizer step on."""
         shards = self.shard * self.ranks
-        loading = {"rank 0 loads the model": 4.0 * self.parameters}
+        largest = max(self.parameters, self.scorer.parameters if self.scorer else 0)
+        loading = {"rank 0 loads the model": 4.0 * largest}
         if not self.vllm:
             loading["engines load it"] = self.compute * self.parameters * self.engines
         trained = {"offloaded optimizer": 8.0 * shards} if self.fsdp.optimizer_offload else {}
@@ -232,6 +256,8 @@ class Plan:
             parts["offloaded parameters"] = 4 * shards
         if self.reference and self.offloads_reference:
             parts["offloaded reference"] = 4 * shards
+        if self.scorer and self.offloads_scorer:
+            parts["offloaded reward model"] = 4 * self.scorer.shard * self.ranks
         return parts | max(loading, trained, key=lambda phase: sum(phase.values()))
 
     def fits(self) -> bool:
@@ -253,7 +279,9 @@ class Plan:
                 if factor > 1:
                     keys = {"trainer.nnodes": factor * self.trainer.nnodes} | keys
                 config = reduce(lambda c, item: changed(c, *item), keys.items(), self.config)
-                if Plan(config, self.model, self.device, self.memory, self.host_memory).fits():
+                scorer = self.scorer.model if self.scorer else None
+                place = self.device, self.memory, self.host_memory
+                if Plan(config, self.model, *place, scorer).fits():
                     yield keys
 
     def _changes(self) -> list[tuple[str, Any]]:
@@ -263,6 +291,8 @@ class Plan:
         on = [f"{actor}.fsdp_config.optimizer_offload", f"{actor}.fsdp_config.param_offload"]
         if self.reference:
             on.append("actor_rollout_ref.ref.fsdp_config.param_offload")
+        if self.scorer:
+            on.append("reward_model.model.fsdp_config.param_offload")
         on.append("actor_rollout_ref.model.enable_gradient_checkpointing")
         on.append(f"{rollout}.free_cache_engine")
         changes: list[tuple[str, Any]] = [(key, True) for key in on]
@@ -353,19 +383,29 @@ def machine(device: str) -> tuple[float, float, str]:
     return usable(80), math.inf, "no GPU is visible: 80 GB are assumed; GPU_GB=N says otherwise"
 
 
+def read_models(config: Config) -> list[dict[str, Any]]:
+    """config.json of the policy and, if there is one, of the reward model. Raises: ValueError if
+    one is not on this machine."""
+    parts: list[Any] = [config.actor_rollout_ref.model]
+    parts += [config.reward_model.model] if config.reward_model.enable else []
+    found = []
+    for path, override in ((str(part.path), part.override_config) for part in parts):
+        if (model := read_model(path)) is None:
+            line = f"it needs config.json of {path}, which is not on this machine"
+            on_hub = path.count("/") == 1 and path[0] not in "/.~"
+            hf = Path(sys.executable).with_name("hf")
+            raise ValueError(f"{line}: {hf} download {path} config.json" if on_hub else line)
+        found.append(model | override)
+    return found
+
+
 def estimate(config: Config) -> str:
     """What DRY_RUN=1 says about memory; takes neither torch nor the network."""
-    model = read_model(path := config.actor_rollout_ref.model.path)
-    if model is None:
-        line = f"memory estimate: it needs config.json of {path}, which is not on this machine"
-        on_hub = path.count("/") == 1 and path[0] not in "/.~"
-        hf = Path(sys.executable).with_name("hf")
-        return f"{line}: {hf} download {path} config.json" if on_hub else line
-    model |= config.actor_rollout_ref.model.override_config
     device = config.trainer.device or "cuda"
     try:
+        model, *scorer = read_models(config)
         memory, host, origin = machine(device)
-        plan = Plan(config, model, device, memory, host)
+        plan = Plan(config, model, device, memory, host, *scorer)
     except ValueError as error:
         return f"memory estimate: {error}"
     size = f"{plan.parameters / 1e9:.3g} billion parameters, {memory / GIB:.0f} GiB ({origin})"
