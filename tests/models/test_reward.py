@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,21 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.helpers import free_address, make_tiny_model, make_tiny_reward_model
 from verl.config.base import ClassifierConfig, FSDPConfig, MixedPrecisionConfig
+from verl.config.schema import RewardModelModelConfig
 from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.models.reward import check_reward_model
 from verl.protocol import Prompt, Sample
 
 LENGTHS = [3, 9, 1, 20, 7, 12, 2]
+OWN_MODEL = """
+from transformers import LlamaForSequenceClassification
+
+
+class Model(LlamaForSequenceClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+"""
 LIMITS = [MicroBatchLimit(1), MicroBatchLimit(3), MicroBatchLimit(9), MicroBatchLimit(None, 24)]
 
 
@@ -161,3 +172,26 @@ def test_values_of_the_configuration_can_be_replaced(folder: Path) -> None:
     worker.reward_model = worker
     found = worker.reward_scores(conversations(), LIMITS[0])
     assert np.abs(found - plain_scores(folder)).max() > 1e-3
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_that_the_model_brings_along_runs_if_it_may(
+    trust: bool, folder: Path, tmp_path: Path
+) -> None:
+    """It doubles the scores."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(OWN_MODEL)
+    settings = RewardModelModelConfig(
+        path=str(tmp_path), use_remove_padding=trust, trust_remote_code=trust
+    )
+    check_reward_model(settings.classifier(), 9)
+    worker = PolicyWorker("cpu")
+    worker.build(settings.classifier(), FSDPConfig())
+    worker.reward_model = worker
+    attention = worker.model.lm.config._attn_implementation
+    assert attention == ("packed_sdpa" if trust else "sdpa")
+    found = worker.reward_scores(conversations(), LIMITS[1])
+    np.testing.assert_allclose(found, (1 + trust) * plain_scores(folder), atol=1e-5)
