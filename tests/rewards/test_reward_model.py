@@ -109,6 +109,16 @@ def test_models_that_cannot_read_are_named(models: tuple[Path, Path], tmp_path: 
         manager.connect([prompt], tmp_path)
 
 
+def test_rows_that_nothing_scores_are_named(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """In a validation, where functions score rows that don't ask for the model."""
+    prompt = sample(4, "1", "2").prompt
+    manager = RewardManager(make_config(models), POLICY)
+    manager.connect([prompt], tmp_path)
+    prompt.messages = None
+    with pytest.raises(ValueError, match=r"row 4, key 'data_source': .*; the reward model scores"):
+        manager.connect([prompt], tmp_path)
+
+
 def test_scores_come_when_the_model_is_asked(models: tuple[Path, Path]) -> None:
     """All samples in one call, in the order of their groups; penalties as with functions."""
     config = make_config(models)

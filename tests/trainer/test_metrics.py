@@ -13,6 +13,7 @@ from verl.trainer.ppo.metrics import (
     loss_agg_metrics,
     speed_metrics,
     validation_metrics,
+    validation_scores,
 )
 
 
@@ -142,6 +143,22 @@ def test_validation_names_and_values():
             "val-aux/countdown/response_length/clip_ratio": 0.0,
         }
     )
+
+
+def test_scores_take_the_place_of_accuracies_that_a_reward_model_does_not_give():
+    samples = answers(0, [1, 0]) + answers(1, [1, 1])
+    for sample, score in zip(samples, (0.5, -1.5, 2.0, 3.0), strict=True):
+        sample.score = score
+        del sample.extras["acc"]
+    found = validation_metrics(samples)
+    del found["val-aux/countdown/response_length/mean"]
+    assert found == {
+        "val-core/countdown/reward/mean@2": 1.0,
+        "val-core/countdown/reward/best@2/mean": 1.75,
+        "val-aux/countdown/reward/std@2": 0.75,
+        "val-aux/countdown/response_length/clip_ratio": 0.0,
+    }
+    assert validation_scores(found) == {}
 
 
 def test_majority_outvotes_the_first_answer():

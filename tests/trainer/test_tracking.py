@@ -180,6 +180,10 @@ def test_validation_table():
         "  countdown      0.250   0.750   200.0      12.5%",
         "  openai/gsm8k                                      0.500",
     ]
+    assert validation_table({"val-core/chat/reward/mean@1": -0.25}).splitlines() == [
+        "  data source  reward mean@1",
+        "  chat                -0.250",
+    ]
 
 
 def test_console_without_a_terminal_prints_plain_lines(tmp_path, capsys):

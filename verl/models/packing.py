@@ -154,8 +154,8 @@ def _sliding_window(options: dict[str, Any]) -> int | None:
     for name in ("s_aux", "softcap"):
         if options.get(name) is not None:
             raise ValueError(
-                f"attention with {name} can't run packed: set "
-                "actor_rollout_ref.model.use_remove_padding=False"
+                f"attention with {name} can't run packed: set use_remove_padding=False in "
+                "actor_rollout_ref.model, or in reward_model.model if it is that one's"
             )
     return options.get("sliding_window")
 

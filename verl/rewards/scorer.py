@@ -69,7 +69,9 @@ class RewardManager:
                     compute_score(source, "", prompt.ground_truth)
             except ValueError as error:
                 key = "reward_model" if source in (*RULES, *MATH_SOURCES) else "data_source"
-                raise ValueError(f"{prompt.location}, key {key!r}: {error}") from None
+                remedy = '; the reward model scores it with {"style": "model"} in reward_model'
+                text = f"{prompt.location}, key {key!r}: {error}" + remedy * self.config.enable
+                raise ValueError(text) from None
         if any(p.data_source in MATH_SOURCES and p.messages is None for p in prompts):
             self._run(self.math.connect(folder / "math_server.log")).result()
 
