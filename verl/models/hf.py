@@ -92,7 +92,8 @@ def _load(kind: Any, path: str, key: str = "actor_rollout_ref.model.path", **opt
     try:
         return kind.from_pretrained(folder, **options)
     except OSError as error:
-        remedy = "name a folder or a model of the hub (in scripts by MODEL_PATH)"
+        remedy = "name a folder or a model of the hub"
+        remedy += " (in scripts by MODEL_PATH)" * key.startswith("actor_rollout_ref")
         reason = f"{remedy}: {' '.join(str(error).split())}"
         raise ValueError(f"{key}={path}: no Hugging Face model there; {reason}") from error
 
