@@ -59,20 +59,23 @@ def gpu_settings(config: Config, given: set[str]) -> Settings:
     found = {key: value for key, value in for_vllm(config).items() if key in free}
     choices = list(for_memory(config, free))
     try:
-        found |= next((c for c in choices if fits(config, found | c)), {})
+        memory, host, _ = machine("cuda")
+        models = read_models(config)
+        found |= next((c for c in choices if fits(config, found | c, models, memory, host)), {})
     except ValueError:  # what the model needs is not known
         moderate = choices[min(BUDGETS.index(16384), len(choices) - 1)]
         found |= {key: value for key, value in moderate.items() if key not in OFFLOADING}
     return {key: value for key, value in found.items() if attrgetter(key)(config) != value}
 
 
-def fits(config: Config, settings: Settings) -> bool:
+def fits(
+    config: Config, settings: Settings, models: list[dict[str, Any]], memory: float, host: float
+) -> bool:
     """Whether the estimate says that a run with these settings does, with a margin. Raises:
     ValueError if there is none."""
     for key, value in settings.items():
         config = changed(config, key, value)
-    memory, host, _ = machine("cuda")
-    model, *scorer = read_models(config)
+    model, *scorer = models
     return Plan(config, model, "cuda", MARGIN * memory, MARGIN * host, *scorer).fits()
 
 
