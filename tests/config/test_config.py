@@ -366,8 +366,26 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
         ["trainer.logger=[console,mlflow]"],
         "'mlflow']: choose from console, wandb, tensorboard, file",
     ),
+    "no policy": ([f"{ACTOR}checkpoint.save_contents=[optimizer]"], "must name model or hf_model"),
+    "contents": ([f"{ACTOR}checkpoint.load_contents=[weights]"], "choose from model, optimizer"),
     "resume path": (["trainer.resume_mode=resume_path"], "needs trainer.resume_from_path"),
 }
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "meant"),
+    [
+        (f"{ACTOR}fsdp_config.mixed_precision.param_dtype", "fp32", "float32"),
+        (f"{ACTOR}fsdp_config.mixed_precision.reduce_dtype", "fp16", "float16"),
+        (f"{ACTOR}fsdp_config.model_dtype", "bf16", "bfloat16"),
+        ("actor_rollout_ref.ref.fsdp_config.model_dtype", "bf16", "bfloat16"),
+        (f"{ROLLOUT}dtype", "half", "float16"),
+        ("trainer.hf_model_dtype", "float", "float32"),
+    ],
+)
+def test_types_have_short_names(key: str, written: str, meant: str) -> None:
+    assert operator.attrgetter(key)(load(f"{key}={written}")) == meant
+    assert load(f"{key}={written}") == load(f"{key}={meant}")
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)

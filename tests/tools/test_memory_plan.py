@@ -106,6 +106,25 @@ def test_a_reward_model_is_counted() -> None:
     assert keys == {f"{model}.fsdp_config.param_offload": True}
 
 
+def test_parameters_in_bfloat16_take_half() -> None:
+    """Bytes of the actor's: parameters 2, states 4, gradients 2. The reference's are its own."""
+    key, kl = "fsdp_config.model_dtype=bf16", "actor_rollout_ref.actor.use_kl_loss=True"
+    half = plan(f"actor_rollout_ref.actor.{key}", kl)
+    weights = {name: part / half.shard for name, part in half.updating().items()}
+    assert [weights[n] for n in ("parameters", "optimizer", "gradients")] == [2, 4, 2]
+    assert weights["reference"] == 4
+    assert plan(f"actor_rollout_ref.ref.{key}", kl).resting()["reference"] == 2 * half.shard
+
+
+def test_the_inputs_of_layers_move_to_the_host() -> None:
+    four = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4"
+    here, away = plan(four), plan(four, "actor_rollout_ref.model.enable_activation_offload=True")
+    inputs = 4 * 9216 * 28 * 2 * 3584
+    assert here.activations() - away.activations() == inputs
+    assert away.host()["offloaded activations"] == 4 * inputs
+    assert "offloaded activations" not in here.host()
+
+
 def test_the_cache_gets_what_vllms_share_leaves() -> None:
     """2 · 28 layers · 4 heads · 128 · 2 bytes a token; two devices hold half of it each."""
     one, two = plan(), plan("actor_rollout_ref.rollout.tensor_model_parallel_size=2")

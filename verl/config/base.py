@@ -129,10 +129,17 @@ class ModelConfig(Section):
     """Values that replace those of the model's config.json. Dropout is always off."""
     enable_gradient_checkpointing: bool = key(True, on_resume="free")
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    enable_activation_offload: bool = key(
+        False, on_resume="free", idle_if="enable_gradient_checkpointing=False"
+    )
+    """Keep the inputs of the decoder layers in host memory until they are recomputed."""
     use_remove_padding: bool = key(True, on_resume="free")
     """Packed forward pass: tokens of all sequences in one row, no padding. False: padded rows."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings along."""
+    external_lib: Any = None
+    """Module, or list of modules, to import before the model is loaded, as they register its class.
+    vLLM's own workers (tensor_model_parallel_size above 1) import plugins of vLLM alone."""
     tokenizer_path: str | None = None
     """Follows data.tokenizer."""
 
@@ -152,6 +159,8 @@ class OptimConfig(Section):
     """AdamW's decay rates of the first and second moment."""
     weight_decay: float = key(0.01, low=0)
     """AdamW's weight decay."""
+    eps: float = key(1e-8, above=0)
+    """AdamW's ε, which is added to the root of the second moment."""
     lr_warmup_steps: int = key(-1, low=-1)
     """Training steps of linear warm-up; -1: lr_warmup_steps_ratio decides."""
     lr_warmup_steps_ratio: float = key(0.0, low=0, high=1)
@@ -165,7 +174,7 @@ class OptimConfig(Section):
 
 
 class MixedPrecisionConfig(Section):
-    """`fsdp_config.mixed_precision`: master parameters and optimizer states are fp32."""
+    """`fsdp_config.mixed_precision`: in which types the passes compute."""
 
     param_dtype: str | None = key(None, choices=("float32", "bfloat16"))
     """Compute in this type; null: bfloat16 on a GPU, float32 on a CPU."""
@@ -176,6 +185,8 @@ class MixedPrecisionConfig(Section):
 class FSDPConfig(Section):
     """`fsdp_config` of actor and reference: PyTorch FSDP2, `fully_shard`."""
 
+    model_dtype: str = key("float32", choices=("float32", "bfloat16"))
+    """Type of the master parameters, and with them of AdamW's states."""
     param_offload: bool = key(False, on_resume="free")
     """Keep the parameters in host memory while they are not used."""
     optimizer_offload: bool = key(False, on_resume="free")
@@ -184,6 +195,9 @@ class FSDPConfig(Section):
     """Ranks that share a copy of the model; -1: all. Groups of fewer ranks hold a copy each."""
     reshard_after_forward: bool = key(True, on_resume="free")
     """Free a layer's gathered parameters after its forward pass."""
+    full_determinism: bool = key(False, on_resume="free")
+    """Kernels that give the same result every time, on a GPU, too: slower. PyTorch warns of those
+    that it lacks. For actor and reference alike, whichever asks for it."""
     mixed_precision: MixedPrecisionConfig = key(MixedPrecisionConfig)
 
 

@@ -27,6 +27,7 @@ KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 FREE: dict[str, Any] = {"on_resume": "free"}
 SIZE = FREE | {"low": 1}  # of speed and memory alone
 VLLM = FREE | {"idle_if": "rollout.name=hf"}
+CONTENTS = ("model", "optimizer", "extra", "hf_model")
 
 
 class DataConfig(TrainFilesConfig):
@@ -59,6 +60,17 @@ class GrpoppConfig(Section):
     """Exponent α: w_i ∝ L_i^(−α). 0 is Dr. GRPO Norm."""
     scope: str = key("batch", choices=("batch", "mini_batch"))
     """Average L_i^(−α) over the rollout batch (published code) or the mini-batch (paper)."""
+
+
+class CheckpointConfig(Section):
+    """`actor_rollout_ref.actor.checkpoint`: what a checkpoint holds of the policy."""
+
+    save_contents: list[str] = key(lambda: [*CONTENTS[:3]], choices=CONTENTS, **FREE)
+    """A list: `model` (the parameters, in the type that is trained), `optimizer` (its states) and
+    `hf_model` (a folder in Hugging Face format, `actor/huggingface`). `extra` is always there."""
+    load_contents: list[str] = key("${.save_contents}", choices=CONTENTS, **FREE)
+    """What a resumed run takes of these; null: save_contents. Without `optimizer` its states begin
+    anew; without `model` the weights are those of `hf_model`, which may be rounded."""
 
 
 class ActorConfig(Section):
@@ -130,6 +142,7 @@ class ActorConfig(Section):
     """Sequence parallelism; only 1 (none) is supported."""
     optim: OptimConfig = key(OptimConfig, on_resume="warn")
     fsdp_config: FSDPConfig = key(FSDPConfig)
+    checkpoint: CheckpointConfig = key(CheckpointConfig)
 
 
 class RefConfig(Section):
@@ -208,8 +221,16 @@ class RolloutConfig(SamplingConfig):
     """vLLM: tokens of one engine step."""
     enable_chunked_prefill: bool = key(True, **VLLM)
     """vLLM: split long prompts over engine steps."""
+    enable_prefix_caching: bool = key(True, **VLLM)
+    """vLLM: compute the beginnings that prompts share once."""
     enforce_eager: bool = key(True, **VLLM)
     """vLLM: no CUDA graphs."""
+    cudagraph_capture_sizes: list[int] | None = key(
+        None, **FREE, idle_if=("rollout.name=hf", "enforce_eager=True")
+    )
+    """vLLM: numbers of tokens for which a CUDA graph is made; null: vLLM's own."""
+    disable_log_stats: bool = key(True, **VLLM)
+    """vLLM: don't log its speed and the use of its cache every ten seconds."""
     fp32_lm_head: bool = key(False, **VLLM)
     """vLLM: logits in float32, as the actor's are: slower, and nearer to the actor's."""
     free_cache_engine: bool = key(True, **VLLM)
@@ -233,6 +254,8 @@ class ActorRolloutRefConfig(Section):
     actor: ActorConfig = key(ActorConfig)
     ref: RefConfig = key(RefConfig, idle_if="use_kl_loss=False and use_kl_in_reward=False")
     rollout: RolloutConfig = key(RolloutConfig)
+    nccl_timeout: int | None = key(None, low=1, **FREE)
+    """Seconds that ranks wait for each other; null: PyTorch's own, 600 on GPUs and 1800 on CPUs."""
 
 
 class OverlongBufferConfig(Section):
@@ -433,10 +456,10 @@ class TrainerConfig(RunConfig):
     resume_mode: str = key("auto", choices=("auto", "disable", "resume_path"))
     """`auto`: go on from the latest checkpoint in default_local_dir, if there is one, with the same
     method and data. `resume_path`: from any, and a warning names what has changed since."""
-    resume_from_path: str | None = None
+    resume_from_path: str | None = key(None, idle_if="resume_mode!=resume_path")
     """Checkpoint folder (`.../global_step_N`) for resume_mode=resume_path."""
-    max_actor_ckpt_to_keep: int | None = key(None, low=1, idle_if="save_freq=-1")
-    """Older checkpoints are deleted; null: all are kept."""
+    max_actor_ckpt_to_keep: int | None = key(None, low=0, idle_if="save_freq=-1")
+    """Older checkpoints are deleted; null or 0: all are kept."""
     max_restarts: int = key(0, low=0)
     """Times that the run goes on by itself from its latest checkpoint after a worker died."""
     rollout_data_dir: str | None = None

@@ -124,6 +124,9 @@ def _method(config: Config) -> Iterator[str]:
         yield "algorithm.use_grpopp and algorithm.use_dr_grpo are two methods: turn one of them off"
     if methods and actor.loss_agg_mode != "token-mean":
         yield f"{{algorithm.{methods[0]}=}} chooses the loss aggregation: drop {{loss_agg_mode=}}"
+    for name in ("save_contents", "load_contents"):
+        if not {"model", "hf_model"} & {*getattr(actor.checkpoint, name)}:
+            yield f"{{{name}=}} must name model or hf_model: nothing else is a policy"
     if actor.ppo_micro_batch_size_per_gpu is None:
         if actor.loss_agg_mode == "token-mean-legacy":
             yield "{loss_agg_mode=} averages over micro-batches: set {ppo_micro_batch_size_per_gpu}"

@@ -120,7 +120,8 @@ def check_weights(model: ModelConfig) -> None:
 def write_folder(
     model: ModelConfig, folder: str | Path, weights: dict[str, Tensor], dtype: str | None
 ) -> None:
-    """Writes the model's own folder with other weights, as `dtype`; None: of its own type."""
+    """Writes the model's own folder with other weights, as `dtype`; None: of its own type. Raises:
+    OSError if it can't be written."""
     source, target = model_folder(model), Path(folder)
     config = json.loads((source / "config.json").read_text())
     kind = getattr(torch, dtype) if dtype else load_hf_config(model).dtype or _stored_type(source)
@@ -129,7 +130,10 @@ def write_folder(
     own, buffers = (dict(x) for x in (shell.named_parameters(), shell.named_buffers()))
     state = {n: w for n, w in weights.items() if n in buffers}
     state |= {n: w.to(kind) for n, w in weights.items() if n in own}  # of tied ones, one
-    shell.save_pretrained(target, state_dict=state)
+    try:
+        shell.save_pretrained(target, state_dict=state)
+    except SafetensorError as error:
+        raise OSError(f"{target}: {error}") from None
     (target / "generation_config.json").unlink(missing_ok=True)
     other = model.tokenizer_path is not None
     for file in source.iterdir():

@@ -1,5 +1,6 @@
 """A Hugging Face causal model as an FSDP2 policy: build and shard."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,28 +22,28 @@ from verl.models.hf import (
 )
 from verl.models.logprobs import PolicyModel
 from verl.models.reward import RewardModel
-from verl.utils.device import default_dtype, default_packed_attention
+from verl.utils.device import default_dtype, default_packed_attention, saved_on_host
 
 
 def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> Any:
-    """A `PolicyModel`, or the `RewardModel` of a classifier, with fp32 weights: every rank shards
-    an empty skeleton, and gets its part of what rank 0 loads. Raises: ValueError for a model that
-    can't be sharded, or packed."""
+    """A `PolicyModel`, or the `RewardModel` of a classifier: every rank shards an empty skeleton,
+    and gets its part of what rank 0 loads. Raises: ValueError for a model that can't be sharded, or
+    packed."""
     precision = fsdp.mixed_precision
     compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device.type))
     attention = "sdpa"
     if model.use_remove_padding:
         _check_packable(model)
         attention = default_packed_attention(device, compute_dtype)
-    lm = skeleton(model, attn_implementation=attention, dtype=torch.float32)
+    lm = skeleton(model, attn_implementation=attention, dtype=getattr(torch, fsdp.model_dtype))
     if model.enable_gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     if isinstance(model, ClassifierConfig):
-        wrapped: Any = RewardModel
+        policy: Any = RewardModel(lm)
     else:
         size = min(vocabulary_size(model), num_embeddings(model))
-        wrapped = partial(PolicyModel, vocabulary_size=size)
-    policy = wrapped(lm)
+        offload = model.enable_gradient_checkpointing and model.enable_activation_offload
+        policy = PolicyModel(lm, size, saved_on_host(device) if offload else nullcontext)
     dtypes = MixedPrecisionPolicy(compute_dtype, getattr(torch, precision.reduce_dtype))
     ranks, size = dist.get_world_size(), max(1, fsdp.fsdp_size)
     shape = (ranks,) if fsdp.fsdp_size in (-1, ranks) else (ranks // size, size)
@@ -56,19 +57,25 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
         shard(layer, reshard_after_forward=fsdp.reshard_after_forward)
     shard(policy, reshard_after_forward=False)
     policy.to_empty(device=device)  # else the weights would be sent by way of the host
+    load_weights(policy, model, getattr(torch, fsdp.model_dtype))
+    return policy.train()
 
-    loaded = wrapped(load_hf_model(model, torch.float32)) if dist.get_rank() == 0 else None
+
+def load_weights(policy: Any, model: ModelConfig, dtype: torch.dtype) -> None:
+    """Every rank gets its part of what rank 0 loads from the model's folder."""
+    wrap: Any = RewardModel if isinstance(model, ClassifierConfig) else PolicyModel
+    loaded = wrap(load_hf_model(model, dtype)) if dist.get_rank() == 0 else None
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp.set_model_state_dict(policy, loaded.state_dict() if loaded else {}, options=options)
-    lm.tie_weights()
+    policy.lm.tie_weights()
     # Buffers (rotary frequencies, …) are in no state dict.
     buffers: list[Any] = [dict(loaded.named_buffers()) if loaded else None]
     dist.broadcast_object_list(buffers, 0)
     assert buffers[0].keys() == {name for name, _ in policy.named_buffers()}
     for name, value in buffers[0].items():
         parent, _, leaf = name.rpartition(".")
-        setattr(policy.get_submodule(parent), leaf, value.to(device))
-    return policy.train()
+        module = policy.get_submodule(parent)
+        setattr(module, leaf, value.to(module.get_buffer(leaf).device))
 
 
 def _check_packable(model: ModelConfig) -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection
 from functools import partial
+from importlib import import_module
 from os.path import expanduser, isdir, isfile, join
 from typing import Any
 
@@ -36,6 +37,7 @@ def architecture(model: ModelConfig) -> Any:
 def load_hf_config(model: ModelConfig) -> Any:
     """The model's configuration with `override_config`, and without dropout, which is chance.
     Raises: ValueError if there is no such model, or its head isn't a plain matrix product."""
+    import_libraries(model)
     key, trust = f"{model.section}.path", model.trust_remote_code
     config = _load(AutoConfig, model.path, key, trust_remote_code=trust)
     config.update(model.override_config)
@@ -45,6 +47,18 @@ def load_hf_config(model: ModelConfig) -> Any:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"{model.path}: models with {name} are not supported")
     return config
+
+
+def import_libraries(model: ModelConfig) -> None:
+    """Imports `external_lib`. Raises: ValueError for one that can't be."""
+    libraries = model.external_lib or []
+    for name in [libraries] if isinstance(libraries, str) else libraries:
+        try:
+            import_module(name)
+        except ImportError as error:
+            key = "actor_rollout_ref.model.external_lib"
+            remedy = "name a module of the environment or of a folder in PYTHONPATH"
+            raise ValueError(f"{key}={name}: {error}; {remedy}") from error
 
 
 def load_hf_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
@@ -74,6 +88,7 @@ def check_names(missing: Collection[str], others: Collection[str], lm: Any, path
 
 def load_tokenizer(model: ModelConfig) -> Any:
     """What decides prompts, texts and stopping. Raises: ValueError if there is none."""
+    import_libraries(model)
     path = model.tokenizer_path or model.path
     key = "data.tokenizer" if model.tokenizer_path else f"{model.section}.path"
     found = _load(AutoTokenizer, path, key, trust_remote_code=model.trust_remote_code)

@@ -104,6 +104,8 @@ class Plan:
         self.actor, self.rollout, self.fsdp = models.actor, models.rollout, models.actor.fsdp_config
         self.packed = models.model.use_remove_padding
         self.checkpointing = models.model.enable_gradient_checkpointing
+        offloads = self.cuda and models.model.enable_activation_offload
+        self.offloads_inputs = offloads and self.checkpointing
         self.vllm, self.max_num_seqs = self.rollout.name == "vllm", self.rollout.max_num_seqs
         self.ranks = self.trainer.n_gpus_per_node
         self.engine_gpus = self.trainer.rollout_gpus_per_node
@@ -141,6 +143,10 @@ class Plan:
             own = changed(config, "actor_rollout_ref.actor.fsdp_config", fsdp)
             headless = scorer | {"tie_word_embeddings": True}  # its head has one row
             self.scorer = Plan(own, headless, device, memory)
+        dtypes = self.fsdp.model_dtype, models.ref.fsdp_config.model_dtype
+        self.master, of_reference = (4.0 if dtype == "float32" else 2.0 for dtype in dtypes)
+        self.weights, self.reference_weights = self.master * self.shard, of_reference * self.shard
+        """Bytes of the actor's and of the reference's parameters on a rank."""
 
     def _count(self, ranks: int) -> int:
         root = [(-(-rows // ranks), columns) for rows, columns in self.root]
@@ -157,7 +163,8 @@ class Plan:
         kernel = self.cuda and self.packed and c == 2
         attention = c * (2 * self.wide + 2 * self.narrow if kernel else 5 * self.wide)
         one = T * ((4 + 2 * c) * normed + attention + 4 * c * self.inner)
-        kept = T * c * H * self.layers if self.checkpointing else one * self.layers
+        kept = self.inputs() if self.checkpointing else one * self.layers
+        kept = 0 if self.offloads_inputs else kept
         kept += T * (4 + 4 * c) * H  # final norm, and the hidden states that predict
         # The backward pass is fullest in the head, in the first layer after it, or at its end.
         head = self.vocab * H
@@ -167,21 +174,26 @@ class Plan:
         in_layer += one if self.checkpointing else 0
         return max(kept + max(in_head, in_layer), (c + self.reduce) * root)
 
+    def inputs(self) -> float:
+        """Bytes of the decoder layers' inputs in a pass."""
+        return self.tokens * self.compute * self.hidden * self.layers
+
     def resting(self) -> Parts:
         """Bytes that a rank keeps on its device while an engine works there."""
-        scorer = self.scorer.shard if self.scorer and not self.offloads_scorer else 0
+        scorer = self.scorer.weights if self.scorer and not self.offloads_scorer else 0
+        resident = self.reference and not self.offloads_reference
         return {
-            "parameters": 0 if self.fsdp.param_offload else 4 * self.shard,
-            "optimizer": 0 if self.fsdp.optimizer_offload else 8 * self.shard,
-            "reference": 4 * self.shard if self.reference and not self.offloads_reference else 0,
-            "reward model": 4 * scorer,
+            "parameters": 0 if self.fsdp.param_offload else self.weights,
+            "optimizer": 0 if self.fsdp.optimizer_offload else 2 * self.weights,
+            "reference": self.reference_weights if resident else 0,
+            "reward model": scorer,
             "process": CONTEXT,
         }
 
     def updating(self) -> Parts:
         """Bytes that a rank keeps on its device all through an update."""
-        parts = self.resting() | {"parameters": 4 * self.shard, "optimizer": 8 * self.shard}
-        return parts | {"gradients": 4 * self.shard}
+        parts = self.resting() | {"parameters": self.weights, "optimizer": 2 * self.weights}
+        return parts | {"gradients": self.weights}
 
     def scoring(self, model: "Plan") -> Parts:
         """Peak bytes of a rank in a forward pass of the reward model."""
@@ -189,7 +201,7 @@ class Plan:
         size = None if reward.use_dynamic_bsz else reward.micro_batch_size_per_gpu
         longest = reward.max_length or self.longest
         tokens = size * longest if size else max(reward.forward_max_token_len_per_gpu, longest)
-        parts = self.resting() | {"reward model": 4 * model.shard}
+        parts = self.resting() | {"reward model": model.weights}
         parts["gathered"] = c * (numbers(model.root) + 2 * numbers(model.layer))
         width = (4 + 4 * c) * model.hidden + c * (5 * model.wide + 3 * model.inner)
         return parts | {"activations": tokens * width}
@@ -202,7 +214,7 @@ class Plan:
     def resuming(self) -> Parts:
         """Peak bytes of a rank that loads a checkpoint: its states are made, with gradients, and
         the largest tensor came whole when the model was built."""
-        return self.updating() | {"largest tensor": 4 * self.vocab * self.hidden}
+        return self.updating() | {"largest tensor": self.master * self.vocab * self.hidden}
 
     def generating(self) -> Parts:
         """Bytes of an engine on each of its devices. vLLM's cache gets what its share leaves."""
@@ -228,9 +240,9 @@ class Plan:
         if not self.cuda:  # nothing sleeps
             ranks = {f"ranks' {k}": v * self.ranks for k, v in training.items()}
             return {"machine": ranks | {k: v * self.engines for k, v in generating.items()}}
-        widest = max(CHUNK, 4 * self.vocab * self.hidden)  # a large tensor stands alone
+        widest = max(CHUNK, self.master * self.vocab * self.hidden)  # a large tensor stands alone
         weights = {"engine's weights": generating["engine's weights"]}
-        sync = self.resting() | {"parameters": 4 * self.shard, "chunk": 1.5 * widest}
+        sync = self.resting() | {"parameters": self.weights, "chunk": 1.5 * widest}
         score = {"score": self.scoring(self.scorer)} if self.scorer else {}
         if self.engine_gpus:
             engine = {"generate, engine": generating | asleep}
@@ -245,19 +257,23 @@ class Plan:
     def host(self) -> Parts:
         """Bytes of the first node's memory, for devices other than the CPU, when it is fullest: at
         the start, or from the first optimizer step on."""
-        shards = self.shard * self.ranks
-        largest = max(self.parameters, self.scorer.parameters if self.scorer else 0)
-        loading = {"rank 0 loads the model": 4.0 * largest}
+        largest = self.master * self.parameters
+        if self.scorer:
+            largest = max(largest, self.scorer.master * self.scorer.parameters)
+        loading = {"rank 0 loads the model": largest}
         if not self.vllm:
             loading["engines load it"] = self.compute * self.parameters * self.engines
-        trained = {"offloaded optimizer": 8.0 * shards} if self.fsdp.optimizer_offload else {}
+        states = 2 * self.weights * self.ranks
+        trained = {"offloaded optimizer": states} if self.fsdp.optimizer_offload else {}
         parts = {"processes": 2.0 * GIB * (self.ranks + self.engines)}
         if self.fsdp.param_offload:
-            parts["offloaded parameters"] = 4 * shards
+            parts["offloaded parameters"] = self.weights * self.ranks
+        if self.offloads_inputs:
+            parts["offloaded activations"] = self.inputs() * self.ranks
         if self.reference and self.offloads_reference:
-            parts["offloaded reference"] = 4 * shards
+            parts["offloaded reference"] = self.reference_weights * self.ranks
         if self.scorer and self.offloads_scorer:
-            parts["offloaded reward model"] = 4 * self.scorer.shard * self.ranks
+            parts["offloaded reward model"] = self.scorer.weights * self.ranks
         return parts | max(loading, trained, key=lambda phase: sum(phase.values()))
 
     def fits(self) -> bool:

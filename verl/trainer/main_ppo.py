@@ -54,7 +54,9 @@ def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
     try:
         engine_class(config.actor_rollout_ref.rollout.name)  # its package may be missing
         length = config.data.max_prompt_length + config.data.max_response_length
-        check_model(model, length, config.trainer.save_hf_model and not config.trainer.val_only)
+        contents = config.actor_rollout_ref.actor.checkpoint.save_contents
+        exports = config.trainer.save_hf_model or "hf_model" in contents
+        check_model(model, length, exports and not config.trainer.val_only)
         if (reward := config.reward_model).enable:
             check_reward_model(reward.model.classifier(), reward.max_length or length)
         return RayPPOTrainer(config, load_tokenizer(model), latest)

@@ -245,6 +245,8 @@ class RayPPOTrainer:
             self.tracking.log(record, self.state.step)
         if self.is_due(trainer.save_freq):
             self.save_checkpoint()
+            if self.workers.sleeps_to_save and self.state.step < self.total_steps:
+                self.workers.update_engines()
 
     def validate(self) -> None:
         """Logs the accuracy on the validation prompts (what a reward model scores has none), and
@@ -267,9 +269,9 @@ class RayPPOTrainer:
         """Writes what a resumed run needs, if that is new, or logs why it can't be done."""
         if self.state.step in (0, self.checkpoints.saved_step):  # without a step: starts anew
             return
-        state, actor = replace(self.state, batches=self.batches.state()), self.workers.actor
+        state = replace(self.state, batches=self.batches.state())
         durable = self.tracking.file.flush()  # a checkpoint is never newer than the metrics
-        self.checkpoints.try_to_save(state, lambda path: actor.call("save", path), durable)
+        self.checkpoints.try_to_save(state, self.workers.save, durable)
 
     def rescue(self, action: Any, *args: Any) -> Any:
         """`action(*args)` between two steps; if it fails, no step is lost."""

@@ -26,6 +26,11 @@ VERIFIED = 8, 16
 """Responses and their tokens: 128 of them exceed 0.05 nats by chance in none of 500 starts of eight
 engines whose bfloat16 is 0.035 off on average; 8 would in half of them."""
 
+NOT_RESUMED = {
+    "model": "the weights are those of the checkpoint's Hugging Face folder, rounded to its type",
+    "optimizer": "the optimizer's states begin anew: none were saved, or none asked for",
+}
+
 
 class Workers:
     """The policy on all ranks (`actor`), and the generation `engines`; samples go to the ranks in
@@ -47,6 +52,8 @@ class Workers:
         actor_slots = [slot for i, slot in enumerate(slots) if i % per_node < ranks]
         engine_slots = [slot for i, slot in enumerate(slots) if i % per_node >= ranks]
         self.num_devices, self.colocated = len(slots), not engine_slots
+        exports = "hf_model" in model.actor.checkpoint.save_contents  # which takes memory
+        self.sleeps_to_save = self.colocated and exports
         share = 1 / WORKERS_PER_DEVICE if self.colocated else 1.0
         transfer = model.rollout.weight_transfer or default_weight_transfer(
             device, engine.transfers, not self.colocated
@@ -64,7 +71,7 @@ class Workers:
         model = self.config.actor_rollout_ref
         self.engines.wait_ready()  # now: vLLM measures how much memory is free
         self.free_devices()  # which building and loading need
-        self.actor.connect()
+        self.actor.connect(model.nccl_timeout)
         actor, ref = model.actor, model.ref.fsdp_config if needs_reference(self.config) else None
         reward = self.config.reward_model
         scorer = (reward.model.classifier(), reward.model.fsdp_config) if reward.enable else None
@@ -75,7 +82,10 @@ class Workers:
             logger.info("validating %s", checkpoint or model.model.path)
         if checkpoint:
             logger.info("resuming from %s", checkpoint)
-            self.actor.call("load", str(checkpoint / "actor"))
+            wanted = model.actor.checkpoint.load_contents
+            read = self.actor.call("load", str(checkpoint / "actor"), wanted)[0]
+            for name in NOT_RESUMED.keys() - read if not self.config.trainer.val_only else ():
+                logger.warning(NOT_RESUMED[name])
         self.update_engines()  # those that sleep have none
         # What is here now stays: walking it again for garbage takes longer than a step's samples.
         gc.freeze()
@@ -154,6 +164,14 @@ class Workers:
                 raise ValueError(text)
             logger.warning(text)
         return {"rollout/verify_logprob_diff": worst}
+
+    def save(self, folder: Path) -> None:
+        """Writes the policy's part of a checkpoint; with `sleeps_to_save`, engines then need
+        `update_engines`."""
+        contents = self.config.actor_rollout_ref.actor.checkpoint.save_contents
+        if self.sleeps_to_save:
+            self.free_devices()
+        self.actor.call("save", folder, contents, self.config.trainer.hf_model_dtype)
 
     def save_hf_model(self, folder: Path) -> None:
         """Writes the policy in Hugging Face format."""
