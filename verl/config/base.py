@@ -186,7 +186,7 @@ class FSDPConfig(Section):
     """`fsdp_config` of actor and reference: PyTorch FSDP2, `fully_shard`."""
 
     model_dtype: str = key("float32", choices=("float32", "bfloat16"))
-    """Type of the master parameters, and with them of AdamW's states."""
+    """Type of the parameters that are trained, of their gradients and AdamW's states."""
     param_offload: bool = key(False, on_resume="free")
     """Keep the parameters in host memory while they are not used."""
     optimizer_offload: bool = key(False, on_resume="free")

@@ -254,9 +254,9 @@ class PolicyWorker:
     def load(
         self, folder: str | Path, contents: Collection[str] = ("model", "optimizer", "hf_model")
     ) -> set[str]:
-        """The inverse of `save`, for any number of ranks, of those of `contents` that are there;
-        which these are. Without `model`, weights are those of `hf_model`. Raises: ValueError, on
-        all ranks, if the checkpoint has neither, or is not one of this model."""
+        """The inverse of `save`, for any number of ranks: loads those of `contents` that are there,
+        and returns which these are. Without `model`, weights are those of `hf_model`. Raises:
+        ValueError, on all ranks, for a checkpoint with neither, or of another model."""
         self.move(self.device, optimizer=True)
         reader, hf_folder = SafeReader(folder), Path(folder) / HF_FOLDER
         try:
