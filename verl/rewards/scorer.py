@@ -13,7 +13,7 @@ import numpy as np
 
 from verl.config.schema import Config, OverlongBufferConfig
 from verl.protocol import Prompt, Sample
-from verl.rewards import MATH_SOURCES, RULES, RewardError, RewardServerError, compute_score
+from verl.rewards import MATH_SOURCES, RewardError, RewardServerError, compute_score, rule
 from verl.rewards.answers import reference
 from verl.rewards.math import MathClient
 from verl.rewards.model import Conversations
@@ -68,7 +68,7 @@ class RewardManager:
                 else:
                     compute_score(source, "", prompt.ground_truth)
             except ValueError as error:
-                key = "reward_model" if source in (*RULES, *MATH_SOURCES) else "data_source"
+                key = "reward_model" if source in MATH_SOURCES or rule(source) else "data_source"
                 remedy = '; the reward model scores it with {"style": "model"} in reward_model'
                 text = f"{prompt.location}, key {key!r}: {error}" + remedy * self.config.enable
                 raise ValueError(text) from None
