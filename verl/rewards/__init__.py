@@ -34,9 +34,9 @@ def rule(data_source: str) -> Callable[[str, Any], dict[str, Any]] | None:
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """`score` and `acc` of a response by the rule of its data source (verl's signature): 0 or 1, of
-    DAPO's `score` -1 or 1; for math as `MathClient.compute_score`. Raises: ValueError for an unknown
-    data source or a wrong ground truth; RewardServerError without a LaTeX server."""
+    """`score` and `acc` of a response by the rule of its data source (verl's signature): 0 or 1,
+    but DAPO's `score` is -1 or 1. Of `MATH_SOURCES` as `MathClient.compute_score`. Raises:
+    ValueError for an unknown source or a wrong ground truth; RewardServerError without a server."""
     if data_source in MATH_SOURCES:
         return math.compute_score(data_source, solution_str, ground_truth, extra_info)
     if found := rule(data_source):

@@ -21,7 +21,8 @@ def compute_score(solution_str: str, ground_truth: Any) -> dict[str, float]:
     last ``<answer>…</answer>`` on the last line, after the first ``Assistant:`` (or
     ``<|im_start|>assistant``) if there is one. It holds nothing but ASCII digits, + - * / ( ) and
     whitespace. Signs are right, also before brackets (``3-(-8)``); ``**``, ``//``, leading zeros
-    and ``= target`` are wrong. Raises: ValueError unless `ground_truth` is ``{"target": int, "numbers": sequence or array of int >= 0}``. Example:
+    and ``= target`` are wrong. Raises: ValueError unless `ground_truth` is
+    ``{"target": int, "numbers": sequence or array of int >= 0}``. Example:
     ``<answer> 8 * 3 </answer>`` is right for ``{"target": 24, "numbers": [3, 8]}``."""
     target, numbers = _read_ground_truth(ground_truth)
     answer = extract_answer(solution_str)

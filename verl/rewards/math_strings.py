@@ -40,8 +40,8 @@ _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 
 def spelled(answer: str) -> str:
-    r"""LaTeX without a unit, spaces and what else means nothing: ``\dfrac12``, ``1/2``, ``$.5$`` and
-    ``0.5\text{ cm}`` are all ``\frac{1}{2}``; ``1,234`` is ``1234``."""
+    r"""LaTeX without a unit, spaces and what else means nothing: ``\dfrac12``, ``1/2``, ``$.5$``
+    and ``0.5\text{ cm}`` are all ``\frac{1}{2}``; ``1,234`` is ``1234``."""
     answer = _UNIT.sub("", answer.strip().strip("*"))  # of Markdown
     for pattern, new in _PATTERNS:
         answer = pattern.sub(new, answer)
@@ -70,8 +70,8 @@ def math_score(solution_str: str, ground_truth: Any) -> dict[str, Any]:
 
 
 def dapo_score(solution_str: str, ground_truth: Any) -> dict[str, Any]:
-    """DAPO's rule (arXiv 2503.14476, section 2.4): what follows the last ``Answer:`` on its line, in
-    the last 300 characters; in a box or not. `score` is 1 or -1, `acc` 1 or 0. Raises: as above."""
+    """DAPO's rule (arXiv 2503.14476, section 2.4): what follows the last ``Answer:``, in a box or
+    not, of the last 300 characters. `score` is 1 or -1, `acc` 1 or 0. Raises: as above."""
     gold, found = reference("math", ground_truth), _ANSWER.findall(solution_str[-WINDOW:])
     line = found[-1] if found else ""
     answer = next((text for *_, text in reversed(boxes(line))), line)
