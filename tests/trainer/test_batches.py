@@ -1,6 +1,7 @@
 """From prompts to the train batch: order, filter, rounds, mini-batches, sampling seeds."""
 
 import copy
+import json
 import logging
 import textwrap
 import time
@@ -15,7 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import make_samples, make_tiny_model, make_tiny_reward_model
+from verl.config.load import load_config
 from verl.config.schema import Config
+from verl.models.hf import load_tokenizer
 from verl.protocol import Prompt, Sample
 from verl.rewards import RewardError, compute_score
 from verl.rewards.scorer import RewardManager
@@ -202,6 +205,22 @@ def test_a_reward_models_scores_are_filtered(tmp_path):
 
 
 # ---------------------------------------------------------------------------------- the filter
+
+
+def test_the_configuration_chooses_rows_and_files(tmp_path, tiny_model):
+    row = {"data_source": "gsm8k", "reward_model": {"ground_truth": "5"}}
+    for name in ("train", "test"):
+        rows = [json.dumps(row | {"prompt": f"{i} {i}"}) for i in range(10)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    keys = f"""data.train_files={tmp_path}/train.jsonl data.val_files={tmp_path}/test.jsonl
+        data.train_max_samples=4 data.val_max_samples=3 data.train_batch_size=4 data.shuffle=False
+        data.apply_chat_template=False actor_rollout_ref.model.path={tiny_model}"""
+    config = load_config(keys.split())
+    batches = Batches.from_config(config, load_tokenizer(config.actor_rollout_ref.model))
+    assert [p.location[-5:] for p in batches.prompts] == [f"row {i}" for i in range(4)]
+    assert [p.location[-5:] for p in batches.val_prompts] == [f"row {i}" for i in range(3)]
+    assert batches.order.steps_per_epoch == 1
+    batches.close()
 
 
 def test_several_rounds_until_the_batch_is_full():

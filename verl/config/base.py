@@ -205,7 +205,9 @@ class TrainFilesConfig(Section):
     """What the `data` sections of RL and of the warm-up share."""
 
     train_files: Any = "~/data/countdown_nochat/train.parquet"
-    """Training parquet: a path or a list of paths."""
+    """Training data: a path or a list of paths, of parquet, .json or .jsonl files."""
+    train_max_samples: int = key(-1, low=-1)
+    """Rows of them to use: the first, or with shuffle a choice by seed; -1 or 0: all."""
     tokenizer: str | None = None
     """Path of the tokenizer, which also decides how responses end; null: the model's."""
     add_bos: bool | None = None
@@ -259,7 +261,7 @@ class RayInitConfig(Section):
 
 
 class SFTDataConfig(TrainFilesConfig):
-    """`data` of the supervised warm-up: parquet with a column of prompts and one of responses."""
+    """`data` of the supervised warm-up: files with a column of prompts and one of responses."""
 
     response_key: str = "response"
     """Column with the response string; the end-of-sequence token is appended."""

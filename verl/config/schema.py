@@ -31,10 +31,12 @@ CONTENTS = ("model", "optimizer", "extra", "hf_model")
 
 
 class DataConfig(TrainFilesConfig):
-    """`data`: parquet files with the columns prompt, data_source, reward_model, extra_info."""
+    """`data`: files with the columns prompt, data_source, reward_model, extra_info."""
 
     val_files: Any = key("~/data/countdown_nochat/test.parquet", on_resume="validation")
-    """Validation parquet: a path or a list of paths; null if nothing is validated."""
+    """The same for validation; null if nothing is validated."""
+    val_max_samples: int = key(-1, low=-1, on_resume="validation")
+    """Rows of them to use, chosen as by train_max_samples."""
     reward_fn_key: str = "data_source"
     """Column that chooses the reward function."""
     apply_chat_template: bool = True
@@ -49,8 +51,8 @@ class DataConfig(TrainFilesConfig):
     """Prompts of one validation round; null: all at once."""
     filter_overlong_prompts: bool = False
     """Drop prompts longer than max_prompt_length."""
-    truncation: str = key("error", choices=("error", "left", "right"))
-    """For longer prompts: stop with an error, or cut tokens off the left or the right."""
+    truncation: str = key("error", choices=("error", "left", "right", "middle"))
+    """For longer prompts: stop with an error, or cut tokens off the left, right or middle."""
 
 
 class GrpoppConfig(Section):

@@ -1,6 +1,8 @@
-"""Parquet files → prompts or supervised samples, and the order in which they are used."""
+"""Parquet and JSON files → prompts or supervised samples, and the order in which they are used."""
 
+import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -53,15 +55,17 @@ def load_prompts(
     config: DataConfig,
     tokenizer: Any,
     num_embeddings: float = inf,
+    max_samples: int = -1,
     for_model: Callable[[dict[str, Any]], bool] = lambda reward_model: False,
 ) -> list[Prompt]:
     """Tokenized prompts of all files, in order, from the columns `prompt_key` (chat messages, or
     strings with apply_chat_template=False), `reward_fn_key`, `reward_model` (`for_model` says of it
-    whether a reward model scores the row) and, if it is there, `extra_info`. Raises:
-    FileNotFoundError; ValueError for bad rows or ids ≥ `num_embeddings`."""
+    whether a reward model scores the row) and, if it is there, `extra_info`; of `max_samples` rows,
+    if positive (`_some`). Raises: FileNotFoundError; ValueError for bad rows or ids ≥
+    `num_embeddings`."""
     columns = {config.prompt_key: "data.prompt_key", config.reward_fn_key: "data.reward_fn_key"}
     remedies = {column: f"set {key}" for column, key in columns.items()}
-    rows = _read_rows(files, remedies | {"reward_model": REWARD_MODEL})
+    rows = _some(_read_rows(files, remedies | {"reward_model": REWARD_MODEL}), max_samples, config)
     key, bos = config.prompt_key, _bos(config, tokenizer, chat=config.apply_chat_template)
     render = partial(_render, config, tokenizer)
     tokens = _tokenize(tokenizer, rows, key, render, num_embeddings, bos)
@@ -75,7 +79,8 @@ def load_prompts(
                 problem = f"the prompt has {len(ids)} tokens, but data.max_prompt_length={limit}"
                 remedy = "raise it, or set data.filter_overlong_prompts=True or data.truncation"
                 raise row.error(config.prompt_key, f"{problem}: {remedy}")
-            ids = ids[-limit:] if config.truncation == "left" else ids[:limit]
+            head = {"left": 0, "middle": limit // 2, "right": limit}[config.truncation]
+            ids = np.concatenate([ids[:head], ids[len(ids) - (limit - head) :]])
         source = row.typed(config.reward_fn_key, str, "write the name that chooses the reward")
         model, info = row.typed("reward_model", dict, REWARD_MODEL), row.values.get("extra_info")
         truth = model.get("ground_truth")
@@ -89,7 +94,7 @@ def load_prompts(
         remedy = "so data.filter_overlong_prompts=True leaves none: raise the limit"
         raise ValueError(f"{files}: {count}, {remedy}")
     if overlong:
-        fate = "dropped" if config.filter_overlong_prompts else f"cut on the {config.truncation}"
+        fate = "dropped" if config.filter_overlong_prompts else f"cut ({config.truncation})"
         logger.info("%s: %s", count, fate)
     return prompts
 
@@ -107,7 +112,7 @@ def load_sft_rows(
     if eos >= num_embeddings:
         raise ValueError(f"the tokenizer ends with token {eos}, but the model has {num_embeddings}")
     keys = {config.prompt_key: "set data.prompt_key", config.response_key: "set data.response_key"}
-    rows = _read_rows(config.train_files, keys)
+    rows = _some(_read_rows(config.train_files, keys), config.train_max_samples, config)
     bos = _bos(config, tokenizer, chat=False)
     prompts = _tokenize(tokenizer, rows, config.prompt_key, Row.typed, num_embeddings, bos)
     responses = _tokenize(tokenizer, rows, config.response_key, Row.typed, num_embeddings)
@@ -193,26 +198,62 @@ def _read_rows(files: Files, required: dict[str, str]) -> list[Row]:
     for name in [files] if isinstance(files, str | Path) else files:
         if not (path := Path(name).expanduser()).exists():
             remedy = "check the path, or write it with one of examples/data_preprocess/"
+            if re.fullmatch(r"[\w-]+/[\w-]+", str(name)):
+                remedy += f"; of the hub's datasets download the files first: hf download {name}"
+                remedy += " --repo-type dataset --local-dir FOLDER"
             raise FileNotFoundError(f"{path}: no such file: {remedy}")
+        read, kind = _READERS.get(path.suffix, (_read_parquet, "parquet"))
         try:
-            # Opened here: given a folder, pyarrow would read whatever lies below it.
-            with path.open("rb") as file:
-                parquet = pq.ParquetFile(file)
-                columns = parquet.schema_arrow.names
-                for key, remedy in required.items():
-                    if key not in columns:
-                        problem = f"no such column, only {', '.join(columns)}: {remedy}"
-                        raise Row(str(path), {}).error(key, problem)
-                values = parquet.read(columns=[*required, "extra_info"]).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            problem = f"not a readable parquet file ({error}): check the path, or write it anew"
+            columns, values = read(path, [*required, "extra_info"])
+        except (pa.ArrowException, OSError, ValueError) as error:
+            problem = f"not a readable {kind} file ({error}): check the path, or write it anew"
             raise ValueError(f"{path}: {problem}") from error
         if not values:
             raise ValueError(f"{path}: no rows: write it anew, or leave it out of the data files")
+        for key, remedy in required.items():
+            if key not in columns:
+                problem = f"no such column, only {', '.join(columns)}: {remedy}"
+                raise Row(str(path), {}).error(key, problem)
         rows += [Row(f"{path}, row {number}", row) for number, row in enumerate(values)]
     if not rows:
-        raise ValueError("no data files: set data.train_files (or data.val_files) to parquet files")
+        raise ValueError("no data files: set data.train_files (or data.val_files) to their paths")
     return rows
+
+
+def _read_parquet(path: Path, wanted: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Names of all columns; the rows, with those wanted that are there."""
+    # Opened here: given a folder, pyarrow would read whatever lies below it.
+    with path.open("rb") as file:
+        parquet = pq.ParquetFile(file)
+        return parquet.schema_arrow.names, parquet.read(columns=wanted).to_pylist()
+
+
+def _read_json(path: Path, wanted: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The same of a list of objects, or of one object a line."""
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        records = json.loads(text)
+    else:
+        records = [json.loads(line) for line in text.split("\n") if line.strip()]
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError("each row must be an object")
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    present = [key for key in wanted if key in columns]
+    return columns, [{key: record.get(key) for key in present} for record in records]
+
+
+_READERS = dict.fromkeys((".json", ".jsonl"), (_read_json, "JSON"))
+
+
+def _some(rows: list[Row], max_samples: int, config: TrainFilesConfig) -> list[Row]:
+    """At most `max_samples` rows, if positive: the first or, with `data.shuffle`, those that verl's
+    `RLHFDataset` draws with this `data.seed`."""
+    if not 0 < max_samples < len(rows):
+        return rows
+    if not config.shuffle:
+        return rows[:max_samples]
+    rng = np.random.default_rng(config.seed)
+    return [rows[i] for i in rng.choice(len(rows), max_samples, replace=False)]
 
 
 def _render(config: DataConfig, tokenizer: Any, row: Row, key: str) -> str:

@@ -76,13 +76,15 @@ class Batches:
         data, trainer = config.data, config.trainer
         size = num_embeddings(config.actor_rollout_ref.model)
         load = partial(load_prompts, config=data, tokenizer=tokenizer, num_embeddings=size)
-        by_model = config.reward_model.enable
-        train = partial(load, data.train_files, for_model=lambda row: by_model)
+        by_model, number = config.reward_model.enable, data.train_max_samples
+        train = partial(load, data.train_files, for_model=lambda row: by_model, max_samples=number)
         prompts = [] if trainer.val_only else train()
         batches = cls(config, prompts, RewardManager(config, tokenizer))
         if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
             batches.val_prompts = load(
-                data.val_files, for_model=lambda row: by_model and row.get("style") == "model"
+                data.val_files,
+                for_model=lambda row: by_model and row.get("style") == "model",
+                max_samples=data.val_max_samples,
             )
         return batches
 
