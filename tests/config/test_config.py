@@ -363,8 +363,8 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "no logger": (["trainer.logger=3"], "trainer.logger=3: choose from console"),
     "logger": (
-        ["trainer.logger=[console,mlflow]"],
-        "'mlflow']: choose from console, wandb, tensorboard, file",
+        ["trainer.logger=[console,neptune]"],
+        "'neptune']: choose from console, wandb, tensorboard, file, mlflow",
     ),
     "no policy": ([f"{ACTOR}checkpoint.save_contents=[optimizer]"], "must name model or hf_model"),
     "contents": ([f"{ACTOR}checkpoint.load_contents=[weights]"], "choose from model, optimizer"),

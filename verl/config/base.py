@@ -223,6 +223,10 @@ class TrainFilesConfig(Section):
     """Seed of the order of the rows."""
 
 
+LOGGERS = ("console", "wandb", "tensorboard", "file", "mlflow", "swanlab", "trackio", "clearml")
+LOGGERS += ("vemlp_wandb",)
+
+
 class RunConfig(Section):
     """What the `trainer` sections of RL and of the warm-up share."""
 
@@ -234,7 +238,7 @@ class RunConfig(Section):
     """Project in wandb, and first part of default_local_dir."""
     experiment_name: str = "gsm8k"
     """Run in wandb, and second part of default_local_dir."""
-    logger: Any = key(lambda: ["console"], choices=("console", "wandb", "tensorboard", "file"))
+    logger: Any = key(lambda: ["console"], choices=LOGGERS)
     """A name, or a list of them. metrics.jsonl is always written."""
     nnodes: int = key(1, low=1)
     """Machines."""

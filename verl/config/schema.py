@@ -24,6 +24,7 @@ LOSS_AGG_MODES = (
 )
 GRPOPP: Any = ("${algorithm.grpopp_config.alpha}", "${algorithm.grpopp_config.scope}")
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+SHOW_GENERATIONS = ("wandb", "tensorboard", "mlflow", "swanlab", "trackio", "clearml")
 FREE: dict[str, Any] = {"on_resume": "free"}
 SIZE = FREE | {"low": 1}  # of speed and memory alone
 VLLM = FREE | {"idle_if": "rollout.name=hf"}
@@ -469,7 +470,9 @@ class TrainerConfig(RunConfig):
     validation_data_dir: str | None = None
     """The same for those of each validation."""
     log_val_generations: int = key(
-        0, low=0, idle_if="trainer.logger lacks wandb and trainer.logger lacks tensorboard"
+        0,
+        low=0,
+        idle_if=" and ".join(f"trainer.logger lacks {name}" for name in SHOW_GENERATIONS),
     )
     """Responses of each validation shown as val/generations, always to the same prompts."""
     save_hf_model: bool = True

@@ -48,11 +48,13 @@ def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
     from verl.models.hf import load_tokenizer
     from verl.models.reward import check_reward_model
     from verl.rollout.engine import engine_class
+    from verl.trainer.ppo.loggers import check_packages
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     model = config.actor_rollout_ref.model
     try:
         engine_class(config.actor_rollout_ref.rollout.name)  # its package may be missing
+        check_packages(config.trainer.logger)
         length = config.data.max_prompt_length + config.data.max_response_length
         contents = config.actor_rollout_ref.actor.checkpoint.save_contents
         exports = config.trainer.save_hf_model or "hf_model" in contents
