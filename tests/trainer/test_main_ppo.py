@@ -216,6 +216,9 @@ METRICS = {
     ),
     **{f"critic/{name}": SPREAD for name in ("score", "rewards", "advantages", "returns")},
     "response_length": (*SPREAD, "clip_ratio", "cv"),
+    "response_length_non_aborted": (*SPREAD, "clip_ratio"),
+    "response": ("aborted_ratio",),
+    "num_turns": SPREAD,
     "prompt_length": (*SPREAD, "clip_ratio"),
     "timing_s": ("gen", "reward", *PHASES, "update_weights", "step"),
     "timing_per_token_ms": ("gen", *PHASES),
@@ -241,7 +244,7 @@ METRICS = {
 }
 """What a training step reports, as docs/metrics.md says."""
 VALIDATION = {
-    "val-core/pluses/acc": ("mean@2", "best@2/mean", "maj@2/mean"),
+    "val-core/pluses/acc": ("mean@2", "best@2/mean", "best@2/std", "maj@2/mean"),
     "val-core": ("best_acc", "best_step"),
     "val-aux/pluses": (
         "acc/std@2",

@@ -158,6 +158,8 @@ def start_clearml(run: Run) -> Logger:
     names = {"project_name": run.described["project"], "task_name": run.described["name"]}
     # 0: steps are not counted on from the last one.
     again: Any = {"continue_last_task": 0} if run.step else {"reuse_last_task_id": False}
+    # Else it would upload checkpoints, and read command lines that aren't argparse's.
+    again |= {"auto_connect_frameworks": False, "auto_connect_arg_parser": False}
     task: Any = clearml.Task.init(**names, **again, output_uri=False)
     task.connect_configuration(run.described["config"], name="Hyperparameters")
     to = task.get_logger()
