@@ -181,6 +181,20 @@ def test_column_names_are_configurable(tmp_path):
     assert (prompt.data_source, prompt.ground_truth) == ("t", 3)
 
 
+def test_the_columns_of_dapos_data(tmp_path):
+    dapo = row(user("a b"), data_source="math_dapo", ability="MATH", extra_info={"index": "9a-1"})
+    # Open-R1's copy has the problem alone as `prompt`, and the messages beside it.
+    open_r1 = dapo | {"prompt": "a", "source_prompt": dapo["prompt"], "solution": "34"}
+    for name, columns, config in (
+        ("dapo", dapo, DataConfig()),
+        ("open_r1", open_r1, DataConfig(prompt_key="source_prompt")),
+    ):
+        (prompt,) = load_prompts(write(tmp_path / name, columns), config, make_tokenizer())
+        assert prompt.token_ids.tolist() == [USER, A, B, ASSISTANT]
+        assert (prompt.data_source, prompt.ground_truth) == ("math_dapo", "18")
+        assert prompt.extra_info == {"index": "9a-1"}
+
+
 def test_more_rows_than_one_tokenizer_batch(tmp_path):
     words = "abcde"
     path = write(tmp_path / "x.parquet", *(row(words[i % 5]) for i in range(2003)))

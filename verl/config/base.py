@@ -223,8 +223,8 @@ class TrainFilesConfig(Section):
     """Seed of the order of the rows."""
 
 
-LOGGERS = ("console", "wandb", "tensorboard", "file", "mlflow", "swanlab", "trackio", "clearml")
-LOGGERS += ("vemlp_wandb",)
+OTHER_LOGGERS = ("mlflow", "swanlab", "trackio", "clearml", "vemlp_wandb")
+LOGGERS = ("console", "wandb", "tensorboard", "file", *OTHER_LOGGERS)
 
 
 class RunConfig(Section):

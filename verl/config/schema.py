@@ -3,6 +3,7 @@
 from typing import Any
 
 from verl.config.base import (
+    OTHER_LOGGERS,
     ClassifierConfig,
     FSDPConfig,
     ModelConfig,
@@ -24,7 +25,7 @@ LOSS_AGG_MODES = (
 )
 GRPOPP: Any = ("${algorithm.grpopp_config.alpha}", "${algorithm.grpopp_config.scope}")
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
-SHOW_GENERATIONS = ("wandb", "tensorboard", "mlflow", "swanlab", "trackio", "clearml")
+SHOW_GENERATIONS = ("wandb", "tensorboard", *OTHER_LOGGERS[:-1])
 FREE: dict[str, Any] = {"on_resume": "free"}
 SIZE = FREE | {"low": 1}  # of speed and memory alone
 VLLM = FREE | {"idle_if": "rollout.name=hf"}

@@ -166,8 +166,8 @@ def start_clearml(run: Run) -> Logger:
 
     def log(metrics: Metrics, step: int, _: Metrics | None) -> None:
         for name, value in metrics.items():
-            title, _, series = name.partition("/")
-            to.report_scalar(title, series or title, value, step)
+            title, series = name.split("/", 1) if "/" in name else (name, name)
+            to.report_scalar(title, series, value, step)
 
     def log_generations(generations: Generations, step: int) -> None:
         to.report_table(*GENERATIONS.split("/"), iteration=step, table_plot=_table(generations))
