@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from verl.config import base
+from verl.config.load import load_config
 from verl.config.schema import SHOW_GENERATIONS, Config, TrainerConfig
+from verl.trainer import main_ppo, main_sft
 from verl.trainer.ppo.loggers import LOGGERS, Run, check_packages
 
 METRICS = {"actor/entropy": 1.5, "val-core/openai/gsm8k/acc/mean@4": 0.25}
@@ -44,6 +46,16 @@ def test_a_package_that_is_missing_is_named():
     check_packages(["console", "wandb", "tensorboard", "file"])
     with pytest.raises(ValueError, match=r"^trainer\.logger=vemlp_wandb needs .*pip install volc"):
         check_packages("vemlp_wandb")
+
+
+@pytest.mark.parametrize(
+    ("run", "config"), [(main_ppo.run, "ppo_trainer"), (main_sft.run, "sft_trainer")]
+)
+def test_it_is_named_before_anything_starts(run, config, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(load_config(["trainer.logger=[console,vemlp_wandb]"], config))
+    assert stopped.value.code == 2
+    assert "error: trainer.logger=vemlp_wandb needs the package" in capsys.readouterr().err
 
 
 def test_mlflow_continues_its_run():
@@ -87,3 +99,35 @@ def test_clearml_without_a_server(tmp_path):
     (path,) = tmp_path.rglob("metrics.jsonl")
     text = path.read_text()
     assert all(word in text for word in ("entropy", "openai/gsm8k/acc/mean@4", "generations"))
+
+
+VEMLP = """
+import json
+def write(*args, **kwargs):
+    with open("calls.jsonl", "a") as file:
+        file.write(json.dumps([args, kwargs], default=str) + "\\n")
+init = log = finish = write
+"""
+
+
+def test_vemlp_wandb_gets_the_account_and_the_metrics(tmp_path, monkeypatch):
+    """The package is not public: this one writes down what it is asked for."""
+    package = tmp_path / "volcengine_ml_platform"
+    package.mkdir()
+    for file in ("__init__.py", "wandb.py"):
+        (package / file).write_text(VEMLP)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = {"ak": "VOLC_ACCESS_KEY_ID", "sk": "VOLC_SECRET_ACCESS_KEY"}
+    for name in (*names.values(), "MLP_TRACKING_REGION"):
+        monkeypatch.setenv(name, name.lower())
+    check_packages("vemlp_wandb")
+    show("vemlp_wandb", range(3, 4), failed=True)
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    account, started, validation, step, end = calls
+    assert account[1] == {k: v.lower() for k, v in names.items()} | {
+        "region": "mlp_tracking_region"
+    }
+    assert (started[1]["project"], started[1]["name"]) == ("p", "e")
+    assert validation == [[{"val-core/x/acc/mean@1": 0.3}], {"step": 3}]
+    assert step == [[METRICS | {"critic/score/mean": 3}], {"step": 3}]
+    assert end == [[], {"exit_code": 1}]
