@@ -29,7 +29,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def show(name: str, steps: range, failed: bool = False) -> None:
     """As a run does that begins at the first of `steps`."""
     config = Config(trainer=TrainerConfig(project_name="p", experiment_name="e"))
-    logger = LOGGERS[name].start(Run(config, Path("run"), "abc12345", steps[0], Path("board")))
+    logger = LOGGERS[name](Run(config, Path("run"), "abc12345", steps[0], Path("board")))
     for step in steps:
         logger.log({"val-core/x/acc/mean@1": step / 10}, step, None)
         logger.log_generations(GENERATIONS, step)

@@ -226,28 +226,23 @@ def _table(generations: Generations) -> pd.DataFrame:
     return pd.DataFrame(generations, columns=["input", "output", "score"])
 
 
-class Package(NamedTuple):
-    """What a logger needs."""
-
-    name: str
-    start: Callable[[Run], Logger]
-
-
-LOGGERS = {
-    "wandb": Package("wandb", start_wandb),
-    "tensorboard": Package("tensorboard", start_tensorboard),
-    "mlflow": Package("mlflow", start_mlflow),
-    "swanlab": Package("swanlab", start_swanlab),
-    "trackio": Package("trackio", start_trackio),
-    "clearml": Package("clearml", start_clearml),
-    "vemlp_wandb": Package("volcengine_ml_platform", start_vemlp_wandb),
+LOGGERS: dict[str, Callable[[Run], Logger]] = {
+    "wandb": start_wandb,
+    "tensorboard": start_tensorboard,
+    "mlflow": start_mlflow,
+    "swanlab": start_swanlab,
+    "trackio": start_trackio,
+    "clearml": start_clearml,
+    "vemlp_wandb": start_vemlp_wandb,
 }
-"""Names in `trainer.logger`, but `console` and `file`."""
+"""Names in `trainer.logger`, but `console` and `file`; their packages are called so, too."""
+OTHER_PACKAGES = {"vemlp_wandb": "volcengine_ml_platform"}
 
 
 def check_packages(names: str | Sequence[str]) -> None:
     """Raises ValueError if one of `trainer.logger` needs a package that isn't installed."""
-    for name, package in LOGGERS.items():
-        if name in ([names] if isinstance(names, str) else names) and not find_spec(package.name):
-            remedy = f"install it (`pip install {package.name}`), or leave this logger out"
-            raise ValueError(f"trainer.logger={name} needs the package {package.name}: {remedy}")
+    for name in [names] if isinstance(names, str) else names:
+        package = OTHER_PACKAGES.get(name, name)
+        if name in LOGGERS and not find_spec(package):
+            remedy = f"install it (`pip install {package}`), or leave this logger out"
+            raise ValueError(f"trainer.logger={name} needs the package {package}: {remedy}")

@@ -81,12 +81,10 @@ class Tracking(AbstractContextManager["Tracking"]):
         board = self.folders.get("TENSORBOARD_DIR", run_dir / "tensorboard")
         run = Run(config, run_dir, run_id, step, board)
         self.loggers: list[Logger] = []
-        for name in ("console", *LOGGERS):
+        starts = {"console": lambda _: start_console(total_steps, step)} | LOGGERS
+        for name in (name for name in starts if name in names):
             with _never_fatal(name, REMEDY):
-                if name == "console" and name in names:
-                    self.loggers.append(start_console(total_steps, step))
-                elif name in names:
-                    self.loggers.append(LOGGERS[name].start(run))
+                self.loggers.append(starts[name](run))
 
     def log_validation(self, metrics: Metrics, step: int, samples: Sequence[Sample] = ()) -> None:
         """Records figures and some responses of a validation, before `log` completes `step`."""
