@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,16 @@ needs_onednn = pytest.mark.skipif(
 VOCABULARY = ["<eos>", "<pad>", "<unk>", *map(str, range(100)), "+", "-", "*", "/", "(", ")", "="]
 
 
-def make_tokenizer() -> Any:
-    """A word-level tokenizer over `VOCABULARY`."""
+def make_tokenizer(vocabulary: Sequence[str] = VOCABULARY, **options: Any) -> Any:
+    """A word-level tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: i for i, word in enumerate(VOCABULARY)}
+    words = {word: i for i, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    )
+    options |= dict(eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
 QWEN_3B = dict(
@@ -67,7 +66,9 @@ TINY: dict[str, Any] = dict(
 )
 
 
-def make_tiny_model(folder: Path, kind: str = "Qwen3", **overrides: Any) -> Path:
+def make_tiny_model(
+    folder: Path, kind: str = "Qwen3", task: str = "CausalLM", **overrides: Any
+) -> Path:
     """Saves a random decoder of this kind and its tokenizer; `overrides`: what isn't as in `TINY`,
     where None is left out."""
     import torch
@@ -76,8 +77,20 @@ def make_tiny_model(folder: Path, kind: str = "Qwen3", **overrides: Any) -> Path
     settings = {name: value for name, value in (TINY | overrides).items() if value is not None}
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(bos_token_id=None, **settings)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    auto_class = getattr(transformers, f"AutoModelFor{task}")
+    auto_class.from_config(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_tiny_reward_model(folder: Path, kind: str = "Llama", **overrides: Any) -> Path:
+    """Saves a random classifier with one label. Its tokenizer has other ids than the policy's, and
+    a chat template that ends a turn with `=` (the user's) or `*`."""
+    options = {"tie_word_embeddings": False, "num_labels": 1} | overrides
+    make_tiny_model(folder, kind, "SequenceClassification", **options)
+    template = "{% for m in messages %}{{ m.content }} {{ '=' if m.role == 'user' else '*' }} "
+    words = [*VOCABULARY[:3], *reversed(VOCABULARY[3:])]
+    make_tokenizer(words, chat_template=template + "{% endfor %}").save_pretrained(folder)
     return folder
 
 

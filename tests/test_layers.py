@@ -14,20 +14,22 @@ ORDER = (
     ("config", "protocol"),
     ("algorithms",),
     ("utils",),
-    ("data", "rewards", "models"),
+    ("data", "rewards", "models", "utils.reward_score"),
     ("rollout", "cluster", "weight_sync"),
     ("trainer",),
     ("tools",),
 )
 """Packages and modules of `verl`, from the ground up. Each imports what stands below it, or beside
-it in its own place, and nothing else; `recipe` stands on top."""
+it in its own place, and nothing else; `recipe` stands on top. verl's name for the rewards,
+`utils.reward_score`, stands beside them."""
 LAYERS = {f"verl.{name}": i for i, names in enumerate(ORDER) for name in names}
 LAYERS["recipe"] = len(ORDER)
 
 
 def unit_of(module: str) -> str | None:
-    """The key of `LAYERS` that `module` belongs to."""
-    return next((u for u in LAYERS if module == u or module.startswith(u + ".")), None)
+    """The key of `LAYERS` that `module` belongs to: the longest."""
+    units = [u for u in LAYERS if module == u or module.startswith(u + ".")]
+    return max(units, key=len, default=None)
 
 
 def imported(source: str, module: str, is_package: bool = False) -> Iterator[str]:
@@ -118,6 +120,7 @@ def test_no_two_modules_import_each_other_not_even_through_others():
         ("verl.config.load", "from verl.tools import memory_plan"),
         ("verl.protocol", "from verl.algorithms.weights import response_weights"),
         ("verl.utils.samples", "from verl.data.dataset import load_prompts"),
+        ("verl.utils.samples", "from verl.utils.reward_score import gsm8k"),
         ("verl.trainer.main_ppo", "from verl.tools import report"),
         ("verl.rewards.math", "from server.math import client"),
         ("server.math.client", "import verl"),
@@ -136,6 +139,7 @@ def test_an_import_upward_is_found(module, source):
         ("verl.models.policy", "from verl import protocol"),
         ("verl.rollout.hf", "from .engine import RolloutEngine"),
         ("verl.weight_sync", "from verl.rollout.pool import EnginePool"),
+        ("verl.utils.reward_score.gsm8k", "from verl.rewards import gsm8k"),
         ("verl.tools.report", "from verl.trainer.ppo.metrics import validation_scores"),
         ("recipe.dapo.main_dapo", "from verl.trainer.main_ppo import run"),
         ("server.math.client", "from server.math import equivalence\nimport json"),

@@ -189,10 +189,10 @@ class WorkerGroup:
                 raise
         return ray.get(list(references))
 
-    def connect(self) -> None:
+    def connect(self, timeout_s: int | None = None) -> None:
         """Makes the workers ranks of one process group; rank 0's machine is the meeting point."""
-        address = self.free_address()
-        self.scatter("connect", [(rank, len(self), address) for rank in range(len(self))])
+        rest = len(self), self.free_address(), timeout_s
+        self.scatter("connect", [(rank, *rest) for rank in range(len(self))])
 
     def free_address(self) -> str:
         """`tcp://host:port` of the first worker's machine; all workers get `_network_address`."""

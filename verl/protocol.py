@@ -21,6 +21,7 @@ class Prompt:
     ground_truth: Any  # what the reward function compares with: {"target": 9, "numbers": [4, 5]}
     extra_info: dict[str, Any] = field(default_factory=dict)  # passed to the reward function
     location: str = ""  # file and row, for messages
+    messages: list[dict[str, Any]] | None = None  # for a reward model to read; None: it doesn't
 
 
 @dataclass(slots=True)

@@ -38,6 +38,7 @@ class WeightSync:
             self._connect()
         self._send(self.transfer)
         self.engines.stale.clear()
+        self.engines.asleep = False
 
     def _connect(self) -> None:
         """Makes actor rank 0 and all engines one process group, for the broadcast."""

@@ -148,6 +148,7 @@ def test_a_value_out_of_range(override: str, message: str) -> None:
     assert message in error_of(override)
 
 
+SCORED = ["reward_model.enable=True", "reward_model.model.path=model"]
 AHEAD = ["trainer.async_rollout=True", "trainer.rollout_gpus_per_node=1"]
 CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     "actor's use_grpopp": (
@@ -201,7 +202,28 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     "one response": ([f"{ROLLOUT}n=1"], "n must be at least 2"),
     "greedy": ([f"{ROLLOUT}do_sample=False"], "training needs do_sample=True"),
     "temperature 0": ([f"{ROLLOUT}temperature=0"], "temperature > 0"),
-    "reward model": (["reward_model.enable=True"], "use custom_reward_function.path"),
+    "no reward model": (["reward_model.enable=True"], "needs reward_model.model.path"),
+    "two rewards": ([*SCORED, "custom_reward_function.path=a.py"], "are two rewards: drop one"),
+    "acc of a reward model": (
+        [*SCORED, "algorithm.filter_groups.enable=True", "algorithm.filter_groups.metric=acc"],
+        "algorithm.filter_groups.metric=acc: a reward model only gives a score: set it to score",
+    ),
+    "another tokenizer": (
+        [*SCORED, "reward_model.model.input_tokenizer=other"],
+        "responses are the policy's: set it to policy",
+    ),
+    "reward model of strings": (
+        [*SCORED, "data.apply_chat_template=False"],
+        "a reward model reads chat messages",
+    ),
+    "reward model without a limit": (
+        [*SCORED, "reward_model.use_dynamic_bsz=False"],
+        "use_dynamic_bsz=False: set reward_model.micro_batch_size_per_gpu",
+    ),
+    "reward model's shards": (
+        [*SCORED, "reward_model.model.fsdp_config.fsdp_size=3", "trainer.n_gpus_per_node=2"],
+        "reward_model.model.fsdp_config.fsdp_size=3 must divide the 2 ranks",
+    ),
     "overlong manager": (
         ["reward_model.overlong_buffer.enable=True", "reward_model.overlong_buffer.len=8"],
         "needs reward_model.reward_manager=dapo",
@@ -341,11 +363,29 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "no logger": (["trainer.logger=3"], "trainer.logger=3: choose from console"),
     "logger": (
-        ["trainer.logger=[console,mlflow]"],
-        "'mlflow']: choose from console, wandb, tensorboard, file",
+        ["trainer.logger=[console,neptune]"],
+        "'neptune']: choose from console, wandb, tensorboard, file, mlflow",
     ),
+    "no policy": ([f"{ACTOR}checkpoint.save_contents=[optimizer]"], "must name model or hf_model"),
+    "contents": ([f"{ACTOR}checkpoint.load_contents=[weights]"], "choose from model, optimizer"),
     "resume path": (["trainer.resume_mode=resume_path"], "needs trainer.resume_from_path"),
 }
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "meant"),
+    [
+        (f"{ACTOR}fsdp_config.mixed_precision.param_dtype", "fp32", "float32"),
+        (f"{ACTOR}fsdp_config.mixed_precision.reduce_dtype", "fp16", "float16"),
+        (f"{ACTOR}fsdp_config.model_dtype", "bf16", "bfloat16"),
+        ("actor_rollout_ref.ref.fsdp_config.model_dtype", "bf16", "bfloat16"),
+        (f"{ROLLOUT}dtype", "half", "float16"),
+        ("trainer.hf_model_dtype", "float", "float32"),
+    ],
+)
+def test_types_have_short_names(key: str, written: str, meant: str) -> None:
+    assert operator.attrgetter(key)(load(f"{key}={written}")) == meant
+    assert load(f"{key}={written}") == load(f"{key}={meant}")
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)

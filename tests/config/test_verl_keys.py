@@ -35,10 +35,14 @@ SOURCES = {
 }
 KNOWN = {key: value for key, value, _ in Config().walk()}
 VALUES: dict[str, tuple[Any, Any]] = {  # two that are not the default
+    "actor_rollout_ref.actor.checkpoint.save_contents": (["model"], ["hf_model"]),
+    "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype": ("float32", "bfloat16"),
     "actor_rollout_ref.actor.grad_clip": (0.5, 2.0),
+    "actor_rollout_ref.actor.optim.eps": (1e-5, 1e-6),
     "actor_rollout_ref.actor.optim.warmup_style": ("cosine", "linear"),
     "actor_rollout_ref.model.use_remove_padding": (False, True),
     "algorithm.bypass_old_log_prob": (True, False),
+    "actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype": ("float32", "bfloat16"),
     "custom_reward_function.name": ("f", "g"),
     "custom_reward_function.path": ("a.py", "b.py"),
     "custom_reward_function.reward_kwargs": ({"x": 1}, {"x": 2}),
@@ -47,6 +51,7 @@ VALUES: dict[str, tuple[Any, Any]] = {  # two that are not the default
     "data.tokenizer": ("a", "b"),
     "ray_init.num_cpus": (5, 6),
     "reward_model.enable": (False, True),
+    "reward_model.model.path": ("a", "b"),
     "reward_model.num_workers": (3, 4),
     "reward_model.overlong_buffer.enable": (False, True),
     "reward_model.overlong_buffer.len": (7, 8),
@@ -167,9 +172,12 @@ def test_counts_of_all_ranks_that_contradict_or_are_none() -> None:
 def test_what_asks_for_nothing_is_accepted() -> None:
     assert without_effect("actor_rollout_ref.model.lora_rank", 0) == "no adapter"
     assert without_effect("critic.model.anything", None) == "there is no critic"
-    assert without_effect("reward_model.model.path", None) == "it asks for nothing"
+    assert without_effect("reward_model.profiler.tool", None) == "it asks for nothing"
     assert without_effect("algorithm.lam", 1) and without_effect("algorithm.lam", 0) is None
     assert without_effect("actor_rollout_ref.model.lora_rank", 8) is None
     assert without_effect("algorithm.gamma", 1.0) and not without_effect("algorithm.gamma", 0.9)
     assert refusal("actor_rollout_ref.actor.megatron.anything.else")
+    assert refusal("actor_rollout_ref.ref.megatron.anything.else")
+    for nothing in ({}, [], None, False):
+        assert without_effect("actor_rollout_ref.rollout.trace", nothing) == "it asks for nothing"
     assert refusal("actor_rollout_ref.nothing") is None

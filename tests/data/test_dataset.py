@@ -181,6 +181,20 @@ def test_column_names_are_configurable(tmp_path):
     assert (prompt.data_source, prompt.ground_truth) == ("t", 3)
 
 
+def test_the_columns_of_dapos_data(tmp_path):
+    dapo = row(user("a b"), data_source="math_dapo", ability="MATH", extra_info={"index": "9a-1"})
+    # Open-R1's copy has the problem alone as `prompt`, and the messages beside it.
+    open_r1 = dapo | {"prompt": "a", "source_prompt": dapo["prompt"], "solution": "34"}
+    for name, columns, config in (
+        ("dapo", dapo, DataConfig()),
+        ("open_r1", open_r1, DataConfig(prompt_key="source_prompt")),
+    ):
+        (prompt,) = load_prompts(write(tmp_path / name, columns), config, make_tokenizer())
+        assert prompt.token_ids.tolist() == [USER, A, B, ASSISTANT]
+        assert (prompt.data_source, prompt.ground_truth) == ("math_dapo", "18")
+        assert prompt.extra_info == {"index": "9a-1"}
+
+
 def test_more_rows_than_one_tokenizer_batch(tmp_path):
     words = "abcde"
     path = write(tmp_path / "x.parquet", *(row(words[i % 5]) for i in range(2003)))
@@ -200,10 +214,12 @@ def test_overlong_prompts_are_dropped_and_counted(tmp_path, caplog):
         load_prompts(path, config, make_tokenizer())
 
 
-@pytest.mark.parametrize(("side", "kept"), [("left", [B, C]), ("right", [A, B])])
+@pytest.mark.parametrize(
+    ("side", "kept"), [("left", [C, D, E]), ("right", [A, B, C]), ("middle", [A, D, E])]
+)
 def test_overlong_prompts_are_cut(tmp_path, side, kept):
-    path = write(tmp_path / "x.parquet", row("a b c"), row("d"))
-    config = plain(max_prompt_length=2, truncation=side)
+    path = write(tmp_path / "x.parquet", row("a b c d e"), row("d"))
+    config = plain(max_prompt_length=3, truncation=side)  # the middle: one left, two right
     assert ids_of(load_prompts(path, config, make_tokenizer())) == [kept, [D]]
 
 
@@ -297,6 +313,68 @@ def test_files_that_are_missing_unreadable_or_empty(tmp_path):
         load_prompts(tmp_path / "empty.parquet", plain(), tokenizer)
     with raises("data.train_files"):
         load_prompts([], plain(), tokenizer)
+    with raises("hf download BytedTsinghua-SIA/DAPO-Math-17k --repo", error=FileNotFoundError):
+        load_prompts("BytedTsinghua-SIA/DAPO-Math-17k", plain(), tokenizer)
+
+
+def test_json_is_read_like_parquet(tmp_path):
+    rows = [row("a"), row("b\u2028 c", extra_info={"index": 1}), row("d")]
+    write(tmp_path / "x.parquet", *rows)
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    for name, text in (
+        ("x.jsonl", lines + "\n"),
+        ("lines.json", lines),
+        ("list.json", json.dumps(rows, indent=2)),
+    ):
+        (tmp_path / name).write_text(text)
+        found = load_prompts(tmp_path / name, plain(), make_tokenizer())
+        expected = load_prompts(tmp_path / "x.parquet", plain(), make_tokenizer())
+        assert ids_of(found) == ids_of(expected)
+        assert [p.ground_truth for p in found] == [p.ground_truth for p in expected]
+        assert [p.extra_info for p in found] == [{}, {"index": 1}, {}]
+        assert found[1].location == f"{tmp_path / name}, row 1"
+    both = load_prompts([tmp_path / "x.jsonl", tmp_path / "x.parquet"], plain(), make_tokenizer())
+    assert [p.index for p in both] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{'prompt': 1}", "not a readable JSON file"),
+        ("[1, 2]", "each row must be an object"),
+        ("[]", "no rows"),
+        ("", "no rows"),
+        ('{"prompt": "a"}', "'data_source': no such column, only prompt"),
+        ('{"prompt": "a", "data_source": "s", "reward_model": 1}', "must be a struct"),
+    ],
+)
+def test_json_that_cannot_be_used(tmp_path, text, problem):
+    (tmp_path / "x.json").write_text(text)
+    with raises(tmp_path / "x.json", problem):
+        load_prompts(tmp_path / "x.json", plain(), make_tokenizer())
+
+
+def test_some_rows_are_the_first_or_a_choice_by_the_seed(tmp_path):
+    path = write(tmp_path / "x.parquet", *(row("a", extra_info={"i": i}) for i in range(10)))
+
+    def chosen(max_samples, **keys):
+        prompts = load_prompts(path, plain(**keys), make_tokenizer(), max_samples=max_samples)
+        assert [p.location for p in prompts] == [
+            f"{path}, row {p.extra_info['i']}" for p in prompts
+        ]
+        return [p.extra_info["i"] for p in prompts]
+
+    assert chosen(3, shuffle=False) == [0, 1, 2]
+    # verl's choice: np.random.default_rng(7).choice(10, 3, replace=False)
+    assert chosen(3, seed=7) == [7, 5, 6]
+    for everything in (-1, 0, 10, 11):
+        assert chosen(everything) == list(range(10))
+
+
+def test_rows_are_chosen_before_long_prompts_are_dropped(tmp_path):
+    path = write(tmp_path / "x.parquet", row("a b c"), row("a"), row("b"))
+    config = plain(shuffle=False, max_prompt_length=2, filter_overlong_prompts=True)
+    assert ids_of(load_prompts(path, config, make_tokenizer(), max_samples=2)) == [[A]]
 
 
 # ------------------------------------------------------------------------------------ load_sft_rows
@@ -313,6 +391,13 @@ def test_sft_rows_end_with_eos(tmp_path):
     assert sample.response_ids.tolist() == [C, EOS]
     assert sample.response_ids.dtype == np.int64
     assert sample.finish_reason == "stop"
+
+
+def test_some_sft_rows_of_json(tmp_path):
+    rows = [{"prompt": word, "response": "c"} for word in ("a", "b", "d")]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = sft_config(tmp_path / "x.jsonl", train_max_samples=2, shuffle=False)
+    assert ids_of([s.prompt for s in load_sft_rows(config, make_tokenizer())]) == [[A], [B]]
 
 
 def test_sft_rows_that_are_too_long(tmp_path, caplog):

@@ -183,16 +183,101 @@ def test_padding_and_checkpointing_do_not_change_the_gradient(
             assert distance(gradient(other, step, limit), expected) < 1e-6
 
 
+def test_inputs_of_layers_are_what_is_offloaded(tiny_model: Path) -> None:
+    """The same gradient, bit by bit. On a CPU torch's hooks copy nothing: it is noted here which
+    tensors pass through them, and from them a copy comes back."""
+    step, plain = weighted_step("delta-l"), build(tiny_model)
+    expected = gradient(plain, step, LIMITS["all"])
+    worker = build(tiny_model, enable_activation_offload=True)
+    hooks, packed, inputs = worker.model.saving(), [], []
+    assert isinstance(hooks, torch.autograd.graph.save_on_cpu)
+    assert not isinstance(plain.model.saving(), torch.autograd.graph.save_on_cpu)
+
+    def pack(tensor: torch.Tensor) -> object:
+        packed.append(tensor.data_ptr())
+        return hooks.pack_hook(tensor.clone())
+
+    worker.model.saving = lambda: torch.autograd.graph.saved_tensors_hooks(pack, hooks.unpack_hook)
+    decoder = worker.model.lm.get_decoder()
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].data_ptr()))
+    assert torch.equal(gradient(worker, step, LIMITS["all"]), expected)
+    first, again = inputs[:2], inputs[:1:-1]  # the backward pass begins with the last layer
+    assert len(again) == 2 and {*first} <= {*packed} and not {*again} & {*first}
+    assert len(packed) < 12  # token ids and what the final norm needs beside them
+
+
+def test_parameters_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
+    """And with them AdamW's states; passes compute as they are told, and the reference has a type
+    of its own."""
+    half, whole = FSDPConfig(model_dtype="bfloat16"), FSDPConfig()
+    worker = PolicyWorker("cpu")
+    worker.build(ModelConfig(path=str(tiny_model)), half, OptimConfig(lr=1e-2), 10, whole)
+    step = weighted_step("delta-l")
+    before = [p.full_tensor().clone() for p in worker.model.parameters()]
+    exact = worker.ref_log_probs(step.samples, 1.0, LIMITS["all"])
+    rounded = worker.log_probs(step.samples, 1.0, LIMITS["all"])
+    assert 0 < np.abs(exact - rounded).max() < 0.05  # only the parameters are rounded
+    assert worker.update([step], LOSS, LIMITS["four"], 1.0)[0]["skipped"] == 0
+    for old, p in zip(before, worker.model.parameters(), strict=True):
+        state = worker.optimizers[0].state[p]
+        types = {p.dtype, old.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype}
+        assert types == {torch.bfloat16}
+        assert not torch.equal(old, p.full_tensor())
+    assert {p.dtype for p in worker.ref.model.parameters()} == {torch.float32}
+    worker.save(tmp_path / "actor")
+    again = build(tiny_model, fsdp=half)
+    again.load(tmp_path / "actor")
+    expected = worker.log_probs(step.samples, 1.0, LIMITS["all"])
+    np.testing.assert_array_equal(again.log_probs(step.samples, 1.0, LIMITS["all"]), expected)
+
+
+def test_kernels_that_repeat_are_asked_for(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that they are as before in the end
+        monkeypatch.delenv(name)
+    build(tiny_model)
+    assert not torch.are_deterministic_algorithms_enabled() and not {*names} & os.environ.keys()
+    try:
+        build(tiny_model, fsdp=FSDPConfig(full_determinism=True))
+        assert torch.are_deterministic_algorithms_enabled() and {*names} <= os.environ.keys()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_epsilon_of_the_optimizer(tiny_model: Path) -> None:
+    """AdamW's first step is lr·g / (|g| + ε): a large ε makes it small."""
+    moved = []
+    for eps in (1e-8, 1e3):
+        worker = PolicyWorker("cpu")
+        optim = OptimConfig(lr=1e-3, eps=eps, weight_decay=0.0)
+        worker.build(ModelConfig(path=str(tiny_model)), FSDPConfig(), optim, 10)
+        before = next(worker.model.parameters()).full_tensor().clone()
+        worker.update([weighted_step("delta-l")], LOSS, LIMITS["all"], 1.0)
+        moved.append((next(worker.model.parameters()).full_tensor() - before).abs().max().item())
+    assert moved[0] == pytest.approx(1e-3, rel=0.01)
+    assert 0 < moved[1] < 1e-6
+
+
 def _rank_gradients(
     rank: int, world: int, address: str, folder: Path, out: Path, fsdp_size: int
 ) -> None:
     """One of `world` processes: gradients of every method and limit, padded and packed."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    policy = PolicyWorker("cpu")
+    policy.connect(rank, world, address, 77)
     results = {}
     every = fsdp_size == -1
     for remove_padding in (True, False) if every else (True,):
-        policy = build(folder, remove_padding, FSDPConfig(fsdp_size=fsdp_size))
+        model = ModelConfig(path=str(folder), use_remove_padding=remove_padding)
+        policy.build(model, FSDPConfig(fsdp_size=fsdp_size), OptimConfig(lr=1e-3), 10)
+        groups = next(policy.model.parameters()).device_mesh.get_all_groups()
+        for group in [dist.group.WORLD, *groups]:
+            backend = group._get_backend(torch.device("cpu"))
+            assert backend.options._timeout.total_seconds() == 77
         parameters = sum(p.numel() for p in policy.model.parameters())
         held = sum(p.to_local().numel() for p in policy.model.parameters())
         share = parameters // (world if fsdp_size == -1 else fsdp_size)
@@ -516,6 +601,39 @@ def test_any_number_of_ranks_resumes_what_another_saved(tiny_model: Path, tmp_pa
     assert back == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("saved", "asked_for", "read"),
+    [
+        (["model", "optimizer", "extra"], ["model", "extra"], {"model"}),
+        (["model"], ["model", "optimizer"], {"model"}),
+        (["hf_model"], ["hf_model"], {"hf_model"}),
+        (["model", "hf_model"], ["model", "hf_model"], {"model", "hf_model"}),
+        (["optimizer", "hf_model"], ["optimizer", "hf_model"], {"optimizer", "hf_model"}),
+    ],
+)
+def test_what_a_checkpoint_holds_and_what_is_read(
+    saved: list[str], asked_for: list[str], read: set[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Weights by either way, with an optimizer that has states only if they were read."""
+    worker, folder = build(tiny_model), tmp_path / "actor"
+    step = weighted_step("delta-l")
+    worker.update([step], LOSS, LIMITS["all"], 1.0)
+    worker.save(folder, saved)
+    assert (folder / "huggingface").is_dir() == ("hf_model" in saved)
+    resumed = build(tiny_model, override_config={"rope_theta": 20000})
+    assert resumed.load(folder, asked_for) == read
+    assert resumed.version == 1
+    for a, b in zip(worker.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a.full_tensor(), b.full_tensor())
+    moments = [o.optimizers[0].state_dict()["state"] for o in (worker, resumed)]
+    if "optimizer" in read:
+        assert torch.equal(*(m[0]["exp_avg"].full_tensor() for m in moments))
+    else:
+        assert not moments[1]
+    with pytest.raises(ValueError, match=r"but no weights among checkpoint.load_contents"):
+        resumed.load(folder, {"model", "hf_model"} - {*saved})
+
+
 class Evil:
     """Pickled, it calls a function."""
 
@@ -534,7 +652,7 @@ def test_a_checkpoint_executes_nothing(
     if where == "metadata":
         Path("actor/.metadata").write_bytes(pickle.dumps(Evil()))
     else:  # torch's own reader would unpickle the number of steps
-        state = worker._state()
+        state = worker._state(["model", "optimizer"])
         state["training_steps"] = Evil()
         dcp.save(state, checkpoint_id="actor")
     with pytest.raises(ValueError, match=r"is not what a checkpoint is made of|weights_only"):

@@ -1,4 +1,3 @@
-import ast
 import time
 from fractions import Fraction
 
@@ -36,6 +35,12 @@ def score(answer: str, target: int, *numbers: int) -> float:
         ("(" * 200 + "1" + ")" * 200 + "+2", 3, (1, 2)),
         ("10 / 4 * 2", 5, (2, 4, 10)),
         ("5", 5, (5,)),
+        ("-3 + 8", 5, (3, 8)),
+        ("3-(-8)", 11, (3, 8)),
+        ("+1 - -2", 3, (1, 2)),
+        ("2 * -1 - 3", -5, (1, 2, 3)),
+        ("-(3 - 8) * -2", -10, (2, 3, 8)),
+        ("1 --+- 2", -1, (1, 2)),
     ],
 )
 def test_right(answer, target, numbers):
@@ -57,12 +62,6 @@ def test_right(answer, target, numbers):
         ("7 // 2", 3, (2, 7)),
         ("2 ** 3", 8, (2, 3)),
         ("99**98**97", 1, (97, 98, 99)),
-        ("-1 + 2", 1, (1, 2)),
-        ("+1 + 2", 3, (1, 2)),
-        ("1 - -2", 3, (1, 2)),
-        ("2 * (-1)", -2, (1, 2)),
-        ("2 * (+1)", 2, (1, 2)),
-        ("1 --+- 2", 3, (1, 2)),
         ("1_0 + 2", 12, (2, 10)),
         ("1.0 + 2", 3, (1, 2)),
         ("1. + 2", 3, (1, 2)),
@@ -92,6 +91,9 @@ def test_right(answer, target, numbers):
         (")1 + 2(", 3, (1, 2)),
         ("1 + 2 +", 3, (1, 2)),
         ("* 1 + 2", 3, (1, 2)),
+        ("1 + 2 -", 3, (1, 2)),
+        ("(-) 1 + 2", 3, (1, 2)),
+        ("-3 + 8", 11, (3, 8)),
         ("1 + * 2", 3, (1, 2)),
         ("1 + (2 *)", 3, (1, 2)),
     ],
@@ -244,13 +246,12 @@ def test_agrees_with_fractions(tree, shift):
 
 
 def python_value(text: str) -> float | None:
-    """Python's opinion on an expression made here; None if it has none, or only with a sign."""
+    """Python's opinion on an expression made here; None if it has none."""
     try:
-        signed = any(isinstance(n, ast.UnaryOp) for n in ast.walk(ast.parse(text, mode="eval")))
         value = eval(text)
     except (SyntaxError, TypeError, ZeroDivisionError):
         return None
-    return value if isinstance(value, (int, float)) and not signed else None
+    return value if isinstance(value, (int, float)) else None
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")  # 1 (2) looks like a call

@@ -59,6 +59,9 @@ def config(server: LatexServer, **keys: Any) -> MathServerConfig:
     return MathServerConfig(**({"url": server.url, "max_wait_s": 60.0} | keys))
 
 
+MATRIX = r"\begin{{{0}matrix}} -7 & 6 \\ 11 & -9 \end{{{0}matrix}}"
+
+
 @pytest.mark.parametrize(
     ("source", "response", "truth", "extra_info", "score"),
     [
@@ -70,6 +73,10 @@ def config(server: LatexServer, **keys: Any) -> MathServerConfig:
         ("minerva", r"\boxed{}", "5", {}, 0),
         ("gpqa", r"\boxed{\text{(B)}}", "B", {}, 1),
         ("amc", "The whole response is too long to be an answer, even 5", "5", {}, 0),
+        # what verl's own test of this source calls right
+        ("numina_aops_forum", MATRIX.format("b"), MATRIX.format("p"), None, 1),
+        ("numina_cn_k12", r"\frac{\sqrt{505}}{7}", r"\frac{\sqrt{505}}{7}", None, 1),
+        ("numina_olympiads", "x^2 + y^2 + 4x - 6y + 13", "(x + 2)^2 + (y - 3)^2 ", None, 1),
         ("math500", r"\boxed{5}\0 \ud800 \boxed{" + "\ud800}", "5", {}, 0),
     ],
 )

@@ -290,6 +290,24 @@ def test_what_cannot_be_scored_is_named_before_anything_starts(tmp_path):
     with pytest.raises(ValueError, match="'sudoku'"):
         manager().connect([sample("3", data_source="sudoku").prompt], tmp_path)
     manager().connect([sample("3").prompt], tmp_path)  # needs no server
+    dapo = [sample("3", data_source=name, truth="34").prompt for name in ("math_dapo", "aime25")]
+    manager().connect(dapo, tmp_path)  # neither
+    with pytest.raises(ValueError, match=r"row 5, key 'reward_model': the ground truth of math"):
+        manager().connect([sample("3", 5, "lighteval/MATH", [34]).prompt], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("taco", "programs are not run"),
+        ("hiyouga/geometry3k", "there are only text models"),
+        ("searchR1_hotpotqa", "nothing is searched"),
+    ],
+)
+def test_what_verl_judges_by_other_means_is_named_before_anything_starts(tmp_path, source, why):
+    message = rf"a file, row 0, key 'data_source': no reward .*'{source}': {why}; set custom_reward"
+    with pytest.raises(ValueError, match=message):
+        manager().connect([sample("3", data_source=source).prompt], tmp_path)
 
 
 HANGING = {

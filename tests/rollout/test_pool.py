@@ -108,6 +108,17 @@ def test_a_closed_generation_leaves_the_engines_free(engines: EnginePool, expect
     assert tokens(found) == expected
 
 
+def test_engines_that_sleep_get_weights_before_they_generate(
+    workers: tuple[WorkerGroup, EnginePool], expected: list
+) -> None:
+    """As a reward model has the devices in between."""
+    _, engines, restarted = restarting(*workers)
+    engines.sleep()
+    for _ in range(2):
+        assert tokens(generate(engines)) == expected
+    assert restarted == [None]
+
+
 def test_a_generation_that_is_closed_at_once_ends(engines: EnginePool) -> None:
     """Some calls have not begun by then."""
     long = SamplingParams(100, 60, seed=(7, 1), ignore_eos=True)

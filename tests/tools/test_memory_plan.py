@@ -84,6 +84,47 @@ def test_offloaded_states_move_to_the_host() -> None:
     assert here.training() == away.training()
 
 
+def test_a_reward_model_is_counted() -> None:
+    """That of 7 billion parameters beside one of its size, which rests on the device or not."""
+    model, on = "reward_model.model", ["reward_model.enable=True", "reward_model.model.path=x"]
+    config = load_config([*BASE, *OFFLOAD, *on, "reward_model.micro_batch_size_per_gpu=2"])
+    away = load_config([*BASE, *OFFLOAD, *on, f"{model}.fsdp_config.param_offload=True"])
+    here = Plan(config, QWEN_7B, "cuda", 79 * GIB, 999 * GIB, QWEN_7B)
+    offloaded = Plan(away, QWEN_7B, "cuda", 79 * GIB, 999 * GIB, QWEN_7B)
+    shard = here.parameters - 152064 * 3584  # of four ranks, 4 bytes a number; without a head
+    assert here.resting()["reward model"] == pytest.approx(shard, rel=1e-6)
+    assert offloaded.resting()["reward model"] == 0
+    assert offloaded.host()["offloaded reward model"] == pytest.approx(4 * shard, rel=1e-6)
+    score, other = here.phases()["score"], offloaded.phases()["score"]
+    assert score["reward model"] == other["reward model"] == here.resting()["reward model"]
+    # a token's norms in fp32 and bfloat16, its attention and its feed-forward; 2 · 9216 tokens
+    width = (4 + 4 * 2) * 3584 + 2 * (5 * 3584 + 3 * 18944)
+    assert score["activations"] == 2 * 9216 * width and other["activations"] == 16384 * width
+    with_, without = here.phases()["train"], plan(*OFFLOAD).phases()["train"]
+    assert sum(with_.values()) - sum(without.values()) == here.resting()["reward model"]
+    keys = next(Plan(config, QWEN_7B, "cuda", 45 * GIB, math.inf, QWEN_7B).remedies())
+    assert keys == {f"{model}.fsdp_config.param_offload": True}
+
+
+def test_parameters_in_bfloat16_take_half() -> None:
+    """Bytes of the actor's: parameters 2, states 4, gradients 2. The reference's are its own."""
+    key, kl = "fsdp_config.model_dtype=bf16", "actor_rollout_ref.actor.use_kl_loss=True"
+    half = plan(f"actor_rollout_ref.actor.{key}", kl)
+    weights = {name: part / half.shard for name, part in half.updating().items()}
+    assert [weights[n] for n in ("parameters", "optimizer", "gradients")] == [2, 4, 2]
+    assert weights["reference"] == 4
+    assert plan(f"actor_rollout_ref.ref.{key}", kl).resting()["reference"] == 2 * half.shard
+
+
+def test_the_inputs_of_layers_move_to_the_host() -> None:
+    four = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4"
+    here, away = plan(four), plan(four, "actor_rollout_ref.model.enable_activation_offload=True")
+    inputs = 4 * 9216 * 28 * 2 * 3584
+    assert here.activations() - away.activations() == inputs
+    assert away.host()["offloaded activations"] == 4 * inputs
+    assert "offloaded activations" not in here.host()
+
+
 def test_the_cache_gets_what_vllms_share_leaves() -> None:
     """2 · 28 layers · 4 heads · 128 · 2 bytes a token; two devices hold half of it each."""
     one, two = plan(), plan("actor_rollout_ref.rollout.tensor_model_parallel_size=2")

@@ -1,6 +1,7 @@
 """From prompts to the train batch: order, filter, rounds, mini-batches, sampling seeds."""
 
 import copy
+import json
 import logging
 import textwrap
 import time
@@ -14,8 +15,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.helpers import make_samples
+from tests.helpers import make_samples, make_tiny_model, make_tiny_reward_model
+from verl.config.load import load_config
 from verl.config.schema import Config
+from verl.models.hf import load_tokenizer
 from verl.protocol import Prompt, Sample
 from verl.rewards import RewardError, compute_score
 from verl.rewards.scorer import RewardManager
@@ -152,7 +155,72 @@ def test_a_batch_larger_than_the_data_names_its_key():
             make_batches(make_config(enable=enable, metric="acc"), Engine(mixed_every(1)), 3)
 
 
+def test_a_reward_model_is_asked_once_all_responses_are_there(tmp_path):
+    """Functions score other prompts of the same round meanwhile."""
+    config, engine, calls = make_config(), Engine(mixed_every(1)), []
+    config.reward_model.enable = True
+    config.actor_rollout_ref.model.path = str(make_tiny_model(tmp_path / "policy"))
+    config.reward_model.model.path = str(make_tiny_reward_model(tmp_path / "reward"))
+    batches = make_batches(config, engine)
+    for prompt in (batches.prompts[1], batches.prompts[2]):
+        prompt.messages = [{"role": "user", "content": "+"}]
+
+    def scores(conversations: Sequence[Sample]) -> list[float]:
+        assert engine.ended.is_set()
+        calls.append([(s.group, s.response_index) for s in conversations])
+        return [float(s.group) / 8 for s in conversations]
+
+    batches.rewards.reward_model = scores
+    samples, _ = batches.next(1, Timer())
+    assert indices(samples) == [0, 1, 2, 3]
+    assert [s.score for s in samples] == [1, 0, 0, *3 * [1 / 8], *3 * [2 / 8], 1, 0, 0]
+    assert [group for group, _ in calls[0]] == [1, 1, 1, 2, 2, 2] and len(calls) == 1
+    assert ["acc" in s.extras for s in samples[::3]] == [True, False, False, True]
+    # What was not scored, as somebody stopped looking, is forgotten.
+    batches.prompts[4].messages = batches.prompts[5].messages = batches.prompts[1].messages
+    groups = batches._round(2, 0, Timer())
+    batches.rewards.reward_model = lambda conversations: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        next(groups)
+    batches.rewards.reward_model = scores
+    assert len(list(batches._round(3, 0, Timer()))) == 4
+    assert [len(asked) for asked in calls] == [6]
+
+
+def test_a_reward_models_scores_are_filtered(tmp_path):
+    config = make_config(enable=True, metric="score", carry_over=False)
+    config.reward_model.enable = True
+    config.actor_rollout_ref.model.path = str(make_tiny_model(tmp_path / "policy"))
+    config.reward_model.model.path = str(make_tiny_reward_model(tmp_path / "reward"))
+    batches = make_batches(config, Engine(mixed_every(1)))
+    for prompt in batches.prompts:
+        prompt.messages = []
+    ids = iter(range(1000))
+    batches.rewards.reward_model = lambda conversations: [
+        next(ids) / 100 if s.prompt.index % 2 else 0.5 for s in conversations
+    ]
+    samples, metrics = batches.next(1, Timer())
+    assert indices(samples) == [1, 3, 5, 7]
+    assert metrics["train/num_gen_batches"] == 2 and metrics["train/kept_prompts_ratio"] == 0.5
+
+
 # ---------------------------------------------------------------------------------- the filter
+
+
+def test_the_configuration_chooses_rows_and_files(tmp_path, tiny_model):
+    row = {"data_source": "gsm8k", "reward_model": {"ground_truth": "5"}}
+    for name in ("train", "test"):
+        rows = [json.dumps(row | {"prompt": f"{i} {i}"}) for i in range(10)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    keys = f"""data.train_files={tmp_path}/train.jsonl data.val_files={tmp_path}/test.jsonl
+        data.train_max_samples=4 data.val_max_samples=3 data.train_batch_size=4 data.shuffle=False
+        data.apply_chat_template=False actor_rollout_ref.model.path={tiny_model}"""
+    config = load_config(keys.split())
+    batches = Batches.from_config(config, load_tokenizer(config.actor_rollout_ref.model))
+    assert [p.location[-5:] for p in batches.prompts] == [f"row {i}" for i in range(4)]
+    assert [p.location[-5:] for p in batches.val_prompts] == [f"row {i}" for i in range(3)]
+    assert batches.order.steps_per_epoch == 1
+    batches.close()
 
 
 def test_several_rounds_until_the_batch_is_full():

@@ -96,6 +96,13 @@ def test_old_ones_are_deleted(tmp_path, limit, kept):
     assert (tmp_path / "metrics.jsonl").is_file()
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(1, [7]), (2, [6, 7]), (0, [5, 6, 7])])
+def test_older_ones_are_deleted(limit, kept, tmp_path):
+    for step in (5, 6, 7):
+        folder(tmp_path, max_actor_ckpt_to_keep=limit).save(state(step), save_actor())
+    assert steps(tmp_path) == kept
+
+
 def test_the_one_that_was_named_to_resume_from_is_never_deleted(tmp_path):
     named = folder(tmp_path).save(state(5), save_actor())
     path = f"{tmp_path}/x/../{named.name}"

@@ -21,6 +21,7 @@ from verl.cluster import WorkerGroup
 from verl.config.load import load_config
 from verl.trainer import main_export, main_ppo
 from verl.trainer.ppo.checkpoint import MANIFEST, seal
+from verl.trainer.ppo.workers import NOT_RESUMED
 
 REWARD = """
 def share_of_pluses(data_source, solution_str, ground_truth, extra_info=None):
@@ -215,6 +216,9 @@ METRICS = {
     ),
     **{f"critic/{name}": SPREAD for name in ("score", "rewards", "advantages", "returns")},
     "response_length": (*SPREAD, "clip_ratio", "cv"),
+    "response_length_non_aborted": (*SPREAD, "clip_ratio"),
+    "response": ("aborted_ratio",),
+    "num_turns": SPREAD,
     "prompt_length": (*SPREAD, "clip_ratio"),
     "timing_s": ("gen", "reward", *PHASES, "update_weights", "step"),
     "timing_per_token_ms": ("gen", *PHASES),
@@ -240,7 +244,7 @@ METRICS = {
 }
 """What a training step reports, as docs/metrics.md says."""
 VALIDATION = {
-    "val-core/pluses/acc": ("mean@2", "best@2/mean", "maj@2/mean"),
+    "val-core/pluses/acc": ("mean@2", "best@2/mean", "best@2/std", "maj@2/mean"),
     "val-core": ("best_acc", "best_step"),
     "val-aux/pluses": (
         "acc/std@2",
@@ -304,8 +308,14 @@ def test_the_final_model_is_the_trained_one(finished: Path, tiny_model: Path) ->
 
 
 def test_one_rank_resumes_what_two_saved_and_all_terms_run(
-    settings: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: list[str],
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    export: Callable[..., None],
 ) -> None:
+    """What it saves are Hugging Face folders alone, from which the next one goes on."""
     submit, calls = WorkerGroup.submit, []
 
     def submit_and_note(group: WorkerGroup, method: str, *args: Any, **options: Any) -> Any:
@@ -313,20 +323,39 @@ def test_one_rank_resumes_what_two_saved_and_all_terms_run(
         return submit(group, method, *args, **options)
 
     monkeypatch.setattr(WorkerGroup, "submit", submit_and_note)
+    own = [
+        f"trainer.default_local_dir={tmp_path}",
+        "trainer.n_gpus_per_node=1",
+        "trainer.save_freq=1",
+        "trainer.save_hf_model=False",
+        "actor_rollout_ref.actor.checkpoint.save_contents=[hf_model]",
+    ]
     run(
         settings,
-        f"trainer.default_local_dir={tmp_path}",
+        *own,
         "trainer.resume_mode=resume_path",
         f"trainer.resume_from_path={finished}/global_step_2",
-        "trainer.n_gpus_per_node=1",
-        "trainer.total_training_steps=3",
-        "trainer.save_freq=-1",
-        "trainer.save_hf_model=False",
+        "actor_rollout_ref.actor.checkpoint.load_contents=[model,optimizer]",
     )
+    assert not [name for name in NOT_RESUMED.values() if name in caplog.text]
     # Engines give their memory back before the actor builds and loads, which needs it.
     order = [calls.index(name) for name in ("sleep", "build", "load", "start_update")]
     assert order == sorted(order)
-    (line,) = read(tmp_path)
+    # As they do while whole weights are gathered; before they generate again, they get new ones.
+    (first, last) = (i for i, name in enumerate(calls) if name == "save")
+    assert calls[first - 1] == calls[last - 1] == "sleep"
+    assert calls[first:last].count("start_update") == 2  # one of them after step 4
+    assert "start_update" not in calls[last:]
+    for step in (3, 4):
+        assert weights_of(tmp_path / f"global_step_{step}" / "actor" / "huggingface")
+    export(tmp_path / "global_step_4", "-o", tmp_path / "exported")
+    kept = weights_of(tmp_path / "global_step_4" / "actor" / "huggingface")
+    exported = weights_of(tmp_path / "exported")
+    assert all(torch.equal(exported[name], kept[name]) for name in kept)
+    run(settings, *own, "trainer.total_training_steps=5", "trainer.test_freq=-1")
+    assert all(caplog.text.count(text) == 1 for text in NOT_RESUMED.values())
+    line, _, last_line = read(tmp_path)
+    assert last_line["training/global_step"] == 5 and last_line["actor/grad_norm"] > 0
     expected = read(finished)[3]
     for key in ("critic/score/mean", "response_length/mean"):
         assert line[key] == expected[key]

@@ -11,8 +11,10 @@ from verl.trainer.ppo.metrics import (
     best_of,
     data_metrics,
     loss_agg_metrics,
+    majority_of,
     speed_metrics,
     validation_metrics,
+    validation_scores,
 )
 
 
@@ -51,7 +53,18 @@ def test_data_metrics_are_per_response():
 def test_clip_ratio_counts_truncated_responses_not_full_columns():
     full_but_finished, cut = sample(8, finish="stop"), sample(8, finish="length")
     m = data_metrics([full_but_finished, full_but_finished, cut, sample(1)], 16)
-    assert m["response_length/clip_ratio"] == 0.25
+    assert m["response_length/clip_ratio"] == m["response_length_non_aborted/clip_ratio"] == 0.25
+
+
+def test_responses_that_ended_at_once_are_left_out_of_those_not_aborted():
+    m = data_metrics([sample(0), sample(2), sample(6, finish="length"), sample(0)], 16)
+    assert m["response/aborted_ratio"] == 0.5 and m["response_length/mean"] == 2
+    found = [m[f"response_length_non_aborted/{f}"] for f in ("mean", "max", "min", "clip_ratio")]
+    assert found == [4, 6, 2, 0.5]
+    assert [m[f"num_turns/{f}"] for f in ("mean", "max", "min")] == [2, 2, 2]
+    nothing = data_metrics([sample(0)], 16)
+    assert nothing["response/aborted_ratio"] == 1
+    assert not [name for name in nothing if "non_aborted" in name]
 
 
 def test_numeric_extras_are_averaged_over_the_responses_that_have_them():
@@ -126,22 +139,61 @@ def test_best_of_zero_one_values_is_pass_at_k():
 def test_validation_names_and_values():
     a, b = "12+12", "8*3"
     samples = [
-        *answers(0, [1, 0, 0, 0], [a, b, b, a]),  # tie: the first answer, which is right
-        *answers(1, [0, 1, 1, 1], [a, b, b, a]),  # tie again: the first answer, which is wrong
+        *answers(0, [1, 0, 0, 0], [a, b, b, a]),  # a tie: the answers' first values are 1 and 0
+        *answers(1, [0, 1, 1, 1], [a, b, b, a]),
     ]
     assert validation_metrics(samples) == pytest.approx(
         {
             "val-core/countdown/acc/mean@4": 0.5,
             "val-core/countdown/acc/best@4/mean": 1.0,
+            "val-core/countdown/acc/best@4/std": 0.0,
             "val-core/countdown/acc/maj@4/mean": 0.5,
             "val-aux/countdown/acc/std@4": sqrt(3) / 4,
             # One of four right: 1/2 of the pairs hold it. Three of four: every pair does.
             "val-aux/countdown/acc/best@2/mean": 0.75,
+            "val-aux/countdown/acc/best@2/std": 0.25,
+            "val-aux/countdown/acc/maj@2/mean": 0.5,
             "val-aux/countdown/reward/mean@4": 1.0,
             "val-aux/countdown/response_length/mean": 4.0,
             "val-aux/countdown/response_length/clip_ratio": 0.0,
         }
     )
+
+
+def test_scores_take_the_place_of_accuracies_that_a_reward_model_does_not_give():
+    samples = answers(0, [1, 0]) + answers(1, [1, 1])
+    for sample, score in zip(samples, (0.5, -1.5, 2.0, 3.0), strict=True):
+        sample.score = score
+        del sample.extras["acc"]
+    found = validation_metrics(samples)
+    del found["val-aux/countdown/response_length/mean"]
+    assert found == {
+        "val-core/countdown/reward/mean@2": 1.0,
+        "val-core/countdown/reward/best@2/mean": 1.75,
+        "val-core/countdown/reward/best@2/std": 0.0,
+        "val-aux/countdown/reward/std@2": 0.75,
+        "val-aux/countdown/response_length/clip_ratio": 0.0,
+    }
+    assert validation_scores(found) == {}
+
+
+def test_majority_of_some_is_the_mean_over_subsets():
+    votes, right = ["x", "y", "x", "z", "x", "y"], np.array([1.0, 0, 1, 0, 1, 0])
+    # Of 20 triples: xxx 1; xxy, xxz 3·3 = 9; yy with x or z 4; xyz 3·2·1 = 6, x in a third.
+    assert majority_of(votes, right, 3) == pytest.approx((1 + 9 + 6 / 3) / 20)
+    assert majority_of(votes, right, 6) == 1
+    assert majority_of(["y", "x"], np.array([0.0, 1.0]), 2) == 0.5
+    # Of 32 with half of them right, 2,000 of the 10,518,300 eights are right as often as not.
+    many = majority_of(["x", "y"] * 16, np.array([1.0, 0] * 16), 8)
+    assert many == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_spread_of_the_best():
+    # Of the pairs of 0, 1, 3: maxima 1, 3, 3.
+    assert best_of([0, 1, 3], 2) == pytest.approx(7 / 3)
+    assert best_of([0, 1, 3], 2, power=2) == pytest.approx(19 / 3)
+    m = validation_metrics(answers(0, [0, 1, 3]))
+    assert m["val-aux/countdown/acc/best@2/std"] == pytest.approx(sqrt(19 / 3 - 49 / 9))
 
 
 def test_majority_outvotes_the_first_answer():

@@ -27,17 +27,20 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.helpers import make_samples
 from verl.config.schema import Config, TrainerConfig
+from verl.trainer.ppo.loggers import (
+    Logger,
+    Run,
+    generations_markdown,
+    start_tensorboard,
+)
 from verl.trainer.ppo.tracking import (
     CONSOLE_COLUMNS,
     LATEST,
     RUN_ID,
-    Logger,
     Tracking,
     claim,
-    generations_markdown,
     owner,
     read_metrics,
-    start_tensorboard,
     step_line,
     validation_table,
 )
@@ -179,6 +182,10 @@ def test_validation_table():
         "  data source   mean@4  best@4  length  truncated  mean@1",
         "  countdown      0.250   0.750   200.0      12.5%",
         "  openai/gsm8k                                      0.500",
+    ]
+    assert validation_table({"val-core/chat/reward/mean@1": -0.25}).splitlines() == [
+        "  data source  reward mean@1",
+        "  chat                -0.250",
     ]
 
 
@@ -358,7 +365,7 @@ def test_a_logger_that_fails_costs_itself_alone(tmp_path, caplog):
     with tracking(tmp_path) as t:
         t.loggers += [
             Logger("Broken", broken, closed),
-            start_tensorboard(tmp_path / "tensorboard", 0),
+            start_tensorboard(Run(Config(), tmp_path, "", 0, tmp_path / "tensorboard")),
         ]
         for step in (1, 2):
             t.log({"x": step}, step)

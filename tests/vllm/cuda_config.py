@@ -88,6 +88,7 @@ def describe(config: Config) -> dict[str, Any]:
         "sleep": model.enable_sleep_mode,
         "eager": model.enforce_eager,
         "graphs": made.compilation_config.cudagraph_mode.name,
+        "graph_sizes": made.compilation_config.cudagraph_capture_sizes,
         "sequences": scheduler.max_num_seqs,
         "batched_tokens": scheduler.max_num_batched_tokens,
         "chunked_prefill": scheduler.enable_chunked_prefill,

@@ -26,7 +26,11 @@ SCRIPTS = sorted(
     path for where in ("train_scripts", "recipe/dapo") for path in (ROOT / where).glob("*-3b-*.sh")
 )
 MORE = {
-    "graphs": ["actor_rollout_ref.rollout.enforce_eager=False"],
+    "graphs": [
+        "actor_rollout_ref.rollout.enforce_eager=False",
+        "actor_rollout_ref.rollout.cudagraph_capture_sizes=[1,8,24]",
+        "actor_rollout_ref.rollout.enable_prefix_caching=False",
+    ],
     "awake": ["actor_rollout_ref.rollout.free_cache_engine=False"],
     "parallel": ["actor_rollout_ref.rollout.tensor_model_parallel_size=2"],
 }
@@ -108,8 +112,10 @@ def test_the_engine_is_what_the_script_says(
         assert (engine["graphs"] == "NONE") == rollout["enforce_eager"]
         assert engine["parallel"] == rollout["tensor_model_parallel_size"]
         assert engine["cache_bytes"] is None  # the share decides
-        assert engine["prefix_caching"] and engine["logprobs_mode"] == "processed_logprobs"
+        assert engine["prefix_caching"] == rollout["enable_prefix_caching"]
+        assert engine["logprobs_mode"] == "processed_logprobs"
         assert engine["transfer"] == "verl"
         assert re.search("ray" if engine["parallel"] > 1 else "uni", engine["executor"].lower())
     assert engines["parallel"]["variables"]["VLLM_RAY_BUNDLE_INDICES"] == "0,1"
     assert not engines["awake"]["sleep"] and not engines["graphs"]["eager"]
+    assert engines["graphs"]["graph_sizes"] == [1, 8, 24]

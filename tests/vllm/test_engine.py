@@ -247,9 +247,18 @@ def test_logits_of_the_engine_in_float32(actor: PolicyWorker, tmp_path: Path) ->
     exact.build(model, FSDPConfig(mixed_precision=MixedPrecisionConfig("bfloat16")))
     for fp32_lm_head in (False, True):
         engine = VLLMEngine()
-        rollout = RolloutConfig(name="vllm", dtype="bfloat16", fp32_lm_head=fp32_lm_head)
+        rollout = RolloutConfig(
+            name="vllm",
+            dtype="bfloat16",
+            fp32_lm_head=fp32_lm_head,
+            enable_prefix_caching=fp32_lm_head,
+            disable_log_stats=fp32_lm_head,
+        )
         engine.build(model, rollout, "cpu", 160)
         assert (engine.engine.model_config.head_dtype == torch.float32) == fp32_lm_head
+        cache = engine.engine.vllm_config.cache_config
+        assert cache.enable_prefix_caching == fp32_lm_head
+        assert bool(engine.engine.logger_manager) != fp32_lm_head
         samples = generate(engine, PROMPTS, SamplingParams(8, 30))
         actual = exact.log_probs(samples, 1.0, LIMIT)
         ours = np.concatenate([s.rollout_log_probs for s in samples])
@@ -271,6 +280,8 @@ def test_vllms_warnings_are_shown_unless_others_are_asked_for(
 ) -> None:
     monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
     assert environment(RolloutConfig(), 1.0, [0])["VLLM_LOGGING_LEVEL"] == "WARNING"
+    shown = environment(RolloutConfig(disable_log_stats=False), 1.0, [0])
+    assert shown["VLLM_LOGGING_LEVEL"] == "INFO"  # as vLLM's statistics are
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     assert environment(RolloutConfig(), 1.0, [0])["VLLM_LOGGING_LEVEL"] == "DEBUG"
 

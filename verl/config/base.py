@@ -122,18 +122,32 @@ def too_many_ranks(trainer: "RunConfig") -> str | None:
 class ModelConfig(Section):
     """`actor_rollout_ref.model`, and `model` of the warm-up."""
 
+    section = "actor_rollout_ref.model"  # what messages call it
     path: str = "Qwen/Qwen2.5-3B"
     """Hugging Face model: a folder or a name on the hub."""
     override_config: dict[str, Any] = key(dict)
     """Values that replace those of the model's config.json. Dropout is always off."""
     enable_gradient_checkpointing: bool = key(True, on_resume="free")
     """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    enable_activation_offload: bool = key(
+        False, on_resume="free", idle_if="enable_gradient_checkpointing=False"
+    )
+    """Keep the inputs of the decoder layers in host memory until they are recomputed."""
     use_remove_padding: bool = key(True, on_resume="free")
     """Packed forward pass: tokens of all sequences in one row, no padding. False: padded rows."""
     trust_remote_code: bool = False
     """Run Python code that the model's folder brings along."""
+    external_lib: Any = None
+    """Module, or list of modules, to import before the model is loaded, as they register its class.
+    vLLM's own workers (tensor_model_parallel_size above 1) import plugins of vLLM alone."""
     tokenizer_path: str | None = None
     """Follows data.tokenizer."""
+
+
+class ClassifierConfig(ModelConfig):
+    """A sequence classifier with one label: what `reward_model.model` stands for."""
+
+    section = "reward_model.model"
 
 
 class OptimConfig(Section):
@@ -145,6 +159,8 @@ class OptimConfig(Section):
     """AdamW's decay rates of the first and second moment."""
     weight_decay: float = key(0.01, low=0)
     """AdamW's weight decay."""
+    eps: float = key(1e-8, above=0)
+    """AdamW's ε, which is added to the root of the second moment."""
     lr_warmup_steps: int = key(-1, low=-1)
     """Training steps of linear warm-up; -1: lr_warmup_steps_ratio decides."""
     lr_warmup_steps_ratio: float = key(0.0, low=0, high=1)
@@ -158,7 +174,7 @@ class OptimConfig(Section):
 
 
 class MixedPrecisionConfig(Section):
-    """`fsdp_config.mixed_precision`: master parameters and optimizer states are fp32."""
+    """`fsdp_config.mixed_precision`: in which types the passes compute."""
 
     param_dtype: str | None = key(None, choices=("float32", "bfloat16"))
     """Compute in this type; null: bfloat16 on a GPU, float32 on a CPU."""
@@ -169,6 +185,8 @@ class MixedPrecisionConfig(Section):
 class FSDPConfig(Section):
     """`fsdp_config` of actor and reference: PyTorch FSDP2, `fully_shard`."""
 
+    model_dtype: str = key("float32", choices=("float32", "bfloat16"))
+    """Type of the parameters that are trained, of their gradients and AdamW's states."""
     param_offload: bool = key(False, on_resume="free")
     """Keep the parameters in host memory while they are not used."""
     optimizer_offload: bool = key(False, on_resume="free")
@@ -177,6 +195,9 @@ class FSDPConfig(Section):
     """Ranks that share a copy of the model; -1: all. Groups of fewer ranks hold a copy each."""
     reshard_after_forward: bool = key(True, on_resume="free")
     """Free a layer's gathered parameters after its forward pass."""
+    full_determinism: bool = key(False, on_resume="free")
+    """Kernels that give the same result every time, on a GPU, too: slower. PyTorch warns of those
+    that it lacks. For actor and reference alike, whichever asks for it."""
     mixed_precision: MixedPrecisionConfig = key(MixedPrecisionConfig)
 
 
@@ -184,7 +205,9 @@ class TrainFilesConfig(Section):
     """What the `data` sections of RL and of the warm-up share."""
 
     train_files: Any = "~/data/countdown_nochat/train.parquet"
-    """Training parquet: a path or a list of paths."""
+    """Training data: a path or a list of paths, of parquet, .json or .jsonl files."""
+    train_max_samples: int = key(-1, low=-1)
+    """Rows of them to use: the first, or with shuffle a choice by seed; -1 or 0: all."""
     tokenizer: str | None = None
     """Path of the tokenizer, which also decides how responses end; null: the model's."""
     add_bos: bool | None = None
@@ -200,6 +223,10 @@ class TrainFilesConfig(Section):
     """Seed of the order of the rows."""
 
 
+OTHER_LOGGERS = ("mlflow", "swanlab", "trackio", "clearml", "vemlp_wandb")
+LOGGERS = ("console", "wandb", "tensorboard", "file", *OTHER_LOGGERS)
+
+
 class RunConfig(Section):
     """What the `trainer` sections of RL and of the warm-up share."""
 
@@ -211,7 +238,7 @@ class RunConfig(Section):
     """Project in wandb, and first part of default_local_dir."""
     experiment_name: str = "gsm8k"
     """Run in wandb, and second part of default_local_dir."""
-    logger: Any = key(lambda: ["console"], choices=("console", "wandb", "tensorboard", "file"))
+    logger: Any = key(lambda: ["console"], choices=LOGGERS)
     """A name, or a list of them. metrics.jsonl is always written."""
     nnodes: int = key(1, low=1)
     """Machines."""
@@ -238,7 +265,7 @@ class RayInitConfig(Section):
 
 
 class SFTDataConfig(TrainFilesConfig):
-    """`data` of the supervised warm-up: parquet with a column of prompts and one of responses."""
+    """`data` of the supervised warm-up: files with a column of prompts and one of responses."""
 
     response_key: str = "response"
     """Column with the response string; the end-of-sequence token is appended."""

@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 OPEN = (".override_config", ".engine_kwargs.vllm", ".reward_kwargs")
 """Sections that take any key: of the model, of vLLM or of a reward, which no schema knows."""
 
+DTYPES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16"}
+DTYPES |= {"fp16": "float16", "half": "float16"}
+"""Other spellings of the values of all keys that end in `dtype`."""
+
 HERE = Path(__file__).parents[1] / "trainer" / "config"
 ConfigStore.instance().store(name="schema", node=Config)
 ConfigStore.instance().store(name="sft_schema", node=SFTConfig)
@@ -49,6 +53,13 @@ def compose_config(
 ) -> DictConfig:
     """YAML file and `key=value` overrides, merged and validated. Raises: ConfigError for overrides
     that can't be parsed, unknown keys (with the nearest), wrong types, what `validate` finds."""
+    return _compose(overrides, config_name, config_dir)[0]
+
+
+def _compose(
+    overrides: Sequence[str], config_name: str, config_dir: str | Path
+) -> tuple[DictConfig, dict[str, Any]]:
+    """`compose_config`, and the values of the overrides by the names that users gave."""
     problems: dict[str, str] = {}
     try:
         with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
@@ -56,21 +67,21 @@ def compose_config(
         schema: Any = OmegaConf.get_type(config)
         if not issubclass(schema, Section):
             raise ConfigError(f"{config_name}.yaml must begin with defaults: [schema, _self_]")
-        problems = _override(config, schema(), overrides)
+        problems, given = _override(config, schema(), overrides)
         typed: Any = OmegaConf.to_object(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError("\n".join([*problems, _explain(error)[1]])) from error
     if lines := [*problems, *validate(typed, problems.values())]:
         raise ConfigError("\n".join(lines))
-    return config
+    return config, given
 
 
 def load_config(
     overrides: Sequence[str] = (), config_name: str = "ppo_trainer", config_dir: str | Path = HERE
 ) -> Any:
     """`compose_config` as locked dataclasses; a warning names overrides that can't matter."""
-    typed: Any = OmegaConf.to_object(compose_config(overrides, config_name, config_dir))
-    given = {o.key_or_group: o.value() for o in map(parse_override, filter(str.strip, overrides))}
+    config, given = _compose(overrides, config_name, config_dir)
+    typed: Any = OmegaConf.to_object(config)
     own = tuple(f"{key}." for key, _, _ in typed.walk())
     foreign = {k: v for k, v in given.items() if not any(o.startswith(f"{k}.") for o in own)}
     found = {k: why for k, v in foreign.items() if (why := without_effect(k, v))}
@@ -137,14 +148,17 @@ def parse_override(text: str) -> Override:
     raise ConfigError(f"{text!r} is not an override: {remedy} {example}")
 
 
-def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> dict[str, str]:
-    """Merges overrides into `config`, but those with problems; these, with the keys meant."""
+def _override(
+    config: DictConfig, schema: Section, overrides: Iterable[str]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Merges overrides into `config`, but those with problems; these, with the keys meant, and the
+    names and values of all."""
     defaults = {key: value for key, value, _ in schema.walk()}
     free = tuple(f"{key}." for key in defaults if key.endswith(OPEN))
     known = [key for key in defaults if not key.endswith(OPEN)]
     problems: dict[str, str] = {}
-    given, written = [], dict[str, tuple[str, Any]]()
-    shares: dict[str, tuple[str, int]] = {}  # counts of all ranks together
+    given, values, written = [], dict[str, Any](), dict[str, tuple[str, Any]]()
+    totals: dict[str, tuple[str, int]] = {}  # counts of all ranks, by the key of one rank's
     for text in filter(str.strip, overrides):
         try:
             override = parse_override(text)
@@ -153,6 +167,9 @@ def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> 
             continue
         name, value = override.key_or_group, override.value()
         key = SAME_AS.get(name, name)
+        if key.endswith("dtype") and isinstance(value, str):
+            value = DTYPES.get(value, value)
+        values[name] = value
         other, before = written.setdefault(key, (name, value))
         if other != name and before != value:
             problems[f"{name}={value} contradicts {other}={before}: one key, two names"] = key
@@ -161,11 +178,11 @@ def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> 
         elif key.startswith(free) or any(f"{k}.".startswith(f"{key}.") for k in defaults):
             follows = value is None and "${" in str(defaults.get(key))
             given.append((key, defaults[key] if follows else value, text.partition("=")[2].strip()))
-        elif (share := OF_ALL_RANKS.get(key)) and isinstance(value, int):
-            shares[share] = name, value
-        elif share and value is not None:
-            problems[f"{name}={value}: must be a whole number"] = share
-        elif not (share or without_effect(key, value) or key.startswith("hydra.")):
+        elif (one_rank := OF_ALL_RANKS.get(key)) and isinstance(value, int):
+            totals[one_rank] = name, value
+        elif one_rank and value is not None:
+            problems[f"{name}={value}: must be a whole number"] = one_rank
+        elif not (one_rank or without_effect(key, value) or key.startswith("hydra.")):
             refused = refusal(key)
             problems.update([(refused, key) if refused else unknown_key(known, key)])
     for key, value, written_as in given:
@@ -177,14 +194,14 @@ def _override(config: DictConfig, schema: Section, overrides: Iterable[str]) -> 
             key, text = _explain(error)
             unknown = isinstance(error, ConfigKeyError | ConfigAttributeError)
             problems.update([unknown_key(known, key) if unknown else (text, key)])
-    for key, (name, count) in shares.items():
+    for key, (name, count) in totals.items():
         ranks = max(1, config.trainer.nnodes * config.trainer.n_gpus_per_node)
         share = max(1, count // ranks)
         if written.get(key, (key, share))[1] not in (None, share):
             problems[f"{name}={count} on {ranks} ranks contradicts {key}={written[key][1]}"] = key
         OmegaConf.update(config, key, share)
         logger.warning("%s=%d: %d of all %d ranks", key, share, count, ranks)
-    return problems
+    return problems, values
 
 
 def _explain(error: Exception) -> tuple[str, str]:

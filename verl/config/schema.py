@@ -3,6 +3,8 @@
 from typing import Any
 
 from verl.config.base import (
+    OTHER_LOGGERS,
+    ClassifierConfig,
     FSDPConfig,
     ModelConfig,
     OptimConfig,
@@ -23,16 +25,20 @@ LOSS_AGG_MODES = (
 )
 GRPOPP: Any = ("${algorithm.grpopp_config.alpha}", "${algorithm.grpopp_config.scope}")
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+SHOW_GENERATIONS = ("wandb", "tensorboard", *OTHER_LOGGERS[:-1])
 FREE: dict[str, Any] = {"on_resume": "free"}
 SIZE = FREE | {"low": 1}  # of speed and memory alone
 VLLM = FREE | {"idle_if": "rollout.name=hf"}
+CONTENTS = ("model", "optimizer", "extra", "hf_model")
 
 
 class DataConfig(TrainFilesConfig):
-    """`data`: parquet files with the columns prompt, data_source, reward_model, extra_info."""
+    """`data`: files with the columns prompt, data_source, reward_model, extra_info."""
 
     val_files: Any = key("~/data/countdown_nochat/test.parquet", on_resume="validation")
-    """Validation parquet: a path or a list of paths; null if nothing is validated."""
+    """The same for validation; null if nothing is validated."""
+    val_max_samples: int = key(-1, low=-1, on_resume="validation")
+    """Rows of them to use, chosen as by train_max_samples."""
     reward_fn_key: str = "data_source"
     """Column that chooses the reward function."""
     apply_chat_template: bool = True
@@ -49,8 +55,8 @@ class DataConfig(TrainFilesConfig):
     """Prompts of one validation round; null: all at once."""
     filter_overlong_prompts: bool = False
     """Drop prompts longer than max_prompt_length."""
-    truncation: str = key("error", choices=("error", "left", "right"))
-    """For longer prompts: stop with an error, or cut tokens off the left or the right."""
+    truncation: str = key("error", choices=("error", "left", "right", "middle"))
+    """For longer prompts: stop with an error, or cut tokens off the left, right or middle."""
 
 
 class GrpoppConfig(Section):
@@ -60,6 +66,17 @@ class GrpoppConfig(Section):
     """Exponent α: w_i ∝ L_i^(−α). 0 is Dr. GRPO Norm."""
     scope: str = key("batch", choices=("batch", "mini_batch"))
     """Average L_i^(−α) over the rollout batch (published code) or the mini-batch (paper)."""
+
+
+class CheckpointConfig(Section):
+    """`actor_rollout_ref.actor.checkpoint`: what a checkpoint holds of the policy."""
+
+    save_contents: list[str] = key(lambda: [*CONTENTS[:3]], choices=CONTENTS, **FREE)
+    """A list: `model` (the parameters, in the type that is trained), `optimizer` (its states) and
+    `hf_model` (a folder in Hugging Face format, `actor/huggingface`). `extra` is always there."""
+    load_contents: list[str] = key("${.save_contents}", choices=CONTENTS, **FREE)
+    """What a resumed run takes of these; null: save_contents. Without `optimizer` its states begin
+    anew; without `model` the weights are those of `hf_model`, which may be rounded."""
 
 
 class ActorConfig(Section):
@@ -131,6 +148,7 @@ class ActorConfig(Section):
     """Sequence parallelism; only 1 (none) is supported."""
     optim: OptimConfig = key(OptimConfig, on_resume="warn")
     fsdp_config: FSDPConfig = key(FSDPConfig)
+    checkpoint: CheckpointConfig = key(CheckpointConfig)
 
 
 class RefConfig(Section):
@@ -209,8 +227,16 @@ class RolloutConfig(SamplingConfig):
     """vLLM: tokens of one engine step."""
     enable_chunked_prefill: bool = key(True, **VLLM)
     """vLLM: split long prompts over engine steps."""
+    enable_prefix_caching: bool = key(True, **VLLM)
+    """vLLM: compute the beginnings that prompts share once."""
     enforce_eager: bool = key(True, **VLLM)
     """vLLM: no CUDA graphs."""
+    cudagraph_capture_sizes: list[int] | None = key(
+        None, **FREE, idle_if=("rollout.name=hf", "enforce_eager=True")
+    )
+    """vLLM: numbers of tokens for which a CUDA graph is made; null: vLLM's own."""
+    disable_log_stats: bool = key(True, **VLLM)
+    """vLLM: don't log its speed and the use of its cache every ten seconds."""
     fp32_lm_head: bool = key(False, **VLLM)
     """vLLM: logits in float32, as the actor's are: slower, and nearer to the actor's."""
     free_cache_engine: bool = key(True, **VLLM)
@@ -234,6 +260,8 @@ class ActorRolloutRefConfig(Section):
     actor: ActorConfig = key(ActorConfig)
     ref: RefConfig = key(RefConfig, idle_if="use_kl_loss=False and use_kl_in_reward=False")
     rollout: RolloutConfig = key(RolloutConfig)
+    nccl_timeout: int | None = key(None, low=1, **FREE)
+    """Seconds that ranks wait for each other; null: PyTorch's own, 600 on GPUs and 1800 on CPUs."""
 
 
 class OverlongBufferConfig(Section):
@@ -270,11 +298,61 @@ class MathServerConfig(Section):
     """Requests that are under way at the same time."""
 
 
+class RewardModelModelConfig(Section):
+    """`reward_model.model`: a sequence classifier with one label. It reads the conversation with
+    the response, and its output at the last token is the score."""
+
+    path: str | None = None
+    """Hugging Face model with a `score` head, and its tokenizer: a folder or a name on the hub."""
+    input_tokenizer: str | None = "policy"
+    """The policy's tokenizer (`policy`, or its path): responses are decoded, and the conversation
+    is rendered and tokenized by the reward model's own. null: the model reads the policy's
+    tokens as they are."""
+    override_config: dict[str, Any] = key(dict)
+    """Values that replace those of the model's config.json."""
+    use_remove_padding: bool = key("${actor_rollout_ref.model.use_remove_padding}", **FREE)
+    """Packed forward pass; null: as the policy's."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's folder brings along."""
+    fsdp_config: FSDPConfig = key(FSDPConfig)
+
+    def classifier(self) -> ClassifierConfig:
+        """The model as `verl.models` takes it."""
+        assert self.path is not None
+        return ClassifierConfig(
+            path=self.path,
+            override_config=self.override_config,
+            enable_gradient_checkpointing=False,
+            use_remove_padding=self.use_remove_padding,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
 class RewardModelConfig(Section):
     """`reward_model`."""
 
     enable: bool = False
-    """Rewards are functions here; a model that scores responses is not supported."""
+    """Let a model score the responses, instead of a function. In validations it scores rows whose
+    `reward_model.style` is `model`; functions score the others."""
+    model: RewardModelModelConfig = key(RewardModelModelConfig, idle_if="reward_model.enable=False")
+    micro_batch_size_per_gpu: int | None = key(
+        None, **SIZE, idle_if=("reward_model.enable=False", "reward_model.use_dynamic_bsz=True")
+    )
+    """Conversations of one forward pass of the reward model on a rank; null: a token budget."""
+    use_dynamic_bsz: bool = key(
+        "${verl.is_null:${.micro_batch_size_per_gpu}}", **FREE, idle_if="reward_model.enable=False"
+    )
+    """Micro-batches by token budget instead of by count; null: where no count is given."""
+    forward_max_token_len_per_gpu: int = key(
+        "${verl.token_budget:${data.max_prompt_length},${data.max_response_length}}",
+        **SIZE,
+        idle_if=("reward_model.enable=False", "reward_model.use_dynamic_bsz=False"),
+    )
+    """That budget (a longer conversation stands alone); null: 16384, or max_prompt_length +
+    max_response_length if that is more."""
+    max_length: int | None = key(None, low=1, idle_if="reward_model.enable=False")
+    """Longer conversations are cut on the right, in tokens of the reward model, with a warning;
+    null: max_prompt_length + max_response_length."""
     reward_manager: str = key("naive", choices=("naive", "dapo"))
     """`dapo` adds the overlong punishment to the score."""
     skip_special_tokens: bool = False
@@ -384,10 +462,10 @@ class TrainerConfig(RunConfig):
     resume_mode: str = key("auto", choices=("auto", "disable", "resume_path"))
     """`auto`: go on from the latest checkpoint in default_local_dir, if there is one, with the same
     method and data. `resume_path`: from any, and a warning names what has changed since."""
-    resume_from_path: str | None = None
+    resume_from_path: str | None = key(None, idle_if="resume_mode!=resume_path")
     """Checkpoint folder (`.../global_step_N`) for resume_mode=resume_path."""
-    max_actor_ckpt_to_keep: int | None = key(None, low=1, idle_if="save_freq=-1")
-    """Older checkpoints are deleted; null: all are kept."""
+    max_actor_ckpt_to_keep: int | None = key(None, low=0, idle_if="save_freq=-1")
+    """Older checkpoints are deleted; null or 0: all are kept."""
     max_restarts: int = key(0, low=0)
     """Times that the run goes on by itself from its latest checkpoint after a worker died."""
     rollout_data_dir: str | None = None
@@ -395,7 +473,9 @@ class TrainerConfig(RunConfig):
     validation_data_dir: str | None = None
     """The same for those of each validation."""
     log_val_generations: int = key(
-        0, low=0, idle_if="trainer.logger lacks wandb and trainer.logger lacks tensorboard"
+        0,
+        low=0,
+        idle_if=" and ".join(f"trainer.logger lacks {name}" for name in SHOW_GENERATIONS),
     )
     """Responses of each validation shown as val/generations, always to the same prompts."""
     save_hf_model: bool = True

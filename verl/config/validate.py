@@ -124,6 +124,9 @@ def _method(config: Config) -> Iterator[str]:
         yield "algorithm.use_grpopp and algorithm.use_dr_grpo are two methods: turn one of them off"
     if methods and actor.loss_agg_mode != "token-mean":
         yield f"{{algorithm.{methods[0]}=}} chooses the loss aggregation: drop {{loss_agg_mode=}}"
+    for name in ("save_contents", "load_contents"):
+        if not {"model", "hf_model"} & {*getattr(actor.checkpoint, name)}:
+            yield f"{{{name}=}} must name model or hf_model: nothing else is a policy"
     if actor.ppo_micro_batch_size_per_gpu is None:
         if actor.loss_agg_mode == "token-mean-legacy":
             yield "{loss_agg_mode=} averages over micro-batches: set {ppo_micro_batch_size_per_gpu}"
@@ -134,7 +137,7 @@ def _method(config: Config) -> Iterator[str]:
     if algorithm.use_kl_in_reward and groups.metric == "seq_final_reward":
         yield "{filter_groups.metric=}: no two are equal with {use_kl_in_reward=}; take seq_reward"
     if reward.enable:
-        yield "{reward_model.enable=}: rewards are functions; use {custom_reward_function.path}"
+        yield from _reward_model(config)
     if buffer.enable and reward.reward_manager != "dapo":
         yield "{overlong_buffer.enable=} needs {reward_manager}=dapo"
     if buffer.enable and not 1 <= buffer.len <= config.data.max_response_length:
@@ -144,6 +147,29 @@ def _method(config: Config) -> Iterator[str]:
     if val.n > 1 and (not val.do_sample or val.temperature == 0):
         others = "{val_kwargs.do_sample}=True and {val_kwargs.temperature}=1"
         yield "{val_kwargs.n=}: greedy responses don't differ: set " + others
+
+
+def _reward_model(config: Config) -> Iterator[str]:
+    reward, actor = config.reward_model, config.actor_rollout_ref.model
+    read_as, tokens = reward.model.input_tokenizer, "set it to null if the model has the policy's"
+    if not reward.model.path:
+        yield "{reward_model.enable=} needs {reward_model.model.path}"
+    if config.custom_reward_function.path is not None:
+        yield (
+            "{reward_model.enable=} and {custom_reward_function.path=} are two rewards: drop one "
+            "(functions that ask a generative reward model are not supported)"
+        )
+    if config.algorithm.filter_groups.enable and config.algorithm.filter_groups.metric == "acc":
+        yield "{filter_groups.metric=}: a reward model only gives a score: set it to score"
+    if read_as not in (None, "policy", actor.path, config.data.tokenizer):
+        yield f"{{input_tokenizer=}}: responses are the policy's: set it to policy ({tokens})"
+    if read_as is not None and not config.data.apply_chat_template:
+        yield (
+            "{data.apply_chat_template=}: a reward model reads chat messages: drop it, or set "
+            "{input_tokenizer}=null for a model that reads the policy's tokens"
+        )
+    if reward.micro_batch_size_per_gpu is None and not reward.use_dynamic_bsz:
+        yield "{reward_model.use_dynamic_bsz=}: set {reward_model.micro_batch_size_per_gpu}"
 
 
 def _training(config: Config) -> Iterator[str]:
@@ -188,6 +214,7 @@ def _engines(config: Config) -> Iterator[str]:
             break  # the reference's follows
     ranks = trainer.nnodes * trainer.n_gpus_per_node
     sizes = {"actor": actor.fsdp_config, "ref": config.actor_rollout_ref.ref.fsdp_config}
+    sizes["reward_model.model"] = config.reward_model.model.fsdp_config
     for name, fsdp in sizes.items():
         if fsdp.fsdp_size == 0 or ranks % abs(fsdp.fsdp_size):
             yield f"{{{name}.fsdp_config.fsdp_size=}} must divide the {ranks} ranks, or be -1"

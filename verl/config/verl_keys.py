@@ -9,11 +9,12 @@ from omegaconf import OmegaConf
 
 from verl.config.base import shown
 
-_TABLES: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml")))
-SAME_AS: dict[str, str] = _TABLES["same_as"]
-OF_ALL_RANKS: dict[str, str] = _TABLES["of_all_ranks"]
-WITHOUT_EFFECT: dict[str, str] = _TABLES["without_effect"]
-NOT_SUPPORTED: dict[str, str] = _TABLES["not_supported"]
+BOTH = "{actor,ref}"
+TABLES: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml")))
+SAME_AS, OF_ALL_RANKS, WITHOUT_EFFECT, NOT_SUPPORTED = (
+    {k.replace(BOTH, x): v.replace(BOTH, x) for k, v in table.items() for x in ("actor", "ref")}
+    for table in TABLES.values()
+)
 
 
 def without_effect(key: str, value: Any) -> str | None:
@@ -21,7 +22,7 @@ def without_effect(key: str, value: Any) -> str | None:
     text = f"{value:g}" if type(value) in (int, float) else shown(value)
     if reason := _nearest(WITHOUT_EFFECT, key) or WITHOUT_EFFECT.get(f"{key}={text}"):
         return reason
-    off = value is None or value is False
+    off = value is None or value is False or value in ({}, [])
     return "it asks for nothing" if off and _nearest(NOT_SUPPORTED, key) else None
 
 

@@ -1,7 +1,8 @@
-"""Parquet files → prompts or supervised samples, and the order in which they are used."""
+"""Parquet and JSON files → prompts or supervised samples, and the order in which they are used."""
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -50,15 +51,21 @@ class Row(NamedTuple):
 
 
 def load_prompts(
-    files: Files, config: DataConfig, tokenizer: Any, num_embeddings: float = inf
+    files: Files,
+    config: DataConfig,
+    tokenizer: Any,
+    num_embeddings: float = inf,
+    max_samples: int = -1,
+    for_model: Callable[[dict[str, Any]], bool] = lambda reward_model: False,
 ) -> list[Prompt]:
     """Tokenized prompts of all files, in order, from the columns `prompt_key` (chat messages, or
-    strings with apply_chat_template=False), `reward_fn_key`, `reward_model` and, if they are there,
-    `extra_info` and `tools` (of the chat: schemas, or all as one JSON string). Raises:
+    strings with apply_chat_template=False), `reward_fn_key`, `reward_model` (`for_model` says of it
+    whether a reward model scores the row) and, if they are there, `extra_info` and `tools` (of the
+    chat: schemas, or all as one JSON string); of `max_samples` rows, if positive (`_some`). Raises:
     FileNotFoundError; ValueError for bad rows or ids ≥ `num_embeddings`."""
     columns = {config.prompt_key: "data.prompt_key", config.reward_fn_key: "data.reward_fn_key"}
     remedies = {column: f"set {key}" for column, key in columns.items()}
-    rows = _read_rows(files, remedies | {"reward_model": REWARD_MODEL})
+    rows = _some(_read_rows(files, remedies | {"reward_model": REWARD_MODEL}), max_samples, config)
     key, bos = config.prompt_key, _bos(config, tokenizer, chat=config.apply_chat_template)
     render = partial(_render, config, tokenizer)
     tokens = _tokenize(tokenizer, rows, key, render, num_embeddings, bos)
@@ -72,19 +79,22 @@ def load_prompts(
                 problem = f"the prompt has {len(ids)} tokens, but data.max_prompt_length={limit}"
                 remedy = "raise it, or set data.filter_overlong_prompts=True or data.truncation"
                 raise row.error(config.prompt_key, f"{problem}: {remedy}")
-            ids = ids[-limit:] if config.truncation == "left" else ids[:limit]
+            head = {"left": 0, "middle": limit // 2, "right": limit}[config.truncation]
+            ids = np.concatenate([ids[:head], ids[len(ids) - (limit - head) :]])
         source = row.typed(config.reward_fn_key, str, "write the name that chooses the reward")
         model, info = row.typed("reward_model", dict, REWARD_MODEL), row.values.get("extra_info")
-        if model.get("ground_truth") is None:
+        truth = model.get("ground_truth")
+        chat = _messages(config, row) if for_model(model) else None
+        if truth is None and chat is None:
             raise row.error("reward_model", f"has no ground_truth: {REWARD_MODEL}")
         info = {} if info is None else row.typed("extra_info", dict)
-        prompts.append(Prompt(index, ids, source, model["ground_truth"], info, row.location))
+        prompts.append(Prompt(index, ids, source, truth, info, row.location, chat))
     count = f"{overlong} of {len(rows)} prompts are longer than data.max_prompt_length={limit}"
     if not prompts:
         remedy = "so data.filter_overlong_prompts=True leaves none: raise the limit"
         raise ValueError(f"{files}: {count}, {remedy}")
     if overlong:
-        fate = "dropped" if config.filter_overlong_prompts else f"cut on the {config.truncation}"
+        fate = "dropped" if config.filter_overlong_prompts else f"cut ({config.truncation})"
         logger.info("%s: %s", count, fate)
     return prompts
 
@@ -102,7 +112,7 @@ def load_sft_rows(
     if eos >= num_embeddings:
         raise ValueError(f"the tokenizer ends with token {eos}, but the model has {num_embeddings}")
     keys = {config.prompt_key: "set data.prompt_key", config.response_key: "set data.response_key"}
-    rows = _read_rows(config.train_files, keys)
+    rows = _some(_read_rows(config.train_files, keys), config.train_max_samples, config)
     bos = _bos(config, tokenizer, chat=False)
     prompts = _tokenize(tokenizer, rows, config.prompt_key, Row.typed, num_embeddings, bos)
     responses = _tokenize(tokenizer, rows, config.response_key, Row.typed, num_embeddings)
@@ -188,41 +198,69 @@ def _read_rows(files: Files, required: dict[str, str]) -> list[Row]:
     for name in [files] if isinstance(files, str | Path) else files:
         if not (path := Path(name).expanduser()).exists():
             remedy = "check the path, or write it with one of examples/data_preprocess/"
+            if re.fullmatch(r"[\w-]+/[\w-]+", str(name)):
+                remedy += f"; of the hub's datasets download the files first: hf download {name}"
+                remedy += " --repo-type dataset --local-dir FOLDER"
             raise FileNotFoundError(f"{path}: no such file: {remedy}")
+        read, kind = _READERS.get(path.suffix, (_read_parquet, "parquet"))
         try:
-            # Opened here: given a folder, pyarrow would read whatever lies below it.
-            with path.open("rb") as file:
-                parquet = pq.ParquetFile(file)
-                columns = parquet.schema_arrow.names
-                for key, remedy in required.items():
-                    if key not in columns:
-                        problem = f"no such column, only {', '.join(columns)}: {remedy}"
-                        raise Row(str(path), {}).error(key, problem)
-                values = parquet.read(columns=[*required, "extra_info", "tools"]).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            problem = f"not a readable parquet file ({error}): check the path, or write it anew"
+            columns, values = read(path, [*required, "extra_info", "tools"])
+        except (pa.ArrowException, OSError, ValueError) as error:
+            problem = f"not a readable {kind} file ({error}): check the path, or write it anew"
             raise ValueError(f"{path}: {problem}") from error
         if not values:
             raise ValueError(f"{path}: no rows: write it anew, or leave it out of the data files")
+        for key, remedy in required.items():
+            if key not in columns:
+                problem = f"no such column, only {', '.join(columns)}: {remedy}"
+                raise Row(str(path), {}).error(key, problem)
         rows += [Row(f"{path}, row {number}", row) for number, row in enumerate(values)]
     if not rows:
-        raise ValueError("no data files: set data.train_files (or data.val_files) to parquet files")
+        raise ValueError("no data files: set data.train_files (or data.val_files) to their paths")
     return rows
+
+
+def _read_parquet(path: Path, wanted: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Names of all columns; the rows, with those wanted that are there."""
+    # Opened here: given a folder, pyarrow would read whatever lies below it.
+    with path.open("rb") as file:
+        parquet = pq.ParquetFile(file)
+        return parquet.schema_arrow.names, parquet.read(columns=wanted).to_pylist()
+
+
+def _read_json(path: Path, wanted: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The same of a list of objects, or of one object a line."""
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        records = json.loads(text)
+    else:
+        records = [json.loads(line) for line in text.split("\n") if line.strip()]
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError("each row must be an object")
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    present = [key for key in wanted if key in columns]
+    return columns, [{key: record.get(key) for key in present} for record in records]
+
+
+_READERS = dict.fromkeys((".json", ".jsonl"), (_read_json, "JSON"))
+
+
+def _some(rows: list[Row], max_samples: int, config: TrainFilesConfig) -> list[Row]:
+    """At most `max_samples` rows, if positive: the first or, with `data.shuffle`, those that verl's
+    `RLHFDataset` draws with this `data.seed`."""
+    if not 0 < max_samples < len(rows):
+        return rows
+    if not config.shuffle:
+        return rows[:max_samples]
+    rng = np.random.default_rng(config.seed)
+    return [rows[i] for i in rng.choice(len(rows), max_samples, replace=False)]
 
 
 def _render(config: DataConfig, tokenizer: Any, row: Row, key: str) -> str:
     """The text that the model continues."""
     if not config.apply_chat_template:
         return row.typed(key, str, "render chat messages with data.apply_chat_template=True")
-    messages = row.typed(key, list, "for plain strings set data.apply_chat_template=False")
-    if not messages:
-        raise row.error(key, EMPTY)
-    for message in messages:
-        called = isinstance(message, dict) and message.get("tool_calls")  # instead of a content
-        needed = ("role",) if called else ("role", "content")
-        if not isinstance(message, dict) or None in map(message.get, needed):
-            shape = '{"role": …, "content": …}'
-            raise row.error(key, f"each message must be {shape}, not {message!r:.60}")
+    chat = _messages(config, row)
     if getattr(tokenizer, "chat_template", None) is None:
         problem = "can't render chat messages: the tokenizer has no chat template"
         remedy = "Choose one that has, with data.tokenizer, or use plain string prompts"
@@ -232,9 +270,26 @@ def _render(config: DataConfig, tokenizer: Any, row: Row, key: str) -> str:
         options = {"tools": json.loads(tools) if isinstance(tools, str) else _without_null(tools)}
         options |= config.apply_chat_template_kwargs
         options |= {"add_generation_prompt": True, "tokenize": False}
-        return str(tokenizer.apply_chat_template(_without_null(messages), **options))
+        return str(tokenizer.apply_chat_template(chat, **options))
     except Exception as error:  # templates raise what they like, Jinja's own errors included
         raise row.error(key, f"the tokenizer's chat template rejects it: {error}") from error
+
+
+def _messages(config: DataConfig, row: Row) -> list[dict[str, Any]]:
+    """The row's chat messages; none where prompts are strings."""
+    key = config.prompt_key
+    if not config.apply_chat_template:
+        return []
+    messages = row.typed(key, list, "for plain strings set data.apply_chat_template=False")
+    if not messages:
+        raise row.error(key, EMPTY)
+    for message in messages:
+        called = isinstance(message, dict) and message.get("tool_calls")  # instead of a content
+        needed = ("role",) if called else ("role", "content")
+        if not isinstance(message, dict) or None in map(message.get, needed):
+            shape = '{"role": …, "content": …}'
+            raise row.error(key, f"each message must be {shape}, not {message!r:.60}")
+    return [_without_null(message) for message in messages]
 
 
 def _without_null(value: Any) -> Any:

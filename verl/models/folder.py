@@ -12,13 +12,19 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import cached_file
 
 from verl.config.schema import ModelConfig
 from verl.models.guard import check_family
-from verl.models.hf import check_names, load_hf_config, load_tokenizer, stop_token_ids
+from verl.models.hf import (
+    architecture,
+    check_names,
+    load_hf_config,
+    load_tokenizer,
+    stop_token_ids,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +36,13 @@ COPIED = {".json", ".jinja", ".model", ".py", ".tiktoken", ".txt"}
 def skeleton(model: ModelConfig, **options: Any) -> Any:
     """The model without memory for its weights. Raises: ValueError for one of another kind."""
     options["trust_remote_code"] = model.trust_remote_code
-    config = load_hf_config(model)
-    own = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if type(config) not in AutoModelForCausalLM._model_mapping and not own:
+    config, kind = load_hf_config(model), architecture(model)
+    own = kind.__name__ in getattr(config, "auto_map", {})
+    if type(config) not in kind._model_mapping and not own:
         problem = f"a {config.model_type} model is none of text alone, which is all that is trained"
         raise ValueError(f"{model.path}: {problem}")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **options)
+        return kind.from_config(config, **options)
 
 
 def model_folder(model: ModelConfig) -> Path:
@@ -46,18 +52,13 @@ def model_folder(model: ModelConfig) -> Path:
 
 
 def check_model(model: ModelConfig, longest: int, export: bool) -> None:
-    """Downloads a model of the hub, which takes longer than workers wait for each other. Raises:
-    ValueError for what would stop them later or (`export`) the end of the run."""
+    """Downloads the policy's model, if it is one of the hub. Raises: ValueError for what would stop
+    workers later or (`export`) the end of the run."""
     config = load_hf_config(model)
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     ropes = getattr(text, "rope_parameters", None) or {}
-    folder = Path(model.path).expanduser()
-    if not folder.is_dir():
-        patterns = [f"*{end}" for end in (*COPIED, ".safetensors")]
-        snapshot_download(model.path, allow_patterns=patterns)
-    elif not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise ValueError(f"actor_rollout_ref.model.path={model.path}: the folder holds no weights")
+    fetch(model, longest)
     if min(stop_token_ids(model)) >= (size := text.vocab_size):
         raise ValueError(f"{model.path} has {size} tokens, and the tokenizer's end is none of them")
     for rope in (ropes, *ropes.values()):  # of all layers or, by name, of some
@@ -73,6 +74,18 @@ def check_model(model: ModelConfig, longest: int, export: bool) -> None:
     if export:
         with TemporaryDirectory() as place:
             write_folder(model, place, {}, None)
+
+
+def fetch(model: ModelConfig, longest: int) -> None:
+    """Downloads a model of the hub, which takes longer than workers wait for each other; warns if
+    it was made for fewer than `longest` tokens. Raises: ValueError for a folder without weights."""
+    positions = getattr(load_hf_config(model), "max_position_embeddings", None)
+    folder = Path(model.path).expanduser()
+    if not folder.is_dir():
+        patterns = [f"*{end}" for end in (*COPIED, ".safetensors")]
+        snapshot_download(model.path, allow_patterns=patterns)
+    elif not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise ValueError(f"{model.section}.path={model.path}: the folder holds no weights")
     if positions and longest > positions:
         note = "prompts and responses of %d tokens are longer than the %d positions %s was made for"
         logger.warning(note, longest, positions, model.path)
@@ -125,7 +138,8 @@ def check_weights(model: ModelConfig) -> None:
 def write_folder(
     model: ModelConfig, folder: str | Path, weights: dict[str, Tensor], dtype: str | None
 ) -> None:
-    """Writes the model's own folder with other weights, as `dtype`; None: of its own type."""
+    """Writes the model's own folder with other weights, as `dtype`; None: of its own type. Raises:
+    OSError if it can't be written."""
     source, target = model_folder(model), Path(folder)
     config = json.loads((source / "config.json").read_text())
     kind = getattr(torch, dtype) if dtype else load_hf_config(model).dtype or _stored_type(source)
@@ -134,7 +148,10 @@ def write_folder(
     own, buffers = (dict(x) for x in (shell.named_parameters(), shell.named_buffers()))
     state = {n: w for n, w in weights.items() if n in buffers}
     state |= {n: w.to(kind) for n, w in weights.items() if n in own}  # of tied ones, one
-    shell.save_pretrained(target, state_dict=state)
+    try:
+        shell.save_pretrained(target, state_dict=state)
+    except SafetensorError as error:
+        raise OSError(f"{target}: {error}") from None
     (target / "generation_config.json").unlink(missing_ok=True)
     other = model.tokenizer_path is not None
     for file in source.iterdir():

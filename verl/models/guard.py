@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from verl.config.schema import ModelConfig
-from verl.models.packing import UNPACK, pack, packed_attention, sequence_kwargs
+from verl.models.packing import pack, packed_attention, sequence_kwargs
 from verl.protocol import Prompt, Sample
 
 COUNTED = 8  # last tokens of each sequence that are compared
@@ -35,10 +36,11 @@ def check_family(lm: Any, model: ModelConfig) -> None:
         raise ValueError(f"{name} does not say what its decoder is: not supported")
     if not model.use_remove_padding:
         return
+    unpack = f"set {model.section}.use_remove_padding=False"
     own = set() if lm._can_set_attn_implementation() else {"an attention of its own"}
     if kinds := other_layers(lm) | own:  # Jamba, BLOOM, …
         text = ", ".join(sorted(kinds))
-        raise ValueError(f"{name} has layers that mix packed sequences ({text}): {UNPACK}")
+        raise ValueError(f"{name} has layers that mix packed sequences ({text}): {unpack}")
     lm.set_attn_implementation(packed_attention.__name__)
     ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     options = sequence_kwargs([1, 1], ids.device) | {"attention_mask": torch.ones_like(ids)}
@@ -55,6 +57,7 @@ def check_policy(policy: Any, model: ModelConfig, dtype: torch.dtype, device: to
     """Compares log-probabilities of two short sequences, packed or padded into one pass, with those
     that transformers' forward with plain attention gives of each alone. Collective. Raises:
     ValueError, with the difference, if they are not the same up to rounding."""
+    register_fsdp_forward_method(policy, "plain_log_probs")
     lm, rng = policy.lm, np.random.default_rng(0)
     config = lm.config.get_text_config()
     windows = [v for k, v in vars(config).items() if "window" in k and type(v) is int]
@@ -78,7 +81,7 @@ def check_policy(policy: Any, model: ModelConfig, dtype: torch.dtype, device: to
     if not difference < (limit := TOLERANCE[dtype.itemsize]):  # or it is not a number
         way, other = "padded", "no setting of ours helps: take another model"
         if model.use_remove_padding:
-            way, other = "packed", "set actor_rollout_ref.model.use_remove_padding=False"
+            way, other = "packed", f"set {model.section}.use_remove_padding=False"
         raise ValueError(
             f"{model.path}: {way}, log-probabilities of a {config.model_type} model differ by "
             f"{difference:.3g} nats a token from transformers' own (rounding: {limit:g}): {other}"

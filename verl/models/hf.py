@@ -3,14 +3,22 @@
 import re
 from collections.abc import Collection
 from functools import partial
+from importlib import import_module
 from os.path import expanduser, isdir, isfile, join
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.utils.logging import disable_progress_bar
 
+from verl.config.base import ClassifierConfig
 from verl.config.schema import ModelConfig
 from verl.utils.device import multiplies_faster_reordered
 from verl.utils.flops import ModelSize, head_size
@@ -19,10 +27,19 @@ from verl.utils.hub import ask_hub
 disable_progress_bar()  # one per file and process, in the middle of the log
 
 
+def architecture(model: ModelConfig) -> Any:
+    """The kind of model, as one of transformers' Auto classes."""
+    if isinstance(model, ClassifierConfig):
+        return AutoModelForSequenceClassification
+    return AutoModelForCausalLM
+
+
 def load_hf_config(model: ModelConfig) -> Any:
     """The model's configuration with `override_config`, without dropout, which is chance, and what
     routers add to a loss that isn't ours. Raises: ValueError if there is no such model."""
-    config = _load(AutoConfig, model.path, trust_remote_code=model.trust_remote_code)
+    import_libraries(model)
+    key, trust = f"{model.section}.path", model.trust_remote_code
+    config = _load(AutoConfig, model.path, key, trust_remote_code=trust)
     config.update(model.override_config)
     for name in [n for n in vars(config) if n.endswith(("dropout", "_pdrop"))]:
         setattr(config, name, 0.0)
@@ -30,11 +47,23 @@ def load_hf_config(model: ModelConfig) -> Any:
     return config
 
 
+def import_libraries(model: ModelConfig) -> None:
+    """Imports `external_lib`. Raises: ValueError for one that can't be."""
+    libraries = model.external_lib or []
+    for name in [libraries] if isinstance(libraries, str) else libraries:
+        try:
+            import_module(name)
+        except ImportError as error:
+            key = "actor_rollout_ref.model.external_lib"
+            remedy = "name a module of the environment or of a folder in PYTHONPATH"
+            raise ValueError(f"{key}={name}: {error}; {remedy}") from error
+
+
 def load_hf_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """The whole model with its weights, on the host. Raises: ValueError if some are missing."""
     options = {"config": load_hf_config(model), "trust_remote_code": model.trust_remote_code}
     options |= {"dtype": dtype, "output_loading_info": True}
-    lm, info = _load(AutoModelForCausalLM, model.path, **options)
+    lm, info = _load(architecture(model), model.path, f"{model.section}.path", **options)
     check_names(info["missing_keys"], info["unexpected_keys"], lm, model.path)
     return lm
 
@@ -57,11 +86,14 @@ def check_names(missing: Collection[str], others: Collection[str], lm: Any, path
 
 def load_tokenizer(model: ModelConfig) -> Any:
     """What decides prompts, texts and stopping. Raises: ValueError if there is none."""
+    import_libraries(model)
     path = model.tokenizer_path or model.path
-    key = "data.tokenizer" if model.tokenizer_path else "actor_rollout_ref.model.path"
+    key = "data.tokenizer" if model.tokenizer_path else f"{model.section}.path"
     found = _load(AutoTokenizer, path, key, trust_remote_code=model.trust_remote_code)
     if not found.get_vocab().keys() - {*found.all_special_tokens}:  # made up from nothing
-        raise ValueError(f"{path}: no tokenizer there: name another in data.tokenizer")
+        classifier = isinstance(model, ClassifierConfig)
+        remedy = "copy its own there" if classifier else "name another in data.tokenizer"
+        raise ValueError(f"{path}: no tokenizer there: {remedy}")
     return found
 
 
@@ -73,7 +105,8 @@ def _load(kind: Any, path: str, key: str = "actor_rollout_ref.model.path", **opt
     try:
         return kind.from_pretrained(folder, **options)
     except OSError as error:
-        remedy = "name a folder or a model of the hub (in scripts by MODEL_PATH)"
+        remedy = "name a folder or a model of the hub"
+        remedy += " (in scripts by MODEL_PATH)" * key.startswith("actor_rollout_ref")
         reason = f"{remedy}: {' '.join(str(error).split())}"
         raise ValueError(f"{key}={path}: no Hugging Face model there; {reason}") from error
 

@@ -1,6 +1,7 @@
 """Log-probability and entropy of given tokens, without ever holding [tokens, vocabulary]."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from inspect import signature
 from typing import Any
 
@@ -14,16 +15,20 @@ from verl.utils.device import default_tile, product
 class PolicyModel(nn.Module):
     """Decoder and output embedding with one forward pass."""
 
-    def __init__(self, lm: Any, vocabulary_size: int | None = None) -> None:
-        """`vocabulary_size`: ids that have a probability; None: all that the model knows."""
+    def __init__(
+        self, lm: Any, vocabulary_size: int | None = None, saving: Callable[[], Any] = nullcontext
+    ) -> None:
+        """`vocabulary_size`: ids that have a probability; None: all that the model knows. `saving`:
+        makes a context that decides how the decoder keeps what its backward pass needs."""
         super().__init__()
-        self.lm, self.vocabulary_size = lm, vocabulary_size
+        self.lm, self.vocabulary_size, self.saving = lm, vocabulary_size, saving
         self.scale, self.cap = scale_and_cap(lm)
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """(log_probs, entropy) of `batch.targets`, float32 [T] each."""
         decoder, options = self.lm.get_decoder(), batch.model_kwargs | {"use_cache": False}
-        output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, **options)
+        with self.saving():
+            output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, **options)
         hidden = output.last_hidden_state.flatten(0, 1)[batch.predictors]  # [T, H]
         head = self.lm.get_output_embeddings()
         options = {"bias": head.bias, "vocabulary_size": self.vocabulary_size, "cap": self.cap}

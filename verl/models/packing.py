@@ -216,7 +216,8 @@ def _sliding_window(mask: Tensor | None, options: dict[str, Any]) -> int | None:
     """Tokens that each one sees. Raises: ValueError for a model that has masks of its own, or does
     not say where sequences begin."""
     if "sequence_lengths" not in options or (mask is not None and mask.dim()):
-        raise ValueError(f"the model's attention can't run packed: {UNPACK}")
+        remedy = "set use_remove_padding=False in actor_rollout_ref.model, or in reward_model.model"
+        raise ValueError(f"the model's attention can't run packed: {remedy} if it is that one's")
     window: int | None = options.get("sliding_window")
     return int(mask) if mask is not None else window
 
@@ -225,8 +226,6 @@ def _mask(*_: Any, local_size: int | None = None, **__: Any) -> Tensor | None:
     """Instead of a mask, for models that don't give it to the attention: the window's size, []."""
     return None if local_size is None else torch.tensor(local_size)
 
-
-UNPACK = "set actor_rollout_ref.model.use_remove_padding=False"
 
 for function in (packed_attention, packed_varlen):  # by these names
     AttentionInterface.register(function.__name__, function)

@@ -1,10 +1,12 @@
 """The policy: one FSDP2 rank of the actor, and of the reference beside it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,10 @@ from torch.multiprocessing.reductions import reduce_tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from verl.algorithms.losses import LOSSES, LossConfig
+from verl.config.base import ClassifierConfig
 from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig
 from verl.models.folder import write_folder
-from verl.models.fsdp import build_policy
+from verl.models.fsdp import build_policy, load_weights
 from verl.models.hf import model_size
 from verl.models.packing import loss_inputs, pack, per_token_of_response
 from verl.protocol import OptimizerStep, Sample, WeightChunk
@@ -31,6 +34,7 @@ from verl.utils.safe_load import SafePlanner, SafeReader
 from verl.utils.seqlen_balancing import micro_batches
 
 HOST = torch.device("cpu")
+HF_FOLDER = "huggingface"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +93,19 @@ class PolicyWorker:
         self.host = HostMemory()
         self.version = 0  # training steps
         self.ref: PolicyWorker  # the policy that KL terms compare with
+        self.reward_model: PolicyWorker  # what scores responses, if it is a model
         self.engines_group: Any = None
+        self.timeout: timedelta | None = None  # of process groups
         self.shared: Sequence[Tensor] = ()
 
-    def connect(self, rank: int, world_size: int, address: str) -> None:
-        """Joins the ranks' process group, which meets at `address` (`tcp://host:port`)."""
+    def connect(
+        self, rank: int, world_size: int, address: str, timeout_s: int | None = None
+    ) -> None:
+        """Joins the ranks' process group, which meets at `address` (`tcp://host:port`). In all its
+        groups ranks wait `timeout_s` seconds for each other; None: as long as torch lets them."""
+        self.timeout = timedelta(seconds=timeout_s) if timeout_s else None
         backend = devices.process_group_backend(self.device)
-        dist.init_process_group(backend, address, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, address, self.timeout, world_size, rank)
 
     def build(
         self,
@@ -104,21 +114,31 @@ class PolicyWorker:
         optim: OptimConfig | None = None,
         total_steps: int = 0,
         ref_fsdp_config: FSDPConfig | None = None,
+        reward_model: tuple[ClassifierConfig, FSDPConfig] | None = None,
     ) -> tuple[ModelSize | None, float | None]:
         """Loads and shards the model, to be trained by AdamW as `optim` says and, with
-        `ref_fsdp_config`, the reference beside it. Returns the model's matrix products, and the
-        device's peak in operations a second, if known."""
+        `ref_fsdp_config`, the reference beside it; with `reward_model`, that one, too. Returns the
+        model's matrix products, and the device's peak in operations a second, if known."""
         self.model_config, self.config = model, fsdp_config
         self.optim, self.total_steps = optim, total_steps
         self.pack = partial(pack, device=self.device, remove_padding=model.use_remove_padding)
+        if fsdp_config.full_determinism:
+            devices.be_deterministic()
         self.model = build_policy(model, fsdp_config, self.device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers = [devices.adamw(parameters, optim.lr, self.device)] if optim else []
+        if self.timeout:  # which the groups of a mesh don't take over
+            for group in parameters[0].device_mesh.get_all_groups():
+                dist.distributed_c10d._set_pg_timeout(self.timeout, group)
+        adamw = partial(devices.adamw, parameters, device=self.device)
+        self.optimizers = [adamw(optim.lr, optim.eps)] if optim else []
         self.move(HOST)
         if ref_fsdp_config is not None:
             self.ref = PolicyWorker(self.device.type)
             self.ref.build(model, ref_fsdp_config)
-        return model_size(self.model.lm), devices.peak_flops(self.device)
+        if reward_model is not None:
+            self.reward_model = PolicyWorker(self.device.type)
+            self.reward_model.build(*reward_model)
+        return model_size(self.model.lm) if optim else None, devices.peak_flops(self.device)
 
     def move(self, device: torch.device, optimizer: bool = False, changed: bool = True) -> None:
         """Brings to the device, or back, parameters (and states) that are kept in host memory;
@@ -147,7 +167,8 @@ class PolicyWorker:
     def log_probs(
         self, samples: Sequence[Sample], temperature: float, limit: MicroBatchLimit
     ) -> np.ndarray:
-        """Of all response tokens, float32 [ΣR], which travels fast; 0 where one doesn't count."""
+        """Of all response tokens, float32 [ΣR], which travels fast; 0 where one doesn't count. Of a
+        `RewardModel`: what it returns instead."""
         self.move(self.device)
         results = [np.zeros(0, np.float32)] * len(samples)
         for indices in self.micro_batches(samples, limit):
@@ -162,6 +183,10 @@ class PolicyWorker:
     def ref_log_probs(self, *args: Any) -> np.ndarray:
         """`log_probs` under the reference policy."""
         return self.ref.log_probs(*args)
+
+    def reward_scores(self, conversations: Sequence[Sample], limit: MicroBatchLimit) -> np.ndarray:
+        """The reward model's scores, float32 [N], of `verl.rewards.model.Conversations`."""
+        return self.reward_model.log_probs(conversations, 1.0, limit)
 
     def accumulate_gradient(
         self, step: OptimizerStep, loss: LossConfig, limit: MicroBatchLimit
@@ -193,6 +218,7 @@ class PolicyWorker:
         lr = optim.lr * learning_rate_factor(self.version, optim, self.total_steps)
         for group in optimizer.param_groups:  # a resumed run may change its settings
             group.update(lr=lr, weight_decay=optim.weight_decay, betas=tuple(optim.betas))
+            group["eps"] = optim.eps
             group["fused"] = optimizer.defaults["fused"]  # not that of a checkpoint's device
         results = []
         for step in steps:
@@ -211,30 +237,59 @@ class PolicyWorker:
         results[-1] |= devices.memory_metrics(self.device)
         return results
 
-    def save(self, folder: str | Path) -> None:
-        """Writes parameters, optimizer, version. Raises: OSError, on all ranks, if one can't."""
+    def save(
+        self,
+        folder: str | Path,
+        contents: Collection[str] = ("model", "optimizer"),
+        hf_dtype: str | None = None,
+    ) -> None:
+        """Writes the version and, of `checkpoint.save_contents`, these; `hf_model` as `save_hf`
+        with `hf_dtype`. Raises: OSError, on all ranks, if one can't."""
         try:
-            dcp.save(self._state(), checkpoint_id=folder)
+            dcp.save(self._state(contents), checkpoint_id=folder)
         except CheckpointException as error:  # no Exception, and too long to read
             raise OSError(f"{folder}: {_reasons(error)}") from None
+        if "hf_model" in contents:
+            self.save_hf(Path(folder) / HF_FOLDER, hf_dtype)
 
-    def load(self, folder: str | Path) -> None:
-        """The inverse of `save`, for any number of ranks; without an optimizer the rest. Raises:
-        ValueError, on all ranks, if the checkpoint is not one of this model."""
+    def load(
+        self, folder: str | Path, contents: Collection[str] = ("model", "optimizer", "hf_model")
+    ) -> set[str]:
+        """The inverse of `save`, for any number of ranks: loads those of `contents` that are there,
+        and returns which these are. Without `model`, weights are those of `hf_model`. Raises:
+        ValueError, on all ranks, for a checkpoint with neither, or of another model."""
         self.move(self.device, optimizer=True)
-        state = self._state()
+        reader, hf_folder = SafeReader(folder), Path(folder) / HF_FOLDER
         try:
-            dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
-        except CheckpointException as error:
-            raise ValueError(f"{folder}: {_reasons(error)}") from None
-        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        states.set_state_dict(self.model, self.optimizers, **parts)
+            names = {n.partition(".")[0] for n in reader.read_metadata().state_dict_metadata}
+            held = names | ({"hf_model"} if hf_folder.is_dir() else set())
+            found = held & {*contents}
+            if not found & {"model", "hf_model"}:
+                text = f"the checkpoint holds {', '.join(sorted(held))}, but no weights among "
+                raise ValueError(f"{text}checkpoint.load_contents={[*contents]}")
+            state = self._state(found)
+            dcp.load(state, storage_reader=reader, planner=SafePlanner())
+        except (CheckpointException, UnpicklingError, ValueError) as error:
+            reason = _reasons(error) if isinstance(error, CheckpointException) else error
+            raise ValueError(f"{folder}: {reason}") from None
+        if "model" in found:
+            states.set_model_state_dict(self.model, state["model"])
+        else:
+            model = replace(self.model_config, path=str(hf_folder), override_config={})
+            load_weights(self.model, model, getattr(torch, self.config.model_dtype))
+        if "optimizer" in state:
+            states.set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
         self.version = state["training_steps"]
         self.move(HOST, optimizer=True)
+        return found
 
-    def _state(self) -> dict[str, Any]:
-        model, optimizer = states.get_state_dict(self.model, self.optimizers)
-        return {"model": model, "optimizer": optimizer, "training_steps": self.version}
+    def _state(self, contents: Collection[str]) -> dict[str, Any]:
+        state: dict[str, Any] = {"training_steps": self.version}
+        if "model" in contents:
+            state["model"] = states.get_model_state_dict(self.model)
+        if "optimizer" in contents and self.optimizers:
+            state["optimizer"] = states.get_optimizer_state_dict(self.model, self.optimizers)
+        return state
 
     def save_hf(self, folder: str | Path, dtype: str | None = None) -> None:
         """Writes the model in Hugging Face format, as `write_folder`."""
@@ -248,7 +303,8 @@ class PolicyWorker:
 
     def join_engines(self, address: str, world_size: int) -> None:
         """Becomes rank 0 of the process group in which weights are broadcast to the engines."""
-        self.engines_group = devices.broadcast_group(self.device, address, 0, world_size)
+        place = address, 0, world_size
+        self.engines_group = devices.broadcast_group(self.device, *place, self.timeout)
 
     def plan_export(
         self, dtype: str | None, chunk_bytes: int, stored: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-PRECEDENCE = {")": 1, "+": 1, "-": 1, "*": 2, "/": 2}
+PRECEDENCE = {")": 1, "+": 1, "-": 1, "*": 2, "/": 2, "sign -": 3}
 ALLOWED = frozenset("0123456789+-*/() \t\r\f\v")
 TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 # What a prompt ends with; responses alone hold neither.
@@ -20,8 +20,9 @@ def compute_score(solution_str: str, ground_truth: Any) -> dict[str, float]:
     """1 if the answer uses each number exactly once and makes the target, else 0. The answer is the
     last ``<answer>…</answer>`` on the last line, after the first ``Assistant:`` (or
     ``<|im_start|>assistant``) if there is one. It holds nothing but ASCII digits, + - * / ( ) and
-    whitespace; signs, leading zeros and ``= target`` are wrong. Raises: ValueError unless
-    `ground_truth` is ``{"target": int, "numbers": sequence or array of int >= 0}``. Example:
+    whitespace. Signs are right, also before brackets (``3-(-8)``); ``**``, ``//``, leading zeros
+    and ``= target`` are wrong. Raises: ValueError unless `ground_truth` is
+    ``{"target": int, "numbers": sequence or array of int >= 0}``. Example:
     ``<answer> 8 * 3 </answer>`` is right for ``{"target": 24, "numbers": [3, 8]}``."""
     target, numbers = _read_ground_truth(ground_truth)
     answer = extract_answer(solution_str)
@@ -52,6 +53,9 @@ def evaluate(tokens: Sequence[str]) -> Fraction | None:
     operand_next = True
     try:
         for token in (*tokens, ")"):
+            if operand_next and token in ("+", "-"):
+                pending += ["sign -"] * (token == "-")
+                continue
             is_operand = token == "(" or token.isdigit()
             if is_operand != operand_next or not pending:
                 return None
@@ -60,8 +64,9 @@ def evaluate(tokens: Sequence[str]) -> Fraction | None:
                 values.append(Fraction(int(token)))
                 continue
             while token != "(" and PRECEDENCE.get(pending[-1], 0) >= PRECEDENCE[token]:
-                right, left = values.pop(), values.pop()
-                values.append(OPERATIONS[pending.pop()](left, right))
+                operation, right = pending.pop(), values.pop()
+                left = Fraction(0) if operation == "sign -" else values.pop()
+                values.append(OPERATIONS[operation[-1]](left, right))
             if token == ")":
                 pending.pop()
             else:

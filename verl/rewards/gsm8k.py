@@ -18,16 +18,22 @@ def compute_score(solution_str: str, ground_truth: Any, method: str = "strict") 
     ``strict`` takes the last ``#### <number>``, ``flexible`` the last number. Raises: ValueError
     for another, or a ground truth that is no number (also as text, ``"1,000"``). Example:
     ``compute_score("so 18\\n#### 18", "18")`` is ``{"score": 1.0, "acc": 1.0}``."""
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: choose one of {', '.join(METHODS)}")
     known = isinstance(ground_truth, (str, Real)) and not isinstance(ground_truth, bool)
     expected = parse_number(str(ground_truth).strip()) if known else None
     if expected is None:
         form = "a number in plain decimal notation such as '18' or '1,000.5'"
         raise ValueError(f"the ground truth of gsm8k must be {form}, not {ground_truth!r:.200}")
-    found = METHODS[method].findall(solution_str, max(len(solution_str) - WINDOW, 0))
-    correct = float(bool(found) and parse_number(found[-1]) == expected)
+    answer = extract_solution(solution_str, method)
+    correct = float(answer is not None and parse_number(answer) == expected)
     return {"score": correct, "acc": correct}
+
+
+def extract_solution(solution_str: str, method: str = "strict") -> str | None:
+    """What is compared: the answer's text, without commas and dollars; None without an answer."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: choose one of {', '.join(METHODS)}")
+    found = METHODS[method].findall(solution_str, max(len(solution_str) - WINDOW, 0))
+    return re.sub("[,$]", "", found[-1]) if found else None
 
 
 def parse_number(text: str) -> Fraction | None:

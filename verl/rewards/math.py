@@ -20,7 +20,9 @@ from verl.rewards.answers import compare
 
 logger = logging.getLogger(__name__)
 
-MATH_SOURCES = ("open_reasoner_zero", "math500", "aime2024", "gpqa", "minerva", "amc")
+NUMINA = ("aops_forum", "synthetic_math", "amc_aime", "synthetic_amc", "cn_k12", "olympiads")
+OWN = ("open_reasoner_zero", "math500", "aime2024", "gpqa", "minerva", "amc")
+MATH_SOURCES = (*OWN, *(f"numina_{name}" for name in NUMINA))
 DEFAULT_URL = "http://127.0.0.1:6284"
 START_SCRIPT = Path(__file__).parents[2] / "server" / "math" / "start.sh"
 HOW_TO_START = (

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from numbers import Real
@@ -13,9 +13,10 @@ import numpy as np
 
 from verl.config.schema import Config, OverlongBufferConfig
 from verl.protocol import Prompt, Sample
-from verl.rewards import MATH_SOURCES, RULES, RewardError, RewardServerError, compute_score
+from verl.rewards import MATH_SOURCES, RewardError, RewardServerError, compute_score, rule
 from verl.rewards.answers import reference
 from verl.rewards.math import MathClient
+from verl.rewards.model import Conversations
 from verl.utils.samples import plain, response_texts
 from verl.utils.user_function import UserFunction, load_function, start_event_loop, taken
 
@@ -45,6 +46,9 @@ class RewardManager:
                 how = f"it is called by name, with {', '.join([*ARGUMENTS, *self._kwargs])}"
                 raise ValueError(f"{key}.name={custom.name}: {error}; {how}") from None
             self.custom = UserFunction(key, function, self.config.num_workers, custom.timeout_s)
+        self.conversations = Conversations(config) if self.config.enable else None
+        self.reward_model: Callable[[list[Sample]], Sequence[float]]  # scores of conversations
+        self.waiting: list[tuple[list[Sample], Future[list[Sample]]]] = []  # for that model
         self._loop, self._thread = start_event_loop("rewards")
 
     def connect(self, prompts: Sequence[Prompt], folder: Path) -> None:
@@ -54,22 +58,50 @@ class RewardManager:
             return
         for prompt in prompts:
             source = prompt.data_source
+            if prompt.messages is not None:
+                if (reader := self.conversations) and reader.tokenizer is not None:
+                    reader.render(prompt, "")
+                continue
             try:
                 if source in MATH_SOURCES:
                     reference(source, prompt.ground_truth)
                 else:
                     compute_score(source, "", prompt.ground_truth)
             except ValueError as error:
-                key = "reward_model" if source in (*RULES, *MATH_SOURCES) else "data_source"
-                raise ValueError(f"{prompt.location}, key {key!r}: {error}") from None
-        if any(prompt.data_source in MATH_SOURCES for prompt in prompts):
+                key = "reward_model" if source in MATH_SOURCES or rule(source) else "data_source"
+                remedy = '; the reward model scores it with {"style": "model"} in reward_model'
+                text = f"{prompt.location}, key {key!r}: {error}" + remedy * self.config.enable
+                raise ValueError(text) from None
+        if any(p.data_source in MATH_SOURCES and p.messages is None for p in prompts):
             self._run(self.math.connect(folder / "math_server.log")).result()
 
     def submit(self, samples: list[Sample]) -> Future[list[Sample]]:
-        """The future samples with `score`, `reward` and `extras` (`acc` always): all or, after an
-        error, none. Raises in the future: RewardError if the reward function fails or the LaTeX
-        server is gone; ValueError for a result that is no finite number or dict with one."""
-        return self._run(self._score(samples))
+        """The future samples with `score`, `reward` and `extras` (`acc` if a function scores them):
+        all or, after an error, none. Those for a reward model wait for `ask_model`. Raises in the
+        future: RewardError if the reward function fails or the LaTeX server is gone; ValueError for
+        a result that is no finite number or dict with one."""
+        if all(sample.prompt.messages is None for sample in samples):
+            return self._run(self._score(samples))
+        self.waiting.append((samples, Future()))
+        return self.waiting[-1][1]
+
+    def ask_model(self) -> None:
+        """Has the reward model score all samples that wait for it, in an order that is always the
+        same. Raises: RewardError for a score that is no finite number."""
+        parts, self.waiting = self.waiting, []
+        samples = [s for part, _ in parts for s in part]
+        if not samples:
+            return
+        assert self.conversations is not None
+        samples.sort(key=lambda s: (s.group, s.response_index))
+        scores = self.reward_model(self.conversations.read(samples, self.texts(samples)))
+        for sample, score in zip(samples, scores, strict=True):
+            if not math.isfinite(score):
+                where = sample.prompt.location
+                raise RewardError(f"reward model {self.conversations.path}, {where}: {score}")
+            self._fill(sample, float(score), {})
+        for part, future in parts:
+            future.set_result(part)
 
     def texts(self, samples: Sequence[Sample]) -> list[str]:
         """The texts that are scored."""
@@ -97,17 +129,21 @@ class RewardManager:
 
     async def _score(self, samples: list[Sample]) -> list[Sample]:
         results = await asyncio.gather(*map(self._score_one, samples, self.texts(samples)))
-        buffer = self.config.overlong_buffer
         for sample, (score, extras) in zip(samples, results, strict=True):
-            sample.score = sample.reward = score
-            sample.extras.update(extras)
-            if buffer.enable and self.config.reward_manager == "dapo":
-                length = len(sample.response_ids)
-                penalty = overlong_penalty(length, self.max_response_length, buffer)
-                sample.reward += penalty
-                if buffer.log:
-                    sample.extras["overlong_reward"] = penalty
+            self._fill(sample, score, extras)
         return samples
+
+    def _fill(self, sample: Sample, score: float, extras: dict[str, Any]) -> None:
+        """Score, extras, and the reward with its penalty."""
+        buffer = self.config.overlong_buffer
+        sample.score = sample.reward = score
+        sample.extras.update(extras)
+        if buffer.enable and self.config.reward_manager == "dapo":
+            length = len(sample.response_ids)
+            penalty = overlong_penalty(length, self.max_response_length, buffer)
+            sample.reward += penalty
+            if buffer.log:
+                sample.extras["overlong_reward"] = penalty
 
     async def _score_one(self, sample: Sample, text: str) -> tuple[float, dict[str, Any]]:
         """Score and extras of one sample. An error says which function, and which prompt."""

@@ -42,8 +42,9 @@ class EnginePool(WorkerGroup):
         arguments = [(share, range(bundle, bundle + self.ranks)) for _, bundle in first]
         own = share if self.ranks == 1 else 0  # else the engine's own workers take the devices
         super().__init__(cls, first, device, arguments, own, max_restarts=-1)
-        self.on_restart: Callable[[int], Any] = lambda engine: None
-        """Called with the number of an engine that was started anew and needs weights."""
+        self.on_restart: Callable[[int | None], Any] = lambda engine: None
+        """Called with the number of an engine that was started anew, or None: all need weights."""
+        self.asleep = False
         self.processes: dict[int, int] = {}
         self.stale: set[int] = set()  # engines that were started again, and await weights
         self.cancelled = False  # set from another thread: `generate` ends with a RuntimeError
@@ -69,6 +70,11 @@ class EnginePool(WorkerGroup):
 
         return despite_deaths(call)
 
+    def sleep(self) -> None:
+        """Gives device memory back until the next weights or, without them, `generate`."""
+        self.call_all("sleep")
+        self.asleep = True
+
     def refresh_dead(self, engines: Iterable[int] | None = None) -> None:
         """Gives weights to the engines, or these of them, that died and were started again."""
         self.wait_ready(engines)
@@ -82,6 +88,8 @@ class EnginePool(WorkerGroup):
     ) -> Generator[list[Sample], None, None]:
         """Samples from all engines, as they are finished; closing it stops the engines. Raises:
         RayActorError if an engine dies `MAX_DEATHS` times without finishing a response."""
+        if self.asleep:
+            self.on_restart(None)
         self.refresh_dead()
         missing: list[Responses] = [{} for _ in self.workers]
         share = -(-len(prompts) // len(self))  # or less: what starts at once on each engine

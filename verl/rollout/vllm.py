@@ -62,8 +62,9 @@ class VLLMEngine(RolloutEngine):
             max_num_seqs=rollout.max_num_seqs,
             max_num_batched_tokens=rollout.max_num_batched_tokens,
             enable_chunked_prefill=rollout.enable_chunked_prefill,
-            enable_prefix_caching=True,
+            enable_prefix_caching=rollout.enable_prefix_caching,
             enforce_eager=rollout.enforce_eager,
+            cudagraph_capture_sizes=rollout.cudagraph_capture_sizes,
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             kv_cache_memory_bytes=cache,
             tensor_parallel_size=parallel,
@@ -72,7 +73,7 @@ class VLLMEngine(RolloutEngine):
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
             seed=rollout.seed,
-            disable_log_stats=True,
+            disable_log_stats=rollout.disable_log_stats,
         )
         if masked:
             processors = [OwnVocabulary, *given.get("logits_processors", [])]
@@ -164,10 +165,11 @@ def environment(
     rollout: RolloutConfig, share: float, bundles: Sequence[int], masked: bool = False
 ) -> dict[str, str]:
     """Variables that vLLM reads when it is imported. `masked`: `OwnVocabulary` is needed."""
+    level = "WARNING" if rollout.disable_log_stats else "INFO"
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in our process
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # engines would all bind to the same core
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", level),
         "VLLM_NO_USAGE_STATS": "1",
     }
     if masked:

@@ -14,7 +14,7 @@ from typing import Any
 
 from verl.config.schema import Config
 from verl.config.verl_keys import OF_ALL_RANKS, SAME_AS
-from verl.tools.memory_plan import Plan, changed, machine, read_config, read_model
+from verl.tools.memory_plan import Plan, changed, machine, read_config, read_models
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 OFFLOADING = [f"{ACTOR}.fsdp_config.{name}_offload" for name in ("param", "optimizer")]
@@ -59,23 +59,24 @@ def gpu_settings(config: Config, given: set[str]) -> Settings:
     found = {key: value for key, value in for_vllm(config).items() if key in free}
     choices = list(for_memory(config, free))
     try:
-        found |= next((c for c in choices if fits(config, found | c)), {})
+        memory, host, _ = machine("cuda")
+        models = read_models(config)
+        found |= next((c for c in choices if fits(config, found | c, models, memory, host)), {})
     except ValueError:  # what the model needs is not known
         moderate = choices[min(BUDGETS.index(16384), len(choices) - 1)]
         found |= {key: value for key, value in moderate.items() if key not in OFFLOADING}
     return {key: value for key, value in found.items() if attrgetter(key)(config) != value}
 
 
-def fits(config: Config, settings: Settings) -> bool:
+def fits(
+    config: Config, settings: Settings, models: list[dict[str, Any]], memory: float, host: float
+) -> bool:
     """Whether the estimate says that a run with these settings does, with a margin. Raises:
     ValueError if there is none."""
     for key, value in settings.items():
         config = changed(config, key, value)
-    memory, host, _ = machine("cuda")
-    if (model := read_model(config.actor_rollout_ref.model.path)) is None:
-        raise ValueError("config.json is not on this machine")
-    model |= config.actor_rollout_ref.model.override_config
-    return Plan(config, model, "cuda", MARGIN * memory, MARGIN * host).fits()
+    model, *scorer = models
+    return Plan(config, model, "cuda", MARGIN * memory, MARGIN * host, *scorer).fits()
 
 
 def main() -> None:

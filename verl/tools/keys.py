@@ -15,7 +15,7 @@ from verl.config.base import Rules, Section, SFTConfig, shown
 from verl.config.load import compose_config
 from verl.config.schema import Config
 from verl.config.validate import LIMITS
-from verl.config.verl_keys import NOT_SUPPORTED, OF_ALL_RANKS, SAME_AS, WITHOUT_EFFECT
+from verl.config.verl_keys import TABLES
 
 FILE = Path(__file__).parents[2] / "docs" / "keys.md"
 VERL_FILE = FILE.with_name("from-verl.md")
@@ -57,12 +57,12 @@ def page() -> str:
 def verl_page(text: str) -> str:
     """The content of docs/from-verl.md: its present `text`, with the lists of keys made anew."""
     lists = [
-        ("## Other names", SAME_AS, "`{}`: `{}`"),
-        ("## Counts of all ranks", OF_ALL_RANKS, "`{}`: a rank's share is `{}`"),
-        ("## Without effect", WITHOUT_EFFECT, "`{}`: {}"),
-        ("## Not supported", NOT_SUPPORTED, "`{}`: {}"),
+        ("## Other names", "`{}`: `{}`"),
+        ("## Counts of all ranks", "`{}`: a rank's share is `{}`"),
+        ("## Without effect", "`{}`: {}"),
+        ("## Not supported", "`{}`: {}"),
     ]
-    for title, table, form in lists:
+    for (title, form), table in zip(lists, TABLES.values(), strict=True):
         before, after = text.split(f"{title}\n")
         introduction, _, old = after.partition("\n- ")
         rest = old.partition("\n## ")[2]

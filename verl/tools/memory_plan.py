@@ -91,9 +91,10 @@ class Plan:
         device: str,
         memory: float,
         host_memory: float = math.inf,
+        scorer: dict[str, Any] | None = None,
     ) -> None:
         """`model`: the content of config.json; `host_memory`: bytes of a machine, where `memory` is
-        a GPU's.
+        a GPU's; `scorer`: config.json of the reward model, if there is one.
 
         Raises: ValueError for a model whose layers are not known here.
         """
@@ -103,6 +104,8 @@ class Plan:
         self.actor, self.rollout, self.fsdp = models.actor, models.rollout, models.actor.fsdp_config
         self.packed = models.model.use_remove_padding
         self.checkpointing = models.model.enable_gradient_checkpointing
+        offloads = self.cuda and models.model.enable_activation_offload
+        self.offloads_inputs = offloads and self.checkpointing
         self.vllm, self.max_num_seqs = self.rollout.name == "vllm", self.rollout.max_num_seqs
         self.ranks = self.trainer.n_gpus_per_node
         self.engine_gpus = self.trainer.rollout_gpus_per_node
@@ -133,6 +136,17 @@ class Plan:
         size = self.fsdp.fsdp_size
         self.shard = self._count(size if size > 0 else self.trainer.nnodes * self.ranks)
         """Parameters of a rank, padding included."""
+        fsdp = config.reward_model.model.fsdp_config
+        self.offloads_scorer = fsdp.param_offload
+        self.scorer: Plan | None = None
+        if scorer is not None:
+            own = changed(config, "actor_rollout_ref.actor.fsdp_config", fsdp)
+            headless = scorer | {"tie_word_embeddings": True}  # its head has one row
+            self.scorer = Plan(own, headless, device, memory)
+        dtypes = self.fsdp.model_dtype, models.ref.fsdp_config.model_dtype
+        self.master, of_reference = (4.0 if dtype == "float32" else 2.0 for dtype in dtypes)
+        self.weights, self.reference_weights = self.master * self.shard, of_reference * self.shard
+        """Bytes of the actor's and of the reference's parameters on a rank."""
 
     def _count(self, ranks: int) -> int:
         root = [(-(-rows // ranks), columns) for rows, columns in self.root]
@@ -149,7 +163,8 @@ class Plan:
         kernel = self.cuda and self.packed and c == 2
         attention = c * (2 * self.wide + 2 * self.narrow if kernel else 5 * self.wide)
         one = T * ((4 + 2 * c) * normed + attention + 4 * c * self.inner)
-        kept = T * c * H * self.layers if self.checkpointing else one * self.layers
+        kept = self.inputs() if self.checkpointing else one * self.layers
+        kept = 0 if self.offloads_inputs else kept
         kept += T * (4 + 4 * c) * H  # final norm, and the hidden states that predict
         # The backward pass is fullest in the head, in the first layer after it, or at its end.
         head = self.vocab * H
@@ -159,19 +174,37 @@ class Plan:
         in_layer += one if self.checkpointing else 0
         return max(kept + max(in_head, in_layer), (c + self.reduce) * root)
 
+    def inputs(self) -> float:
+        """Bytes of the decoder layers' inputs in a pass."""
+        return self.tokens * self.compute * self.hidden * self.layers
+
     def resting(self) -> Parts:
         """Bytes that a rank keeps on its device while an engine works there."""
+        scorer = self.scorer.weights if self.scorer and not self.offloads_scorer else 0
+        resident = self.reference and not self.offloads_reference
         return {
-            "parameters": 0 if self.fsdp.param_offload else 4 * self.shard,
-            "optimizer": 0 if self.fsdp.optimizer_offload else 8 * self.shard,
-            "reference": 4 * self.shard if self.reference and not self.offloads_reference else 0,
+            "parameters": 0 if self.fsdp.param_offload else self.weights,
+            "optimizer": 0 if self.fsdp.optimizer_offload else 2 * self.weights,
+            "reference": self.reference_weights if resident else 0,
+            "reward model": scorer,
             "process": CONTEXT,
         }
 
     def updating(self) -> Parts:
         """Bytes that a rank keeps on its device all through an update."""
-        parts = self.resting() | {"parameters": 4 * self.shard, "optimizer": 8 * self.shard}
-        return parts | {"gradients": 4 * self.shard}
+        parts = self.resting() | {"parameters": self.weights, "optimizer": 2 * self.weights}
+        return parts | {"gradients": self.weights}
+
+    def scoring(self, model: "Plan") -> Parts:
+        """Peak bytes of a rank in a forward pass of the reward model."""
+        reward, c = self.config.reward_model, model.compute
+        size = None if reward.use_dynamic_bsz else reward.micro_batch_size_per_gpu
+        longest = reward.max_length or self.longest
+        tokens = size * longest if size else max(reward.forward_max_token_len_per_gpu, longest)
+        parts = self.resting() | {"reward model": model.weights}
+        parts["gathered"] = c * (numbers(model.root) + 2 * numbers(model.layer))
+        width = (4 + 4 * c) * model.hidden + c * (5 * model.wide + 3 * model.inner)
+        return parts | {"activations": tokens * width}
 
     def training(self) -> Parts:
         """Peak bytes of a rank in the passes of an update."""
@@ -181,7 +214,7 @@ class Plan:
     def resuming(self) -> Parts:
         """Peak bytes of a rank that loads a checkpoint: its states are made, with gradients, and
         the largest tensor came whole when the model was built."""
-        return self.updating() | {"largest tensor": 4 * self.vocab * self.hidden}
+        return self.updating() | {"largest tensor": self.master * self.vocab * self.hidden}
 
     def generating(self) -> Parts:
         """Bytes of an engine on each of its devices. vLLM's cache gets what its share leaves."""
@@ -207,31 +240,40 @@ class Plan:
         if not self.cuda:  # nothing sleeps
             ranks = {f"ranks' {k}": v * self.ranks for k, v in training.items()}
             return {"machine": ranks | {k: v * self.engines for k, v in generating.items()}}
-        widest = max(CHUNK, 4 * self.vocab * self.hidden)  # a large tensor stands alone
+        widest = max(CHUNK, self.master * self.vocab * self.hidden)  # a large tensor stands alone
         weights = {"engine's weights": generating["engine's weights"]}
-        sync = self.resting() | {"parameters": 4 * self.shard, "chunk": 1.5 * widest}
+        sync = self.resting() | {"parameters": self.weights, "chunk": 1.5 * widest}
+        score = {"score": self.scoring(self.scorer)} if self.scorer else {}
         if self.engine_gpus:
             engine = {"generate, engine": generating | asleep}
-            return engine | {"resume": resuming, "train": training, "new weights": sync}
+            return engine | score | {"resume": resuming, "train": training, "new weights": sync}
         if self.vllm and not self.rollout.free_cache_engine:
             asleep |= generating
-        phases = {"resume": resuming | asleep, "train": training | asleep}
+        phases = {name: parts | asleep for name, parts in score.items()}
+        phases |= {"resume": resuming | asleep, "train": training | asleep}
         phases |= {"generate": self.resting() | generating | asleep}
         return phases | {"new weights": sync | asleep | weights}
 
     def host(self) -> Parts:
         """Bytes of the first node's memory, for devices other than the CPU, when it is fullest: at
         the start, or from the first optimizer step on."""
-        shards = self.shard * self.ranks
-        loading = {"rank 0 loads the model": 4.0 * self.parameters}
+        largest = self.master * self.parameters
+        if self.scorer:
+            largest = max(largest, self.scorer.master * self.scorer.parameters)
+        loading = {"rank 0 loads the model": largest}
         if not self.vllm:
             loading["engines load it"] = self.compute * self.parameters * self.engines
-        trained = {"offloaded optimizer": 8.0 * shards} if self.fsdp.optimizer_offload else {}
+        states = 2 * self.weights * self.ranks
+        trained = {"offloaded optimizer": states} if self.fsdp.optimizer_offload else {}
         parts = {"processes": 2.0 * GIB * (self.ranks + self.engines)}
         if self.fsdp.param_offload:
-            parts["offloaded parameters"] = 4 * shards
+            parts["offloaded parameters"] = self.weights * self.ranks
+        if self.offloads_inputs:
+            parts["offloaded activations"] = self.inputs() * self.ranks
         if self.reference and self.offloads_reference:
-            parts["offloaded reference"] = 4 * shards
+            parts["offloaded reference"] = self.reference_weights * self.ranks
+        if self.scorer and self.offloads_scorer:
+            parts["offloaded reward model"] = self.scorer.weights * self.ranks
         return parts | max(loading, trained, key=lambda phase: sum(phase.values()))
 
     def fits(self) -> bool:
@@ -253,7 +295,9 @@ class Plan:
                 if factor > 1:
                     keys = {"trainer.nnodes": factor * self.trainer.nnodes} | keys
                 config = reduce(lambda c, item: changed(c, *item), keys.items(), self.config)
-                if Plan(config, self.model, self.device, self.memory, self.host_memory).fits():
+                scorer = self.scorer.model if self.scorer else None
+                place = self.device, self.memory, self.host_memory
+                if Plan(config, self.model, *place, scorer).fits():
                     yield keys
 
     def _changes(self) -> list[tuple[str, Any]]:
@@ -263,6 +307,8 @@ class Plan:
         on = [f"{actor}.fsdp_config.optimizer_offload", f"{actor}.fsdp_config.param_offload"]
         if self.reference:
             on.append("actor_rollout_ref.ref.fsdp_config.param_offload")
+        if self.scorer:
+            on.append("reward_model.model.fsdp_config.param_offload")
         on.append("actor_rollout_ref.model.enable_gradient_checkpointing")
         on.append(f"{rollout}.free_cache_engine")
         changes: list[tuple[str, Any]] = [(key, True) for key in on]
@@ -353,19 +399,29 @@ def machine(device: str) -> tuple[float, float, str]:
     return usable(80), math.inf, "no GPU is visible: 80 GB are assumed; GPU_GB=N says otherwise"
 
 
+def read_models(config: Config) -> list[dict[str, Any]]:
+    """config.json of the policy and, if there is one, of the reward model. Raises: ValueError if
+    one is not on this machine."""
+    parts: list[Any] = [config.actor_rollout_ref.model]
+    parts += [config.reward_model.model] if config.reward_model.enable else []
+    found = []
+    for path, override in ((str(part.path), part.override_config) for part in parts):
+        if (model := read_model(path)) is None:
+            line = f"it needs config.json of {path}, which is not on this machine"
+            on_hub = path.count("/") == 1 and path[0] not in "/.~"
+            hf = Path(sys.executable).with_name("hf")
+            raise ValueError(f"{line}: {hf} download {path} config.json" if on_hub else line)
+        found.append(model | override)
+    return found
+
+
 def estimate(config: Config) -> str:
     """What DRY_RUN=1 says about memory; takes neither torch nor the network."""
-    model = read_model(path := config.actor_rollout_ref.model.path)
-    if model is None:
-        line = f"memory estimate: it needs config.json of {path}, which is not on this machine"
-        on_hub = path.count("/") == 1 and path[0] not in "/.~"
-        hf = Path(sys.executable).with_name("hf")
-        return f"{line}: {hf} download {path} config.json" if on_hub else line
-    model |= config.actor_rollout_ref.model.override_config
     device = config.trainer.device or "cuda"
     try:
+        model, *scorer = read_models(config)
         memory, host, origin = machine(device)
-        plan = Plan(config, model, device, memory, host)
+        plan = Plan(config, model, device, memory, host, *scorer)
     except ValueError as error:
         return f"memory estimate: {error}"
     size = f"{plan.parameters / 1e9:.3g} billion parameters, {memory / GIB:.0f} GiB ({origin})"

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from verl.config.schema import Config
-from verl.tools.memory_plan import GIB, Plan, machine, read_model
+from verl.tools.memory_plan import GIB, Plan, machine, read_models
 
 Records = Sequence[dict[str, Any]]
 
@@ -76,12 +76,9 @@ def largest_difference(config: Config, cpu: bool) -> float:
 def memory_estimate(config: Config) -> float | None:
     """GiB that PyTorch allocates on a rank's GPU at most, by `verl.tools.memory_plan`: that of an
     update, or of resuming; without what CUDA takes for the process. None: the model isn't known."""
-    model = read_model(config.actor_rollout_ref.model.path)
-    if model is None:
-        return None
     try:
-        model |= config.actor_rollout_ref.model.override_config
-        plan = Plan(config, model, "cuda", *machine("cuda")[:2])
+        model, *scorer = read_models(config)
+        plan = Plan(config, model, "cuda", *machine("cuda")[:2], *scorer)
     except ValueError:
         return None
     phases = (plan.training(), plan.resuming())

@@ -46,15 +46,22 @@ def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
     """A trainer whose input is good; nothing is started."""
     from verl.models.folder import check_model
     from verl.models.hf import load_tokenizer
+    from verl.models.reward import check_reward_model
     from verl.rollout.engine import engine_class
+    from verl.trainer.ppo.loggers import check_packages
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     model = config.actor_rollout_ref.model
     try:
         engine = engine_class(config.actor_rollout_ref.rollout.name)  # its package may be missing
+        check_packages(config.trainer.logger)
         length = config.data.max_prompt_length + config.data.max_response_length
-        check_model(model, length, config.trainer.save_hf_model and not config.trainer.val_only)
+        contents = config.actor_rollout_ref.actor.checkpoint.save_contents
+        exports = config.trainer.save_hf_model or "hf_model" in contents
+        check_model(model, length, exports and not config.trainer.val_only)
         engine.check(model)
+        if (reward := config.reward_model).enable:
+            check_reward_model(reward.model.classifier(), reward.max_length or length)
         return RayPPOTrainer(config, load_tokenizer(model), latest)
     except (ValueError, OSError) as error:
         exit_with(2, f"error: {error}")

@@ -77,9 +77,11 @@ def run(config: SFTConfig) -> None:
 
     from verl.models.folder import check_model
     from verl.models.hf import load_tokenizer
+    from verl.trainer.ppo.loggers import check_packages
 
     signals = StopSignals()
     try:
+        check_packages(config.trainer.logger)
         check_model(config.model, config.data.max_length, export=True)
         folder = train(config, load_tokenizer(config.model), signals)
     except (ValueError, OSError, FloatingPointError) as error:

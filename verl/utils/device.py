@@ -2,7 +2,9 @@
 
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import psutil
@@ -46,14 +48,16 @@ def process_group_backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def broadcast_group(device: torch.device, address: str, rank: int, world_size: int) -> Any:
+def broadcast_group(
+    device: torch.device, address: str, rank: int, world_size: int, timeout: timedelta | None = None
+) -> Any:
     """A process group for `broadcast(tensor, 0)` of tensors on `device`, apart from the default one
     and from its ranks. It meets at `address` (`tcp://host:port`), where rank 0 is."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     store = dist.TCPStore(host, int(port), world_size, is_master=rank == 0)
     # Any: torch's stubs don't know that the last argument, a time limit, has a default.
     backend: Any = dist.ProcessGroupNCCL if device.type == "cuda" else dist.ProcessGroupGloo
-    return backend(store, rank, world_size)
+    return backend(store, rank, world_size, *([timeout] if timeout else []))
 
 
 def kv_cache_bytes(
@@ -76,9 +80,23 @@ def default_dtype(device: str) -> str:
     return "bfloat16" if device == "cuda" else "float32"
 
 
-def adamw(parameters: Any, lr: float, device: torch.device) -> torch.optim.AdamW:
+def adamw(parameters: Any, lr: float, eps: float, device: torch.device) -> torch.optim.AdamW:
     """AdamW; on a GPU in one kernel, whose work needs no memory."""
-    return torch.optim.AdamW(parameters, lr, fused=device.type == "cuda" or None)
+    return torch.optim.AdamW(parameters, lr, eps=eps, fused=device.type == "cuda" or None)
+
+
+def saved_on_host(device: torch.device) -> Callable[[], Any]:
+    """Makes contexts in which what a backward pass needs is kept in host memory."""
+    return partial(torch.autograd.graph.save_on_cpu, pin_memory=device.type == "cuda")
+
+
+def be_deterministic() -> None:
+    """From now on, kernels of this process that give the same result every time; PyTorch warns of
+    those that it lacks. Before a GPU is used: cuBLAS reads its variable then (its documentation,
+    "Results reproducibility")."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # of transformers
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def default_packed_attention(device: torch.device, dtype: torch.dtype) -> str:

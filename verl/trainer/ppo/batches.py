@@ -76,10 +76,16 @@ class Batches:
         data, trainer = config.data, config.trainer
         size = num_embeddings(config.actor_rollout_ref.model)
         load = partial(load_prompts, config=data, tokenizer=tokenizer, num_embeddings=size)
-        prompts = [] if trainer.val_only else load(data.train_files)
+        by_model, number = config.reward_model.enable, data.train_max_samples
+        train = partial(load, data.train_files, for_model=lambda row: by_model, max_samples=number)
+        prompts = [] if trainer.val_only else train()
         batches = cls(config, prompts, RewardManager(config, tokenizer))
         if trainer.val_before_train or trainer.val_only or trainer.test_freq > 0:
-            batches.val_prompts = load(data.val_files)
+            batches.val_prompts = load(
+                data.val_files,
+                for_model=lambda row: by_model and row.get("style") == "model",
+                max_samples=data.val_max_samples,
+            )
         return batches
 
     def next(self, step: int, timer: Timer) -> TrainBatch:
@@ -213,12 +219,15 @@ class Batches:
                     for samples in split_groups(finished or []):
                         scoring[samples[0].group - first].append(self.rewards.submit(samples))
                 with timer("reward"):
+                    if not more:
+                        self.rewards.ask_model()
                     wait(scores)
                 assert complete(scores), "an engine left responses out"
                 group = chain.from_iterable(part.result() for part in scores)
                 yield sorted(group, key=lambda sample: sample.response_index)
         finally:
             generated.close()
+            self.rewards.waiting.clear()
             for part in chain.from_iterable(scoring):
                 part.cancel()
 
@@ -232,7 +241,7 @@ class Outcomes:
 
     def add(self, group: list[Sample]) -> bool:
         """Counts one group; whether its responses differ in `metric`."""
-        accuracies, kept = {s.extras["acc"] for s in group}, has_spread(group, self.metric)
+        accuracies, kept = {s.extras.get("acc") for s in group}, has_spread(group, self.metric)
         self.total += 1
         self.kept += kept
         self.right += accuracies == {1}

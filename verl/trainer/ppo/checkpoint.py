@@ -1,4 +1,4 @@
-"""Checkpoints. `global_step_N` holds `actor/` (parameters, optimizer, schedule), trainer.json (the
+"""Checkpoints. `global_step_N` holds `actor/` (as `PolicyWorker.save` writes it), trainer.json (the
 rest of `TrainState`, and the resolved configuration), the responses that wait for the next step
 (carried.parquet, prefetched.parquet), and manifest.json (size and checksum of all these)."""
 

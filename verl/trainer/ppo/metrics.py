@@ -3,7 +3,8 @@
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from functools import cache
+from itertools import chain, combinations
 from math import comb, sqrt
 from numbers import Real
 from typing import Any
@@ -14,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from verl.protocol import OptimizerStep, Sample, response_lengths
 from verl.utils.flops import ModelSize, update_flops
 
-VAL_CORE = re.compile(r"val-core/(.+)/acc/((?:mean|best|maj)@\d+)(?:/mean)?")
-"""Data source, and figure, of a validation metric."""
+VAL_CORE = re.compile(r"val-core/(.+)/(acc|reward)/((?:mean|best|maj)@\d+)(?:/mean)?")
+"""Data source, `acc` or (where a reward model scores) `reward`, and figure of a validation."""
 
 TOKEN_PHASES = ("ref", "old_log_prob", "adv", "update_actor")  # `gen` counts responses only
 SHARED = ("grad_norm", "lr", "skipped")  # of an optimizer step, the same on all ranks
@@ -23,7 +24,7 @@ SHARED = ("grad_norm", "lr", "skipped")  # of an optimizer step, the same on all
 
 def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, float]:
     """Statistics of a train batch, lengths in tokens. A return is the advantage."""
-    lengths = response_lengths(samples)
+    lengths, cut = response_lengths(samples), np.array([s.truncated for s in samples])
     prompt_lengths = np.array([len(s.prompt.token_ids) for s in samples])
     values: dict[str, NDArray[Any]] = {
         "critic/score": np.array([s.score for s in samples]),
@@ -33,14 +34,19 @@ def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, flo
         "prompt_length": prompt_lengths,
     }
     values["critic/returns"] = values["critic/advantages"]
+    values["num_turns"] = np.full(len(samples), 2)  # as verl counts: a prompt and a response
     extras: dict[str, list[float]] = defaultdict(list)  # of the responses that have them
     for name, value in chain(*(s.extras.items() for s in samples)):
         if name != "pred" and isinstance(value, Real | np.bool_):  # an answer is no score
             extras[f"reward/{name}"].append(float(value))
+    if lengths.any():
+        values["response_length_non_aborted"] = lengths[lengths > 0]
+        extras["response_length_non_aborted/clip_ratio"] = cut[lengths > 0].tolist()
     figures = ("mean", "max", "min")
     return {
         **{f"{k}/{f}": float(getattr(x, f)()) for k, x in values.items() for f in figures},
-        "response_length/clip_ratio": float(np.mean([s.truncated for s in samples])),
+        "response_length/clip_ratio": float(cut.mean()),
+        "response/aborted_ratio": float(np.mean(lengths == 0)),
         "response_length/cv": float(lengths.std() / max(lengths.mean(), 1e-12)),
         "prompt_length/clip_ratio": float(np.mean(prompt_lengths >= max_prompt_length)),
         **{name: float(np.mean(numbers)) for name, numbers in extras.items()},
@@ -79,40 +85,65 @@ def mfu_metrics(
 
 
 def validation_metrics(samples: list[Sample]) -> dict[str, float]:
-    """Of each data source with P prompts: accuracies as mean@N, …, maj@N; scores and lengths."""
+    """Of each data source with P prompts: accuracies as mean@N, …, maj@N; scores and lengths. Where
+    there are no accuracies the scores take their place, as verl's `reward` (`_validate`)."""
     by_source: dict[str, dict[int, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for s in samples:
         by_source[s.prompt.data_source][s.prompt.index].append(s)
     metrics: dict[str, Any] = {}
     for source, groups in by_source.items():
         core, aux, mine = f"val-core/{source}", f"val-aux/{source}", [*chain(*groups.values())]
-        acc_PN = np.array([s.extras["acc"] for s in mine], np.float64).reshape(len(groups), -1)
+        what = "acc" if all("acc" in s.extras for s in mine) else "reward"
+        values = [s.extras["acc"] if what == "acc" else s.score for s in mine]
+        acc_PN = np.array(values, np.float64).reshape(len(groups), -1)
         n = acc_PN.shape[1]
-        metrics[f"{core}/acc/mean@{n}"] = acc_PN.mean()
-        metrics[f"{aux}/reward/mean@{n}"] = np.mean([s.score for s in mine])
+        metrics[f"{core}/{what}/mean@{n}"] = acc_PN.mean()
+        if what == "acc":
+            metrics[f"{aux}/reward/mean@{n}"] = np.mean([s.score for s in mine])
         metrics[f"{aux}/response_length/mean"] = response_lengths(mine).mean()
         metrics[f"{aux}/response_length/clip_ratio"] = np.mean([s.truncated for s in mine])
         if n == 1:
             continue
-        metrics[f"{aux}/acc/std@{n}"] = acc_PN.std(axis=1).mean()
-        for k in (2**i for i in range(1, (n - 1).bit_length())):
-            metrics[f"{aux}/acc/best@{k}/mean"] = best_of(acc_PN, k).mean()
-        metrics[f"{core}/acc/best@{n}/mean"] = acc_PN.max(axis=1).mean()
-        if all("pred" in s.extras for s in mine):
-            # Compared as text, so that an answer may be a list. Ties go to the earlier answer.
-            votes = [[str(s.extras["pred"]) for s in group] for group in groups.values()]
-            winners = [answers.index(max(answers, key=answers.count)) for answers in votes]
-            metrics[f"{core}/acc/maj@{n}/mean"] = acc_PN[np.arange(len(groups)), winners].mean()
+        metrics[f"{aux}/{what}/std@{n}"] = acc_PN.std(axis=1).mean()
+        # Compared as text, so that an answer may be a list.
+        votes = [[str(s.extras.get("pred")) for s in group] for group in groups.values()]
+        for k in (*(2**i for i in range(1, (n - 1).bit_length())), n):
+            where, best = core if k == n else aux, best_of(acc_PN, k)
+            variance = best_of(acc_PN, k, power=2) - best**2
+            metrics[f"{where}/{what}/best@{k}/mean"] = best.mean()
+            metrics[f"{where}/{what}/best@{k}/std"] = np.sqrt(variance.clip(min=0)).mean()
+            if all("pred" in s.extras for s in mine):
+                winners = [majority_of(v, acc_N, k) for v, acc_N in zip(votes, acc_PN, strict=True)]
+                metrics[f"{where}/{what}/maj@{k}/mean"] = np.mean(winners)
     return {name: float(value) for name, value in metrics.items()}
 
 
-def best_of(values: ArrayLike, k: int) -> NDArray[np.float64]:
-    """Mean of the maximum over all subsets of k of the N `values` [..., N], 1 ≤ k ≤ N, exactly. For
-    values of 0 and 1 this is the unbiased pass@k of Chen et al. (arXiv 2107.03374, eq. 1)."""
+def best_of(values: ArrayLike, k: int, power: int = 1) -> NDArray[np.float64]:
+    """Mean of the maximum (to a power) over all subsets of k of the N `values` [..., N], exactly.
+    Of 0 and 1 this is the unbiased pass@k of Chen et al. (arXiv 2107.03374, eq. 1)."""
     # The i-th smallest value (from 0) is the maximum of C(i, k−1) of the C(N, k) subsets.
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     n = ordered.shape[-1]
-    return ordered @ [comb(i, k - 1) / comb(n, k) for i in range(n)]
+    return ordered**power @ [comb(i, k - 1) / comb(n, k) for i in range(n)]
+
+
+@cache
+def _subsets(n: int, k: int) -> NDArray[np.int64]:
+    """Subsets of k of n positions, [D, k]: all, or 2,000 that never change."""
+    if comb(n, k) <= 2000:
+        return np.array(list(combinations(range(n), k)))
+    return np.random.default_rng(0).permuted(np.tile(np.arange(n), (2000, 1)), axis=1)[:, :k]
+
+
+def majority_of(votes: Sequence[str], values: NDArray[np.float64], k: int) -> float:
+    """Mean value of the most frequent answer over subsets of k of the N `votes`: all of them, or
+    2,000. An answer's is that of its first vote, `values` [N]; equally frequent ones share."""
+    _, first, codes = np.unique(votes, return_index=True, return_inverse=True)
+    drawn = codes[_subsets(len(votes), k)]  # [D, k]
+    cells = (np.arange(len(drawn))[:, None] * len(first) + drawn).ravel()
+    counts_DA = np.bincount(cells, minlength=len(drawn) * len(first)).reshape(len(drawn), -1)
+    won_DA = counts_DA == counts_DA.max(axis=1, keepdims=True)
+    return float((won_DA @ values[first] / won_DA.sum(axis=1)).mean())
 
 
 def loss_agg_metrics(
@@ -135,7 +166,7 @@ def loss_agg_metrics(
 def validation_scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The accuracy of each data source: ``val-core/{source}/acc/mean@N``."""
     matches = ((VAL_CORE.fullmatch(key), value) for key, value in metrics.items())
-    return {m[1]: value for m, value in matches if m and m[2].startswith("mean@")}
+    return {m[1]: v for m, v in matches if m and m[2] == "acc" and m[3].startswith("mean@")}
 
 
 def update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, float]:

@@ -51,6 +51,7 @@ class RayPPOTrainer:
         self.workers.build(self.total_steps, self.resumed)
         self.batches.generate = self.workers.engines.generate
         self.batches.update_engines = self.update_engines
+        self.batches.rewards.reward_model = self.workers.reward_scores
         self.probe = prompts[0]  # what engines are compared on
         self.engine_metrics = self.workers.verify_engines(self.probe, self.state.step, strict=True)
 
@@ -244,15 +245,19 @@ class RayPPOTrainer:
             self.tracking.log(record, self.state.step)
         if self.is_due(trainer.save_freq):
             self.save_checkpoint()
+            if self.workers.sleeps_to_save and self.state.step < self.total_steps:
+                self.workers.update_engines()
 
     def validate(self) -> None:
-        """Logs the accuracy on the validation prompts, and some of the responses."""
+        """Logs the accuracy on the validation prompts (what a reward model scores has none), and
+        some of the responses."""
         step = self.state.step
         samples = self.batches.validation(step)
         record = metrics.validation_metrics(samples)
-        accuracy = float(np.mean(list(metrics.validation_scores(record).values())))
-        if accuracy > self.state.best.get("val-core/best_acc", -np.inf):
-            self.state.best = {"val-core/best_acc": accuracy, "val-core/best_step": step}
+        if accuracies := list(metrics.validation_scores(record).values()):
+            accuracy = float(np.mean(accuracies))
+            if accuracy > self.state.best.get("val-core/best_acc", -np.inf):
+                self.state.best = {"val-core/best_acc": accuracy, "val-core/best_step": step}
         self.tracking.log_validation(record | self.state.best, step, samples)
         self.state.validation_due = False
 
@@ -264,9 +269,9 @@ class RayPPOTrainer:
         """Writes what a resumed run needs, if that is new, or logs why it can't be done."""
         if self.state.step in (0, self.checkpoints.saved_step):  # without a step: starts anew
             return
-        state, actor = replace(self.state, batches=self.batches.state()), self.workers.actor
+        state = replace(self.state, batches=self.batches.state())
         durable = self.tracking.file.flush()  # a checkpoint is never newer than the metrics
-        self.checkpoints.try_to_save(state, lambda path: actor.call("save", path), durable)
+        self.checkpoints.try_to_save(state, self.workers.save, durable)
 
     def rescue(self, action: Any, *args: Any) -> Any:
         """`action(*args)` between two steps; if it fails, no step is lost."""

@@ -1,7 +1,6 @@
-"""A run's folder, and where its metrics go: a file, console, Weights & Biases, TensorBoard."""
+"""A run's folder, and where its metrics go: a file, the console, and `LOGGERS`."""
 
 import fcntl
-import html
 import json
 import logging
 import math
@@ -13,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from verl.protocol import OptimizerStep, Sample
+from verl.trainer.ppo.loggers import LOGGERS, Logger, Metrics, Run
 from verl.trainer.ppo.metrics import VAL_CORE
 from verl.utils.samples import some_generations, write_responses
 
@@ -34,22 +34,18 @@ CONSOLE_COLUMNS = {
     "perf/throughput": "{:6.0f} tok/s",
     "perf/time_per_step": "{:6.1f} s",
 }
-GENERATIONS = "val/generations"
 REMEDY = "this logger gets no more until the run is resumed (metrics.jsonl has everything)"
 HOME = "trainer.default_local_dir"
 LATEST = "latest_checkpointed_iteration.txt"
 RUN_ID = "wandb_run_id"  # file with the id of the run that a folder belongs to
 RUN_FILES = re.compile(
     r"(global_step_\d+|latest_checkpointed_iteration\.txt|metrics\.jsonl|huggingface)(\..+)?|"
-    r"config\.yaml|wandb|tensorboard|events\.out\.tfevents\..+|error\.log|val_only|"
+    r"config\.yaml|wandb|tensorboard|swanlab|events\.out\.tfevents\..+|error\.log|val_only|"
     r"(skipped_step_)?\d+\.parquet"
 )
 """What a run leaves; but math_server.log, to which a server may be writing already."""
 DATA_FILES = re.compile(r"events\.out\.tfevents\..+|\d+\.parquet")  # of it in other folders
 LOCKS: dict[Path, TextIO] = {}  # of the folders that this process writes to
-
-Metrics = Mapping[str, Any]
-Generations = Sequence[tuple[str, str, float]]  # (prompt, response, score), for people to read
 
 
 @contextmanager
@@ -70,7 +66,8 @@ class Tracking(AbstractContextManager["Tracking"]):
         """`config`: a `Config` or `SFTConfig`; `run_id`: as for `claim`; `step`: steps made."""
         self.config, self.trainer, self.tokenizer = config, config.trainer, tokenizer
         settings = asdict(config)
-        trainer, names = settings["trainer"], self.trainer.logger  # a list, or one
+        trainer, names = settings["trainer"], self.trainer.logger
+        names = [names] if isinstance(names, str) else names
         part = "val_only" if trainer.get("val_only") else ""
         folders = {
             "trainer.rollout_data_dir": not part and trainer.get("rollout_data_dir"),
@@ -82,15 +79,12 @@ class Tracking(AbstractContextManager["Tracking"]):
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(settings))
         self.file = MetricsFile(run_dir / "metrics.jsonl", step)
         board = self.folders.get("TENSORBOARD_DIR", run_dir / "tensorboard")
-        starts: dict[str, Callable[[], Logger]] = {
-            "console": lambda: start_console(total_steps, step),
-            "wandb": lambda: start_wandb(settings, run_dir, run_id),
-            "tensorboard": lambda: start_tensorboard(board, step),
-        }
+        run = Run(config, run_dir, run_id, step, board)
         self.loggers: list[Logger] = []
+        starts = {"console": lambda _: start_console(total_steps, step)} | LOGGERS
         for name in (name for name in starts if name in names):
             with _never_fatal(name, REMEDY):
-                self.loggers.append(starts[name]())
+                self.loggers.append(starts[name](run))
 
     def log_validation(self, metrics: Metrics, step: int, samples: Sequence[Sample] = ()) -> None:
         """Records figures and some responses of a validation, before `log` completes `step`."""
@@ -173,15 +167,6 @@ class MetricsFile:
         return True
 
 
-class Logger(NamedTuple):
-    """Shows metrics to people."""
-
-    name: str
-    log: Callable[[Metrics, int, Metrics | None], Any]  # what is new; all of a complete step
-    close: Callable[[bool], Any]  # whether the run ends with an error
-    log_generations: Callable[[Generations, int], Any] = lambda generations, step: None
-
-
 def start_console(total_steps: int, step: int) -> Logger:
     """Lines and tables on standard output; in a terminal a progress bar on standard error."""
     # disable=None: no bar without a terminal
@@ -198,54 +183,6 @@ def start_console(total_steps: int, step: int) -> Logger:
         sys.stdout.flush()
 
     return Logger("Console", log, lambda failed: bar.close())
-
-
-def start_wandb(settings: dict[str, Any], run_dir: Path, run_id: str) -> Logger:
-    """Weights & Biases; offline without credentials. A run that ends with an error has failed."""
-    import wandb
-
-    mode: Any = os.environ.get("WANDB_MODE")
-    # Asked of wandb itself: where it keeps keys, and for which host, changes with its version.
-    if not mode and not wandb.login(prompt=False, verify=False):
-        mode = "offline"
-        text = "wandb: no WANDB_API_KEY and no `wandb login`, so this run is kept offline; "
-        print(text + "upload it later with `wandb sync`", file=sys.stderr)
-    project, name = (settings["trainer"][f"{key}_name"] for key in ("project", "experiment"))
-    where: Any = {"dir": str(run_dir), "id": run_id, "resume": "allow", "mode": mode}
-    run = wandb.init(project=project, name=name, config=settings, **where)
-    table: Any = None
-
-    def log(metrics: Metrics, step: int, whole_step: Metrics | None) -> None:
-        run.log(dict(metrics), step=step, commit=whole_step is not None)
-
-    def log_generations(generations: Generations, step: int) -> None:
-        """Adds a row, laid out as verl does: step, input_1, output_1, score_1, input_2, …"""
-        nonlocal table
-        if table is None:  # only new rows are uploaded, in the mode INCREMENTAL
-            names = ("input", "output", "score")
-            columns = [f"{name}_{i}" for i in range(1, len(generations) + 1) for name in names]
-            table = wandb.Table(columns=["step", *columns], log_mode="INCREMENTAL")
-        table.add_data(step, *(value for sample in generations for value in sample))
-        run.log({GENERATIONS: table}, step=step, commit=False)
-
-    return Logger("Wandb", log, lambda failed: run.finish(int(failed)), log_generations)
-
-
-def start_tensorboard(folder: Path, step: int) -> Logger:
-    """Event files, which hide from earlier ones what comes after the step that a run resumes at."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer: Any = SummaryWriter(folder, purge_step=step + 1 if step else 0)
-
-    def log(metrics: Metrics, step: int, _: Metrics | None) -> None:
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    def log_generations(generations: Generations, step: int) -> None:
-        writer.add_text(GENERATIONS, generations_markdown(generations), step)
-
-    return Logger("TensorBoard", log, lambda failed: writer.close(), log_generations)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -272,7 +209,8 @@ def validation_table(metrics: Metrics) -> str:
     rows: dict[str, dict[str, str]] = {}
     for key, value in metrics.items():
         if match := VAL_CORE.fullmatch(key):
-            rows.setdefault(match[1], {})[match[2]] = f"{value:.3f}"
+            label = match[3] if match[2] == "acc" else f"reward {match[3]}"
+            rows.setdefault(match[1], {})[label] = f"{value:.3f}"
     for source, row in rows.items():
         for name, label, form in (("mean", "length", ".1f"), ("clip_ratio", "truncated", ".1%")):
             if (value := metrics.get(f"val-aux/{source}/response_length/{name}")) is not None:
@@ -287,17 +225,6 @@ def align(rows: list[list[str]]) -> str:
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     form = "  ".join(["", f"{{:{first}}}", *(f"{{:>{width}}}" for width in others)])
     return "\n".join(form.format(*row).rstrip() for row in rows)
-
-
-def generations_markdown(generations: Generations) -> str:
-    """Samples as TensorBoard's Markdown. A text is one line of HTML, in which nothing is left that
-    either language knows: it can't break the page, nor look like another response."""
-    parts = []
-    for number, (*texts, score) in enumerate(generations, start=1):
-        lines = (html.escape(text).splitlines() for text in texts)
-        shown = ["<pre>" + "&#10;".join(part) + "</pre>" for part in lines]
-        parts += [f"**{number}**, score {score:g}", *shown]
-    return "\n\n".join(parts)
 
 
 def make_folder(path: str | Path, key: str = HOME) -> Path:

@@ -4,6 +4,7 @@ import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,11 @@ logger = logging.getLogger(__name__)
 VERIFIED = 8, 16
 """Responses and their tokens: 128 of them exceed 0.05 nats by chance in none of 500 starts of eight
 engines whose bfloat16 is 0.035 off on average; 8 would in half of them."""
+
+NOT_RESUMED = {
+    "model": "the weights are those of the checkpoint's Hugging Face folder, rounded to its type",
+    "optimizer": "the optimizer's states begin anew: none were saved, or none asked for",
+}
 
 
 class Workers:
@@ -46,6 +52,8 @@ class Workers:
         actor_slots = [slot for i, slot in enumerate(slots) if i % per_node < ranks]
         engine_slots = [slot for i, slot in enumerate(slots) if i % per_node >= ranks]
         self.num_devices, self.colocated = len(slots), not engine_slots
+        exports = "hf_model" in model.actor.checkpoint.save_contents  # which takes memory
+        self.sleeps_to_save = self.colocated and exports
         share = 1 / WORKERS_PER_DEVICE if self.colocated else 1.0
         transfer = model.rollout.weight_transfer or default_weight_transfer(
             device, engine.transfers, not self.colocated
@@ -57,21 +65,27 @@ class Workers:
         self.engines.on_restart = self.update_engines
 
     def build(self, total_steps: int, checkpoint: Path | None) -> None:
-        """Loads the policy, and the reference if a KL term needs it, onto the actor ranks; with
-        `checkpoint`, the folder to resume from, its weights onto ranks and engines."""
+        """Loads the policy, the reference if a KL term needs it, and the reward model if there is
+        one, onto the actor ranks; with `checkpoint`, the folder to resume from, its weights onto
+        ranks and engines."""
         model = self.config.actor_rollout_ref
         self.engines.wait_ready()  # now: vLLM measures how much memory is free
         self.free_devices()  # which building and loading need
-        self.actor.connect()
+        self.actor.connect(model.nccl_timeout)
         actor, ref = model.actor, model.ref.fsdp_config if needs_reference(self.config) else None
-        arguments = model.model, actor.fsdp_config, actor.optim, total_steps, ref
+        reward = self.config.reward_model
+        scorer = (reward.model.classifier(), reward.model.fsdp_config) if reward.enable else None
+        arguments = model.model, actor.fsdp_config, actor.optim, total_steps, ref, scorer
         sizes, peaks = zip(*self.actor.call("build", *arguments), strict=True)
         self.model_size, self.peak_flops = sizes[0], sum(peaks) if all(peaks) else None
         if self.config.trainer.val_only:
             logger.info("validating %s", checkpoint or model.model.path)
         if checkpoint:
             logger.info("resuming from %s", checkpoint)
-            self.actor.call("load", str(checkpoint / "actor"))
+            wanted = model.actor.checkpoint.load_contents
+            read = self.actor.call("load", str(checkpoint / "actor"), wanted)[0]
+            for name in NOT_RESUMED.keys() - read if not self.config.trainer.val_only else ():
+                logger.warning(NOT_RESUMED[name])
         self.update_engines()  # those that sleep have none
         # What is here now stays: walking it again for garbage takes longer than a step's samples.
         gc.freeze()
@@ -79,7 +93,22 @@ class Workers:
     def free_devices(self) -> None:
         """Puts engines that share the actor's devices to sleep, so that it has their memory."""
         if self.colocated:
-            self.engines.call_all("sleep")
+            self.engines.sleep()
+
+    def reward_scores(self, conversations: list[Sample]) -> list[float]:
+        """The reward model's, [N]. May be called while another thread trains, and then waits for
+        the end of an update."""
+        reward = self.config.reward_model
+        size = None if reward.use_dynamic_bsz else reward.micro_batch_size_per_gpu
+        limit = MicroBatchLimit(size, reward.forward_max_token_len_per_gpu)
+        shares = self._shares(conversations)
+        parts = [(SampleBatch(conversations[i] for i in share), limit) for share in shares]
+        scores = np.zeros(len(conversations))
+        self.free_devices()
+        with self.actor.exclusive:
+            by_rank = self.actor.scatter("reward_scores", parts)
+        scores[list(chain(*shares))] = np.concatenate(by_rank)
+        return scores.tolist()
 
     def add_log_probs(self, samples: list[Sample], role: str) -> None:
         """Gives samples their `old_log_probs` (`role="actor"`) or `ref_log_probs` (`"ref"`)."""
@@ -136,9 +165,17 @@ class Workers:
             logger.warning(text)
         return {"rollout/verify_logprob_diff": worst}
 
+    def save(self, folder: Path) -> None:
+        """Writes the policy's part of a checkpoint; with `sleeps_to_save`, engines then need
+        `update_engines`."""
+        contents = self.config.actor_rollout_ref.actor.checkpoint.save_contents
+        if self.sleeps_to_save:
+            self.free_devices()
+        self.actor.call("save", folder, contents, self.config.trainer.hf_model_dtype)
+
     def save_hf_model(self, folder: Path) -> None:
         """Writes the policy in Hugging Face format."""
-        self.engines.call_all("sleep")
+        self.engines.sleep()
         self.actor.call("save_hf", folder, self.config.trainer.hf_model_dtype)
         logger.info("the model is in %s", folder)
 
