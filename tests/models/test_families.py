@@ -101,6 +101,7 @@ def test_a_start_ends_where_the_attention_is_wrong(
     ("family", "packed", "message"),
     [
         ("Jamba", True, r"jamba model .*\(linear_attention\): set .*use_remove_padding=False"),
+        ("LFM2", True, r"lfm2 model .*\(conv\): set .*use_remove_padding=False"),
         ("Falcon-H1", True, r"falcon_h1 model .*\(hybrid\): set .*use_remove_padding=False"),
         ("BLOOM", True, "bloom model .*an attention of its own.*use_remove_padding=False"),
         ("StableLM", True, "stablelm model: .*can't run packed: set .*use_remove_padding=False"),
