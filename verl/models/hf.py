@@ -86,6 +86,19 @@ def check_names(missing: Collection[str], others: Collection[str], lm: Any, path
         raise ValueError(f"{text}: correct its config.json")
 
 
+def check_split(config: Any, ranks: int, name: str) -> None:
+    """Raises ValueError if a text model's sequences can't be split over so many ranks: each gets a
+    share of the heads, and sees the positions of its own tokens alone."""
+    if ranks == 1:
+        return
+    if (heads := config.num_attention_heads) % ranks:
+        raise ValueError(f"{name} has {heads} attention heads, which so many ranks can't share")
+    positions = str(getattr(config, "rope_parameters", None))
+    if kinds := [kind for kind in ("dynamic", "longrope") if f"'{kind}'" in positions]:
+        remedy = "set it to 1"
+        raise ValueError(f"{name} has {kinds[0]} positions, which all tokens decide: {remedy}")
+
+
 def load_tokenizer(model: ModelConfig) -> Any:
     """What decides prompts, texts and stopping. Raises: ValueError if there is none."""
     import_libraries(model)

@@ -23,14 +23,16 @@ class PolicyModel(nn.Module):
         self.lm, self.vocabulary_size, self.saving = lm, vocabulary_size, saving
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """(log_probs, entropy) of `batch.targets`, float32 [T] each."""
+        """(log_probs, entropy) of the targets of all ranks that split the row, float32 [T] each."""
         decoder, options = self.lm.get_decoder(), batch.model_kwargs | {"use_cache": False}
         with self.saving():
             output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, **options)
         hidden = output.last_hidden_state.flatten(0, 1)[batch.predictors]  # [T, H]
         head = self.lm.get_output_embeddings()
         options = {"bias": head.bias, "vocabulary_size": self.vocabulary_size}
-        return chunked_log_probs(hidden, head.weight, batch.targets, temperature, **options)
+        values = chunked_log_probs(hidden, head.weight, batch.targets, temperature, **options)
+        log_probs, entropy = map(batch.of_all_ranks, values)
+        return log_probs, entropy
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
