@@ -197,11 +197,9 @@ def _override(
             unknown = isinstance(error, ConfigKeyError | ConfigAttributeError)
             problems.update([unknown_key(known, key) if unknown else (text, key)])
     for key, (name, count) in totals.items():
-        roles = config.actor_rollout_ref
-        section = roles.ref if ".ref." in key else roles.actor
-        split = max(1, section.ulysses_sequence_parallel_size)  # ranks that work on the same
+        section = config.actor_rollout_ref["ref" if ".ref." in key else "actor"]
         ranks = max(1, config.trainer.nnodes * config.trainer.n_gpus_per_node)
-        share = max(1, count // max(1, ranks // split))
+        share = max(1, count * section.ulysses_sequence_parallel_size // ranks)
         if written.get(key, (key, share))[1] not in (None, share):
             problems[f"{name}={count} on {ranks} ranks contradicts {key}={written[key][1]}"] = key
         OmegaConf.update(config, key, share)

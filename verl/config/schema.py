@@ -145,8 +145,8 @@ class ActorConfig(Section):
     kl_loss_type: str = key("low_var_kl", choices=KL_ESTIMATORS, idle_if="use_kl_loss=False")
     """Estimator of that term."""
     ulysses_sequence_parallel_size: int = key(1, **SIZE)
-    """Ranks that split sequences (arXiv 2309.14509): their micro-batches hold so many times the
-    tokens. It divides the ranks and the attention heads."""
+    """Ranks that split the sequences of a micro-batch (arXiv 2309.14509), which may hold so many
+    times ppo_max_token_len_per_gpu. It divides the ranks and the attention heads."""
     optim: OptimConfig = key(OptimConfig, on_resume="warn")
     fsdp_config: FSDPConfig = key(FSDPConfig)
     checkpoint: CheckpointConfig = key(CheckpointConfig)
