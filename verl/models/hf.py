@@ -87,16 +87,15 @@ def check_names(missing: Collection[str], others: Collection[str], lm: Any, path
 
 
 def check_split(config: Any, ranks: int, name: str) -> None:
-    """Raises ValueError if a text model's sequences can't be split over so many ranks: each gets a
-    share of the heads, and sees the positions of its own tokens alone."""
+    """Raises ValueError if a text model's sequences can't be split over so many ranks."""
     if ranks == 1:
         return
     if (heads := config.num_attention_heads) % ranks:
-        raise ValueError(f"{name} has {heads} attention heads, which so many ranks can't share")
+        raise ValueError(f"{name} has {heads} attention heads: take a number that divides them")
     positions = str(getattr(config, "rope_parameters", None))
-    if kinds := [kind for kind in ("dynamic", "longrope") if f"'{kind}'" in positions]:
-        remedy = "set it to 1"
-        raise ValueError(f"{name} has {kinds[0]} positions, which all tokens decide: {remedy}")
+    for kind in ("dynamic", "longrope"):  # of the longest sequence, which one rank may not see
+        if f"'{kind}'" in positions:
+            raise ValueError(f"{name} has {kind} positions, which need whole sequences: take 1")
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
