@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import free_address, make_samples, make_step, make_tiny_model
 from verl.algorithms.losses import LossConfig
 from verl.config.base import FSDPConfig, MixedPrecisionConfig, ModelConfig, OptimConfig
+from verl.models.packing import over_ranks
 from verl.models.policy import HostMemory, MicroBatchLimit, PolicyWorker, learning_rate_factor
 from verl.protocol import OptimizerStep, Sample
 from verl.trainer.ppo.core_algos import WEIGHTS, kl_divergence, policy_loss, response_weights
@@ -337,10 +338,27 @@ def masked_step() -> OptimizerStep:
     return weighted_step("delta-l", samples)
 
 
+def _compare_sinks(rank: int) -> None:
+    """Attention with sinks, over two heads a rank, and over all in one: each head keeps its own."""
+    q, k, v = torch.randn(3, 1, 8, 12, 4, generator=torch.Generator().manual_seed(0))
+    sinks = torch.arange(8.0)
+
+    def with_sinks(module: Any, q: Any, k: Any, v: Any, mask: None, s_aux: Any) -> Any:
+        scores = torch.cat([q @ k.mT, s_aux[None, :, None, None].expand(1, -1, 12, 1)], -1)
+        return (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2), None
+
+    piece, options = slice(3 * rank, 3 * rank + 3), {"s_aux": sinks}
+    pieces = (x[:, :, piece] for x in (q, k, v))
+    found = over_ranks(with_sinks, None, *pieces, None, sequence_group=dist.group.WORLD, **options)
+    expected = over_ranks(with_sinks, None, q, k, v, None, **options)
+    torch.testing.assert_close(found[0], expected[0][:, piece])
+
+
 def _rank_splits(rank: int, address: str, folder: Path, out: Path) -> None:
     """One of four processes, with a reference that is split otherwise."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=4)
+    _compare_sinks(rank)
     step, results = masked_step(), {}
     for split, ref_split, recompute, fsdp_size in ((4, 2, True, -1), (2, 1, False, 2)):
         policy = PolicyWorker("cpu")

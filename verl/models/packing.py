@@ -187,21 +187,29 @@ def _sliding_window(options: dict[str, Any]) -> int | None:
 
 
 def over_ranks(
-    attention: Callable[..., tuple[Tensor, None]], module: Any, *states: Tensor, **options: Any
+    attention: Callable[..., tuple[Tensor, None]],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    sequence_group: Any = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function over a row whose pieces the ranks of `sequence_group` hold: each rank
-    computes its share of the heads over the whole row. Query, key and value as `states`, [1, heads,
-    T / ranks, D], with a mask that is ignored → [1, T / ranks, heads, D]. Without a group it is
-    `attention` itself. Fewer heads of keys and values than ranks are repeated."""
-    query, key, value, mask = states
-    if (group := options.pop("sequence_group", None)) is None:
-        return attention(module, *states, **options)
-    ranks = dist.get_world_size(group)
+    """An attention function over a row whose pieces the ranks of a group hold: each rank computes
+    its share of the heads over the whole row. query [1, heads, T / ranks, D], key and value [1,
+    key-value heads, T / ranks, D] → [1, T / ranks, heads, D]. Where there are fewer heads of keys
+    than ranks, they are repeated. Without a group it is `attention` itself."""
+    if sequence_group is None:
+        return attention(module, query, key, value, attention_mask, **options)
+    ranks = dist.get_world_size(sequence_group)
     repeat = ranks // math.gcd(ranks, key.shape[1])
     key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))
-    exchanged = (_exchange(x, group, ranks) for x in (query, key, value))
-    output, _ = attention(module, *exchanged, mask, **options)
-    return _exchange(output, group, ranks), None
+    if (sinks := options.get("s_aux")) is not None:  # one a head
+        options["s_aux"] = sinks.chunk(ranks)[dist.get_rank(sequence_group)]
+    whole = (_exchange(x, sequence_group, ranks) for x in (query, key, value))
+    output, _ = attention(module, *whole, attention_mask, **options)
+    return _exchange(output, sequence_group, ranks), None
 
 
 def _exchange(x: Tensor, group: Any, ranks: int) -> Tensor:
@@ -214,3 +222,5 @@ def _exchange(x: Tensor, group: Any, ranks: int) -> Tensor:
 for function in (packed_sdpa, packed_varlen):  # by these names; they need no mask
     AttentionInterface.register(function.__name__, partial(over_ranks, function))
     AttentionMaskInterface.register(function.__name__, lambda *args, **kwargs: None)
+FLASH = "flash_attention_3"  # transformers' own
+AttentionInterface.register(FLASH, partial(over_ranks, AttentionInterface()[FLASH]))
