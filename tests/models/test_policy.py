@@ -364,7 +364,7 @@ def _rank_splits(rank: int, address: str, folder: Path, out: Path) -> None:
         policy = PolicyWorker("cpu")
         model = ModelConfig(str(folder), enable_gradient_checkpointing=recompute)
         settings = FSDPConfig(fsdp_size=fsdp_size), OptimConfig(lr=1e-3), 10, FSDPConfig()
-        policy.build(model, *settings, (split, ref_split))
+        policy.build(model, *settings, sequence_parallel=(split, ref_split))
         widths: list[int] = []
         layer = policy.model.lm.get_decoder().layers[0]
         layer.register_forward_pre_hook(lambda _, args, to=widths: to.append(args[0].shape[1]))

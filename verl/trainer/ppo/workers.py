@@ -52,8 +52,6 @@ class Workers:
         actor_slots = [slot for i, slot in enumerate(slots) if i % per_node < ranks]
         engine_slots = [slot for i, slot in enumerate(slots) if i % per_node >= ranks]
         self.num_devices, self.colocated = len(slots), not engine_slots
-        exports = "hf_model" in model.actor.checkpoint.save_contents  # which takes memory
-        self.sleeps_to_save = self.colocated and exports
         share = 1 / WORKERS_PER_DEVICE if self.colocated else 1.0
         transfer = model.rollout.weight_transfer or default_weight_transfer(
             device, engine.transfers, not self.colocated
@@ -90,6 +88,12 @@ class Workers:
         self.update_engines()  # those that sleep have none
         # What is here now stays: walking it again for garbage takes longer than a step's samples.
         gc.freeze()
+
+    @property
+    def sleeps_to_save(self) -> bool:
+        """Whether a checkpoint needs the engines' memory: `hf_model` gathers all weights."""
+        contents = self.config.actor_rollout_ref.actor.checkpoint.save_contents
+        return "hf_model" in contents and self.colocated
 
     def free_devices(self) -> None:
         """Puts engines that share the actor's devices to sleep, so that it has their memory."""
@@ -188,7 +192,7 @@ class Workers:
         self.engines.cancelled = True
         gc.unfreeze()
 
-    def _shares(self, samples: list[Sample], split: int) -> list[list[int]]:
+    def _shares(self, samples: list[Sample], split: int = 1) -> list[list[int]]:
         """Which samples each rank gets; `split` ranks in a row the same."""
         parts = len(self.actor) // split
         shares = [part.tolist() for part in np.array_split(np.arange(len(samples)), parts)]
