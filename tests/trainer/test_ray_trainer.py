@@ -555,7 +555,7 @@ def prepare(trainer: RayPPOTrainer, worker: PolicyWorker) -> list[str]:
 
     trainer.workers = in_process(trainer.config, worker)
     trainer.workers.actor.call = write
-    trainer.workers.engines = SimpleNamespace(call_all=lambda method: None)
+    trainer.workers.engines = SimpleNamespace(sleep=lambda: None)
     trainer.workers.free_devices = trainer.batches.policy_updated = lambda: None
     trainer.batches.next = lambda step, timer: TrainBatch(make_samples(LENGTHS), {})
     return written
