@@ -22,6 +22,7 @@ from verl.config.load import ConfigError, compose_config, entry_point, load_conf
 ACTOR = "actor_rollout_ref.actor."
 ROLLOUT = "actor_rollout_ref.rollout."
 CORRECTION = "algorithm.rollout_correction."
+REF = "actor_rollout_ref.ref."
 
 
 def load(*overrides: str) -> Any:
@@ -54,6 +55,20 @@ def test_the_defaults_run() -> None:
         ([f"{ACTOR}ppo_mini_batch_size=null"], f"{ACTOR}ppo_mini_batch_size", 32),
         ([f"{ACTOR}ppo_micro_batch_size_per_gpu=4"], f"{ACTOR}use_dynamic_bsz", False),
         (["data.max_response_length=20000"], f"{ACTOR}ppo_max_token_len_per_gpu", 20512),
+        (
+            [
+                "data.max_response_length=65000",  # and 512 of the prompt: a half for each
+                f"{ACTOR}ulysses_sequence_parallel_size=2",
+                "trainer.n_gpus_per_node=2",
+            ],
+            f"{REF}log_prob_max_token_len_per_gpu",
+            32756,
+        ),
+        (
+            [f"{ACTOR}ulysses_sequence_parallel_size=2", "trainer.n_gpus_per_node=2"],
+            f"{REF}ulysses_sequence_parallel_size",
+            2,
+        ),
         (
             ["data.max_response_length=20000", f"{ACTOR}ppo_max_token_len_per_gpu=null"],
             f"{ROLLOUT}log_prob_max_token_len_per_gpu",
@@ -324,6 +339,30 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
             "trainer.n_gpus_per_node=8",
         ],
         f"{ROLLOUT}tensor_model_parallel_size=3 must divide the 8 devices",
+    ),
+    "sequences over three of eight ranks": (
+        [f"{ACTOR}ulysses_sequence_parallel_size=3", "trainer.n_gpus_per_node=8"],
+        f"{ACTOR}ulysses_sequence_parallel_size=3 must divide the 8 ranks",
+    ),
+    "padded sequences over ranks": (
+        [
+            f"{REF}ulysses_sequence_parallel_size=2",
+            "actor_rollout_ref.model.use_remove_padding=False",
+            "trainer.n_gpus_per_node=2",
+        ],
+        f"{REF}ulysses_sequence_parallel_size=2 splits packed sequences: set "
+        "actor_rollout_ref.model.use_remove_padding=True",
+    ),
+    "a reference that splits less": (
+        [
+            f"{ACTOR}ulysses_sequence_parallel_size=4",
+            f"{REF}ulysses_sequence_parallel_size=2",
+            f"{ACTOR}ppo_max_token_len_per_gpu=3000",
+            "data.max_prompt_length=1000",
+            "data.max_response_length=8000",
+            "trainer.n_gpus_per_node=4",
+        ],
+        f"{REF}log_prob_max_token_len_per_gpu=3000 can't hold one sequence of 9000 tokens",
     ),
     "prompts in one piece": (
         [

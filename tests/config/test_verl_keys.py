@@ -40,7 +40,9 @@ VALUES: dict[str, tuple[Any, Any]] = {  # two that are not the default
     "actor_rollout_ref.actor.grad_clip": (0.5, 2.0),
     "actor_rollout_ref.actor.optim.eps": (1e-5, 1e-6),
     "actor_rollout_ref.actor.optim.warmup_style": ("cosine", "linear"),
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": (2, 1),
     "actor_rollout_ref.model.use_remove_padding": (False, True),
+    "actor_rollout_ref.ref.ulysses_sequence_parallel_size": (2, 1),
     "algorithm.bypass_old_log_prob": (True, False),
     "actor_rollout_ref.ref.fsdp_config.mixed_precision.param_dtype": ("float32", "bfloat16"),
     "custom_reward_function.name": ("f", "g"),
@@ -77,7 +79,7 @@ def test_all_that_verls_scripts_ask_for_is_accepted_or_known() -> None:
         for name in script["scripts"]:
             accepted[name.partition(" ")[0]] += not lines
         assert not [line for line in lines if "there is no key" in line], script["scripts"]
-    assert accepted >= Counter({"b178a3c": 12, "v0.7.0": 16, "v0.4.1": 12})
+    assert accepted >= Counter({"b178a3c": 12, "v0.7.0": 25, "v0.4.1": 17})
 
 
 @pytest.mark.parametrize(("name", "key"), SAME_AS.items())
@@ -85,9 +87,10 @@ def test_another_name_is_the_same_key(name: str, key: str) -> None:
     assert name not in KNOWN and key in KNOWN
     new, other = VALUES[key]
     text = json.dumps(new).replace('"', "") if isinstance(new, dict) else new
-    config = load_config([f"{name}={text}"])
+    ranks = "trainer.n_gpus_per_node=2"
+    config = load_config([f"{name}={text}", ranks])
     assert attrgetter(key)(config) == new
-    config = load_config([f"{key}={text}", f"++{name}={text}"])
+    config = load_config([f"{key}={text}", f"++{name}={text}", ranks])
     assert attrgetter(key)(config) == new
     text_2 = json.dumps(other).replace('"', "") if isinstance(other, dict) else other
     with pytest.raises(ConfigError, match=f"{re.escape(name)}=.* contradicts {re.escape(key)}="):
@@ -103,6 +106,9 @@ def test_a_count_of_all_ranks_is_shared_out(
     assert attrgetter(key)(config) == 16
     assert f"{key}=16: 128 of all 8 ranks" in caplog.text
     assert attrgetter(key)(load_config([f"{name}=null"])) is None
+    split = "actor_rollout_ref.actor.ulysses_sequence_parallel_size=4"  # two groups of ranks
+    config = load_config([f"{name}=128", split, "trainer.n_gpus_per_node=8"])
+    assert attrgetter(key)(config) == 64
 
 
 def test_no_name_stands_twice_and_none_is_a_key_here() -> None:

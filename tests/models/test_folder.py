@@ -37,6 +37,14 @@ def test_models_that_cannot_work_are_named(
     assert not caplog.records
     check_model(model, 513, export=True)
     assert "513 tokens are longer than the 512 positions" in caplog.text
+    check_model(model, 10, False, {"a.key": 2})
+    with pytest.raises(ValueError, match=r"a\.key=4: .* has 2 attention heads: take a number"):
+        check_model(model, 10, False, {"other.key": 1, "a.key": 4})
+    for kind in ("dynamic", "longrope"):
+        model.override_config = {"rope_parameters": {"rope_type": kind, "factor": 2.0}}
+        with pytest.raises(ValueError, match=rf"a\.key=2: .* has {kind} positions, .*: take 1"):
+            check_model(model, 10, False, {"a.key": 2})
+    model.override_config = {}
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no weights"):
         check_model(model, 10, export=True)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +24,11 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import free_address, make_samples, make_step, make_tiny_model
 from verl.algorithms.losses import LossConfig
 from verl.config.base import FSDPConfig, MixedPrecisionConfig, ModelConfig, OptimConfig
+from verl.models.packing import over_ranks
 from verl.models.policy import HostMemory, MicroBatchLimit, PolicyWorker, learning_rate_factor
 from verl.protocol import OptimizerStep, Sample
 from verl.trainer.ppo.core_algos import WEIGHTS, kl_divergence, policy_loss, response_weights
+from verl.trainer.ppo.metrics import update_metrics
 from verl.utils.seqlen_balancing import balanced_partitions
 
 LENGTHS = [3, 9, 0, 1, 20, 7, 12, 2]
@@ -84,9 +87,16 @@ def gradient(
     policy: PolicyWorker, step: OptimizerStep, limit: MicroBatchLimit, loss: LossConfig = LOSS
 ) -> torch.Tensor:
     """Flat gradient of the loss over all ranks' samples."""
+    return gradient_and_sums(policy, step, limit, loss)[0]
+
+
+def gradient_and_sums(
+    policy: PolicyWorker, step: OptimizerStep, limit: MicroBatchLimit, loss: LossConfig = LOSS
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """And what this rank reports."""
     policy.model.zero_grad()
-    policy.accumulate_gradient(step, loss, limit)
-    return torch.cat([p.grad.full_tensor().flatten() for p in policy.model.parameters()])
+    sums = policy.accumulate_gradient(step, loss, limit)
+    return torch.cat([p.grad.full_tensor().flatten() for p in policy.model.parameters()]), sums
 
 
 def log_probs_of(
@@ -315,6 +325,100 @@ def test_ranks_do_not_change_the_gradient(
     for (_, mode, _), value in results.items():
         step = weighted_step("delta-l" if mode == "lonely" else mode)
         assert distance(value, gradient(worker, step, LIMITS["all"])) < 1e-6
+
+
+SPLITS = {4: [range(8)], 2: [range(5), range(5, 8)], 1: [range(2 * i, 2 * i + 2) for i in range(4)]}
+"""Ranks that split sequences → the samples of each such group of four ranks."""
+SEQUENCE_LOSS = replace(LOSS, rollout_is="sequence")  # which sees responses as a whole
+
+
+def masked_step() -> OptimizerStep:
+    samples = make_samples(LENGTHS)
+    samples[4].loss_mask = np.arange(LENGTHS[4]) % 3 > 0
+    return weighted_step("delta-l", samples)
+
+
+def _compare_sinks(rank: int) -> None:
+    """Attention with sinks, over two heads a rank, and over all in one: each head keeps its own."""
+    q, k, v = torch.randn(3, 1, 8, 12, 4, generator=torch.Generator().manual_seed(0))
+    sinks = torch.arange(8.0)
+
+    def with_sinks(module: Any, q: Any, k: Any, v: Any, mask: None, s_aux: Any) -> Any:
+        scores = torch.cat([q @ k.mT, s_aux[None, :, None, None].expand(1, -1, 12, 1)], -1)
+        return (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2), None
+
+    piece, options = slice(3 * rank, 3 * rank + 3), {"s_aux": sinks}
+    pieces = (x[:, :, piece] for x in (q, k, v))
+    found = over_ranks(with_sinks, None, *pieces, None, sequence_group=dist.group.WORLD, **options)
+    expected = over_ranks(with_sinks, None, q, k, v, None, **options)
+    torch.testing.assert_close(found[0], expected[0][:, piece])
+
+
+def _rank_splits(rank: int, address: str, folder: Path, out: Path) -> None:
+    """One of four processes, with a reference that is split otherwise."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=4)
+    _compare_sinks(rank)
+    step, results = masked_step(), {}
+    for split, ref_split, recompute, fsdp_size in ((4, 2, True, -1), (2, 1, False, 2)):
+        policy = PolicyWorker("cpu")
+        model = ModelConfig(str(folder), enable_gradient_checkpointing=recompute)
+        settings = FSDPConfig(fsdp_size=fsdp_size), OptimConfig(lr=1e-3), 10, FSDPConfig()
+        policy.build(model, *settings, sequence_parallel=(split, ref_split))
+        widths: list[int] = []
+        layer = policy.model.lm.get_decoder().layers[0]
+        layer.register_forward_pre_hook(lambda _, args, to=widths: to.append(args[0].shape[1]))
+        share, ref_share = (SPLITS[s][rank // s] for s in (split, ref_split))
+        mine = step.share(share)
+        for name, limit in LIMITS.items():
+            widths.clear()
+            found = gradient_and_sums(policy, mine, limit, SEQUENCE_LOSS)
+            seen = set(widths)
+            known = dict(zip(share, log_probs_of(policy, mine.samples, 0.9, limit), strict=True))
+            ref = step.share(ref_share).samples
+            ref_known = dict(zip(ref_share, log_probs_of(policy.ref, ref, 0.9, limit), strict=True))
+            passes = len(policy.micro_batches(mine.samples, limit))
+            by_rank: list[Any] = [None] * 4
+            dist.all_gather_object(by_rank, (found[1], known, ref_known, seen, passes))
+            results[split, name] = found[0], by_rank
+    if rank == 0:
+        out.write_bytes(pickle.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as above
+
+
+def test_ranks_that_split_sequences_change_nothing(tmp_path: Path) -> None:
+    """Four heads with two of keys and values, one layer that looks 6 tokens back. Lengths that
+    ranks can't divide, micro-batches that only one group of ranks has; each rank computes its part
+    of the tokens alone."""
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+    folder = make_tiny_model(tmp_path / "model", initializer_range=0.02, **shape, **window)
+    out, step, alone = tmp_path / "results", masked_step(), build(folder)
+    mp.spawn(_rank_splits, (free_address(), folder, out), nprocs=4)
+    results = pickle.loads(out.read_bytes())
+    assert len(results) == 2 * len(LIMITS)
+    tokens = [s.num_tokens - 1 for s in step.samples]
+    for (split, name), (found, by_rank) in results.items():
+        sums, known, ref_known, widths, _ = zip(*by_rank, strict=True)
+        expected, expected_sums = gradient_and_sums(alone, step, LIMITS[name], SEQUENCE_LOSS)
+        assert distance(found, expected) < 1e-6
+        metrics = update_metrics([[s] for s in sums])
+        assert metrics == pytest.approx(update_metrics([[expected_sums]]), rel=1e-6, abs=1e-6)
+        expected_log_probs = log_probs_of(alone, step.samples, 0.9, LIMITS[name])
+        for of_rank in (*known, *ref_known):
+            for i, log_probs in of_rank.items():
+                np.testing.assert_allclose(log_probs, expected_log_probs[i], atol=1e-6)
+        for found_by in (known, ref_known):
+            assert set().union(*found_by) == set(range(8))
+        if name == "all":
+            shares = [SPLITS[split][rank // split] for rank in range(4)]
+            assert [*widths] == [{-(-sum(tokens[i] for i in s) // split)} for s in shares]
+    assert results[2, "one"][1][0][-1] == 5  # passes, of which the other group's last two are empty
+    assert results[4, "tokens"][1][0][-1] == 1  # of 4 · 40 tokens
 
 
 def test_a_response_without_weight_changes_nothing(worker: PolicyWorker) -> None:

@@ -71,19 +71,20 @@ def peak(tracker: FSDPMemTracker) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("model", "ranks", "checkpointing", "tokens"),
+    ("model", "ranks", "checkpointing", "tokens", "split"),
     [
-        (QWEN_3B, 4, True, 9216),
-        (QWEN_3B, 8, False, 9216),
-        (QWEN_7B, 8, True, 9216),
+        (QWEN_3B, 4, True, 9216, 1),
+        (QWEN_3B, 8, False, 9216, 1),
+        (QWEN_7B, 8, True, 18432, 2),
     ],
-    ids=["3B-4", "3B-8-all-activations", "7B-8"],
+    ids=["3B-4", "3B-8-all-activations", "7B-8-sequences-over-two"],
 )
 def test_the_real_models(
     model: dict[str, Any],
     ranks: int,
     checkpointing: bool,
     tokens: int,
+    split: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -92,11 +93,13 @@ def test_the_real_models(
     key = "actor_rollout_ref.model.enable_gradient_checkpointing"
     settings = [f"{key}={checkpointing}", f"trainer.n_gpus_per_node={ranks}"]
     settings += [f"data.max_prompt_length={PROMPT}", f"data.max_response_length={tokens - PROMPT}"]
+    settings += [f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={split}"]
     expected = plan(*settings, model=model).training()
     del expected["process"]  # CUDA's own
     samples = make_samples([tokens - PROMPT], prompt_length=PROMPT)
     with rank_of_many(ranks, monkeypatch):
         policy = build(tmp_path, model, checkpointing, monkeypatch)
+        group = dist.new_subgroups(split)[0] if split > 1 else None
         optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
         for parameter in policy.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -104,7 +107,7 @@ def test_the_real_models(
         with FSDPMemTracker(policy, optimizer) as stepping:
             optimizer.step()
         with FSDPMemTracker(policy, optimizer) as tracker:
-            log_probs, entropy = policy(pack(samples, CPU), 1.0)
+            log_probs, entropy = policy(pack(samples, CPU, group=group), 1.0)
             (log_probs + entropy).sum().backward()
         step, passes = peak(stepping), peak(tracker)
     assert passes["Sharded Param"] == expected["parameters"]

@@ -151,6 +151,41 @@ def test_activations_grow_with_the_micro_batch() -> None:
     assert plan("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3").tokens == 3 * 9216
 
 
+def test_ranks_that_split_sequences_share_the_activations() -> None:
+    """With twice as many ranks as heads of keys each rank keeps a head of keys and values that was
+    the half of one; all keep what the exchange after the attention makes, 2 bytes · 3584 a token.
+    """
+    key, full = (
+        "actor_rollout_ref.actor.ulysses_sequence_parallel_size",
+        "trainer.n_gpus_per_node=8",
+    )
+    without = "actor_rollout_ref.model.enable_gradient_checkpointing=False"
+    model = QWEN_7B | dict(num_attention_heads=32, num_key_value_heads=4, head_dim=112)
+    one, two, eight = (plan(full, without, f"{key}={n}", model=model) for n in (1, 2, 8))
+    assert (one.tokens, two.tokens, eight.tokens) == (9216, 4608, 1152)
+    assert two.parameters == one.parameters and two.shard == one.shard
+    same = dict(ppo_max_token_len_per_gpu=9216)  # tokens of a rank
+    fields = [f"actor_rollout_ref.actor.{k}={v}" for k, v in same.items()]
+    fields += ["actor_rollout_ref.actor.use_dynamic_bsz=True", full, without]
+    one, two, eight = (plan(*fields, f"{key}={n}", model=model) for n in (1, 2, 8))
+    exchange, keys = 28 * 9216 * 2 * 3584, 28 * 9216 * 2 * 2 * 4 * 112
+    assert two.activations() == one.activations() + exchange
+    assert eight.activations() == one.activations() + exchange + keys
+
+
+def test_long_sequences_fit_when_ranks_split_them() -> None:
+    """131,072 tokens of a response: their activations fill a GPU, with checkpoints, too."""
+    long = [*OFFLOAD, "data.max_response_length=131072", "trainer.n_gpus_per_node=8"]
+    long += ["actor_rollout_ref.rollout.max_num_seqs=16"]
+    split = "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"
+    assert plan(*long).verdict().endswith(f"does not fit (train); it would with {split}")
+    assert plan(*long, split).fits()
+    long.append("actor_rollout_ref.actor.use_dynamic_bsz=True")
+    budget = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=66048"  # a half of one
+    assert plan(*long).verdict().endswith(f"it would with {budget} {split}")
+    assert plan(*long, budget, split).fits()
+
+
 def test_the_smallest_change_that_fits_is_named() -> None:
     assert plan(*OFFLOAD).verdict().startswith("it fits; most is needed in 'generate': ")
     # 21 GiB of parameters and optimizer stay beside vLLM's 63 GiB of 79: one of the two must go.

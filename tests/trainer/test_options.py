@@ -5,7 +5,27 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.trainer.test_main_ppo import read, run, settings  # noqa: F401  a fixture
+from tests.trainer.test_main_ppo import finished, read, run, settings  # noqa: F401  fixtures
+
+
+def test_two_ranks_that_split_sequences_train_as_two_that_do_not(
+    finished: Path,  # noqa: F811
+    settings: list[str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The actor's sequences alone; the reference has the usual batches."""
+    run(
+        settings,
+        f"trainer.default_local_dir={tmp_path}",
+        "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
+        "actor_rollout_ref.ref.ulysses_sequence_parallel_size=1",
+        "trainer.total_training_steps=2",
+        "trainer.save_freq=-1",
+    )
+    expected = read(finished)[:3]
+    assert [line["step"] for line in expected] == [0, 1, 2]
+    for line, found in zip(expected, read(tmp_path), strict=True):
+        assert found == pytest.approx(line, rel=1e-3, abs=1e-5)
 
 
 def test_filters_and_kl_in_reward(

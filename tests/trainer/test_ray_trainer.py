@@ -367,8 +367,34 @@ def test_every_rank_gets_as_many_responses_without_balance(
     trainer = make_trainer(tiny_model, tmp_path, "trainer.balance_batch=False")
     workers = in_process(trainer.config, worker)
     workers.actor = [None, None]
-    assert workers._shares(make_samples([9, 1, 1, 1])) == [[0, 1], [2, 3]]
-    assert workers._shares(make_samples([9])) == [[0], []]
+    assert workers._shares(make_samples([9, 1, 1, 1]), 1) == [[0, 1], [2, 3]]
+    assert workers._shares(make_samples([9]), 1) == [[0], []]
+
+
+def test_ranks_that_split_sequences_get_the_same_responses(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The actor's do here, those of the reference don't."""
+    key = "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"
+    options = [key, "actor_rollout_ref.ref.ulysses_sequence_parallel_size=1"]
+    trainer = make_trainer(tiny_model, tmp_path, *options, "trainer.n_gpus_per_node=2")
+    workers, sent = in_process(trainer.config, worker), dict[str, list[list[int]]]()
+
+    def scatter(method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        batches = [args[0] for args in arguments]
+        batches = [b[0].samples for b in batches] if method == "update" else batches
+        sent[method] = [[len(s.response_ids) for s in batch] for batch in batches]
+        return [np.zeros(sum(lengths)) for lengths in sent[method]]
+
+    monkeypatch.setattr(workers.actor, "scatter", scatter)
+    samples = make_samples([9, 2, 3, 4])
+    workers.add_log_probs(samples, "actor")
+    workers.add_log_probs(samples, "ref")
+    workers.update([make_step(samples)])
+    whole = [9, 2, 3, 4]
+    assert sent["log_probs"] == sent["update"] == [whole, whole]
+    first, second = sent["ref_log_probs"]
+    assert first and second and sorted(first + second) == sorted(whole)
 
 
 def test_fresh_responses_beside_them_get_the_actors(
@@ -529,7 +555,7 @@ def prepare(trainer: RayPPOTrainer, worker: PolicyWorker) -> list[str]:
 
     trainer.workers = in_process(trainer.config, worker)
     trainer.workers.actor.call = write
-    trainer.workers.engines = SimpleNamespace(call_all=lambda method: None)
+    trainer.workers.engines = SimpleNamespace(sleep=lambda: None)
     trainer.workers.free_devices = trainer.batches.policy_updated = lambda: None
     trainer.batches.next = lambda step, timer: TrainBatch(make_samples(LENGTHS), {})
     return written

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import transformers.utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from verl.models.packing import over_ranks
 from verl.utils import device
 
 GPU = torch.device("cuda")
@@ -36,6 +38,7 @@ def test_the_attention_of_packed_rows(
     monkeypatch.setattr(transformers.utils, "is_flash_attn_3_available", lambda: installed)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert device.default_packed_attention(GPU, dtype) == name
+    assert ALL_ATTENTION_FUNCTIONS[name].func is over_ranks  # which splits sequences
     assert device.default_packed_attention(torch.device("cpu"), dtype) == "packed_attention"
 
 

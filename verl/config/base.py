@@ -276,7 +276,7 @@ class SFTDataConfig(TrainFilesConfig):
     micro_batch_size_per_gpu: int | None = key(None, low=1)
     """Rows of one forward/backward pass on a rank; null: a token budget."""
     max_token_len_per_gpu: int = key(
-        "${verl.token_budget:${.max_length}}", low=1, idle_if="micro_batch_size_per_gpu!=null"
+        "${verl.token_budget:1,${.max_length}}", low=1, idle_if="micro_batch_size_per_gpu!=null"
     )
     """That budget; null: 16384, or max_length if it is more."""
 

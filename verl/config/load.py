@@ -41,7 +41,9 @@ ConfigStore.instance().store(name="schema", node=Config)
 ConfigStore.instance().store(name="sft_schema", node=SFTConfig)
 OmegaConf.register_new_resolver("verl.ranks", default_ranks)
 OmegaConf.register_new_resolver("verl.is_null", lambda value: value is None)
-OmegaConf.register_new_resolver("verl.token_budget", lambda *lengths: max(16384, sum(lengths)))
+OmegaConf.register_new_resolver(
+    "verl.token_budget", lambda ranks, *lengths: max(16384, -(-sum(lengths) // max(1, ranks)))
+)
 
 
 class ConfigError(ValueError):
@@ -195,8 +197,9 @@ def _override(
             unknown = isinstance(error, ConfigKeyError | ConfigAttributeError)
             problems.update([unknown_key(known, key) if unknown else (text, key)])
     for key, (name, count) in totals.items():
+        section = config.actor_rollout_ref["ref" if ".ref." in key else "actor"]
         ranks = max(1, config.trainer.nnodes * config.trainer.n_gpus_per_node)
-        share = max(1, count // ranks)
+        share = max(1, count * section.ulysses_sequence_parallel_size // ranks)
         if written.get(key, (key, share))[1] not in (None, share):
             problems[f"{name}={count} on {ranks} ranks contradicts {key}={written[key][1]}"] = key
         OmegaConf.update(config, key, share)

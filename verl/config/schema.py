@@ -96,11 +96,13 @@ class ActorConfig(Section):
     use_dynamic_bsz: bool = key("${verl.is_null:${.ppo_micro_batch_size_per_gpu}}", **FREE)
     """Micro-batches by token budget instead of by count; null: where no count is given."""
     ppo_max_token_len_per_gpu: int = key(
-        "${verl.token_budget:${data.max_prompt_length},${data.max_response_length}}",
+        "${verl.token_budget:${.ulysses_sequence_parallel_size},${data.max_prompt_length},"
+        "${data.max_response_length}}",
         **SIZE,
         idle_if="actor.use_dynamic_bsz=False",
     )
-    """That budget (prompts and responses); null: 16384, or the longest sequence if it is longer."""
+    """That budget of a rank (prompts and responses); null: 16384, or its part of the longest
+    sequence if that is longer."""
     ppo_epochs: int = key(1, low=1)
     """Passes over the train batch in each step."""
     shuffle: bool = False
@@ -144,8 +146,9 @@ class ActorConfig(Section):
     """Weight of that term."""
     kl_loss_type: str = key("low_var_kl", choices=KL_ESTIMATORS, idle_if="use_kl_loss=False")
     """Estimator of that term."""
-    ulysses_sequence_parallel_size: int = key(1, low=1, high=1)
-    """Sequence parallelism; only 1 (none) is supported."""
+    ulysses_sequence_parallel_size: int = key(1, **SIZE)
+    """Ranks that split the sequences of a micro-batch (arXiv 2309.14509), which may hold so many
+    times ppo_max_token_len_per_gpu. It divides the ranks and the attention heads."""
     optim: OptimConfig = key(OptimConfig, on_resume="warn")
     fsdp_config: FSDPConfig = key(FSDPConfig)
     checkpoint: CheckpointConfig = key(CheckpointConfig)
@@ -166,8 +169,8 @@ class RefConfig(Section):
         idle_if="ref.log_prob_use_dynamic_bsz=False",
     )
     """Follows rollout.log_prob_max_token_len_per_gpu."""
-    ulysses_sequence_parallel_size: int = key(1, low=1, high=1)
-    """Sequence parallelism; only 1 (none) is supported."""
+    ulysses_sequence_parallel_size: int = key("${..actor.ulysses_sequence_parallel_size}", **SIZE)
+    """Follows actor.ulysses_sequence_parallel_size."""
     fsdp_config: FSDPConfig = key(FSDPConfig)
 
 

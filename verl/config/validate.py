@@ -29,7 +29,7 @@ def validate(config: Config | SFTConfig, wrong: Collection[str] = ()) -> list[st
     wrong = {*wrong, *(key for key, _ in values)}
     found = [*_common(config)]
     if isinstance(config, Config):
-        found += [*_method(config), *_engines(config)]
+        found += [*_method(config), *_ranks(config), *_engines(config)]
         found += [] if config.trainer.val_only else _training(config)
     lines = [_filled(text, config) for text in found]
     return [text for _, text in values] + [x for x in lines if not any(key in x for key in wrong)]
@@ -199,6 +199,22 @@ def _training(config: Config) -> Iterator[str]:
             yield text + f"{{{name}}}={off[name]}, or top_p=1 and top_k=-1"
 
 
+def _ranks(config: Config) -> Iterator[str]:
+    ranks, models = config.trainer.nnodes * config.trainer.n_gpus_per_node, config.actor_rollout_ref
+    for key, size in config.ending("fsdp_config.fsdp_size").items():
+        if size == 0 or ranks % abs(size):
+            yield f"{{{key}=}} must divide the {ranks} ranks, or be -1"
+    for name, section in (("actor", models.actor), ("ref", models.ref)):
+        split = section.ulysses_sequence_parallel_size
+        if section is models.ref and split == models.actor.ulysses_sequence_parallel_size:
+            continue  # it follows
+        if ranks % max(1, split):
+            yield f"{{{name}.ulysses_sequence_parallel_size=}} must divide the {ranks} ranks"
+        if split > 1 and not models.model.use_remove_padding:
+            remedy = "splits packed sequences: set {use_remove_padding}=True"
+            yield f"{{{name}.ulysses_sequence_parallel_size=}} {remedy}"
+
+
 def _engines(config: Config) -> Iterator[str]:
     data, trainer, actor = config.data, config.trainer, config.actor_rollout_ref.actor
     rollout, split = config.actor_rollout_ref.rollout, trainer.rollout_gpus_per_node
@@ -206,18 +222,15 @@ def _engines(config: Config) -> Iterator[str]:
     longest = data.max_prompt_length + data.max_response_length
     lengths = "({data.max_prompt_length=}, {data.max_response_length=})"
     short = f"can't hold one sequence of {longest} tokens {lengths}"
-    if actor.use_dynamic_bsz and actor.ppo_max_token_len_per_gpu < longest:
+    budget = actor.ppo_max_token_len_per_gpu * actor.ulysses_sequence_parallel_size
+    if actor.use_dynamic_bsz and budget < longest:
         yield "{ppo_max_token_len_per_gpu=} " + short
-    for name, part in (("rollout", rollout), ("ref", config.actor_rollout_ref.ref)):
-        if part.log_prob_use_dynamic_bsz and part.log_prob_max_token_len_per_gpu < longest:
+    ref = config.actor_rollout_ref.ref
+    for name, part, section in (("rollout", rollout, actor), ("ref", ref, ref)):
+        budget = part.log_prob_max_token_len_per_gpu * section.ulysses_sequence_parallel_size
+        if part.log_prob_use_dynamic_bsz and budget < longest:
             yield f"{{{name}.log_prob_max_token_len_per_gpu=}} " + short
             break  # the reference's follows
-    ranks = trainer.nnodes * trainer.n_gpus_per_node
-    sizes = {"actor": actor.fsdp_config, "ref": config.actor_rollout_ref.ref.fsdp_config}
-    sizes["reward_model.model"] = config.reward_model.model.fsdp_config
-    for name, fsdp in sizes.items():
-        if fsdp.fsdp_size == 0 or ranks % abs(fsdp.fsdp_size):
-            yield f"{{{name}.fsdp_config.fsdp_size=}} must divide the {ranks} ranks, or be -1"
     if trainer.async_rollout and not split:
         yield "{async_rollout=} needs engines on devices of their own: set {rollout_gpus_per_node}"
     if transfer in ("ipc", "nccl") and rollout.name == "hf":

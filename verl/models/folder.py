@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +22,7 @@ from verl.models.guard import check_family
 from verl.models.hf import (
     architecture,
     check_names,
+    check_split,
     load_hf_config,
     load_tokenizer,
     stop_token_ids,
@@ -51,13 +53,18 @@ def model_folder(model: ModelConfig) -> Path:
     return path if path.is_dir() else Path(str(cached_file(model.path, "config.json"))).parent
 
 
-def check_model(model: ModelConfig, longest: int, export: bool) -> None:
-    """Downloads the policy's model, if it is one of the hub. Raises: ValueError for what would stop
-    workers later or (`export`) the end of the run."""
+def check_model(
+    model: ModelConfig, longest: int, export: bool, split: Mapping[str, int] | None = None
+) -> None:
+    """Downloads the policy's model, if it is one of the hub. `split`: keys, and over how many ranks
+    they split sequences. Raises: ValueError for what would stop workers later or (`export`) the end
+    of the run."""
     config = load_hf_config(model)
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     ropes = getattr(text, "rope_parameters", None) or {}
+    for key, ranks in (split or {}).items():
+        check_split(text, ranks, f"{key}={ranks}: {model.path}")
     fetch(model, longest)
     if min(stop_token_ids(model)) >= (size := text.vocab_size):
         raise ValueError(f"{model.path} has {size} tokens, and the tokenizer's end is none of them")

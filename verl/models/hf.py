@@ -84,6 +84,18 @@ def check_names(missing: Collection[str], others: Collection[str], lm: Any, path
         raise ValueError(f"{text}: correct its config.json")
 
 
+def check_split(config: Any, ranks: int, name: str) -> None:
+    """Raises ValueError if a text model's sequences can't be split over so many ranks."""
+    if ranks == 1:
+        return
+    if (heads := config.num_attention_heads) % ranks:
+        raise ValueError(f"{name} has {heads} attention heads: take a number that divides them")
+    positions = str(getattr(config, "rope_parameters", None))
+    for kind in ("dynamic", "longrope"):  # of the longest sequence, which one rank may not see
+        if f"'{kind}'" in positions:
+            raise ValueError(f"{name} has {kind} positions, which need whole sequences: take 1")
+
+
 def load_tokenizer(model: ModelConfig) -> Any:
     """What decides prompts, texts and stopping. Raises: ValueError if there is none."""
     import_libraries(model)

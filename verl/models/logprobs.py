@@ -25,7 +25,7 @@ class PolicyModel(nn.Module):
         self.scale, self.cap = scale_and_cap(lm)
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """(log_probs, entropy) of `batch.targets`, float32 [T] each."""
+        """(log_probs, entropy) of the targets of all ranks that split the row, float32 [T] each."""
         decoder, options = self.lm.get_decoder(), batch.model_kwargs | {"use_cache": False}
         with self.saving():
             output = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, **options)
@@ -33,7 +33,9 @@ class PolicyModel(nn.Module):
         head = self.lm.get_output_embeddings()
         options = {"bias": head.bias, "vocabulary_size": self.vocabulary_size, "cap": self.cap}
         temperature /= self.scale
-        return chunked_log_probs(hidden, head.weight, batch.targets, temperature, **options)
+        values = chunked_log_probs(hidden, head.weight, batch.targets, temperature, **options)
+        log_probs, entropy = map(batch.of_all_ranks, values)
+        return log_probs, entropy
 
     def plain_log_probs(self, ids: Tensor, count: int) -> Tensor:
         """Of the last tokens of `ids`, [1, S], by the model's own forward pass: float32 [count]."""

@@ -1,14 +1,18 @@
 """list[Sample] → the tensors of one forward pass, and the attention that understands them. The only
-place where tokens are shifted: the hidden state of token t predicts token t + 1."""
+place where tokens are shifted: the hidden state of token t predicts token t + 1; and where a packed
+row is split over ranks (DeepSpeed-Ulysses, arXiv 2309.14509)."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _functional_collectives as collectives
 from torch.nn.functional import pad as pad_
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
@@ -34,13 +38,30 @@ class Batch:
     targets: Tensor  # the response tokens that count, sample after sample, [T]
     predictors: Tensor  # where, in the flattened input, the hidden states are that predict them
     model_kwargs: dict[str, Any]  # for the attention: a padding mask, or the sequences' bounds
+    group: Any = None  # of the ranks that hold a piece of the row each; None: the row is whole
+    elsewhere: tuple[int, int] = (0, 0)  # targets before and after these, on the group's others
+
+    def of_all_ranks(self, values: Tensor) -> Tensor:
+        """Values of `targets` → those of all the group's, in order, on each of its ranks. Their
+        gradient is that of the ranks' sum: of a loss that each rank computes, a multiple."""
+        if self.group is None:
+            return values
+        padded = torch.nn.functional.pad(values, self.elsewhere)
+        total = collectives.wait_tensor(collectives.all_reduce(padded, "sum", self.group))
+        return total.clone()  # FSDP's hooks don't like views
 
 
-def pack(samples: Sequence[Sample], device: torch.device, remove_padding: bool = True) -> Batch:
-    """The tensors of one forward pass. Without samples there is one token that predicts nothing: a
-    rank that has run out of sequences still takes part in collective operations."""
+def pack(
+    samples: Sequence[Sample], device: torch.device, remove_padding: bool = True, group: Any = None
+) -> Batch:
+    """The tensors of one forward pass; with `group`, this rank's of equal pieces of the packed row,
+    one for each rank of that process group. Tokens that predict nothing are added where a piece is
+    short, or without samples: a rank that has run out of them still takes part in collectives."""
+    ranks, rank = (dist.get_world_size(group), dist.get_rank(group)) if group else (1, 0)
     none = np.zeros(0, np.int64)
     rows = [np.concatenate([s.prompt.token_ids, s.response_ids])[:-1] for s in samples] or [none]
+    if short := -sum(max(1, len(row)) for row in rows) % ranks:
+        rows.append(np.zeros(short, np.int64))
     lengths = np.array([max(1, len(row)) for row in rows])
     tensor = partial(torch.as_tensor, device=device)
     position_ids = np.tile(np.arange(lengths.max()), (len(rows), 1))
@@ -49,19 +70,24 @@ def pack(samples: Sequence[Sample], device: torch.device, remove_padding: bool =
         padded[: len(row)] = row
     starts = np.arange(len(rows)) * lengths.max()
     if not remove_padding:
+        assert group is None
         model_kwargs: dict[str, Any] = {"attention_mask": tensor(mask)}
     else:
         input_ids, position_ids = input_ids[mask][None], position_ids[mask][None]
         starts = np.cumsum(lengths) - lengths
-        model_kwargs = sequence_kwargs(lengths.tolist(), device)
+        model_kwargs = sequence_kwargs(lengths.tolist(), device) | {"sequence_group": group}
     predictors, targets = [none], [none]
     for s, start in zip(samples, starts, strict=False):
         before = start + len(s.prompt.token_ids) - 1 + np.arange(len(s.response_ids))
         predictors.append(s.counted(before))
         targets.append(s.counted(s.response_ids))
-    ids, positions = tensor(input_ids), tensor(position_ids)
-    wanted, where = tensor(np.concatenate(targets)), tensor(np.concatenate(predictors))
-    return Batch(ids, positions, wanted, where, model_kwargs)
+    where, wanted = np.concatenate(predictors), np.concatenate(targets)
+    size = input_ids.size // ranks
+    begin, end = np.searchsorted(where, [rank * size, (rank + 1) * size]).tolist()
+    ids, positions = (np.split(x, ranks, axis=1)[rank] for x in (input_ids, position_ids))
+    mine, predicting = tensor(wanted[begin:end]), tensor(where[begin:end] - rank * size)
+    others = begin, len(where) - end
+    return Batch(tensor(ids), tensor(positions), mine, predicting, model_kwargs, group, others)
 
 
 def sequence_kwargs(lengths: list[int], device: torch.device) -> dict[str, Any]:
@@ -227,6 +253,41 @@ def _mask(*_: Any, local_size: int | None = None, **__: Any) -> Tensor | None:
     return None if local_size is None else torch.tensor(local_size)
 
 
+def over_ranks(
+    attention: Callable[..., tuple[Tensor, None]],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sequence_group: Any = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention function over a row whose pieces the ranks of a group hold: each rank computes
+    its share of the heads over the whole row. query [1, heads, T / ranks, D], key and value [1,
+    key-value heads, T / ranks, D] → [1, T / ranks, heads, D]. Where there are fewer heads of keys
+    than ranks, they are repeated. Without a group it is `attention` itself."""
+    if sequence_group is None:
+        return attention(module, query, key, value, attention_mask, **options)
+    ranks = dist.get_world_size(sequence_group)
+    repeat = ranks // math.gcd(ranks, key.shape[1])
+    key, value = (x.repeat_interleave(repeat, 1) for x in (key, value))
+    if (sinks := options.get("s_aux")) is not None:  # one a head
+        options["s_aux"] = sinks.chunk(ranks)[dist.get_rank(sequence_group)]
+    whole = (_exchange(x, sequence_group, ranks) for x in (query, key, value))
+    output, _ = attention(module, *whole, attention_mask, **options)
+    return _exchange(output, sequence_group, ranks), None
+
+
+def _exchange(x: Tensor, group: Any, ranks: int) -> Tensor:
+    """[1, A, B, D] on each rank → [1, A / ranks, B · ranks, D]: rank i gets the i-th part of A."""
+    parts = x.unflatten(1, (ranks, -1)).movedim(1, 0).contiguous()
+    received = collectives.all_to_all_single(parts, None, None, group)
+    return collectives.wait_tensor(received).movedim(0, 2).flatten(2, 3)
+
+
 for function in (packed_attention, packed_varlen):  # by these names
-    AttentionInterface.register(function.__name__, function)
+    AttentionInterface.register(function.__name__, partial(over_ranks, function))
     AttentionMaskInterface.register(function.__name__, _mask)
+FLASH = "flash_attention_3"  # transformers' own
+AttentionInterface.register(FLASH, partial(over_ranks, AttentionInterface()[FLASH]))

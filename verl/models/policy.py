@@ -39,7 +39,8 @@ HF_FOLDER = "huggingface"
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchLimit:
-    """How much goes into one pass: `size` sequences or, where that is None, `max_tokens`."""
+    """How much goes into one pass: `size` sequences or, where that is None, `max_tokens` of each
+    rank that takes part in it."""
 
     size: int | None = None
     max_tokens: int = 16384
@@ -86,7 +87,9 @@ class HostMemory:
 class PolicyWorker:
     """One rank's part of a sharded model. Methods are collective: all ranks call them together."""
 
-    def __init__(self, device: str, transfer: str = "host") -> None:
+    def __init__(
+        self, device: str, transfer: str = "host", timeout: timedelta | None = None
+    ) -> None:
         if transfer == "ipc":
             devices.forbid_expandable_segments()
         self.device = devices.get_device(device)
@@ -95,7 +98,7 @@ class PolicyWorker:
         self.ref: PolicyWorker  # the policy that KL terms compare with
         self.reward_model: PolicyWorker  # what scores responses, if it is a model
         self.engines_group: Any = None
-        self.timeout: timedelta | None = None  # of process groups
+        self.timeout = timeout  # of process groups
         self.shared: Sequence[Tensor] = ()
 
     def connect(
@@ -115,13 +118,20 @@ class PolicyWorker:
         total_steps: int = 0,
         ref_fsdp_config: FSDPConfig | None = None,
         reward_model: tuple[ClassifierConfig, FSDPConfig] | None = None,
+        sequence_parallel: tuple[int, int] = (1, 1),
     ) -> tuple[ModelSize | None, float | None]:
         """Loads and shards the model, to be trained by AdamW as `optim` says and, with
-        `ref_fsdp_config`, the reference beside it; with `reward_model`, that one, too. Returns the
-        model's matrix products, and the device's peak in operations a second, if known."""
+        `ref_fsdp_config`, the reference beside it; with `reward_model`, that one, too.
+        `sequence_parallel`: ranks in a row that get the same samples and split them, of policy and
+        reference. Returns the model's matrix products, and the device's peak in operations a
+        second, if known."""
         self.model_config, self.config = model, fsdp_config
         self.optim, self.total_steps = optim, total_steps
-        self.pack = partial(pack, device=self.device, remove_padding=model.use_remove_padding)
+        self.split, ref_split = sequence_parallel
+        group = dist.new_subgroups(self.split, timeout=self.timeout)[0] if self.split > 1 else None
+        self.pack = partial(
+            pack, device=self.device, remove_padding=model.use_remove_padding, group=group
+        )
         if fsdp_config.full_determinism:
             devices.be_deterministic()
         self.model = build_policy(model, fsdp_config, self.device)
@@ -133,10 +143,10 @@ class PolicyWorker:
         self.optimizers = [adamw(optim.lr, optim.eps)] if optim else []
         self.move(HOST)
         if ref_fsdp_config is not None:
-            self.ref = PolicyWorker(self.device.type)
-            self.ref.build(model, ref_fsdp_config)
+            self.ref = PolicyWorker(self.device.type, timeout=self.timeout)
+            self.ref.build(model, ref_fsdp_config, sequence_parallel=(ref_split, 1))
         if reward_model is not None:
-            self.reward_model = PolicyWorker(self.device.type)
+            self.reward_model = PolicyWorker(self.device.type, timeout=self.timeout)
             self.reward_model.build(*reward_model)
         return model_size(self.model.lm) if optim else None, devices.peak_flops(self.device)
 
@@ -158,7 +168,8 @@ class PolicyWorker:
 
     def micro_batches(self, samples: Sequence[Sample], limit: MicroBatchLimit) -> list[list[int]]:
         """Which samples go through each pass: as many passes on every rank, the last ones empty."""
-        parts = micro_batches([s.num_tokens for s in samples], limit.size, limit.max_tokens)
+        tokens = limit.max_tokens * self.split
+        parts = micro_batches([s.num_tokens for s in samples], limit.size, tokens)
         count = torch.tensor(len(parts))
         dist.all_reduce(count, dist.ReduceOp.MAX)
         return parts + [[] for _ in range(int(count) - len(parts))]
@@ -191,18 +202,21 @@ class PolicyWorker:
     def accumulate_gradient(
         self, step: OptimizerStep, loss: LossConfig, limit: MicroBatchLimit
     ) -> dict[str, float]:
-        """Adds the gradient of Σ_i w_i Σ_t ℓ_it of all ranks' shares; returns this rank's sums."""
+        """Adds the gradient of Σ_i w_i Σ_t ℓ_it of all ranks' shares; returns this rank's sums, of
+        ranks that split the same samples the first one's."""
         totals: dict[str, Tensor] = {}
         for indices in self.micro_batches(step.samples, limit):
             part = step.share(indices)
             log_probs, entropy = self.model(self.pack(part.samples), loss.temperature)
             value, sums = LOSSES[loss.kind](loss_inputs(part, log_probs, entropy), loss)
-            # FSDP averages gradients over ranks; the loss is a sum.
-            (value * dist.get_world_size()).backward()
+            # FSDP averages gradients over ranks; the loss is a sum, which `split` ranks each take.
+            (value * (dist.get_world_size() // self.split)).backward()
             for name, number in sums.items():
                 merge = torch.maximum if name.endswith("_max") else torch.add
                 number = number.detach()
                 totals[name] = merge(totals[name], number) if name in totals else number
+        if dist.get_rank() % self.split:
+            return {}
         tokens = sum(s.length for s in step.samples)
         return {name: value.item() for name, value in totals.items()} | {"tokens": tokens}
 

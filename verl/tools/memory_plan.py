@@ -13,8 +13,6 @@ import itertools
 import json
 import math
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.config.schema import Config
+from verl.tools.machine import read_gpus
 
 GIB = 2**30
 CONTEXT, ASLEEP, GRAPHS = 2 * GIB, 1 * GIB, 1.5 * GIB
@@ -117,8 +116,9 @@ class Plan:
         size = self.actor.ppo_micro_batch_size_per_gpu
         self.by_budget = self.actor.use_dynamic_bsz or size is None
         self.tokens = self.actor.ppo_max_token_len_per_gpu
+        self.split = self.actor.ulysses_sequence_parallel_size  # ranks that share a micro-batch
         if size is not None and not self.by_budget:
-            self.tokens = size * self.longest
+            self.tokens = -(-size * self.longest // self.split)
         precision = self.fsdp.mixed_precision
         half = self.cuda and precision.param_dtype in (None, "bfloat16")
         self.compute = 2 if half else 4  # bytes of a number
@@ -130,6 +130,7 @@ class Plan:
         (self.wide, _), (self.narrow, _), _, _, (self.inner, _), *_ = self.layer
         head = self.wide // self.heads
         kv_heads = max(1, self.narrow // head // self.parallel)  # of an engine's device
+        self.repeated = self.split // math.gcd(self.split, self.narrow // head)
         self.norms = model["model_type"] == "qwen3"  # of queries and keys
         self.kv_token = 2 * self.layers * kv_heads * head * self.compute
         self.parameters = self._count(1)
@@ -158,10 +159,12 @@ class Plan:
         c, H, T = self.compute, self.hidden, self.tokens
         root, layer = numbers(self.root), numbers(self.layer)
         # A norm keeps its input and result in fp32 or as they are. SDPA's keys and values are
-        # repeated for each head, and its outputs copied; the packed kernel does neither.
+        # repeated for each head, and its outputs copied; the packed kernel does neither. Ranks that
+        # split sequences exchange the outputs, and have a head of keys each, at least.
         normed = 2 * H + (self.wide + self.narrow if self.norms else 0)
         kernel = self.cuda and self.packed and c == 2
-        attention = c * (2 * self.wide + 2 * self.narrow if kernel else 5 * self.wide)
+        attention = 2 * self.wide + 2 * self.narrow * self.repeated if kernel else 5 * self.wide
+        attention = c * (attention + (self.wide if self.split > 1 else 0))
         one = T * ((4 + 2 * c) * normed + attention + 4 * c * self.inner)
         kept = self.inputs() if self.checkpointing else one * self.layers
         kept = 0 if self.offloads_inputs else kept
@@ -280,6 +283,8 @@ class Plan:
         """Whether each phase does, with a cache for one sequence at least, and the host's part."""
         if self.generating()["KV cache"] < self.kv_token * self.longest:
             return False
+        if self.by_budget and self.split * self.tokens < self.longest:
+            return False
         if self.cuda and sum(self.host().values()) > self.host_memory:
             return False
         return all(sum(parts.values()) <= self.memory for parts in self.phases().values())
@@ -302,27 +307,30 @@ class Plan:
 
     def _changes(self) -> list[tuple[str, Any]]:
         """Keys and values that take less memory, the cheapest first."""
-        actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-        gpus = self.engine_gpus or self.ranks
-        on = [f"{actor}.fsdp_config.optimizer_offload", f"{actor}.fsdp_config.param_offload"]
-        if self.reference:
-            on.append("actor_rollout_ref.ref.fsdp_config.param_offload")
-        if self.scorer:
-            on.append("reward_model.model.fsdp_config.param_offload")
-        on.append("actor_rollout_ref.model.enable_gradient_checkpointing")
-        on.append(f"{rollout}.free_cache_engine")
+
+        def sizes(devices: int) -> list[int]:
+            return [size for size in (2, 4, 8) if devices % size == self.heads % size == 0]
+
+        on = ["actor.fsdp_config.optimizer_offload", "actor.fsdp_config.param_offload"]
+        on += ["ref.fsdp_config.param_offload"] * self.reference
+        on += ["reward_model.model.fsdp_config.param_offload"] * (self.scorer is not None)
+        on += ["model.enable_gradient_checkpointing", "rollout.free_cache_engine"]
         changes: list[tuple[str, Any]] = [(key, True) for key in on]
+        splits = [s for s in sizes(self.trainer.nnodes * self.ranks) if s > self.split]
+        splits = splits if self.packed else []
         if self.by_budget:
-            changes.append((f"{actor}.ppo_max_token_len_per_gpu", self.longest))
+            budgets = [-(-self.longest // split) for split in (self.split, *splits)]
+            changes += [("actor.ppo_max_token_len_per_gpu", tokens) for tokens in budgets]
         else:
-            sizes = [size for size in (2, 1) if size * self.longest < self.tokens]
-            changes += [(f"{actor}.ppo_micro_batch_size_per_gpu", size) for size in sizes]
+            fewer = [n for n in (2, 1) if n * self.longest < self.split * self.tokens]
+            changes += [("actor.ppo_micro_batch_size_per_gpu", n) for n in fewer]
+        changes += [("actor.ulysses_sequence_parallel_size", split) for split in splits]
         if self.vllm:
-            shares = (0.8, 0.7, 0.6, 0.5, 0.4)
-            changes += [(f"{rollout}.gpu_memory_utilization", share) for share in shares]
-            splits = [p for p in (2, 4, 8) if gpus % p == self.heads % p == 0]
-            changes += [(f"{rollout}.tensor_model_parallel_size", p) for p in splits]
-        return changes
+            gpus, shares = self.engine_gpus or self.ranks, (0.8, 0.7, 0.6, 0.5, 0.4)
+            changes += [("rollout.gpu_memory_utilization", share) for share in shares]
+            changes += [("rollout.tensor_model_parallel_size", size) for size in sizes(gpus)]
+        others = "reward_model."
+        return [(k if k.startswith(others) else f"actor_rollout_ref.{k}", v) for k, v in changes]
 
     def __str__(self) -> str:
         """A table with a verdict."""
@@ -335,8 +343,8 @@ class Plan:
             lines.append(f"  {name:16}{sum(parts.values()) / GIB:7.1f}  {text}")
         cached = self.generating()["KV cache"] / (self.kv_token * self.longest)
         lines.append(
-            f"  {self.trainer.nnodes * self.ranks} rank(s), micro-batches of {self.tokens} tokens; "
-            f"a KV cache holds {max(0, cached):.0f} responses of full length"
+            f"  {self.trainer.nnodes * self.ranks} rank(s), each with {self.tokens} tokens of a "
+            f"micro-batch; a KV cache holds {max(0, cached):.0f} responses of full length"
         )
         return "\n".join([*lines, f"  {self.verdict()}"])
 
@@ -372,18 +380,6 @@ def usable(gigabytes: float) -> float:
     return gigabytes * 79 / 80 * GIB
 
 
-def gpu_memory() -> float | None:
-    """Bytes of this machine's first GPU, if there is one."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=2).stdout
-        return float(found.split()[0]) * 2**20
-    except (subprocess.TimeoutExpired, ValueError, IndexError):
-        return None
-
-
 def machine(device: str) -> tuple[float, float, str]:
     """Bytes of a device and of the host, and where they are from: this machine, or GPU_GB.
 
@@ -394,7 +390,7 @@ def machine(device: str) -> tuple[float, float, str]:
         return host, host, "this machine's"
     if given := os.environ.get("GPU_GB"):  # nor is the host known that will have one
         return usable(float(given)), math.inf, f"GPU_GB={given}"
-    if found := gpu_memory():
+    if found := next((gpu.total for gpu in read_gpus()), None):
         return found, host, f"this machine's GPU; its host has {host / GIB:.0f}"
     return usable(80), math.inf, "no GPU is visible: 80 GB are assumed; GPU_GB=N says otherwise"
 

@@ -58,7 +58,8 @@ def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
         length = config.data.max_prompt_length + config.data.max_response_length
         contents = config.actor_rollout_ref.actor.checkpoint.save_contents
         exports = config.trainer.save_hf_model or "hf_model" in contents
-        check_model(model, length, exports and not config.trainer.val_only)
+        split = config.ending("ulysses_sequence_parallel_size")
+        check_model(model, length, exports and not config.trainer.val_only, split)
         engine.check(model)
         if (reward := config.reward_model).enable:
             check_reward_model(reward.model.classifier(), reward.max_length or length)

@@ -52,8 +52,6 @@ class Workers:
         actor_slots = [slot for i, slot in enumerate(slots) if i % per_node < ranks]
         engine_slots = [slot for i, slot in enumerate(slots) if i % per_node >= ranks]
         self.num_devices, self.colocated = len(slots), not engine_slots
-        exports = "hf_model" in model.actor.checkpoint.save_contents  # which takes memory
-        self.sleeps_to_save = self.colocated and exports
         share = 1 / WORKERS_PER_DEVICE if self.colocated else 1.0
         transfer = model.rollout.weight_transfer or default_weight_transfer(
             device, engine.transfers, not self.colocated
@@ -75,7 +73,8 @@ class Workers:
         actor, ref = model.actor, model.ref.fsdp_config if needs_reference(self.config) else None
         reward = self.config.reward_model
         scorer = (reward.model.classifier(), reward.model.fsdp_config) if reward.enable else None
-        arguments = model.model, actor.fsdp_config, actor.optim, total_steps, ref, scorer
+        split = actor.ulysses_sequence_parallel_size, model.ref.ulysses_sequence_parallel_size
+        arguments = model.model, actor.fsdp_config, actor.optim, total_steps, ref, scorer, split
         sizes, peaks = zip(*self.actor.call("build", *arguments), strict=True)
         self.model_size, self.peak_flops = sizes[0], sum(peaks) if all(peaks) else None
         if self.config.trainer.val_only:
@@ -89,6 +88,12 @@ class Workers:
         self.update_engines()  # those that sleep have none
         # What is here now stays: walking it again for garbage takes longer than a step's samples.
         gc.freeze()
+
+    @property
+    def sleeps_to_save(self) -> bool:
+        """Whether a checkpoint needs the engines' memory: `hf_model` gathers all weights."""
+        contents = self.config.actor_rollout_ref.actor.checkpoint.save_contents
+        return "hf_model" in contents and self.colocated
 
     def free_devices(self) -> None:
         """Puts engines that share the actor's devices to sleep, so that it has their memory."""
@@ -116,12 +121,14 @@ class Workers:
         rollout, field, method = model.rollout, "old_log_probs", "log_probs"
         size = rollout.log_prob_micro_batch_size_per_gpu or model.actor.ppo_micro_batch_size_per_gpu
         sizes: RolloutConfig | RefConfig = rollout
+        split = model.actor.ulysses_sequence_parallel_size
         if role == "ref":
             field = method = "ref_log_probs"
             sizes, size = model.ref, model.ref.log_prob_micro_batch_size_per_gpu or size
+            split = model.ref.ulysses_sequence_parallel_size
         dynamic, most = sizes.log_prob_use_dynamic_bsz, sizes.log_prob_max_token_len_per_gpu
         limit = MicroBatchLimit(None if dynamic else size, most)
-        parts = [[samples[i] for i in share] for share in self._shares(samples)]
+        parts = [[samples[i] for i in share] for share in self._shares(samples, split)]
         unread = ["trained_mask", *(name for name in ARRAYS if name.endswith("log_probs"))]
         arguments = [(SampleBatch(p, unread), rollout.temperature, limit) for p in parts]
         for part, values in zip(parts, self.actor.scatter(method, arguments), strict=True):
@@ -134,7 +141,8 @@ class Workers:
         actor, loss = self.config.actor_rollout_ref.actor, loss_config(self.config)
         size = None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu
         limit = MicroBatchLimit(size, actor.ppo_max_token_len_per_gpu)
-        shares = [[step.share(part) for part in self._shares(step.samples)] for step in steps]
+        split = actor.ulysses_sequence_parallel_size
+        shares = [[step.share(p) for p in self._shares(step.samples, split)] for step in steps]
         arguments = [
             (list(of_rank), loss, limit, actor.grad_clip) for of_rank in zip(*shares, strict=True)
         ]
@@ -184,11 +192,13 @@ class Workers:
         self.engines.cancelled = True
         gc.unfreeze()
 
-    def _shares(self, samples: list[Sample]) -> list[list[int]]:
-        """Which samples each rank gets."""
+    def _shares(self, samples: list[Sample], split: int = 1) -> list[list[int]]:
+        """Which samples each rank gets; `split` ranks in a row the same."""
+        parts = len(self.actor) // split
+        shares = [part.tolist() for part in np.array_split(np.arange(len(samples)), parts)]
         if self.config.trainer.balance_batch:
-            return balanced_partitions([s.num_tokens for s in samples], len(self.actor))
-        return [part.tolist() for part in np.array_split(np.arange(len(samples)), len(self.actor))]
+            shares = balanced_partitions([s.num_tokens for s in samples], parts)
+        return [share for share in shares for _ in range(split)]
 
 
 def needs_reference(config: Config) -> bool:
