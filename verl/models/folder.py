@@ -26,6 +26,7 @@ from verl.models.hf import (
     load_tokenizer,
     stop_token_ids,
 )
+from verl.models.lora import add_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def check_model(
     if min(stop_token_ids(model)) >= (size := config.get_text_config().vocab_size):
         raise ValueError(f"{model.path} has {size} tokens, and the tokenizer's end is none of them")
     check_weights(model)
+    add_adapters(skeleton(model), model)
     if export:
         with TemporaryDirectory() as place:
             write_folder(model, place, {}, None)

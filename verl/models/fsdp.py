@@ -21,6 +21,7 @@ from verl.models.hf import (
     vocabulary_size,
 )
 from verl.models.logprobs import PolicyModel
+from verl.models.lora import add_adapters
 from verl.models.reward import RewardModel
 from verl.utils.device import default_dtype, default_packed_attention, saved_on_host
 
@@ -36,6 +37,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
         _check_packable(model)
         attention = default_packed_attention(device, compute_dtype)
     lm = skeleton(model, attn_implementation=attention, dtype=getattr(torch, fsdp.model_dtype))
+    lm = add_adapters(lm, model)
     if model.enable_gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     if isinstance(model, ClassifierConfig):
@@ -62,9 +64,12 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
 
 
 def load_weights(policy: Any, model: ModelConfig, dtype: torch.dtype) -> None:
-    """Every rank gets its part of what rank 0 loads from the model's folder."""
+    """Every rank gets its part of what rank 0 loads from the model's folder, as `dtype`, and of
+    LoRA's adapters."""
     wrap: Any = RewardModel if isinstance(model, ClassifierConfig) else PolicyModel
-    loaded = wrap(load_hf_model(model, dtype)) if dist.get_rank() == 0 else None
+    loaded = None
+    if dist.get_rank() == 0:
+        loaded = wrap(add_adapters(load_hf_model(model, dtype), model))
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp.set_model_state_dict(policy, loaded.state_dict() if loaded else {}, options=options)
     policy.lm.tie_weights()
