@@ -58,7 +58,7 @@ def adapter_shapes(model: ModelConfig, layer: Shapes, layers: int) -> Shapes:
     if path := model.lora_adapter_path:
         if (found := read_model(path, "adapter_config.json")) is None:
             raise ValueError(f"it needs adapter_config.json of {path}, which is not here")
-        rank, chosen, excluded = (found.get(k) for k in ("r", "target_modules", "exclude_modules"))
+        rank, chosen, excluded = found["r"], found["target_modules"], found.get("exclude_modules")
     if not rank:
         return []
 
