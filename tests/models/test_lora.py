@@ -24,7 +24,8 @@ from verl.config.base import FSDPConfig, ModelConfig, OptimConfig
 from verl.config.base import LoraConfig as LoraKeys
 from verl.config.schema import RolloutConfig
 from verl.models.folder import check_model
-from verl.models.lora import adapters
+from verl.models.hf import load_hf_model
+from verl.models.lora import adapters, add_adapters
 from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import OptimizerStep, Prompt
 from verl.rollout.engine import SamplingParams
@@ -121,6 +122,15 @@ def test_gradients_are_the_dense_ones_in_the_adapters_subspace(
         for part, value in expected.items():
             difference = found[f"{name}.{part}.default.weight"] - value
             assert difference.norm() < 1e-5 * value.norm()
+
+
+def test_adapters_are_float32_beside_any_model(tiny_model: Path) -> None:
+    config = ModelConfig(str(tiny_model), **LORA)
+    lm = add_adapters(load_hf_model(config, torch.bfloat16), config)
+    trained = {p for p in lm.parameters() if p.requires_grad}
+    assert trained == {*adapters(lm).values()}
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert {p.dtype for p in {*lm.parameters()} - trained} == {torch.bfloat16}
 
 
 def test_only_adapters_are_trained(tiny_model: Path) -> None:

@@ -66,6 +66,8 @@ def add_adapters(lm: Any, model: ModelConfig) -> Any:
             inject_adapter_in_model(config, lm)
         except ValueError as error:
             raise ValueError(f"{KEY}.target_modules: {error}") from error
+    for parameter in adapters(lm).values():
+        parameter.data = parameter.data.float()
     head = lm.get_output_embeddings()
     for name, module in lm.named_modules():
         if isinstance(module, LoraLayer) and (type(module) is not Linear or module is head):

@@ -398,12 +398,11 @@ def estimate(config: Config) -> str:
     size = f"{plan.parameters / 1e9:.3g} billion parameters, {memory / GIB:.0f} GiB ({origin})"
     if plan.lora:
         whole = replace(config.actor_rollout_ref.model, lora_rank=0, lora_adapter_path=None)
-        dense = Plan(changed(config, "actor_rollout_ref.model", whole), model, device, memory, host)
+        config = changed(config, "actor_rollout_ref.model", whole)
+        dense = Plan(config, model, device, memory, host, *scorer)
         need = [sum(p.training().values()) / GIB for p in (plan, dense)]
-        size += (
-            f"\n  LoRA trains {plan.trainable / 1e6:.3g} million of them: a rank's training takes"
-        )
-        size += f" {need[0]:.1f} GiB, and would take {need[1]:.1f} for all"
+        size += f"\n  LoRA trains {plan.trainable / 1e6:.3g} million of them: a rank's training"
+        size += f" takes {need[0]:.1f} GiB, and would take {need[1]:.1f} for all"
     return f"memory estimate: {size}\n{plan}"
 
 
