@@ -100,7 +100,8 @@ def _common(config: Any) -> Iterator[str]:
             other = ", or set {val_before_train}=False and {test_freq}=-1" * (key == "val_files")
             yield f"{{data.{key}=}}: give a path or a list of paths{other}"
     own = (Path(trainer.default_local_dir).expanduser() / "huggingface").resolve()
-    for key, path in (config.ending("model.path") | config.ending("data.tokenizer")).items():
+    read = config.ending("model.path") | config.ending("lora_adapter_path")
+    for key, path in (read | config.ending("data.tokenizer")).items():
         if trains and path and Path(path).expanduser().resolve().is_relative_to(own):
             yield f"{key}={path} is where the run writes its model: change {{experiment_name}}"
     for key in ("target_modules", "exclude_modules"):

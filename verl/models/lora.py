@@ -18,7 +18,6 @@ from verl.config.schema import ModelConfig
 from verl.models.hf import load_tokenizer
 from verl.utils.hub import ask_hub
 
-KEY = "actor_rollout_ref.model"
 FOREIGN = "base_model.model."
 """Begins all names in PEFT's files."""
 SUPPORTED = {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout"}
@@ -42,7 +41,7 @@ def lora_config(model: ModelConfig) -> LoraConfig | None:
     try:
         config = PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        text = f"{KEY}.lora_adapter_path={path}: no adapter of PEFT there"
+        text = f"{model.section}.lora_adapter_path={path}: no adapter of PEFT there"
         raise ValueError(f"{text}: {' '.join(str(error).split())}") from error
     plain, given = LoraConfig().to_dict(), config.to_dict()
     other = [k for k, v in given.items() if k not in SUPPORTED and v != plain.get(k)]
@@ -65,20 +64,20 @@ def add_adapters(lm: Any, model: ModelConfig) -> Any:
         try:
             inject_adapter_in_model(config, lm)
         except ValueError as error:
-            raise ValueError(f"{KEY}.target_modules: {error}") from error
+            raise ValueError(f"{model.section}.target_modules: {error}") from error
     for parameter in adapters(lm).values():
         parameter.data = parameter.data.float()
     head = lm.get_output_embeddings()
     for name, module in lm.named_modules():
         if isinstance(module, LoraLayer) and (type(module) is not Linear or module is head):
             problem = f"{name} can't have an adapter, only linear layers of the decoder can"
-            raise ValueError(f"{KEY}.target_modules={model.target_modules}: {problem}")
+            raise ValueError(f"{model.section}.target_modules={model.target_modules}: {problem}")
     if path := model.lora_adapter_path:
         saved, own = load_peft_weights(expanduser(path), device="cpu"), adapters(lm)
         shapes = [{name: w.shape for name, w in one.items()} for one in (saved, own)]
         if wrong := {name for name, _ in shapes[0].items() ^ shapes[1].items()}:
             problem = f"{len(wrong)} weights don't fit the model, such as {min(wrong)}"
-            raise ValueError(f"{KEY}.lora_adapter_path={path}: {problem}")
+            raise ValueError(f"{model.section}.lora_adapter_path={path}: {problem}")
         for name, parameter in own.items():
             parameter.data.copy_(saved[name])
     return lm
