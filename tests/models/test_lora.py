@@ -270,6 +270,22 @@ def _gather(worker: PolicyWorker) -> None:
     worker.finish_export()
 
 
+@pytest.mark.parametrize("contents", [["hf_model", "optimizer"], ["model", "optimizer"]])
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_base_in_bfloat16_with_adapters_in_float32_resumes(
+    contents: list[str], merge: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    """From the adapter's folder, too, where a checkpoint holds that instead of sharded weights."""
+    half, merging = FSDPConfig(model_dtype="bfloat16"), {"lora": LoraKeys(merge=merge)}
+    worker, resumed = (build(tiny_model, half, moved, **merging) for moved in (True, False))
+    for name, parameter in worker.model.named_parameters():
+        assert parameter.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16)
+    worker.update([step_of()], LOSS, LIMIT, 1.0)
+    worker.save(tmp_path / "actor", contents)
+    assert resumed.load(tmp_path / "actor") == {*contents}
+    assert losses(resumed) == losses(worker)
+
+
 def test_two_ranks_do_what_one_does(tiny_model: Path, tmp_path: Path) -> None:
     alone = build(tiny_model)
     alone.save(tmp_path / "one")

@@ -397,9 +397,7 @@ def estimate(config: Config) -> str:
         return f"memory estimate: {error}"
     size = f"{plan.parameters / 1e9:.3g} billion parameters, {memory / GIB:.0f} GiB ({origin})"
     if plan.lora:
-        whole = replace(config.actor_rollout_ref.model, lora_rank=0, lora_adapter_path=None)
-        config = changed(config, "actor_rollout_ref.model", whole)
-        dense = Plan(config, model, device, memory, host, *scorer)
+        dense = Plan(without_lora(config), model, device, memory, host, *scorer)
         need = [sum(p.training().values()) / GIB for p in (plan, dense)]
         size += f"\n  LoRA trains {plan.trainable / 1e6:.3g} million of them: a rank's training"
         size += f" takes {need[0]:.1f} GiB, and would take {need[1]:.1f} for all"
