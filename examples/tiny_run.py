@@ -57,6 +57,10 @@ RL = """
     trainer.logger=[console] trainer.n_gpus_per_node=2 trainer.device=cpu
     trainer.test_freq=10 trainer.save_freq=10 trainer.max_actor_ckpt_to_keep=1
 """
+LORA = """
+    actor_rollout_ref.model.lora_rank=8 actor_rollout_ref.model.lora_alpha=16
+    actor_rollout_ref.actor.optim.lr=1.5e-3
+"""
 METHODS = {
     "delta-l-norm": "algorithm.use_grpopp=True algorithm.grpopp_config.alpha={alpha}",
     "dapo-norm": "actor_rollout_ref.actor.loss_agg_mode=token-mean",
@@ -205,6 +209,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         methods = f"{', '.join(METHODS)} [{task.method}]"
         add("--method", choices=METHODS, default=task.method, metavar="METHOD", help=methods)
         add("--alpha", help=f"exponent of delta-l-norm [{task.alpha}]")
+        add("--lora", action="store_true", help="train adapters of rank 8 beside a frozen model")
         add("--seed", type=int, default=0, help="of the problems, the weights and the sampling [0]")
         add("--out", default=REPO / "outputs" / task.project, help="for all files [%(default)s]")
         add("--fresh", action="store_true", help="start this run anew; the warmed-up model stays")
@@ -234,6 +239,7 @@ def plan(task: Task, args: argparse.Namespace) -> tuple[Path, Path, list[str]]:
 
     alpha = args.alpha or task.alpha
     settings = f"{RL} {task.rl} {METHODS[args.method].format(alpha=alpha)}".split()
+    settings += LORA.split() * args.lora
     settings += [f"data.seed={args.seed}", f"actor_rollout_ref.rollout.seed={args.seed}"]
     settings += [f"trainer.project_name={task.project}", *args.overrides]
     path = "custom_reward_function.path="
@@ -241,7 +247,8 @@ def plan(task: Task, args: argparse.Namespace) -> tuple[Path, Path, list[str]]:
     edited = [path.read_text() for path in rewards if path.is_file()]
     method = f"delta-l-norm-{alpha}" if args.method == "delta-l-norm" else args.method
     of_run = digest(warm.name, *settings, *edited)
-    folder = out / f"{task.prefix}{method}-seed-{args.seed}-{of_run}"
+    prefix = f"{task.prefix}{'lora-' * args.lora}"
+    folder = out / f"{prefix}{method}-seed-{args.seed}-{of_run}"
     files = [
         f"data.train_files='{warm}/train.parquet'",
         f"data.val_files='{warm}/test.parquet'",

@@ -400,6 +400,10 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
         ],
         "take seq_reward",
     ),
+    "no names of layers": (
+        ["actor_rollout_ref.model.target_modules=[]"],
+        "actor_rollout_ref.model.target_modules=[]: give names of layers as a list",
+    ),
     "no logger": (["trainer.logger=3"], "trainer.logger=3: choose from console"),
     "logger": (
         ["trainer.logger=[console,neptune]"],

@@ -41,6 +41,9 @@ VALUES: dict[str, tuple[Any, Any]] = {  # two that are not the default
     "actor_rollout_ref.actor.optim.eps": (1e-5, 1e-6),
     "actor_rollout_ref.actor.optim.warmup_style": ("cosine", "linear"),
     "actor_rollout_ref.actor.ulysses_sequence_parallel_size": (2, 1),
+    "actor_rollout_ref.model.lora_adapter_path": ("a", "b"),
+    "actor_rollout_ref.model.lora_alpha": (32, 8),
+    "actor_rollout_ref.model.lora_rank": (8, 4),
     "actor_rollout_ref.model.use_remove_padding": (False, True),
     "actor_rollout_ref.ref.ulysses_sequence_parallel_size": (2, 1),
     "algorithm.bypass_old_log_prob": (True, False),
@@ -133,11 +136,11 @@ def test_keys_without_effect_are_named_once(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_all_that_is_refused_stands_in_one_message() -> None:
-    given = ["actor_rollout_ref.model.lora_rank=8", "data.trian_files=x", "algorithm.lam=0.95"]
+    given = ["actor_rollout_ref.model.mtp.enable=True", "data.trian_files=x", "algorithm.lam=0.95"]
     with pytest.raises(ConfigError) as refused:
         compose_config([*given, "critic.model.path=x", " ", "transfer_queue.enable=False"])
-    lora, typo, lam = str(refused.value).splitlines()
-    assert lora.startswith("actor_rollout_ref.model.lora_rank is known in verl, but not supported")
+    mtp, typo, lam = str(refused.value).splitlines()
+    assert mtp.startswith("actor_rollout_ref.model.mtp.enable is known in verl, but not supported")
     assert typo == "there is no key 'data.trian_files'; the nearest one is 'data.train_files'"
     assert lam.startswith("algorithm.lam is known in verl, but not supported here: ")
 
@@ -176,11 +179,11 @@ def test_counts_of_all_ranks_that_contradict_or_are_none() -> None:
 
 
 def test_what_asks_for_nothing_is_accepted() -> None:
-    assert without_effect("actor_rollout_ref.model.lora_rank", 0) == "no adapter"
+    assert without_effect("actor_rollout_ref.model.lora.dropout", 0.0) == "dropout is always off"
     assert without_effect("critic.model.anything", None) == "there is no critic"
     assert without_effect("reward_model.profiler.tool", None) == "it asks for nothing"
     assert without_effect("algorithm.lam", 1) and without_effect("algorithm.lam", 0) is None
-    assert without_effect("actor_rollout_ref.model.lora_rank", 8) is None
+    assert without_effect("actor_rollout_ref.model.lora.dropout", 0.1) is None
     assert without_effect("algorithm.gamma", 1.0) and not without_effect("algorithm.gamma", 0.9)
     assert refusal("actor_rollout_ref.actor.megatron.anything.else")
     assert refusal("actor_rollout_ref.ref.megatron.anything.else")

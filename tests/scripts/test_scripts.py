@@ -353,12 +353,13 @@ def test_math_tiny_starts_a_server_unless_one_is_named(results: dict[str, Result
 
 
 def test_quickstart_runs_that_differ_have_folders_of_their_own(results: dict[str, Result]) -> None:
-    calls = [("--seed", "1"), ("--alpha", "0.5"), ("data.train_batch_size=64",), ()]
+    calls = [("--seed", "1"), ("--alpha", "0.5"), ("--lora",), ("data.train_batch_size=64",), ()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         others = list(pool.map(lambda call: resolved(dry_run("quickstart", *call)), calls))
     folders = [c["trainer.default_local_dir"] for c in others]
     folders += [resolved(results[f"quickstart {m}"])["trainer.default_local_dir"] for m in METHODS]
     assert len({Path(folder).name for folder in folders}) == len(folders)
+    assert [c["actor_rollout_ref.model.lora_rank"] for c in others] == [0, 0, 8, 0, 0]
     # The warmed-up model depends on the seed alone.
     models = [c["actor_rollout_ref.model.path"] for c in others]
     assert models[0] != models[1] and len(set(models[1:])) == 1

@@ -40,7 +40,9 @@ def rank_of_many(ranks: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def build(folder: Path, model: dict[str, Any], checkpointing: bool, patch: Any) -> Any:
+def build(
+    folder: Path, model: dict[str, Any], checkpointing: bool, lora_rank: int, patch: Any
+) -> Any:
     """The sharded policy as `build_policy` makes it for GPUs; what rank 0 would send is taken from
     nowhere, as it has no content."""
     (folder / "config.json").write_text(json.dumps(model))
@@ -56,7 +58,8 @@ def build(folder: Path, model: dict[str, Any], checkpointing: bool, patch: Any) 
 
     patch.setattr(fsdp.dcp, "set_model_state_dict", receive_weights)
     patch.setattr(fsdp.dist, "broadcast_object_list", receive_buffers)
-    config = ModelConfig(str(folder), enable_gradient_checkpointing=checkpointing)
+    options: Any = {"enable_gradient_checkpointing": checkpointing, "lora_rank": lora_rank}
+    config = ModelConfig(str(folder), **options)
     half = FSDPConfig(mixed_precision=MixedPrecisionConfig("bfloat16"))
     policy = fsdp.build_policy(config, half, CPU)
     policy.vocabulary_size = model["vocab_size"]  # the tokenizer's is smaller
@@ -71,13 +74,13 @@ def peak(tracker: FSDPMemTracker) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("model", "ranks", "checkpointing", "tokens", "split"),
+    ("model", "ranks", "checkpointing", "tokens", "split", "lora_rank"),
     [
-        (QWEN_3B, 4, True, 9216, 1),
-        (QWEN_3B, 8, False, 9216, 1),
-        (QWEN_7B, 8, True, 18432, 2),
+        (QWEN_3B, 8, False, 9216, 1, 0),
+        (QWEN_7B, 8, True, 18432, 2, 0),
+        (QWEN_3B, 4, True, 9216, 1, 32),
     ],
-    ids=["3B-4", "3B-8-all-activations", "7B-8-sequences-over-two"],
+    ids=["3B-8-all-activations", "7B-8-sequences-over-two", "3B-4-LoRA"],
 )
 def test_the_real_models(
     model: dict[str, Any],
@@ -85,6 +88,7 @@ def test_the_real_models(
     checkpointing: bool,
     tokens: int,
     split: int,
+    lora_rank: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -92,16 +96,18 @@ def test_the_real_models(
     second micro-batch is the one that meets gradients of an earlier one."""
     key = "actor_rollout_ref.model.enable_gradient_checkpointing"
     settings = [f"{key}={checkpointing}", f"trainer.n_gpus_per_node={ranks}"]
+    settings += [f"actor_rollout_ref.model.lora_rank={lora_rank}"]
     settings += [f"data.max_prompt_length={PROMPT}", f"data.max_response_length={tokens - PROMPT}"]
     settings += [f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={split}"]
     expected = plan(*settings, model=model).training()
     del expected["process"]  # CUDA's own
     samples = make_samples([tokens - PROMPT], prompt_length=PROMPT)
     with rank_of_many(ranks, monkeypatch):
-        policy = build(tmp_path, model, checkpointing, monkeypatch)
+        policy = build(tmp_path, model, checkpointing, lora_rank, monkeypatch)
         group = dist.new_subgroups(split)[0] if split > 1 else None
-        optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
-        for parameter in policy.parameters():
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         with FSDPMemTracker(policy, optimizer) as stepping:

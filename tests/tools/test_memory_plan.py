@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.helpers import ROOT, free_address, make_samples, make_step, make_tiny_model, needs_onednn
+from tests.helpers import (
+    QWEN_3B,
+    ROOT,
+    free_address,
+    make_samples,
+    make_step,
+    make_tiny_model,
+    needs_onednn,
+)
 from verl.config.load import load_config
 from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
 from verl.models.policy import LossConfig, MicroBatchLimit, PolicyWorker
@@ -184,6 +193,44 @@ def test_long_sequences_fit_when_ranks_split_them() -> None:
     budget = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=66048"  # a half of one
     assert plan(*long).verdict().endswith(f"it would with {budget} {split}")
     assert plan(*long, budget, split).fits()
+
+
+def test_lora_holds_gradients_and_states_of_its_products_alone() -> None:
+    """Of rank r a layer of n×m has r·(n + m) more: attention 4·3584 + 2·(512 + 3584), feed-forward
+    3·(18944 + 3584), 28 times; three of seven where only queries, keys and values are chosen."""
+    on, one = "actor_rollout_ref.model.lora_rank=32", "trainer.n_gpus_per_node=1"
+    kl = "actor_rollout_ref.actor.use_kl_loss=True"
+    lora, dense = plan(on, one, kl), plan(one, kl)
+    assert lora.trainable == 28 * 32 * (4 * 3584 + 2 * 4096 + 3 * 22528) == 80_740_352
+    assert dense.trainable == dense.parameters == lora.parameters
+    parts = lora.training()
+    assert parts["optimizer"] == 2 * parts["gradients"] == 8 * lora.trainable
+    assert parts["parameters"] == 4 * (lora.parameters + lora.trainable)
+    assert parts["reference"] == 0 < dense.training()["reference"]  # it is the frozen model
+    # Neither the head's gradient nor, at the end, the embeddings'.
+    assert lora.activations() < dense.activations() - 4 * 152064 * 3584
+    names = "actor_rollout_ref.model.target_modules="
+    chosen = [f"{names}[q_proj,k_proj,v_proj]", f"{names}'.*self_attn\\.[qkv]_proj'"]
+    chosen += ["actor_rollout_ref.model.exclude_modules='.*(o|gate|up|down)_proj'"]
+    for keys in chosen:
+        assert plan(on, keys).trainable == 28 * 32 * (2 * 3584 + 2 * 4096)
+
+
+def test_a_3b_script_with_lora_fits_one_gpu_of_24_gb(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_3B))
+    script = ROOT / "train_scripts/countdown-3b-delta-l-norm-alpha-1.sh"
+    env = {"MODEL_PATH": str(tmp_path), "N_GPUS": "1", "GPU_GB": "24", "DRY_RUN": "1"}
+    env |= {"PYTHON": sys.executable, "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    found = []
+    for rank in (0, 32):
+        command = ["bash", str(script), f"actor_rollout_ref.model.lora_rank={rank}"]
+        command.append("actor_rollout_ref.rollout.enforce_eager=True")
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        found.append(done.stderr)
+    dense, lora = found
+    assert "3.09 billion parameters, 24 GiB (GPU_GB=24)" in dense and "it does not fit" in dense
+    assert "it fits" in lora
+    assert "LoRA trains 59.9 million of them" in lora, lora
 
 
 def test_the_smallest_change_that_fits_is_named() -> None:

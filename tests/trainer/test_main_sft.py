@@ -44,9 +44,12 @@ def mean_nll(model: Path) -> float:
     return float(np.mean(losses))
 
 
-def test_it_learns_the_rows(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "lora", [[], ["model.lora_rank=16", "model.lora.merge=True"]], ids=["all", "LoRA"]
+)
+def test_it_learns_the_rows(lora: list[str], tiny_model: Path, tmp_path: Path) -> None:
     """In a folder that another run has used, and whose files it moves aside."""
-    overrides = settings(tiny_model, tmp_path, "trainer.total_training_steps=30")
+    overrides = settings(tiny_model, tmp_path, "trainer.total_training_steps=30", *lora)
     for name in ("metrics.jsonl", "huggingface/model.safetensors", "wandb_run_id"):
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text("earlier")

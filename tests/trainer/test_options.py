@@ -4,8 +4,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from tests.trainer.test_main_ppo import finished, read, run, settings  # noqa: F401  fixtures
+from verl.trainer.main_export import export
 
 
 def test_two_ranks_that_split_sequences_train_as_two_that_do_not(
@@ -76,3 +80,36 @@ def test_filters_and_kl_in_reward(
     assert first["actor/reward_kl_penalty"] == 0  # the policy is still the reference
     assert second["actor/reward_kl_penalty"] != 0
     assert second["actor/reward_kl_penalty_coeff"] != first["actor/reward_kl_penalty_coeff"]
+
+
+def test_lora_against_its_own_base(
+    settings: list[str],  # noqa: F811
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    """Engines follow the adapters, the reference stays, and what is written is PEFT's."""
+    run(
+        settings,
+        f"trainer.default_local_dir={tmp_path}/run",
+        "actor_rollout_ref.model.lora_rank=4",
+        "actor_rollout_ref.actor.optim.lr=1e-2",
+        "actor_rollout_ref.actor.use_kl_loss=True",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=16",
+        "actor_rollout_ref.rollout.verify_weights=True",
+        "trainer.total_training_steps=2",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=1",
+    )
+    first, second = read(tmp_path / "run")[1:]
+    assert first["actor/kl_loss"] == 0 < second["actor/kl_loss"]
+    assert second["rollout/verify_logprob_diff"] < 1e-4
+    export(tmp_path / "run/global_step_2", tmp_path / "merged", merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for folder in ("run/huggingface", "merged/lora_adapter"):
+        base = AutoModelForCausalLM.from_pretrained(tiny_model)
+        written = PeftModel.from_pretrained(base, tmp_path / folder).merge_and_unload()
+        for name, value in written.named_parameters():
+            torch.testing.assert_close(merged.get_parameter(name), value, rtol=0, atol=1e-6)
+    weights = [lm.get_parameter("model.layers.0.mlp.up_proj.weight") for lm in (merged, plain)]
+    assert not torch.equal(*weights)

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,20 @@ def test_what_is_stale_would_show(
 
 
 ONE = pytest.mark.parametrize("model", ["qwen3-tied"], indirect=True)
+
+
+@ONE
+def test_it_gets_merged_weights_from_lora(model: ModelConfig, engine: VLLMEngine) -> None:
+    actor = PolicyWorker("cpu")
+    lora = replace(model, lora_rank=4)
+    actor.build(lora, FSDPConfig(), OptimConfig(lr=1e-2), 10)
+    plain = AutoModelForCausalLM.from_pretrained(model.path)
+    for seed in range(3):
+        plain.load_state_dict(transfer(actor, engine), strict=False)
+        check(actor, engine, plain)
+        update(actor, seed)
+        stale = generate(engine, PROMPTS, SamplingParams(4, 30))
+        assert difference(actor, stale, 1.0) > 1e-2
 
 
 @ONE

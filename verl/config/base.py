@@ -26,6 +26,8 @@ class Rules:
 
 
 ANY = Rules()
+NO_LORA = "lora_rank=0 and lora_adapter_path=null"
+OWN_LORA = (NO_LORA, "lora_adapter_path!=null")
 
 
 def key(default: Any, *, idle_if: str | tuple[str, ...] = (), **rules: Any) -> Any:
@@ -119,6 +121,14 @@ def too_many_ranks(trainer: "RunConfig") -> str | None:
     return f"trainer.n_gpus_per_node={ranks}, but this machine has {found}: {remedy}"
 
 
+class LoraConfig(Section):
+    """`model.lora`."""
+
+    merge: bool = key(False, on_resume="free", idle_if=NO_LORA)
+    """Write the final model merged, with the adapter in its folder lora_adapter. Engines always get
+    merged weights."""
+
+
 class ModelConfig(Section):
     """`actor_rollout_ref.model`, and `model` of the warm-up."""
 
@@ -142,6 +152,25 @@ class ModelConfig(Section):
     vLLM's own workers (tensor_model_parallel_size above 1) import plugins of vLLM alone."""
     tokenizer_path: str | None = None
     """Follows data.tokenizer."""
+    lora_rank: int = key(0, low=0, idle_if="lora_adapter_path!=null")
+    """LoRA (arXiv 2106.09685): freeze the model and train products of this rank beside its linear
+    layers; the reference is the frozen model. 0: train all weights."""
+    lora_alpha: int = key(16, low=1, idle_if=OWN_LORA)
+    """LoRA's products are multiplied by lora_alpha / lora_rank."""
+    target_modules: Any = key("all-linear", idle_if=OWN_LORA)
+    """Linear layers that LoRA trains: all-linear (the decoder's), a list of their names or of the
+    ends of these, or a regular expression for whole names, as in PEFT."""
+    exclude_modules: Any = key(None, idle_if=OWN_LORA)
+    """Names, or a regular expression, of layers that it leaves out."""
+    lora_adapter_path: str | None = None
+    """Start from this adapter: a folder of PEFT or a name on the hub. Its adapter_config.json says
+    rank, alpha and layers; the reference is the model without it."""
+    lora: LoraConfig = key(LoraConfig)
+
+    @property
+    def uses_lora(self) -> bool:
+        """Whether adapters are trained instead of the model's own weights."""
+        return self.lora_rank > 0 or self.lora_adapter_path is not None
 
 
 class ClassifierConfig(ModelConfig):

@@ -169,9 +169,13 @@ class RefConfig(Section):
         idle_if="ref.log_prob_use_dynamic_bsz=False",
     )
     """Follows rollout.log_prob_max_token_len_per_gpu."""
-    ulysses_sequence_parallel_size: int = key("${..actor.ulysses_sequence_parallel_size}", **SIZE)
+    ulysses_sequence_parallel_size: int = key(
+        "${..actor.ulysses_sequence_parallel_size}",
+        idle_if=("lora_rank!=0", "lora_adapter_path!=null"),
+        **SIZE,
+    )
     """Follows actor.ulysses_sequence_parallel_size."""
-    fsdp_config: FSDPConfig = key(FSDPConfig)
+    fsdp_config: FSDPConfig = key(FSDPConfig, idle_if=("lora_rank!=0", "lora_adapter_path!=null"))
 
 
 class SamplingConfig(Section):

@@ -100,14 +100,25 @@ def _common(config: Any) -> Iterator[str]:
             other = ", or set {val_before_train}=False and {test_freq}=-1" * (key == "val_files")
             yield f"{{data.{key}=}}: give a path or a list of paths{other}"
     own = (Path(trainer.default_local_dir).expanduser() / "huggingface").resolve()
-    for key, path in (config.ending("model.path") | config.ending("data.tokenizer")).items():
+    read = config.ending("model.path") | config.ending("lora_adapter_path")
+    for key, path in (read | config.ending("data.tokenizer")).items():
         if trains and path and Path(path).expanduser().resolve().is_relative_to(own):
             yield f"{key}={path} is where the run writes its model: change {{experiment_name}}"
+    for key in ("target_modules", "exclude_modules"):
+        for name, value in config.ending(key).items():
+            names = [value] if isinstance(value, str) else value
+            none = value is None and key == "exclude_modules"
+            if not (none or (isinstance(names, list) and names and all(map(_is_text, names)))):
+                yield f"{name}={value}: give names of layers as a list, or a regular expression"
     if trainer.logger is None:
         yield "{trainer.logger=}: give a name or a list of names"
     (betas,) = config.ending("optim.betas").values()
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield "{optim.betas=}: give two numbers from 0 to below 1"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def _method(config: Config) -> Iterator[str]:

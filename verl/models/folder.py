@@ -27,6 +27,7 @@ from verl.models.hf import (
     load_tokenizer,
     stop_token_ids,
 )
+from verl.models.lora import add_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def check_model(
             raise ValueError(f"{model.path}: beyond {limit} tokens, {problem}: {remedy}")
     check_weights(model)
     check_family(skeleton(model), model)
+    add_adapters(skeleton(model), model)
     if export:
         with TemporaryDirectory() as place:
             write_folder(model, place, {}, None)

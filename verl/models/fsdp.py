@@ -17,6 +17,7 @@ from verl.models.guard import check_policy
 from verl.models.hf import load_hf_model, num_embeddings, vocabulary_size
 from verl.models.kv_cache import DECODE_ATTENTION
 from verl.models.logprobs import PolicyModel
+from verl.models.lora import add_adapters
 from verl.models.packing import packed_attention
 from verl.models.reward import RewardModel
 from verl.utils.device import default_dtype, default_packed_attention, saved_on_host
@@ -45,6 +46,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
         size = min(vocabulary_size(model), num_embeddings(model))
         offload = model.enable_gradient_checkpointing and model.enable_activation_offload
         policy = PolicyModel(lm, size, saved_on_host(device) if offload else nullcontext)
+        add_adapters(lm, model)
     dtypes = MixedPrecisionPolicy(compute_dtype, getattr(torch, precision.reduce_dtype))
     ranks, size = dist.get_world_size(), max(1, fsdp.fsdp_size)
     shape = (ranks,) if fsdp.fsdp_size in (-1, ranks) else (ranks // size, size)
@@ -68,9 +70,13 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
 
 
 def load_weights(policy: Any, model: ModelConfig, dtype: torch.dtype) -> None:
-    """Every rank gets its part of what rank 0 loads from the model's folder."""
+    """Every rank gets its part of what rank 0 loads from the model's folder, as `dtype`, and of
+    LoRA's adapters."""
     wrap: Any = RewardModel if isinstance(model, ClassifierConfig) else PolicyModel
-    loaded = wrap(load_hf_model(model, dtype)) if dist.get_rank() == 0 else None
+    loaded = None
+    if dist.get_rank() == 0:
+        loaded = wrap(load_hf_model(model, dtype))
+        add_adapters(loaded.lm, model)
     options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dcp.set_model_state_dict(policy, loaded.state_dict() if loaded else {}, options=options)
     policy.lm.tie_weights()

@@ -158,10 +158,12 @@ def model_size(lm: Any) -> ModelSize | None:
     heads = getattr(config, "num_attention_heads", None)
     if not (linears and heads) or any("expert" in name for name, _ in lm.named_parameters()):
         return None
+    head = lm.get_output_embeddings().weight
     return ModelSize(
         decoder=sum(m.weight.numel() for m in linears),
-        head=lm.get_output_embeddings().weight.numel(),
+        head=head.numel(),
         attention=config.num_hidden_layers * heads * head_size(config),
+        per_weight=6 if head.requires_grad else 4,
     )
 
 

@@ -116,7 +116,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad_log_probs, grad_entropy = (grad / temperature for grad in grads)
         both = grad_log_probs + grad_entropy * entropy
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        frozen = not ctx.needs_input_grad[1]
+        grad_weight = None if frozen else torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         tiles = _tiles(hidden, weight, bias, targets, *ctx.options)
         for rows, columns, log_p, place, inside in tiles:
@@ -133,7 +134,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 grad_bias[columns] -= loss.sum(0)
             loss = loss.to(hidden.dtype)  # minus the gradient of the logits
             _subtract_product(grad_hidden[rows], loss, weight[columns])
-            _subtract_product(grad_weight[columns], loss.T, hidden[rows])
+            if grad_weight is not None:
+                _subtract_product(grad_weight[columns], loss.T, hidden[rows])
         # autograd gives each gradient the type of its input
         return grad_hidden, grad_weight, grad_bias, *5 * [None]
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from peft.helpers import rescale_adapter_scale
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
@@ -26,6 +27,7 @@ from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig
 from verl.models.folder import write_folder
 from verl.models.fsdp import build_policy, load_weights
 from verl.models.hf import model_size
+from verl.models.lora import adapters, merged_weight, plain_parameters, whole, write_adapter
 from verl.models.packing import loss_inputs, pack, per_token_of_response
 from verl.protocol import OptimizerStep, Sample, WeightChunk
 from verl.utils import device as devices
@@ -34,7 +36,8 @@ from verl.utils.safe_load import SafePlanner, SafeReader
 from verl.utils.seqlen_balancing import micro_batches
 
 HOST = torch.device("cpu")
-HF_FOLDER = "huggingface"
+HF_FOLDER, ADAPTER = "huggingface", "lora_adapter"
+OTHER_LORA = "give the model the lora_rank and target_modules that it was written with"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +124,10 @@ class PolicyWorker:
         sequence_parallel: tuple[int, int] = (1, 1),
     ) -> tuple[ModelSize | None, float | None]:
         """Loads and shards the model, to be trained by AdamW as `optim` says and, with
-        `ref_fsdp_config`, the reference beside it; with `reward_model`, that one, too.
-        `sequence_parallel`: ranks in a row that get the same samples and split them, of policy and
-        reference. Returns the model's matrix products, and the device's peak in operations a
-        second, if known."""
+        `ref_fsdp_config`, the reference beside it (LoRA's is the model without its adapters); with
+        `reward_model`, that one, too. `sequence_parallel`: ranks in a row that get the same samples
+        and split them, of policy and reference. Returns the model's matrix products, and the
+        device's peak in operations a second, if known."""
         self.model_config, self.config = model, fsdp_config
         self.optim, self.total_steps = optim, total_steps
         self.split, ref_split = sequence_parallel
@@ -142,7 +145,7 @@ class PolicyWorker:
         adamw = partial(devices.adamw, parameters, device=self.device)
         self.optimizers = [adamw(optim.lr, optim.eps)] if optim else []
         self.move(HOST)
-        if ref_fsdp_config is not None:
+        if ref_fsdp_config is not None and not model.uses_lora:
             self.ref = PolicyWorker(self.device.type, timeout=self.timeout)
             self.ref.build(model, ref_fsdp_config, sequence_parallel=(ref_split, 1))
         if reward_model is not None:
@@ -154,9 +157,13 @@ class PolicyWorker:
         """Brings to the device, or back, parameters (and states) that are kept in host memory;
         `changed`: the parameters have other values than when they left it."""
         to_host, to_device = self.host.store, partial(Tensor.to, device=device, non_blocking=True)
+
+        def leave(parameter: Tensor) -> Tensor:
+            return to_host(parameter, changed=changed and parameter.requires_grad)
+
         if self.config.param_offload:
             model: Any = self.model
-            model._apply(partial(to_host, changed=changed) if device == HOST else to_device)
+            model._apply(leave if device == HOST else to_device)
         if optimizer and self.config.optimizer_offload:
             for parameter, state in [item for o in self.optimizers for item in o.state.items()]:
                 for name, value in state.items():
@@ -193,7 +200,10 @@ class PolicyWorker:
 
     def ref_log_probs(self, *args: Any) -> np.ndarray:
         """`log_probs` under the reference policy."""
-        return self.ref.log_probs(*args)
+        if not self.model_config.uses_lora:
+            return self.ref.log_probs(*args)
+        with rescale_adapter_scale(self.model, 0.0):
+            return self.log_probs(*args)
 
     def reward_scores(self, conversations: Sequence[Sample], limit: MicroBatchLimit) -> np.ndarray:
         """The reward model's scores, float32 [N], of `verl.rewards.model.Conversations`."""
@@ -275,21 +285,32 @@ class PolicyWorker:
         self.move(self.device, optimizer=True)
         reader, hf_folder = SafeReader(folder), Path(folder) / HF_FOLDER
         try:
-            names = {n.partition(".")[0] for n in reader.read_metadata().state_dict_metadata}
-            held = names | ({"hf_model"} if hf_folder.is_dir() else set())
+            names = {*reader.read_metadata().state_dict_metadata}
+            held = {name.partition(".")[0] for name in names}
+            held |= {"hf_model"} if hf_folder.is_dir() else set()
             found = held & {*contents}
             if not found & {"model", "hf_model"}:
                 text = f"the checkpoint holds {', '.join(sorted(held))}, but no weights among "
                 raise ValueError(f"{text}checkpoint.load_contents={[*contents]}")
             state = self._state(found)
+            own = {f"model.{name}" for name in state.get("model", ())}
+            if own and (other := {n for n in names if n.startswith("model.")} ^ own):
+                text = f"its weights are others than the model's, such as {min(other)}: "
+                raise ValueError(f"{text}{OTHER_LORA}")
             dcp.load(state, storage_reader=reader, planner=SafePlanner())
         except (CheckpointException, UnpicklingError, ValueError) as error:
-            reason = _reasons(error) if isinstance(error, CheckpointException) else error
+            reason = _reasons(error) if isinstance(error, CheckpointException) else str(error)
+            reason += f": {OTHER_LORA}" * ("Size mismatch" in reason)
             raise ValueError(f"{folder}: {reason}") from None
         if "model" in found:
-            states.set_model_state_dict(self.model, state["model"])
+            options = states.StateDictOptions(strict=False)  # what is frozen is in no checkpoint
+            states.set_model_state_dict(self.model, state["model"], options=options)
         else:
             model = replace(self.model_config, path=str(hf_folder), override_config={})
+            if self.model_config.uses_lora:
+                place = hf_folder / ADAPTER
+                place = place if place.is_dir() else hf_folder
+                model = replace(self.model_config, lora_adapter_path=str(place))
             load_weights(self.model, model, getattr(torch, self.config.model_dtype))
         if "optimizer" in state:
             states.set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
@@ -301,18 +322,32 @@ class PolicyWorker:
         state: dict[str, Any] = {"training_steps": self.version}
         if "model" in contents:
             state["model"] = states.get_model_state_dict(self.model)
+            for name, parameter in self.model.named_parameters(remove_duplicate=False):
+                if not parameter.requires_grad:
+                    state["model"].pop(name)
         if "optimizer" in contents and self.optimizers:
             state["optimizer"] = states.get_optimizer_state_dict(self.model, self.optimizers)
         return state
 
     def save_hf(self, folder: str | Path, dtype: str | None = None) -> None:
-        """Writes the model in Hugging Face format, as `write_folder`."""
+        """Writes the model in Hugging Face format, as `write_folder`; of LoRA the adapters, as
+        `write_adapter`, with `lora.merge` in lora_adapter/ beside the merged model."""
         self.move(self.device)
-        options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights: Any = states.get_model_state_dict(self.model, options=options)
-        if dist.get_rank() == 0:
-            whole = {name.removeprefix("lm."): weight for name, weight in weights.items()}
-            write_folder(self.model_config, folder, whole, dtype)
+        lm, model, first = self.model.lm, self.model_config, dist.get_rank() == 0
+        if model.uses_lora:
+            trained = {name: whole(p) for name, p in adapters(lm).items()}
+            if first:
+                place = Path(folder, ADAPTER) if model.lora.merge else folder
+                write_adapter(lm, model, place, trained, dtype)
+        if model.lora.merge or not model.uses_lora:
+            state = lm.state_dict().items()
+            weights = {name: value for name, value in state if not isinstance(value, DTensor)}
+            for name, _ in plain_parameters(lm):
+                weight = merged_weight(lm, name)
+                if first:
+                    weights[name] = weight.cpu()
+            if first:
+                write_folder(model, folder, weights, dtype)
         self.move(HOST, changed=False)
 
     def join_engines(self, address: str, world_size: int) -> None:
@@ -328,7 +363,7 @@ class PolicyWorker:
         part of a checkpoint as they are. `stored`: in the names and shapes of the checkpoint."""
         dtype = dtype or devices.default_dtype(self.device.type)
         lm, kept = self.model.lm, self.model.lm.state_dict().keys()
-        weights = [(name, value, dtype) for name, value in lm.named_parameters()]
+        weights = [(name, value, dtype) for name, value in plain_parameters(lm)]
         for name, value in lm.named_buffers():
             weights += [(name, value, str(value.dtype).removeprefix("torch."))] * (name in kept)
         chunks: list[WeightChunk] = []
@@ -351,9 +386,7 @@ class PolicyWorker:
         """Gathers and sends these weights; returns the chunk with what this rank adds to it."""
         self.move(self.device)
         lm, dtype = self.model.lm, getattr(torch, chunk.dtype)
-        values: dict[str, Any] = dict(lm.named_parameters()) | dict(lm.named_buffers())
-        found = {name: values[name].detach() for name in chunk.sources}
-        found = {n: (v.full_tensor() if isinstance(v, DTensor) else v) for n, v in found.items()}
+        found = {name: merged_weight(lm, name) for name in chunk.sources}
         if chunk.names != chunk.sources:
             found = revert_weight_conversion(lm, found)
         weights = [found[name].to(dtype).contiguous() for name in chunk.names]

@@ -10,7 +10,6 @@ and `GRAPHS`. GPU_GB=N in the environment: for a GPU of N GB instead of this mac
 
 import argparse
 import itertools
-import json
 import math
 import os
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 
 from verl.config.schema import Config
 from verl.tools.machine import read_gpus
+from verl.tools.model_shapes import Shapes, adapter_shapes, numbers, read_model, weight_shapes
 
 GIB = 2**30
 CONTEXT, ASLEEP, GRAPHS = 2 * GIB, 1 * GIB, 1.5 * GIB
@@ -34,42 +34,6 @@ REORDERED_FROM = 2**17
 """That of `verl.utils.device`, which imports torch."""
 
 Parts = dict[str, float]
-Shapes = list[tuple[int, int]]
-
-KINDS = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of `model_type` whose layers are known here."""
-
-
-def weight_shapes(model: dict[str, Any]) -> tuple[Shapes, Shapes]:
-    """(rows, columns) of each parameter outside of the decoder layers, and of one layer, whose
-    first is that of the queries. A vector has one column.
-
-    Args:
-        model: the content of config.json.
-
-    Raises: ValueError for a model whose layers are not known here.
-    """
-    kind = model.get("model_type")
-    if kind not in KINDS:
-        raise ValueError(f"none for {kind} models, only for {', '.join(KINDS)}")
-    heads, H, V = model["num_attention_heads"], model["hidden_size"], model["vocab_size"]
-    size = model.get("head_dim") or H // heads
-    A, inner = heads * size, model["intermediate_size"]
-    K = (model.get("num_key_value_heads") or heads) * size
-    root = [(V, H), (H, 1)]
-    if not model.get("tie_word_embeddings", False):
-        root.append((V, H))
-    layer = [(A, H), (K, H), (K, H), (H, A), (inner, H), (inner, H), (H, inner), (H, 1), (H, 1)]
-    if model.get("attention_bias", kind == "qwen2"):
-        layer += [(A, 1), (K, 1), (K, 1)]
-    if kind == "qwen3":  # norms of queries and keys
-        layer += [(size, 1), (size, 1)]
-    return root, layer
-
-
-def numbers(shapes: Shapes) -> int:
-    """In tensors of these (rows, columns)."""
-    return sum(rows * columns for rows, columns in shapes)
 
 
 def changed(section: Any, key: str, value: Any) -> Any:
@@ -78,6 +42,13 @@ def changed(section: Any, key: str, value: Any) -> Any:
     if rest:
         value = changed(getattr(section, name), rest, value)
     return replace(section, **{name: value})
+
+
+def without_lora(config: Config) -> Config:
+    """The same run, that trains all weights."""
+    model = replace(config.actor_rollout_ref.model, lora_rank=0, lora_adapter_path=None)
+    found: Config = changed(config, "actor_rollout_ref.model", model)
+    return found
 
 
 class Plan:
@@ -110,7 +81,9 @@ class Plan:
         self.engine_gpus = self.trainer.rollout_gpus_per_node
         self.parallel = self.rollout.tensor_model_parallel_size if self.vllm else 1
         self.engines = (self.engine_gpus or self.ranks) // self.parallel
-        self.reference = self.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+        self.lora = models.model.uses_lora
+        kl_terms = self.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+        self.reference = kl_terms and not self.lora  # else it is the frozen model
         self.offloads_reference = models.ref.fsdp_config.param_offload
         self.longest = self.data.max_prompt_length + self.data.max_response_length
         size = self.actor.ppo_micro_batch_size_per_gpu
@@ -135,29 +108,37 @@ class Plan:
         self.kv_token = 2 * self.layers * kv_heads * head * self.compute
         self.parameters = self._count(1)
         size = self.fsdp.fsdp_size
-        self.shard = self._count(size if size > 0 else self.trainer.nnodes * self.ranks)
-        """Parameters of a rank, padding included."""
+        size = size if size > 0 else self.trainer.nnodes * self.ranks
+        self.shard = self._count(size)
+        """The model's parameters of a rank, padding included."""
         fsdp = config.reward_model.model.fsdp_config
         self.offloads_scorer = fsdp.param_offload
         self.scorer: Plan | None = None
         if scorer is not None:
-            own = changed(config, "actor_rollout_ref.actor.fsdp_config", fsdp)
+            own = changed(without_lora(config), "actor_rollout_ref.actor.fsdp_config", fsdp)
             headless = scorer | {"tie_word_embeddings": True}  # its head has one row
             self.scorer = Plan(own, headless, device, memory)
         dtypes = self.fsdp.model_dtype, models.ref.fsdp_config.model_dtype
         self.master, of_reference = (4.0 if dtype == "float32" else 2.0 for dtype in dtypes)
         self.weights, self.reference_weights = self.master * self.shard, of_reference * self.shard
         """Bytes of the actor's and of the reference's parameters on a rank."""
+        self.trainable, self.trained = self.parameters, self.weights
+        """How many parameters are trained, and their bytes on a rank."""
+        if self.lora:
+            adapters = adapter_shapes(models.model, self.layer, self.layers)
+            self.trainable = numbers(adapters)
+            self.trained = 4.0 * numbers(padded(adapters, size))  # fp32 whatever the model is
+            self.weights += self.trained
 
     def _count(self, ranks: int) -> int:
-        root = [(-(-rows // ranks), columns) for rows, columns in self.root]
-        layer = [(-(-rows // ranks), columns) for rows, columns in self.layer]
-        return numbers(root) + self.layers * numbers(layer)
+        layer = self.layers * numbers(padded(self.layer, ranks))
+        return numbers(padded(self.root, ranks)) + layer
 
     def activations(self) -> float:
         """Bytes that an update takes beside weights and optimizer, with gradients in flight."""
         c, H, T = self.compute, self.hidden, self.tokens
         root, layer = numbers(self.root), numbers(self.layer)
+        adapter = self.lora * self.trainable // self.layers
         # A norm keeps its input and result in fp32 or as they are. SDPA's keys and values are
         # repeated for each head, and its outputs copied; the packed kernel does neither. Ranks that
         # split sequences exchange the outputs, and have a head of keys each, at least.
@@ -170,7 +151,10 @@ class Plan:
         kept = 0 if self.offloads_inputs else kept
         kept += T * (4 + 4 * c) * H  # final norm, and the hidden states that predict
         # The backward pass is fullest in the head, in the first layer after it, or at its end.
+        # Frozen weights have no gradients.
         head = self.vocab * H
+        if self.lora:
+            head, root, layer = 0, 0, adapter
         of_logit = 10 if c == 2 else 8
         in_head = min(LOGITS[self.device], T * self.vocab) * of_logit + (4 + c) * head
         in_layer = 3 * c * T * self.inner + c * head + (c + self.reduce) * layer
@@ -187,7 +171,7 @@ class Plan:
         resident = self.reference and not self.offloads_reference
         return {
             "parameters": 0 if self.fsdp.param_offload else self.weights,
-            "optimizer": 0 if self.fsdp.optimizer_offload else 2 * self.weights,
+            "optimizer": 0 if self.fsdp.optimizer_offload else 2 * self.trained,
             "reference": self.reference_weights if resident else 0,
             "reward model": scorer,
             "process": CONTEXT,
@@ -195,8 +179,8 @@ class Plan:
 
     def updating(self) -> Parts:
         """Bytes that a rank keeps on its device all through an update."""
-        parts = self.resting() | {"parameters": self.weights, "optimizer": 2 * self.weights}
-        return parts | {"gradients": self.weights}
+        parts = self.resting() | {"parameters": self.weights, "optimizer": 2 * self.trained}
+        return parts | {"gradients": self.trained}
 
     def scoring(self, model: "Plan") -> Parts:
         """Peak bytes of a rank in a forward pass of the reward model."""
@@ -266,7 +250,7 @@ class Plan:
         loading = {"rank 0 loads the model": largest}
         if not self.vllm:
             loading["engines load it"] = self.compute * self.parameters * self.engines
-        states = 2 * self.weights * self.ranks
+        states = 2 * self.trained * self.ranks
         trained = {"offloaded optimizer": states} if self.fsdp.optimizer_offload else {}
         parts = {"processes": 2.0 * GIB * (self.ranks + self.engines)}
         if self.fsdp.param_offload:
@@ -361,18 +345,9 @@ class Plan:
         return f"it does not fit ({largest}); it would with {changes}"
 
 
-def read_model(path: str) -> dict[str, Any] | None:
-    """config.json of a folder or of a model in the hub's local cache; None if there is none."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    file: Any = Path(path).expanduser() / "config.json"
-    if not file.is_file():
-        try:
-            file = try_to_load_from_cache(path, "config.json")
-        except HFValidationError:  # no name of the hub
-            return None
-    return json.loads(Path(file).read_text()) if isinstance(file, str | Path) else None
+def padded(shapes: Shapes, ranks: int) -> Shapes:
+    """What one of so many ranks holds of tensors of these (rows, columns)."""
+    return [(-(-rows // ranks), columns) for rows, columns in shapes]
 
 
 def usable(gigabytes: float) -> float:
@@ -421,6 +396,11 @@ def estimate(config: Config) -> str:
     except ValueError as error:
         return f"memory estimate: {error}"
     size = f"{plan.parameters / 1e9:.3g} billion parameters, {memory / GIB:.0f} GiB ({origin})"
+    if plan.lora:
+        dense = Plan(without_lora(config), model, device, memory, host, *scorer)
+        need = [sum(p.training().values()) / GIB for p in (plan, dense)]
+        size += f"\n  LoRA trains {plan.trainable / 1e6:.3g} million of them: a rank's training"
+        size += f" takes {need[0]:.1f} GiB, and would take {need[1]:.1f} for all"
     return f"memory estimate: {size}\n{plan}"
 
 

@@ -15,6 +15,7 @@ class ModelSize:
     decoder: int  # weights of all linear layers before the head
     head: int  # weights of the head: vocabulary × hidden
     attention: int  # layers × heads × size of a head
+    per_weight: int = 6  # operations for each weight and token; 4 where weights are frozen
 
 
 def head_size(config: Any) -> int:
@@ -24,13 +25,15 @@ def head_size(config: Any) -> int:
 
 def update_flops(size: ModelSize, prompts: ArrayLike, responses: ArrayLike) -> float:
     """Of a forward and a backward pass over sequences of these lengths in tokens, [N]: of a matrix
-    product 2 for each weight and token, and twice that backwards. T = P + R − 1 tokens go through
-    the decoder, R hidden states through the head; each causal pair has a key and a value. Other
-    operations are not counted: 6·decoder·T + 6·head·R + 12·attention·T(T+1)/2."""
+    product 2 for each weight and token, and twice that backwards (once where weights are frozen).
+    T = P + R − 1 tokens go through the decoder, R hidden states through the head; each causal pair
+    has a key and a value. Other operations are not counted: 6·decoder·T + 6·head·R +
+    12·attention·T(T+1)/2."""
     R = np.asarray(responses, np.float64)
     T = np.asarray(prompts, np.float64) + R - 1
     pairs = T * (T + 1) / 2
-    return float((6 * size.decoder * T + 6 * size.head * R + 12 * size.attention * pairs).sum())
+    products = size.per_weight * (size.decoder * T + size.head * R)
+    return float((products + 12 * size.attention * pairs).sum())
 
 
 AMPERE = {"A10": 125, "A40": 150, "A100": 312, "A800": 312, "RTX 3090": 71}

@@ -125,7 +125,8 @@ class Workers:
         if role == "ref":
             field = method = "ref_log_probs"
             sizes, size = model.ref, model.ref.log_prob_micro_batch_size_per_gpu or size
-            split = model.ref.ulysses_sequence_parallel_size
+            if not model.model.uses_lora:  # else it is the actor's own model
+                split = model.ref.ulysses_sequence_parallel_size
         dynamic, most = sizes.log_prob_use_dynamic_bsz, sizes.log_prob_max_token_len_per_gpu
         limit = MicroBatchLimit(None if dynamic else size, most)
         parts = [[samples[i] for i in share] for share in self._shares(samples, split)]
