@@ -35,7 +35,7 @@ class Echo:
             raise ValueError("worker 1 says no")
         time.sleep(600)
 
-    def connect(self, rank: int, world_size: int, address: str) -> None:
+    def connect(self, rank: int, world_size: int, address: str, timeout_s: None) -> None:
         self.joined = rank, world_size, address, os.environ["GLOO_SOCKET_IFNAME"]
 
     def where_it_joined(self) -> tuple[int, int, str, str]:

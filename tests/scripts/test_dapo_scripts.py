@@ -195,7 +195,7 @@ def test_help_names_the_defaults_of_the_script(name: str, chosen: str, alpha: st
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
     assert f"dr-grpo-norm, dr-grpo [{chosen}] --alpha" in text
-    assert f"exponent of delta-l-norm [{alpha}] --seed" in text
+    assert f"exponent of delta-l-norm [{alpha}] --lora" in text
     assert "#" not in result.stdout and "source" not in result.stdout
 
 
