@@ -47,6 +47,8 @@ class Sample:
     old_log_probs: NDArray[np.float32] | None = None  # under the policy before this step's updates
     ref_log_probs: NDArray[np.float32] | None = None  # under the reference policy, [R]
     advantage: float = 0.0  # one number per response: rewards are outcome rewards
+    # Tokens that the policy loss treats otherwise in one optimizer step, [R]; None: it knows none.
+    selected: NDArray[np.bool_] | None = None
 
     @property
     def length(self) -> int:
@@ -75,6 +77,12 @@ class Sample:
             return self
         return replace(self, loss_mask=self.trained_mask, trained_mask=None)
 
+    def selecting(self, chosen: NDArray[np.bool_]) -> Self:
+        """With some tokens `selected`; `chosen`: which of those that count, [L]."""
+        selected = np.zeros(len(self.response_ids), bool)
+        selected[slice(None) if self.loss_mask is None else self.loss_mask] = chosen
+        return replace(self, selected=selected)
+
     def counted(self, values: NDArray[Any]) -> NDArray[Any]:
         """Of one value per token of the response, [R], those that count, [L]."""
         return values if self.loss_mask is None else values[self.loss_mask]
@@ -82,7 +90,7 @@ class Sample:
 
 ARRAYS: dict[str, np.dtype[Any]] = {
     "response_ids": np.dtype(np.int64),
-    "loss_mask": np.dtype(np.bool_),
+    **dict.fromkeys(("loss_mask", "selected"), np.dtype(np.bool_)),
     **dict.fromkeys(("rollout_log_probs", "old_log_probs", "ref_log_probs"), np.dtype(np.float32)),
 }
 """Fields of `Sample` that hold one value per token of the response."""

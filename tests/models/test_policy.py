@@ -39,6 +39,7 @@ LIMITS = {
     "all": MicroBatchLimit(len(LENGTHS)),
     "tokens": MicroBatchLimit(None, 40),
 }
+RESPONSE_LOSSES = ("gspo", "geo_mean", "vespo")
 LOSS = LossConfig(entropy_coeff=0.05, kl_coef=0.1, clip_ratio_high=0.3, temperature=0.9)
 
 
@@ -297,6 +298,13 @@ def _rank_gradients(
             share = balanced_partitions([s.num_tokens for s in step.samples], world)[rank]
             for name, limit in LIMITS.items():
                 results[remove_padding, mode, name] = gradient(policy, step.share(share), limit)
+        # Losses of whole responses.
+        for mode in RESPONSE_LOSSES if every and remove_padding else ():
+            step, loss = weighted_step("delta-l"), replace(LOSS, loss_mode=mode)
+            share = balanced_partitions([s.num_tokens for s in step.samples], world)[rank]
+            for name in ("one", "four"):
+                found = gradient(policy, step.share(share), LIMITS[name], loss)
+                results[remove_padding, mode, name] = found
         # One rank has nothing at all.
         lonely = weighted_step("delta-l").share(range(len(LENGTHS)) if rank == 0 else [])
         results[remove_padding, "lonely", "four"] = gradient(policy, lonely, LIMITS["four"])
@@ -321,15 +329,18 @@ def test_ranks_do_not_change_the_gradient(
     mp.spawn(_rank_gradients, (world, free_address(), tiny_model, out, fsdp_size), nprocs=world)
     results = torch.load(out, weights_only=True)
     methods = 2 * len(WEIGHTS) if fsdp_size == -1 else 1
-    assert len(results) == methods * len(LIMITS) + 2 - (fsdp_size != -1)
+    more = 2 + 2 * len(RESPONSE_LOSSES) if fsdp_size == -1 else 1
+    assert len(results) == methods * len(LIMITS) + more
     for (_, mode, _), value in results.items():
-        step = weighted_step("delta-l" if mode == "lonely" else mode)
-        assert distance(value, gradient(worker, step, LIMITS["all"])) < 1e-6
+        step = weighted_step(mode if mode in WEIGHTS else "delta-l")
+        loss = replace(LOSS, loss_mode=mode) if mode in RESPONSE_LOSSES else LOSS
+        assert distance(value, gradient(worker, step, LIMITS["all"], loss)) < 1e-6
 
 
 SPLITS = {4: [range(8)], 2: [range(5), range(5, 8)], 1: [range(2 * i, 2 * i + 2) for i in range(4)]}
 """Ranks that split sequences → the samples of each such group of four ranks."""
-SEQUENCE_LOSS = replace(LOSS, rollout_is="sequence")  # which sees responses as a whole
+SEQUENCE_LOSS = replace(LOSS, rollout_is="sequence", loss_mode="geo_mean")
+"""Which sees responses as a whole."""
 
 
 def masked_step() -> OptimizerStep:

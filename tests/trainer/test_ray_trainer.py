@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import free_address, make_samples, make_step
 from tests.models.test_policy import distance, gradient, log_probs_of
+from verl.algorithms.policy_losses import LossConstants
 from verl.algorithms.weights import response_weights
 from verl.config.load import load_config
 from verl.config.schema import LOSS_AGG_MODES, Config, FSDPConfig, ModelConfig, OptimConfig
@@ -534,6 +535,79 @@ def test_a_step_with_rejection_and_normalized_factors(
     first, second = ({w for w in rows["weight"][part] if w} for part in (slice(4), slice(4, 8)))
     tokens = sum(1 / (mean * w) for part in (first, second) for w in part)
     assert len(first) == len(second) == 1 and tokens == pytest.approx(sum(LENGTHS) - rejected)
+
+
+@pytest.mark.parametrize("mode", ["kl_cov", "clip_cov"])
+def test_tokens_are_selected_once_for_a_whole_optimizer_step(
+    mode: str, worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Of those that count: of a response's, some may be rejected. A resumed run selects the same.
+    One step on fresh responses needs the actor's log-probabilities, too."""
+    overrides = [
+        f"actor_rollout_ref.actor.policy_loss.loss_mode={mode}",
+        f"actor_rollout_ref.actor.policy_loss.{mode}_ratio=0.2",
+        "actor_rollout_ref.actor.policy_loss.clip_cov_lb=0",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "actor_rollout_ref.actor.ppo_epochs=1",
+    ]
+    trainer = make_trainer(tiny_model, tmp_path, "trainer.n_gpus_per_node=2", *overrides)
+    trainer.state.step, trainer.workers = 1, in_process(trainer.config, worker)
+    samples = make_samples(LENGTHS, old_log_probs=None)
+    trainer.add_log_probs(samples, Timer())
+    samples[3].reject(np.arange(10) % 2 == 0)
+    (step,) = trainer.optimizer_steps(samples)
+    used = [s.counted(s.old_log_probs) for s in step.samples]
+    old, each = (
+        np.concatenate(used),
+        np.repeat([s.advantage for s in samples], [len(x) for x in used]),
+    )
+    covariance = (each - each.mean()) * (old.astype(float) - old.astype(float).mean())
+    chosen = np.concatenate([s.counted(s.selected) for s in step.samples])
+    assert [len(s.selected) for s in step.samples] == LENGTHS and not step.samples[3].selected[
+        1::2
+    ].any()
+    assert chosen.sum() == 5 == int(0.2 * 25)
+    if mode == "kl_cov":
+        assert covariance[chosen].min() > covariance[~chosen].max()
+    assert (covariance[chosen] > 0).all()
+    again = [s.selected for s in trainer.optimizer_steps(samples)[0].samples]
+    assert all(np.array_equal(s.selected, x) for s, x in zip(step.samples, again, strict=True))
+    assert all(s.selected is None for s in samples)
+    config = replace(loss_config(trainer.config), ppo_kl_coef=100.0)
+    plain = replace(config, loss_mode="vanilla")
+    step.samples = [replace(s, old_log_probs=s.old_log_probs + 0.01) for s in step.samples]
+    found, other, usual = (
+        gradient(worker, step, MicroBatchLimit(size), loss)
+        for size, loss in ((1, config), (8, config), (8, plain))
+    )
+    assert distance(found, other) < 1e-6 < 1e-2 < distance(found, usual)
+
+
+def test_loss_constants_are_those_of_the_configuration(tiny_model: Path, tmp_path: Path) -> None:
+    given = {
+        "policy_loss.loss_mode": "vespo",
+        "policy_loss.clip_cov_ratio": 0.1,
+        "policy_loss.clip_cov_lb": 0.5,
+        "policy_loss.clip_cov_ub": 7.0,
+        "policy_loss.kl_cov_ratio": 0.3,
+        "policy_loss.ppo_kl_coef": 2.0,
+        "policy_loss.vespo_k_pos": 1.5,
+        "policy_loss.vespo_lambda_pos": 2.5,
+        "policy_loss.vespo_k_neg": 3.5,
+        "policy_loss.vespo_lambda_neg": 4.5,
+        "tau_pos": 1.25,
+        "tau_neg": 1.75,
+        "clip_ratio_c": 5.0,
+        "clip_ratio_low": 0.15,
+        "clip_ratio_high": 0.35,
+    }
+    loss = loss_config(load_config([f"actor_rollout_ref.actor.{k}={v}" for k, v in given.items()]))
+    assert {f.name for f in fields(LossConstants)} == {k.rpartition(".")[2] for k in given}
+    for name, value in given.items():
+        assert getattr(loss, name.rpartition(".")[2]) == value
+    bypass = ["algorithm.bypass_old_log_prob=True", f"{CORRECTION}.loss_type=reinforce"]
+    mode = "actor_rollout_ref.actor.policy_loss.loss_mode=kl_cov"
+    assert loss_config(load_config([mode, *bypass])).loss_mode == "vanilla"  # selects nothing
 
 
 def test_kl_loss_and_entropy_may_be_means_over_tokens(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The loss of a token, and its weighted sum over a micro-batch."""
+"""The losses of a micro-batch: weighted sums over its tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,44 +7,16 @@ import torch
 from torch import Tensor
 
 from verl.algorithms.kl import kl_divergence
+from verl.algorithms.policy_losses import POLICY_LOSSES, LossConstants
 from verl.algorithms.rollout_correction import response_of_token, rollout_is_weights
 
 
-def policy_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    clip_ratio_low: float = 0.2,
-    clip_ratio_high: float = 0.2,
-    clip_ratio_c: float = 3.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped loss per token (arXiv 1707.06347, eq. 7), with separate bounds ("clip-higher",
-    arXiv 2503.14476, eq. 10) and dual clip (arXiv 1912.09729, eq. 5); and what it reports per
-    token: −log r as `ppo_kl`, and 1 where the upper or lower clip or the dual clip (`…_lower`) cut.
-    With r = π/π_old: ``max(−A·r, −A·clip(r, 1−low, 1+high))``, and where A < 0 at most ``−A·c``.
-    All tensors are [T]; the gradient flows through `log_probs` only, and into the loss only."""
-    # Beyond ±20 the ratio is clipped anyway; the bound keeps exp finite.
-    log_ratio = (log_probs - old_log_probs).clamp(-20, 20)
-    ratio = log_ratio.exp()
-    plain = -advantages * ratio
-    bounded = -advantages * ratio.clamp(1 - clip_ratio_low, 1 + clip_ratio_high)
-    loss = torch.maximum(plain, bounded)
-    ceiling = -advantages * clip_ratio_c
-    negative = advantages < 0
-    cut = {"pg_clipfrac": bounded > plain, "pg_clipfrac_lower": negative & (loss > ceiling)}
-    loss = torch.where(negative, torch.minimum(loss, ceiling), loss)
-    return loss, {"ppo_kl": -log_ratio.detach()} | {name: x.float() for name, x in cut.items()}
-
-
 @dataclass(frozen=True, slots=True)
-class LossConfig:
+class LossConfig(LossConstants):
     """What an update minimizes."""
 
     kind: str = "ppo"  # a key of LOSSES
     temperature: float = 1.0  # logits are divided by it
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.2
-    clip_ratio_c: float = 3.0
     entropy_coeff: float = 0.0
     kl_coef: float = 0.0  # of the divergence from the reference; 0: no reference needed
     kl_type: str = "low_var_kl"  # a key of KL_ESTIMATORS
@@ -65,6 +37,7 @@ class LossInputs:
     old_log_probs: Tensor | None = None  # before the step; None: the same as log_probs, [T]
     ref_log_probs: Tensor | None = None  # under the reference policy, [T]
     rollout_log_probs: Tensor | None = None  # as the engine reported them, [T]
+    selected: Tensor | None = None  # 1 where `SELECTIONS` chose the token, else 0, [T]
 
 
 Sums = dict[str, Tensor]
@@ -72,10 +45,10 @@ Sums = dict[str, Tensor]
 
 
 def ppo_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
-    """PPO's clipped loss of a micro-batch, with entropy bonus and KL loss."""
+    """The policy loss `loss_mode` of a micro-batch, with entropy bonus and KL loss."""
     old = x.log_probs.detach() if x.old_log_probs is None else x.old_log_probs
-    clip = config.clip_ratio_low, config.clip_ratio_high, config.clip_ratio_c
-    loss, reported = policy_loss(x.log_probs, old, x.advantages, *clip)
+    more = {"lengths": x.lengths, "selected": x.selected, "constants": config}
+    loss, reported = POLICY_LOSSES[config.loss_mode](x.log_probs, old, x.advantages, **more)
     sums = {name: value.sum() for name, value in reported.items()}
     if x.rollout_log_probs is not None:
         factors, compared = _rollout_factors(old - x.rollout_log_probs, x, config)

@@ -23,6 +23,21 @@ LOSS_AGG_MODES = (
     "seq-mean-token-sum",
     "seq-mean-token-sum-norm",
 )
+LOSS_MODES = (
+    "vanilla",
+    "gspo",
+    "gspo-token",
+    "geo_mean",
+    "clip_cov",
+    "kl_cov",
+    "gpg",
+    "cispo",
+    "sapo",
+    "dppo_tv",
+    "dppo_kl",
+    "vespo",
+)
+WITHOUT_CLIP = tuple(f"loss_mode={name}" for name in ("kl_cov", "gpg", "sapo", "vespo"))
 GRPOPP: Any = ("${algorithm.grpopp_config.alpha}", "${algorithm.grpopp_config.scope}")
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 SHOW_GENERATIONS = ("wandb", "tensorboard", *OTHER_LOGGERS[:-1])
@@ -68,6 +83,36 @@ class GrpoppConfig(Section):
     """Average L_i^(−α) over the rollout batch (published code) or the mini-batch (paper)."""
 
 
+class PolicyLossConfig(Section):
+    """`actor_rollout_ref.actor.policy_loss`: the loss of a token (docs/from-verl.md)."""
+
+    loss_mode: str = key(
+        "vanilla",
+        choices=LOSS_MODES,
+        idle_if="bypass_old_log_prob=True and loss_type=reinforce",
+    )
+    """Policy loss; `vanilla` is PPO's. The weights of responses are loss_agg_mode's alone."""
+    clip_cov_ratio: float = key(0.0002, above=0, high=1, idle_if="loss_mode!=clip_cov")
+    """clip_cov: share of an optimizer step's tokens that have no loss; at least one token."""
+    clip_cov_lb: float = key(1.0, idle_if="loss_mode!=clip_cov")
+    """They have a covariance of advantage and log-probability above this."""
+    clip_cov_ub: float = key(5.0, idle_if="loss_mode!=clip_cov")
+    """And below this."""
+    kl_cov_ratio: float = key(0.0002, above=0, high=1, idle_if="loss_mode!=kl_cov")
+    """kl_cov: share of an optimizer step's tokens, those of the largest covariance, that have a
+    penalty; at least one token."""
+    ppo_kl_coef: float = key(0.1, low=0, idle_if="loss_mode!=kl_cov")
+    """Weight of that penalty, |log π/π_old|."""
+    vespo_k_pos: float = key(2.0, low=0, idle_if="loss_mode!=vespo")
+    """vespo: the factor W^k·exp(λ·(1 − W)) of a response with ratio W has this k where A ≥ 0."""
+    vespo_lambda_pos: float = key(3.0, above=0, idle_if="loss_mode!=vespo")
+    """And this λ."""
+    vespo_k_neg: float = key(3.0, low=0, idle_if="loss_mode!=vespo")
+    """k where A < 0."""
+    vespo_lambda_neg: float = key(2.0, above=0, idle_if="loss_mode!=vespo")
+    """λ where A < 0."""
+
+
 class CheckpointConfig(Section):
     """`actor_rollout_ref.actor.checkpoint`: what a checkpoint holds of the policy."""
 
@@ -109,14 +154,29 @@ class ActorConfig(Section):
     """Draw the mini-batches in random order."""
     grad_clip: float = key(1.0, above=0)
     """Largest norm of the gradient."""
-    clip_ratio: float = key(0.2, above=0, idle_if="clip_ratio_low!=null and clip_ratio_high!=null")
+    clip_ratio: float = key(
+        0.2,
+        above=0,
+        idle_if=("clip_ratio_low!=null and clip_ratio_high!=null", *WITHOUT_CLIP),
+    )
     """PPO's ε, where clip_ratio_low or clip_ratio_high is null."""
-    clip_ratio_low: float | None = key(None, above=0)
-    """The ratio is clipped at 1 − clip_ratio_low."""
-    clip_ratio_high: float | None = key(None, above=0)
+    clip_ratio_low: float | None = key(None, above=0, idle_if=WITHOUT_CLIP)
+    """The ratio is clipped at 1 − clip_ratio_low; of geo_mean and dppo_… it bounds something else
+    (docs/from-verl.md)."""
+    clip_ratio_high: float | None = key(None, above=0, idle_if=WITHOUT_CLIP)
     """The ratio is clipped at 1 + clip_ratio_high."""
-    clip_ratio_c: float = key(3.0, above=1)
-    """Dual clip: with a negative advantage A the loss is at most −c·A."""
+    clip_ratio_c: float = key(
+        3.0,
+        above=1,
+        idle_if="loss_mode!=vanilla and loss_mode!=dppo_tv and loss_mode!=dppo_kl",
+    )
+    """Dual clip: with a negative advantage A the loss is at most −c·A; under dppo_… the ratio is at
+    most c."""
+    tau_pos: float = key(1.0, above=0, idle_if="loss_mode!=sapo")
+    """sapo: steepness of its soft clip where A > 0."""
+    tau_neg: float = key(1.05, above=0, idle_if="loss_mode!=sapo")
+    """The same where A ≤ 0."""
+    policy_loss: PolicyLossConfig = key(PolicyLossConfig)
     loss_agg_mode: str = key(
         "token-mean",
         choices=LOSS_AGG_MODES,

@@ -135,6 +135,8 @@ def _method(config: Config) -> Iterator[str]:
         yield "algorithm.use_grpopp and algorithm.use_dr_grpo are two methods: turn one of them off"
     if methods and actor.loss_agg_mode != "token-mean":
         yield f"{{algorithm.{methods[0]}=}} chooses the loss aggregation: drop {{loss_agg_mode=}}"
+    if actor.policy_loss.clip_cov_lb >= actor.policy_loss.clip_cov_ub:
+        yield "{clip_cov_lb=} must be less than {clip_cov_ub=}"
     for name in ("save_contents", "load_contents"):
         if not {"model", "hf_model"} & {*getattr(actor.checkpoint, name)}:
             yield f"{{{name}=}} must name model or hf_model: nothing else is a policy"

@@ -125,6 +125,7 @@ def loss_inputs(step: OptimizerStep, log_probs: Tensor, entropy: Tensor) -> Loss
         old_log_probs=of_token("old_log_probs"),
         ref_log_probs=of_token("ref_log_probs"),
         rollout_log_probs=of_token("rollout_log_probs"),
+        selected=of_token("selected"),
     )
 
 

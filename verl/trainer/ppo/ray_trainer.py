@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from verl.algorithms import advantages, kl, rollout_correction, weights
+from verl.algorithms.policy_losses import SELECTIONS
 from verl.config.schema import Config
 from verl.protocol import OptimizerStep, Sample, response_lengths
 from verl.trainer.ppo import checks, metrics
@@ -29,7 +30,7 @@ class RayPPOTrainer:
         """Reads the data and finds the checkpoint to resume from (`latest`: what this run wrote
         before a worker died). Raises: ValueError or OSError for input that can't be used."""
         self.config, self.tokenizer = config, tokenizer
-        self.aggregation = weights.resolve_aggregation(config)
+        self.aggregation, self.loss = weights.resolve_aggregation(config), loss_config(config)
         self.batches = Batches.from_config(config, tokenizer)
         self.total_steps = self.batches.total_steps
         self.checkpoints = CheckpointFolder(config)
@@ -104,11 +105,12 @@ class RayPPOTrainer:
         fresh = [s for s, is_old in zip(samples, old, strict=True) if not is_old]
         one_step = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
         several_steps = len(samples) > one_step or actor.ppo_epochs > 1
-        reinforce = loss_config(self.config).kind == "reinforce"
+        reinforce, selects = self.loss.kind == "reinforce", self.loss.loss_mode in SELECTIONS
         weighted = [reinforce or not is_old for is_old in old]  # by the factors of rollout_is
         normalized = correction.rollout_is and correction.rollout_is_batch_normalize
         judged = correction.rollout_rs or correction.rollout_token_veto_threshold
-        needed = fresh if several_steps or any(old) or config.use_kl_in_reward else []
+        compared = several_steps or any(old) or selects or config.use_kl_in_reward
+        needed = fresh if compared else []
         if judged or (normalized and any(weighted)):  # by what the actor says of the whole batch
             needed = samples
         if needed:
@@ -179,8 +181,8 @@ class RayPPOTrainer:
         """The responses of each optimizer step that have a part in its loss, with their weights.
         Those of the policy loss are divided by `mean_factor`."""
         rollout_lengths, steps = response_lengths(self.trained(samples)), []
-        for mini_batch in mini_batches(self.config, samples, self.state.step):
-            counting = self.trained(mini_batch)
+        for number, mini_batch in enumerate(mini_batches(self.config, samples, self.state.step)):
+            counting = self.select_tokens(self.trained(mini_batch), number)
             lengths, mode = response_lengths(counting), self.aggregation.regularizer_mode
             w = others = self.aggregation.weights(lengths, rollout_lengths)
             if mode:
@@ -188,6 +190,19 @@ class RayPPOTrainer:
             step = OptimizerStep(counting, w / np.float32(mean_factor), others)
             steps.append(step.share(np.flatnonzero(w).tolist()))
         return steps
+
+    def select_tokens(self, samples: list[Sample], number: int) -> list[Sample]:
+        """With the tokens that the policy loss treats otherwise in optimizer step `number`, if any;
+        by the policy before the update."""
+        if not samples or not (select := SELECTIONS.get(self.loss.loss_mode)):
+            return samples
+        lengths = response_lengths(samples)
+        old = np.concatenate([s.counted(np.asarray(s.old_log_probs)) for s in samples])
+        each = torch.tensor(np.repeat([s.advantage for s in samples], lengths))
+        random = np.random.default_rng([self.config.data.seed, self.state.step, number, 1])
+        chosen = select(torch.tensor(old).double(), each, self.loss, random).bool().numpy()
+        parts = np.split(chosen, lengths.cumsum()[:-1])
+        return [s.selecting(part) for s, part in zip(samples, parts, strict=True)]
 
     def trained(self, samples: list[Sample]) -> list[Sample]:
         """The responses that have a part in the loss and its denominators, as the loss sees them:

@@ -213,12 +213,16 @@ def loss_config(config: Config) -> LossConfig:
     actor, correction = config.actor_rollout_ref.actor, config.algorithm.rollout_correction
     low, high = actor.clip_ratio_low, actor.clip_ratio_high
     reinforce = config.algorithm.bypass_old_log_prob and correction.loss_type == "reinforce"
+    constants = {name: value for name, value, _ in actor.policy_loss.walk()}
     return LossConfig(
+        **constants | ({"loss_mode": "vanilla"} if reinforce else {}),
         kind="reinforce" if reinforce else "ppo",
         temperature=config.actor_rollout_ref.rollout.temperature,
         clip_ratio_low=actor.clip_ratio if low is None else low,
         clip_ratio_high=actor.clip_ratio if high is None else high,
         clip_ratio_c=actor.clip_ratio_c,
+        tau_pos=actor.tau_pos,
+        tau_neg=actor.tau_neg,
         entropy_coeff=actor.entropy_coeff,
         kl_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
         kl_type=actor.kl_loss_type,

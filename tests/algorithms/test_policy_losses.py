@@ -1,0 +1,206 @@
+"""Every policy loss against verl's own function, finite differences, and each split of the work.
+
+`data/policy_losses.json` holds random inputs of 26 tokens, and what verl 0.9.0's functions (VESPO:
+TRL's) gave for them: the loss, its gradient and the metrics.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import close, make_samples, make_step
+from verl.algorithms.losses import LossConfig, ppo_loss
+from verl.algorithms.policy_losses import (
+    POLICY_LOSSES,
+    SELECTIONS,
+    LossConstants,
+    clip_cov_tokens,
+    kl_cov_tokens,
+)
+from verl.algorithms.weights import WEIGHTS, response_weights
+from verl.config.schema import LOSS_MODES
+from verl.models.packing import loss_inputs
+from verl.utils.seqlen_balancing import balanced_partitions
+
+PEER = json.loads((Path(__file__).parent / "data" / "policy_losses.json").read_text())
+LENGTHS = torch.tensor(PEER["lengths"])
+LOG_PROBS, OLD = (
+    torch.tensor(PEER[name], dtype=torch.float64) for name in ("log_probs", "old_log_probs")
+)
+ADVANTAGES = torch.tensor(PEER["advantages"], dtype=torch.float64).repeat_interleave(LENGTHS)
+CASES = {case["loss_mode"]: case for case in PEER["cases"]}
+CASES["gspo-token"] = CASES["gspo"] | {"loss_mode": "gspo-token"}
+RANDOM = np.random.default_rng(0)
+
+
+def selected(mode: str, constants: LossConstants, log_probs: Tensor = OLD) -> Tensor | None:
+    select = SELECTIONS.get(mode)
+    return select and select(log_probs, ADVANTAGES, constants, RANDOM)
+
+
+def token_losses(mode: str, log_probs: Tensor, constants: LossConstants, chosen: Any) -> Any:
+    more = {"lengths": LENGTHS, "constants": constants, "selected": chosen}
+    return POLICY_LOSSES[mode](log_probs, OLD, ADVANTAGES, **more)
+
+
+def test_every_loss_can_be_asked_for_and_is_compared_with_a_peers() -> None:
+    assert {*LOSS_MODES} == POLICY_LOSSES.keys() == CASES.keys()
+
+
+@pytest.mark.parametrize("mode", POLICY_LOSSES)
+def test_losses_are_the_peers(mode: str) -> None:
+    """With the weights that the peer's function takes. It selects by the current policy."""
+    case = CASES[mode]
+    constants = LossConstants(**case["constants"])
+    chosen = selected(mode, constants, LOG_PROBS)
+    if mode == "clip_cov":  # where the peer leaves out what PPO's clip cuts
+        chosen = torch.tensor(case["selected"], dtype=torch.float64)
+    log_probs = LOG_PROBS.clone().requires_grad_()
+    losses, reported = token_losses(mode, log_probs, constants, chosen)
+    w = response_weights(LENGTHS, case["loss_agg_mode"], 10).double().repeat_interleave(LENGTHS)
+    close((w * losses).sum(), case["loss"], rtol=1e-6)
+    close(torch.autograd.grad((w * losses).sum(), log_probs)[0], case["gradient"], rtol=1e-5)
+    for name, value in case["metrics"].items():
+        close(reported[name].mean() if name in reported else 0.0, value, atol=1e-6)
+    assert np.count_nonzero(case["gradient"]) > 3
+    assert not any(x.requires_grad for x in reported.values())
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "geo_mean", "sapo", "kl_cov", "gpg", "clip_cov"])
+def test_gradients_of_losses_against_finite_differences(mode: str) -> None:
+    """Of those without stopped gradients. Weights that differ, for a response-level loss too."""
+    constants = LossConstants(**CASES[mode]["constants"])
+    chosen = selected(mode, constants)
+    weights = response_weights(LENGTHS, "delta-l", 10, 0.75).double().repeat_interleave(LENGTHS)
+
+    def loss(log_probs: Tensor) -> Tensor:
+        return (weights * token_losses(mode, log_probs, constants, chosen)[0]).sum()
+
+    assert torch.autograd.gradcheck(loss, LOG_PROBS.clone().requires_grad_(), eps=1e-7)
+
+
+FACTORS = {  # what stands before ∇log π of a token, apart from −A, where nothing is cut
+    "gspo": lambda r, mean, total: mean.exp(),
+    "cispo": lambda r, mean, total: r,
+    "dppo_tv": lambda r, mean, total: r,
+    "dppo_kl": lambda r, mean, total: r,
+    "vespo": lambda r, mean, total: torch.where(
+        ADVANTAGES >= 0,
+        total.exp() ** 2 * (3 * (1 - total.exp())).exp(),
+        total.exp() ** 3 * (2 * (1 - total.exp())).exp(),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", FACTORS)
+def test_gradients_of_losses_with_stopped_gradients_by_hand(mode: str) -> None:
+    log_ratio = LOG_PROBS - OLD
+    totals = [x.sum().expand(len(x)) for x in log_ratio.split(LENGTHS.tolist())]
+    total = torch.cat(totals)
+    mean = total / LENGTHS.repeat_interleave(LENGTHS)
+    wide = LossConstants(clip_ratio_low=100.0, clip_ratio_high=100.0, clip_ratio_c=100.0)
+    log_probs = LOG_PROBS.clone().requires_grad_()
+    losses, _ = token_losses(mode, log_probs, wide, None)
+    expected = -ADVANTAGES * FACTORS[mode](log_ratio.exp(), mean, total)
+    close(torch.autograd.grad(losses.sum(), log_probs)[0], expected)
+
+
+@pytest.mark.parametrize("weighting", ["seq-mean-token-mean", "seq-mean-token-sum", "delta-l"])
+def test_gspo_has_the_gradient_of_the_ratio_of_responses(weighting: str) -> None:
+    """Under any weights; with seq-mean-token-sum it is LUSPO, mean_i L_i·min(…)."""
+    constants = LossConstants(clip_ratio_low=0.03, clip_ratio_high=0.05)
+    w = response_weights(LENGTHS, weighting, 10, 0.75).double()
+    log_probs = LOG_PROBS.clone().requires_grad_()
+    parts = zip(log_probs.split(PEER["lengths"]), OLD.split(PEER["lengths"]), strict=True)
+    s = torch.stack([(new - old).mean().exp() for new, old in parts])
+    a = torch.tensor(PEER["advantages"], dtype=torch.float64)
+    of_response = -torch.minimum(s * a, s.clamp(0.97, 1.05) * a)
+    expected = (w * LENGTHS * of_response).sum()
+    losses, _ = token_losses("gspo", log_probs, constants, None)
+    total = (w.repeat_interleave(LENGTHS) * losses).sum()
+    close(total, expected)
+    grads = [torch.autograd.grad(x, log_probs)[0] for x in (total, expected)]
+    close(*grads)
+
+
+def test_policies_far_apart_give_finite_losses_and_gradients() -> None:
+    far = torch.where(torch.arange(26) % 2 == 0, 0.0, -300.0).double()
+    for mode in POLICY_LOSSES:
+        log_probs = far.clone().requires_grad_()
+        more = {"lengths": LENGTHS, "constants": LossConstants(), "selected": torch.ones(26)}
+        losses, _ = POLICY_LOSSES[mode](log_probs, far.flip(0), ADVANTAGES, **more)
+        assert losses.isfinite().all(), mode
+        assert torch.autograd.grad(losses.sum(), log_probs)[0].isfinite().all(), mode
+
+
+# ------------------------------------------------------------------------------------- selection
+
+
+def test_selected_tokens_by_hand() -> None:
+    """Means 0 and −2: the covariances are 2, −1, −1.5, 0.5, 0, 0."""
+    advantages = torch.tensor([2.0, 1, -1, -1, -1, 0], dtype=torch.float64)
+    old = torch.tensor([-1, -3, -0.5, -2.5, -2, -3], dtype=torch.float64)
+    constants = LossConstants(kl_cov_ratio=0.4, clip_cov_ratio=0.2, clip_cov_lb=-0.5)
+    found = kl_cov_tokens(old, advantages, constants, RANDOM)
+    assert found.tolist() == [1, 0, 0, 1, 0, 0]
+    drawn = [clip_cov_tokens(old, advantages, constants, RANDOM).tolist() for _ in range(60)]
+    assert all(sum(x) == 1 for x in drawn)
+    assert {x.index(1) for x in drawn} == {0, 3, 4, 5}
+    none = LossConstants(clip_cov_lb=3.0)
+    assert not clip_cov_tokens(old, advantages, none, RANDOM).any()
+
+
+# ------------------------------------------------------------------- any loss with any aggregation
+
+SIZES = [3, 9, 0, 1, 20, 7, 12, 2]
+SPLITS = {
+    "one": [[i] for i in range(8)],
+    "four": [[0, 1, 2, 3], [4, 5, 6, 7]],
+    "two ranks": balanced_partitions(SIZES, 2),
+    "with an empty one": [[*range(8)], []],
+}
+
+
+@pytest.mark.parametrize("mode", POLICY_LOSSES)
+def test_no_split_changes_the_gradient_of_any_loss_under_any_aggregation(mode: str) -> None:
+    config = LossConfig(loss_mode=mode, kl_cov_ratio=0.1, clip_cov_ratio=0.1, clip_cov_lb=0.0)
+    samples = make_samples(SIZES)
+    old = np.concatenate([s.old_log_probs for s in samples])
+    if select := SELECTIONS.get(mode):
+        each = torch.tensor(np.repeat([s.advantage for s in samples], SIZES))
+        chosen = select(torch.tensor(old), each, config, RANDOM).bool().numpy()
+        assert chosen.sum() == 5
+        parts = np.split(chosen, np.cumsum(SIZES)[:-1])
+        samples = [s.selecting(part) for s, part in zip(samples, parts, strict=True)]
+    noise = torch.randn(54, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    now = (torch.tensor(old).double() + 0.3 * noise).split(SIZES)
+    for weighting in WEIGHTS:
+        options = {"max_response_length": 24, "alpha": 0.75, "group_size": 4}
+        step = make_step(samples, weighting, **options)
+
+        def gradient(split: list[list[int]], step: Any = step) -> tuple[Tensor, dict[str, Any]]:
+            log_probs = [x.clone().requires_grad_() for x in now]
+            sums: dict[str, Any] = {}
+            for part in split:
+                mine = torch.cat([now[0][:0], *(log_probs[i] for i in part)])
+                x = loss_inputs(step.share(part), mine, torch.zeros_like(mine))
+                loss, found = ppo_loss(x, config)
+                loss.backward() if part else None
+                for name, value in found.items():
+                    if not name.startswith("rollout/"):
+                        sums[name] = sums.get(name, 0) + value.detach()
+            grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in log_probs]
+            return torch.cat(grads), sums
+
+        expected, expected_sums = gradient([[*range(8)]])
+        assert expected.count_nonzero() > 10
+        for split in SPLITS.values():
+            found, sums = gradient(split)
+            assert (found - expected).norm() <= 1e-6 * expected.norm()
+            for name, value in expected_sums.items():
+                close(sums[name], value, rtol=1e-6)
