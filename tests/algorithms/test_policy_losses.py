@@ -18,7 +18,7 @@ from verl.algorithms.losses import LossConfig, ppo_loss
 from verl.algorithms.policy_losses import (
     POLICY_LOSSES,
     SELECTIONS,
-    LossConstants,
+    Constants,
     clip_cov_tokens,
     kl_cov_tokens,
 )
@@ -38,13 +38,13 @@ CASES["gspo-token"] = CASES["gspo"] | {"loss_mode": "gspo-token"}
 RANDOM = np.random.default_rng(0)
 
 
-def selected(mode: str, constants: LossConstants, log_probs: Tensor = OLD) -> Tensor | None:
+def selected(mode: str, constants: Constants, log_probs: Tensor = OLD) -> Tensor | None:
     select = SELECTIONS.get(mode)
     return select and select(log_probs, ADVANTAGES, constants, RANDOM)
 
 
-def token_losses(mode: str, log_probs: Tensor, constants: LossConstants, chosen: Any) -> Any:
-    more = {"lengths": LENGTHS, "constants": constants, "selected": chosen}
+def token_losses(mode: str, log_probs: Tensor, constants: Constants, chosen: Any) -> Any:
+    more = {"lengths": LENGTHS, "c": constants, "selected": chosen}
     return POLICY_LOSSES[mode](log_probs, OLD, ADVANTAGES, **more)
 
 
@@ -56,7 +56,7 @@ def test_every_loss_can_be_asked_for_and_is_compared_with_a_peers() -> None:
 def test_losses_are_the_peers(mode: str) -> None:
     """With the weights that the peer's function takes. It selects by the current policy."""
     case = CASES[mode]
-    constants = LossConstants(**case["constants"])
+    constants = Constants(**case["constants"])
     chosen = selected(mode, constants, LOG_PROBS)
     if mode == "clip_cov":  # where the peer leaves out what PPO's clip cuts
         chosen = torch.tensor(case["selected"], dtype=torch.float64)
@@ -74,7 +74,7 @@ def test_losses_are_the_peers(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["vanilla", "geo_mean", "sapo", "kl_cov", "gpg", "clip_cov"])
 def test_gradients_of_losses_against_finite_differences(mode: str) -> None:
     """Of those without stopped gradients. Weights that differ, for a response-level loss too."""
-    constants = LossConstants(**CASES[mode]["constants"])
+    constants = Constants(**CASES[mode]["constants"])
     chosen = selected(mode, constants)
     weights = response_weights(LENGTHS, "delta-l", 10, 0.75).double().repeat_interleave(LENGTHS)
 
@@ -103,7 +103,7 @@ def test_gradients_of_losses_with_stopped_gradients_by_hand(mode: str) -> None:
     totals = [x.sum().expand(len(x)) for x in log_ratio.split(LENGTHS.tolist())]
     total = torch.cat(totals)
     mean = total / LENGTHS.repeat_interleave(LENGTHS)
-    wide = LossConstants(clip_ratio_low=100.0, clip_ratio_high=100.0, clip_ratio_c=100.0)
+    wide = Constants(clip_ratio_low=100.0, clip_ratio_high=100.0, clip_ratio_c=100.0)
     log_probs = LOG_PROBS.clone().requires_grad_()
     losses, _ = token_losses(mode, log_probs, wide, None)
     expected = -ADVANTAGES * FACTORS[mode](log_ratio.exp(), mean, total)
@@ -113,7 +113,7 @@ def test_gradients_of_losses_with_stopped_gradients_by_hand(mode: str) -> None:
 @pytest.mark.parametrize("weighting", ["seq-mean-token-mean", "seq-mean-token-sum", "delta-l"])
 def test_gspo_has_the_gradient_of_the_ratio_of_responses(weighting: str) -> None:
     """Under any weights; with seq-mean-token-sum it is LUSPO, mean_i L_i·min(…)."""
-    constants = LossConstants(clip_ratio_low=0.03, clip_ratio_high=0.05)
+    constants = Constants(clip_ratio_low=0.03, clip_ratio_high=0.05)
     w = response_weights(LENGTHS, weighting, 10, 0.75).double()
     log_probs = LOG_PROBS.clone().requires_grad_()
     parts = zip(log_probs.split(PEER["lengths"]), OLD.split(PEER["lengths"]), strict=True)
@@ -132,7 +132,7 @@ def test_policies_far_apart_give_finite_losses_and_gradients() -> None:
     far = torch.where(torch.arange(26) % 2 == 0, 0.0, -300.0).double()
     for mode in POLICY_LOSSES:
         log_probs = far.clone().requires_grad_()
-        more = {"lengths": LENGTHS, "constants": LossConstants(), "selected": torch.ones(26)}
+        more = {"lengths": LENGTHS, "c": Constants(), "selected": torch.ones(26)}
         losses, _ = POLICY_LOSSES[mode](log_probs, far.flip(0), ADVANTAGES, **more)
         assert losses.isfinite().all(), mode
         assert torch.autograd.grad(losses.sum(), log_probs)[0].isfinite().all(), mode
@@ -145,13 +145,13 @@ def test_selected_tokens_by_hand() -> None:
     """Means 0 and −2: the covariances are 2, −1, −1.5, 0.5, 0, 0."""
     advantages = torch.tensor([2.0, 1, -1, -1, -1, 0], dtype=torch.float64)
     old = torch.tensor([-1, -3, -0.5, -2.5, -2, -3], dtype=torch.float64)
-    constants = LossConstants(kl_cov_ratio=0.4, clip_cov_ratio=0.2, clip_cov_lb=-0.5)
+    constants = Constants(kl_cov_ratio=0.4, clip_cov_ratio=0.2, clip_cov_lb=-0.5)
     found = kl_cov_tokens(old, advantages, constants, RANDOM)
     assert found.tolist() == [1, 0, 0, 1, 0, 0]
     drawn = [clip_cov_tokens(old, advantages, constants, RANDOM).tolist() for _ in range(60)]
     assert all(sum(x) == 1 for x in drawn)
     assert {x.index(1) for x in drawn} == {0, 3, 4, 5}
-    none = LossConstants(clip_cov_lb=3.0)
+    none = Constants(clip_cov_lb=3.0)
     assert not clip_cov_tokens(old, advantages, none, RANDOM).any()
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import free_address, make_samples, make_step
 from tests.models.test_policy import distance, gradient, log_probs_of
-from verl.algorithms.policy_losses import LossConstants
+from verl.algorithms.policy_losses import Constants
 from verl.algorithms.weights import response_weights
 from verl.config.load import load_config
 from verl.config.schema import LOSS_AGG_MODES, Config, FSDPConfig, ModelConfig, OptimConfig
@@ -602,7 +602,7 @@ def test_loss_constants_are_those_of_the_configuration(tiny_model: Path, tmp_pat
         "clip_ratio_high": 0.35,
     }
     loss = loss_config(load_config([f"actor_rollout_ref.actor.{k}={v}" for k, v in given.items()]))
-    assert {f.name for f in fields(LossConstants)} == {k.rpartition(".")[2] for k in given}
+    assert {f.name for f in fields(Constants)} == {k.rpartition(".")[2] for k in given}
     for name, value in given.items():
         assert getattr(loss, name.rpartition(".")[2]) == value
     bypass = ["algorithm.bypass_old_log_prob=True", f"{CORRECTION}.loss_type=reinforce"]

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from verl.algorithms.kl import kl_divergence
-from verl.algorithms.policy_losses import POLICY_LOSSES, LossConstants
+from verl.algorithms.policy_losses import POLICY_LOSSES, Constants
 from verl.algorithms.rollout_correction import response_of_token, rollout_is_weights
 
 
 @dataclass(frozen=True, slots=True)
-class LossConfig(LossConstants):
+class LossConfig(Constants):
     """What an update minimizes."""
 
     kind: str = "ppo"  # a key of LOSSES
@@ -47,7 +47,7 @@ Sums = dict[str, Tensor]
 def ppo_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
     """The policy loss `loss_mode` of a micro-batch, with entropy bonus and KL loss."""
     old = x.log_probs.detach() if x.old_log_probs is None else x.old_log_probs
-    more = {"lengths": x.lengths, "selected": x.selected, "constants": config}
+    more = {"lengths": x.lengths, "selected": x.selected, "c": config}
     loss, reported = POLICY_LOSSES[config.loss_mode](x.log_probs, old, x.advantages, **more)
     sums = {name: value.sum() for name, value in reported.items()}
     if x.rollout_log_probs is not None:

@@ -1,9 +1,8 @@
 """The loss of a token ℓ_it by name, `actor_rollout_ref.actor.policy_loss.loss_mode`. Each function
-takes log_probs, old_log_probs and advantages, [T] of N responses one after another, and what it
-needs of `lengths` [N], `constants` and `selected` [T]; it returns ℓ, [T], and what it reports per
-token. The gradient flows through `log_probs` only. r is π/π_old, L a response's length, sg(·) a
-constant. Weights are independent: the loss of a step is Σ_i w_i Σ_t ℓ_it, whatever ℓ is. So what
-verl 0.9 and TRL 1.10 fix for a loss, such as seq-mean-token-mean, is here `loss_agg_mode` alone."""
+takes log_probs, old ones and advantages, [T] of N responses one after another, and what it needs of
+`lengths` [N], `selected` [T] and the constants `c`. The gradient flows through `log_probs` only; r
+is π/π_old, sg(·) a constant. The loss of a step is Σ_i w_i Σ_t ℓ_it, whatever ℓ is: the weights
+that verl 0.9 or TRL 1.10 fix for a loss, such as seq-mean-token-mean, are `loss_agg_mode` here."""
 
 import math
 from collections.abc import Callable
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from verl.algorithms.rollout_correction import response_of_token
 
-Reported = dict[str, Tensor]
+Loss = tuple[Tensor, dict[str, Tensor]]
+"""ℓ, and what is reported per token by name, [T] each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossConstants:
+class Constants:
     """What the losses have beside tensors: verl's keys; those of VESPO are TRL's."""
 
     loss_mode: str = "vanilla"  # a key of POLICY_LOSSES
@@ -79,7 +79,7 @@ def policy_loss(
     clip_ratio_low: float = 0.2,
     clip_ratio_high: float = 0.2,
     clip_ratio_c: float = 3.0,
-) -> tuple[Tensor, Reported]:
+) -> Loss:
     """PPO's clipped loss per token (arXiv 1707.06347, eq. 7), with separate bounds ("clip-higher",
     arXiv 2503.14476, eq. 10) and dual clip (arXiv 1912.09729, eq. 5); and what it reports per
     token: −log r as `ppo_kl`, and 1 where the upper or lower clip or the dual clip (`…_lower`) cut.
@@ -93,24 +93,15 @@ def policy_loss(
     return loss, _reported(log_ratio, cut, cut_lower)
 
 
-def vanilla(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, *, constants: LossConstants, **_: Any
-) -> tuple[Tensor, Reported]:
+def vanilla(log_probs: Tensor, old: Tensor, advantages: Tensor, *, c: Constants, **_: Any) -> Loss:
     """`policy_loss`."""
-    c = constants
     bounds = c.clip_ratio_low, c.clip_ratio_high, c.clip_ratio_c
     return policy_loss(log_probs, old, advantages, *bounds)
 
 
 def gspo(
-    log_probs: Tensor,
-    old: Tensor,
-    advantages: Tensor,
-    *,
-    lengths: Tensor,
-    constants: LossConstants,
-    **_: Any,
-) -> tuple[Tensor, Reported]:
+    log_probs: Tensor, old: Tensor, advantages: Tensor, *, lengths: Tensor, c: Constants, **_: Any
+) -> Loss:
     """GSPO (arXiv 2507.18071, eq. 5 to 7), in the form of GSPO-token (eq. 13 and 14): PPO's clip of
     s_it = sg(s_i)·π/sg(π) with s_i = exp(mean_t log r_it). With one advantage a response value and
     gradient are those of s_i itself. The paper averages as seq-mean-token-mean, which verl's code
@@ -118,27 +109,21 @@ def gspo(
     log_ratio = _log_ratio(log_probs, old)
     level = _mean(log_ratio, lengths).detach()
     ratio = (log_probs - log_probs.detach() + level).clamp(max=10).exp()
-    low, high = constants.clip_ratio_low, constants.clip_ratio_high
+    low, high = c.clip_ratio_low, c.clip_ratio_high
     loss, cut = _clipped(ratio, advantages, low, high)
     return loss, _reported(log_ratio, cut)
 
 
 def geo_mean(
-    log_probs: Tensor,
-    old: Tensor,
-    advantages: Tensor,
-    *,
-    lengths: Tensor,
-    constants: LossConstants,
-    **_: Any,
-) -> tuple[Tensor, Reported]:
+    log_probs: Tensor, old: Tensor, advantages: Tensor, *, lengths: Tensor, c: Constants, **_: Any
+) -> Loss:
     """GMPO (arXiv 2507.20673, eq. 4 and its algorithm 1): −A·exp(mean_t k_it) at each token, where
     k is log r, at most `clip_ratio_high` if A > 0 and at least −`clip_ratio_low` if A < 0. Under
     seq-mean-token-mean it is the paper's and verl's mean over responses, which verl's code always
     takes. Factors of `rollout_is` multiply the tokens; in verl their geometric mean the response.
     """
     log_ratio, sign = _log_ratio(log_probs, old), advantages.sign()
-    bounded = log_ratio.clamp(-constants.clip_ratio_low, constants.clip_ratio_high)
+    bounded = log_ratio.clamp(-c.clip_ratio_low, c.clip_ratio_high)
     taken = sign * torch.minimum(sign * log_ratio, sign * bounded)
     cut = log_ratio != bounded
     loss = -advantages * _mean(taken, lengths).exp()
@@ -146,69 +131,50 @@ def geo_mean(
 
 
 def clip_cov(
-    log_probs: Tensor,
-    old: Tensor,
-    advantages: Tensor,
-    *,
-    selected: Tensor,
-    constants: LossConstants,
-    **_: Any,
-) -> tuple[Tensor, Reported]:
+    log_probs: Tensor, old: Tensor, advantages: Tensor, *, selected: Tensor, c: Constants, **_: Any
+) -> Loss:
     """Clip-Cov (arXiv 2505.22617, eq. 11 and 12): PPO's clipped loss, 0 at the tokens that
     `clip_cov_tokens` chose, whose share is reported as `pg_clipfrac`. No dual clip, as in verl."""
     log_ratio = _log_ratio(log_probs, old)
-    low, high = constants.clip_ratio_low, constants.clip_ratio_high
+    low, high = c.clip_ratio_low, c.clip_ratio_high
     loss, _cut = _clipped(log_ratio.exp(), advantages, low, high)
     return loss * (1 - selected), _reported(log_ratio, selected)
 
 
 def kl_cov(
-    log_probs: Tensor,
-    old: Tensor,
-    advantages: Tensor,
-    *,
-    selected: Tensor,
-    constants: LossConstants,
-    **_: Any,
-) -> tuple[Tensor, Reported]:
+    log_probs: Tensor, old: Tensor, advantages: Tensor, *, selected: Tensor, c: Constants, **_: Any
+) -> Loss:
     """KL-Cov (arXiv 2505.22617, eq. 13 and 14): −A·r, unclipped, + `ppo_kl_coef`·|log r| at the
     tokens that `kl_cov_tokens` chose. verl reports the mean |log r| as `ppo_kl`."""
     log_ratio = _log_ratio(log_probs, old)
-    penalty = constants.ppo_kl_coef * log_ratio.abs() * selected
+    penalty = c.ppo_kl_coef * log_ratio.abs() * selected
     return -advantages * log_ratio.exp() + penalty, _reported(log_ratio)
 
 
-def gpg(log_probs: Tensor, old: Tensor, advantages: Tensor, **_: Any) -> tuple[Tensor, Reported]:
-    """GPG (arXiv 2504.02546): −A·log π, without a ratio; the paper's scale of the advantages
-    is the estimator's."""
+def gpg(log_probs: Tensor, old: Tensor, advantages: Tensor, **_: Any) -> Loss:
+    """GPG (arXiv 2504.02546): −A·log π, without a ratio. How it scales A is the estimator's."""
     return -advantages * log_probs, _reported(_log_ratio(log_probs, old))
 
 
-def cispo(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, *, constants: LossConstants, **_: Any
-) -> tuple[Tensor, Reported]:
+def cispo(log_probs: Tensor, old: Tensor, advantages: Tensor, *, c: Constants, **_: Any) -> Loss:
     """CISPO (arXiv 2506.13585, eq. 4 and 5): −sg(clip(r, 1 − low, 1 + high))·A·log π. The paper has
     no lower bound: `clip_ratio_low` of 1 or more, as verl's script sets it."""
     log_ratio = _log_ratio(log_probs, old)
     ratio = log_ratio.detach().exp()
-    bounded = ratio.clamp(1 - constants.clip_ratio_low, 1 + constants.clip_ratio_high)
+    bounded = ratio.clamp(1 - c.clip_ratio_low, 1 + c.clip_ratio_high)
     return -bounded * advantages * log_probs, _reported(log_ratio, ratio != bounded)
 
 
-def sapo(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, *, constants: LossConstants, **_: Any
-) -> tuple[Tensor, Reported]:
-    """SAPO (arXiv 2511.20347): −A·(4/τ)·sigmoid(τ·(r − 1)) with τ = `tau_pos` where
-    A > 0, else `tau_neg`. verl's code always averages as seq-mean-token-mean, as the paper does."""
+def sapo(log_probs: Tensor, old: Tensor, advantages: Tensor, *, c: Constants, **_: Any) -> Loss:
+    """SAPO (arXiv 2511.20347): −A·(4/τ)·sigmoid(τ·(r − 1)) with τ = `tau_pos` where A > 0, else
+    `tau_neg`. verl's code always averages as seq-mean-token-mean, as the paper does."""
     log_ratio = _log_ratio(log_probs, old)
-    tau = _by_sign(advantages > 0, constants.tau_pos, constants.tau_neg, log_ratio)
+    tau = _by_sign(advantages > 0, c.tau_pos, c.tau_neg, log_ratio)
     gate = torch.sigmoid(tau * (log_ratio.exp() - 1)) * 4 / tau
     return -advantages * gate, _reported(log_ratio)
 
 
-def _dppo(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, excess: Tensor, c: LossConstants
-) -> tuple[Tensor, Reported]:
+def _dppo(log_probs: Tensor, old: Tensor, advantages: Tensor, excess: Tensor, c: Constants) -> Loss:
     """−A·sg(min(r, c))·log π, 0 where `excess`, a divergence with the sign of π − π_old, is more
     than `clip_ratio_high` and A > 0, or less than −`clip_ratio_low` and A ≤ 0."""
     log_ratio = _log_ratio(log_probs, old)
@@ -218,38 +184,28 @@ def _dppo(
     return loss, _reported(log_ratio, ~within, within & (ratio > c.clip_ratio_c))
 
 
-def dppo_tv(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, *, constants: LossConstants, **_: Any
-) -> tuple[Tensor, Reported]:
+def dppo_tv(log_probs: Tensor, old: Tensor, advantages: Tensor, *, c: Constants, **_: Any) -> Loss:
     """DPPO (arXiv 2602.04879) with binary total variation: −A·sg(min(r, `clip_ratio_c`))·log π, 0
     where the update would lead further away and |π − π_old| is beyond the clip ratios."""
     excess = log_probs.detach().exp() - old.exp()
-    return _dppo(log_probs, old, advantages, excess, constants)
+    return _dppo(log_probs, old, advantages, excess, c)
 
 
-def dppo_kl(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, *, constants: LossConstants, **_: Any
-) -> tuple[Tensor, Reported]:
+def dppo_kl(log_probs: Tensor, old: Tensor, advantages: Tensor, *, c: Constants, **_: Any) -> Loss:
     """The same by the binary divergence KL(π_old‖π): of the token against all others."""
     now, before = log_probs.detach().exp(), old.exp()
     others = torch.log((1 - before + 1e-8) / (1 - now + 1e-8))
     divergence = before * (old - log_probs.detach()) + (1 - before) * others
-    return _dppo(log_probs, old, advantages, divergence * (now - before).sign(), constants)
+    return _dppo(log_probs, old, advantages, divergence * (now - before).sign(), c)
 
 
 def vespo(
-    log_probs: Tensor,
-    old: Tensor,
-    advantages: Tensor,
-    *,
-    lengths: Tensor,
-    constants: LossConstants,
-    **_: Any,
-) -> tuple[Tensor, Reported]:
+    log_probs: Tensor, old: Tensor, advantages: Tensor, *, lengths: Tensor, c: Constants, **_: Any
+) -> Loss:
     """VESPO (arXiv 2602.10693; TRL's `loss_type="vespo"`): −sg(φ(W))·A·log π with the product W of
     r over the response, and φ(W) = W^k·exp(λ·(1 − W)); k and λ are `vespo_k_pos` and
     `vespo_lambda_pos` where A ≥ 0, else `…_neg`. Engines' factors multiply it; TRL's are in W."""
-    c, log_ratio, up = constants, _log_ratio(log_probs, old), advantages >= 0
+    log_ratio, up = _log_ratio(log_probs, old), advantages >= 0
     log_W = _sum(log_ratio, lengths).detach().clamp(math.log(1e-8), 20)
     k = _by_sign(up, c.vespo_k_pos, c.vespo_k_neg, log_ratio)
     rate = _by_sign(up, c.vespo_lambda_pos, c.vespo_lambda_neg, log_ratio)
@@ -257,7 +213,7 @@ def vespo(
     return -phi * advantages * log_probs, _reported(log_ratio)
 
 
-POLICY_LOSSES: dict[str, Callable[..., tuple[Tensor, Reported]]] = {
+POLICY_LOSSES: dict[str, Callable[..., Loss]] = {
     "vanilla": vanilla,
     "gspo": gspo,
     "gspo-token": gspo,
@@ -282,7 +238,7 @@ def _covariance(old_log_probs: Tensor, advantages: Tensor, share: float) -> tupl
 
 
 def clip_cov_tokens(
-    old_log_probs: Tensor, advantages: Tensor, c: LossConstants, random: np.random.Generator
+    old_log_probs: Tensor, advantages: Tensor, c: Constants, random: np.random.Generator
 ) -> Tensor:
     """`clip_cov_ratio` of all tokens, by chance among those with a covariance between `clip_cov_lb`
     and `clip_cov_ub`, 1 or 0 each, [T] → [T]."""
@@ -294,7 +250,7 @@ def clip_cov_tokens(
 
 
 def kl_cov_tokens(
-    old_log_probs: Tensor, advantages: Tensor, c: LossConstants, random: np.random.Generator
+    old_log_probs: Tensor, advantages: Tensor, c: Constants, random: np.random.Generator
 ) -> Tensor:
     """`kl_cov_ratio` of all tokens, those with the largest covariance, 1 or 0 each, [T] → [T]."""
     covariance, number = _covariance(old_log_probs, advantages, c.kl_cov_ratio)
