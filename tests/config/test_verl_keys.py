@@ -165,6 +165,28 @@ def test_keys_of_the_schema_are_never_said_to_have_no_effect(
         compose_config([f"{actor}.fsdp_config.param_ofload=False"])
 
 
+def test_policy_losses(caplog: pytest.LogCaptureFixture) -> None:
+    actor = "actor_rollout_ref.actor"
+    mode = f"{actor}.policy_loss.loss_mode"
+    with pytest.raises(
+        ConfigError, match=r"luspo is known .* gspo with loss_agg_mode=seq-mean-tok"
+    ):
+        compose_config([f"{mode}=luspo"])
+    bounds = [f"{actor}.policy_loss.clip_cov_lb=2", f"{actor}.policy_loss.clip_cov_ub=2"]
+    with pytest.raises(ConfigError, match=r"clip_cov_lb=2.0 must be less than .*clip_cov_ub=2.0"):
+        compose_config([f"{mode}=clip_cov", *bounds])
+    given = ["tau_pos=2", "clip_ratio=0.1", "clip_ratio_c=2", "policy_loss.kl_cov_ratio=0.1"]
+    idle = {"sapo": [1, 2, 3], "vanilla": [0, 3], "kl_cov": [0, 1, 2], "dppo_tv": [0, 3]}
+    for name, expected in idle.items():
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            load_config([f"{mode}={name}", *(f"{actor}.{text}" for text in given)])
+        keys = [text.partition("=")[0] for text in given]
+        assert [i for i, key in enumerate(keys) if f"{actor}.{key} (" in caplog.text] == expected
+    accepted = [s for s in SCRIPTS if "policy_loss.loss_mode" in str(s) and not problems(s)]
+    assert len(accepted) == 4  # CISPO's and GMPO's; GPG's has an estimator of its own
+
+
 def test_counts_of_all_ranks_that_contradict_or_are_none() -> None:
     all_ranks, each = next(iter(OF_ALL_RANKS.items()))
     ranks = "trainer.n_gpus_per_node=4"
