@@ -518,6 +518,7 @@ def test_a_step_with_rejection_and_normalized_factors(
         f"{CORRECTION}.rollout_rs_threshold=0.3",
         f"{CORRECTION}.rollout_is=sequence",
         f"{CORRECTION}.rollout_is_batch_normalize=True",
+        "actor_rollout_ref.actor.policy_loss.loss_mode=kl_cov",  # whose tokens are chosen of these
         "trainer.total_training_steps=1",
         "trainer.save_hf_model=False",
         f"trainer.rollout_data_dir={tmp_path}/kept",
@@ -556,17 +557,14 @@ def test_tokens_are_selected_once_for_a_whole_optimizer_step(
     trainer.add_log_probs(samples, Timer())
     samples[3].reject(np.arange(10) % 2 == 0)
     (step,) = trainer.optimizer_steps(samples)
-    used = [s.counted(s.old_log_probs) for s in step.samples]
-    old, each = (
-        np.concatenate(used),
-        np.repeat([s.advantage for s in samples], [len(x) for x in used]),
-    )
-    covariance = (each - each.mean()) * (old.astype(float) - old.astype(float).mean())
+    lengths = [s.length for s in step.samples]
+    old = np.concatenate([s.counted(s.old_log_probs) for s in step.samples]).astype(float)
+    each = np.repeat([s.advantage for s in samples], lengths)
+    covariance = (each - each.mean()) * (old - old.mean())
     chosen = np.concatenate([s.counted(s.selected) for s in step.samples])
-    assert [len(s.selected) for s in step.samples] == LENGTHS and not step.samples[3].selected[
-        1::2
-    ].any()
-    assert chosen.sum() == 5 == int(0.2 * 25)
+    assert [len(s.selected) for s in step.samples] == LENGTHS and sum(lengths) == 25
+    assert not step.samples[3].selected[1::2].any()
+    assert chosen.sum() == 5
     if mode == "kl_cov":
         assert covariance[chosen].min() > covariance[~chosen].max()
     assert (covariance[chosen] > 0).all()
@@ -583,7 +581,7 @@ def test_tokens_are_selected_once_for_a_whole_optimizer_step(
     assert distance(found, other) < 1e-6 < 1e-2 < distance(found, usual)
 
 
-def test_loss_constants_are_those_of_the_configuration(tiny_model: Path, tmp_path: Path) -> None:
+def test_loss_constants_are_those_of_the_configuration() -> None:
     given = {
         "policy_loss.loss_mode": "vespo",
         "policy_loss.clip_cov_ratio": 0.1,
