@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from . import regions, structures, symbolic
 from .evaluate import TooLarge, Undecided, exact
 from .normalise import normalise, words
-from .tokens import ParseError, TooComplex
+from .tokens import FUNCTIONS, GREEK, ParseError, TooComplex
 from .tree import Node, parse
-from .units import split_units
+from .units import CHANGES, NAMES, split_units
 from .values import same_values
 
 MAX_QUICK = 200  # characters of a normalised answer that are parsed on the event loop
@@ -28,10 +28,17 @@ MAX_LENGTH = 5_000  # characters of an answer that are read at all
 _CHOICE = re.compile(r"\(?([A-Ja-j])(?:\)|[.:](?=.)|\Z)(?![(,)] ?[A-J])(.*)")
 _SECOND = re.compile(  # another choice, or doubts, in what should be the text of the first
     r"(?<![A-Za-z\\])\(?[A-J](?:[).:]|\Z)|\b(?:or|lor|both|wrong|incorrect|false|right|correct|maybe)\b"
+    r"|(?i:\b(?:yes|true|but|if|unless|perhaps)\b|[,;] ?(?:no|false)\b)"
     r"|(?:\b(?:and|or)|[,/;]|\\l(?:and|or)) ?\(?[A-J](?![A-Za-z])|\A ?(?:no|not|is|and)\b"
 )
 _DOUBT = re.compile(
     r"(?i)(?<![a-z\\])(?:not|never|wrong|incorrect|maybe|perhaps|probably|either|but|if|n't)(?![a-z])"
+)
+_SPOKEN = re.compile(r"(?i)(?:(yes|true)|no|false)((?: ?(?:[,.;:(\\]|because|since|as\b).*)?)")
+_LABEL = re.compile(
+    r"(?:(?<=[,;])|\A) ?(?:\\text\{ ?|\\(?=m))?([A-Za-z][A-Za-z' -]*?[A-Za-z])"
+    r"(?:( ?\}? ?[:=]| (?:is|are|equals)\b) ?\}?|\}?) ?"
+    r"(?=[-\d.(\[|]|\\(?!text)|(?(2)[a-z](?![a-z])|\Z.))"
 )
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time, not a ratio, if both sides are
 _PARITY = {"odd": r"2k+1,k\in\mathbb{Z}", "even": r"2k,k\in\mathbb{Z}"}
@@ -62,9 +69,9 @@ def judge(gold: str, pred: str) -> Verdict:
 
 def _slow(gold: str, pred: str) -> Verdict:
     """The verdict of the later stages on a normalised pair."""
-    texts = (_PARITY.get(words(text), text) for text in (gold, pred))
+    texts = (_LABEL.sub(_named, _PARITY.get(words(text), text)) for text in (gold, pred))
     gold, pred, units_differ = split_units(*texts)
-    if units_differ:
+    if units_differ or symbolic.unfinished(gold, pred):
         return Verdict(False, "normalised")
     try:
         return _compare(gold, pred)
@@ -83,11 +90,20 @@ def _slow(gold: str, pred: str) -> Verdict:
     return Verdict(bool(equal), "symbolic", "unparsable" if equal is None else "ok")
 
 
-def quick(gold: str, pred: str) -> Verdict | None:
-    """The verdict of the string and exact-number stages, or None if they can't tell.
+def _named(match: re.Match[str]) -> str:
+    """Words before a value as its name: "smallest: 2" as smallest = 2, and so "house number 2"."""
+    name = re.sub(r"\A(?:the|an?) ", "", match[1].lower())
+    changed = CHANGES.search(name) or not {*re.findall("[a-z]{3,}", name)} - GREEK
+    changed = changed or not (match[2] or NAMES.search(name))
+    rest = re.split("[,;]", match.string[match.end() :])[0]
+    if changed or (name in FUNCTIONS and rest[:1] in "([{\\"):  # \max(a, b)
+        return match[0]
+    return "" if "=" in rest else rf"\text{{{name}}}="
 
-    Work is linear in the lengths: no sampling, no number over a few thousand bits.
-    """
+
+def quick(gold: str, pred: str) -> Verdict | None:
+    """The verdict of the string and exact-number stages, or None if they can't tell. Work is
+    linear in the lengths: no sampling, no number over a few thousand bits."""
     if gold == pred and gold.strip():
         return Verdict(True, "identical")
     if max(len(gold), len(pred)) > MAX_LENGTH:
@@ -118,8 +134,10 @@ def _tight(text: str) -> str:
 
 
 def _choice(text: str) -> tuple[str, str] | None:
-    """The letter of a choice, and the text of its option."""
-    starts = text[:6] == r"\text{" or text[0] in "(ABCDEFGHIJabcdefghij"
+    """The letter of a choice, and the text of its option; or yes or no, and its reason."""
+    starts = text[:6] == r"\text{" or text[0] in "(ABCDEFGHIJabcdefghijYyNnTt"
+    if spoken := starts and _SPOKEN.fullmatch(re.sub(r"\\text\{|\}", " ", text).strip()):
+        return "yes" if spoken[1] else "no", spoken[2]
     match = starts and _CHOICE.fullmatch(re.sub(r"\\text\{|\}", "", text))
     named = match and (not match[2] or match[1].isupper())
     return (match[1].upper(), match[2]) if named else None
@@ -127,7 +145,10 @@ def _choice(text: str) -> tuple[str, str] | None:
 
 def cache_key(gold: str, pred: str) -> tuple[str, str]:
     """The normalised pair: pairs with the same key get the same verdict."""
-    return normalise(gold), normalise(pred)
+    pair = normalise(gold), normalise(pred)
+    if all("'_" in text for text in pair):  # dy/dx isn't dy/dt
+        return pair
+    return tuple(re.sub("(?<=')_[tx]", "", text) for text in pair)
 
 
 def preload() -> None:

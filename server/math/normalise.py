@@ -134,10 +134,8 @@ def _connectives(text: str) -> str:
 
 
 def unbox(text: str) -> str:
-    r"""The contents of ``\boxed{…}``, with the prose around the boxes left out.
-
-    Several boxes make a list; a per cent sign, unit or power right after the only box stays.
-    """
+    r"""The contents of ``\boxed{…}``, of several as a list, with the prose around them left out; a
+    per cent sign, unit or power right after the only box stays."""
     boxes, last = [], 0
     while match := _BOX.search(text, last):
         end = closing_brace(text, match.end())
@@ -164,7 +162,8 @@ def words(text: str) -> str | None:
     spelt = _in_words(text)
     if spelt and _MONTH.search(spelt):
         spelt = "".join(sorted(re.findall(r"[a-z]+|\d+", spelt)))
-    bare = re.sub(r"(?<!\d)[ ,]+|[ ,]+(?!\d)", "", ARTICLE.sub("", spelt)) if spelt else ""
+    bare = re.sub(r"\b(?:an?|the) (?=[a-z]{3})", "", ARTICLE.sub("", spelt or ""))
+    bare = re.sub(r"(?<!\d)[ ,]+|[ ,]+(?!\d)", "", bare)
     return bare if len(bare) > 1 else None
 
 
@@ -179,12 +178,13 @@ def _plain_text(match: re.Match[str]) -> str:
     r"""What ``\text{…}`` stands for: a function, a letter, a separator, a number, or words."""
     inner = _ANSWER_IS.sub("", match[1], count=1).strip(" .")
     lowered = inner.lower().strip(" ,")
-    before = match.string[: match.start()].rstrip()[-1:]
+    start = match.string[: match.start()].rstrip()
+    before, multiplied = start[-1:], start.endswith(r"}\cdot")
     if inner in FUNCTIONS and not (inner == "min" and before.isdigit()):
         return f"\\{inner} "
     if lowered in _WORDS:
         return _WORDS[lowered]
-    if inner in UNIT_LETTERS and (before.isdigit() or before in ("}", "°")):
+    if inner in UNIT_LETTERS and (before.isdigit() or before in ("}", "°") or multiplied):
         return rf"\text{{{inner}}}"
     if unit := _POWER_OF_UNIT.fullmatch(inner):
         return rf"\text{{{unit[1]}}}{unit[2] or ''}"
@@ -234,7 +234,6 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("", r"<=|=<|>=|!=|\+/-|\\not=|\\&", lambda match: _OPERATORS[match[0]]),
     ("...", r"\.\.\.+", r"\\ldots "),
     ("10^", r"(?<=\d) ?x ?(?=10\^)", "*"),
-    ("%", r"(?<![\d.})\]])%(?=(?:pi|e|i)(?![A-Za-z]))", ""),
     # words
     ("egrees", r"(?:\\text\{)? ?degrees (?=[CF])", "°"),
     ("^{", r"\\(?:mathrm|text)\{([^{}]*)\^\{(-?\d)\}\}", r"\\text{\1}^{\2}"),
@@ -255,6 +254,7 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     # degrees, temperatures, minutes of arc, a unit in brackets, ordinals
     ("^", r"(?<=[\d}])\^(?:o|\{o\})(?![A-Za-z])", "°"),
     ("prime", r"\^\{? ?\\prime ?(\\prime)? ?\}?", lambda m: "''" if m[1] else "'"),
+    ("''", r"\A(\d*\.?\d+)''\Z", r"\1\\text{sec}"),
     ("°", r"\{ ?° ?\}", "°"),
     ("°", r"(?<!\{)° ?(?:\\text\{ ?)?([CF])(?:elsius|ahrenheit)?(?![A-Za-z]) ?\}?", r"\\text{°\1}"),
     ("})", r"(?<=[\d}])\((\\text\{[A-Za-z ]*\})\)\Z", r"\1"),
@@ -283,6 +283,7 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("&", r"& ?(?=[=<>]|\\[lg]e(?![A-Za-z]))", ""),
     (r"\begin", r"\\\{ ?(?=\\begin)(?!.*\\\})", ""),
     (":", r"\A([^:]*(?:[<>]|\\[lg]e)[^:]*):(?=[\[(])", r"\1\\lor"),
+    ("", r"\A(\d+) ?(?:\\text\{)?(?:in|out of)\}? ?(\d+)\Z", r"\\frac{\1}{\2}"),
     # functions with other names
     ("{}", rf"\{{\}}[_^]{_ARGUMENT}([CP])_{_ARGUMENT}", r"\2_\1^\3"),
     ("choose", r"(?<![^ {(=*])(\d+|[a-z]) ?(?:\\text\{ ?)?\\?choose ?\}? ?(\d+|[a-z])(?![^ )}=,])",
@@ -297,7 +298,8 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
      r"\1"),
     ("mathbb", r"\\mathbb\{R\}[_^]\{?\+\}?", r"(0,\\infty)"),
     ("angle", r"m?\\angle ?(?=[A-Z]|\{[A-Z])", ""),
-    ("{d", r"\\frac\{d ?([a-z])\}\{d ?[tx]\}", r"\1'"),
+    ("d", r"(?:\\frac\{|(?<![A-Za-z\\]))d(\^\{?2\}?)? ?([a-z])(?:\}\{|/)d ?([tx])(?(1)\^\{?2)\}*",
+     lambda m: m[2] + ("''" if m[1] else "'") + f"_{m[3]}"),
     (r"\dot", r"\\dot(?: ?\{([a-z])\}| ([a-z]))", lambda m: f"{m[1] or m[2]}'"),
     (".", r"\b(?:np|math|sympy)\.(?=[a-z])", ""),
     (":00", r":00(?= ?\\?[a-z{]* ?(?i:[ap]\.?m))", ""),

@@ -24,8 +24,8 @@ _SMALL = VALUES | {
 }  # fmt: skip
 # What a phrase may begin with, up to its article: it is, the series, n is, all.
 ARTICLE = re.compile(
-    r"\A(?:(?:the (?:function|series|sequence|integral|system|equation|graph|statement)|it|this"
-    r"|there|on|all|[a-z](?= is)) (?:(?:is|are) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
+    r"\A(?:(?:the (?:function|series|sequence|integral|system|[a-z]+(?= (?:is|has|does)\b))|it"
+    r"|this|there|on|all|[a-z](?= is)) (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
     r"|(?:(?<=odd)|(?<=even)) (?:integer|number)s?\Z"
 )
 _STOCK = {
@@ -36,7 +36,7 @@ _STOCK = {
     "empty set": r"\emptyset", "no solution": r"\emptyset", "no solutions": r"\emptyset",
     "no real solution": r"\emptyset", "no real solutions": r"\emptyset", "false": "no",
     "reals": r"\mathbb{R}", "real numbers": r"\mathbb{R}", "real values": r"\mathbb{R}",
-    "does not exist": "dne",
+    "does not exist": "dne", "not defined": "undefined",
 } | {
     day[:n]: day for n in (3, 4)
     for day in ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]

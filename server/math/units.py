@@ -14,10 +14,17 @@ UNITS = word_set(
 )
 # Words after a number that change its value, so that they are no unit.
 _FRACTIONS = "|".join((*PARTS, "hundredth", "thousandth", "millionth", "billionth"))
-_CHANGES = re.compile(
+CHANGES = re.compile(
     r"\b(?:plus|minus|squared|cubed|dozens?|pi|base|below|under|over|above|less|more|fewer|not|wrong"
+    r"|except|without|other|than|least|most|bound|opposite|negation|neither|either|if|or|no|never|but"
+    r"|reciprocal|inverse|complement|conjugate|twice|thrice|double|triple|guess|up|about|around|almost"
+    r"|nearly|roughly|approx\w*"
     r"|incorrect|false|negative|factorial|divided|multiplied"
     rf"|times (?:[b-z]|{'|'.join(VALUES)})|(?:{_FRACTIONS})s?)\b"
+)
+NAMES = re.compile(  # the last of words that name the number after them
+    r"\b(?:number|year|day|house|room|page|locker|cent(?:er|re)|vertex|radius|point|width|length"
+    r"|height|side|area|perimeter|volume|value|total|mean|m(?:in|ax)(?:imum)?|quotient|remainder)\Z"
 )
 # Words with an s that count nothing, and words without one that stand beside what is counted.
 _NO_PLURALS = word_set(
@@ -27,7 +34,7 @@ _NO_PLURALS = word_set(
 _BESIDE = word_set(
     "a an the of in per each every different possible distinct total real square sq cubic old long "
     "tall wide high deep red blue green white black whole way people person children men women day "
-    "student degree solution unit point pair year week month increase decrease mol simplified"
+    "student degree c f solution unit point pair year week month increase decrease mol simplified"
 )
 _ANGLES = ("", "rad", "°c", "°f")
 _KNOWN = "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
@@ -38,10 +45,11 @@ _QUOTIENT = re.compile(
 )
 _UNIT = re.compile(
     r"(?:(?<=[\d})\]!a-z%]) ?\\text\{(?P<text>[^{}]*)\}"
-    r"|(?<=[\d})]) ?(?P<known>" + _KNOWN + r")"
-    r"|(?<=[\d})]) (?P<words>[A-Za-z]{3,}(?: [A-Za-z]+){0,4})"
+    r"|(?:(?<=[\d})]) ?|(?<=\\pi) )(?P<known>" + _KNOWN + r"|in(?=\^))"
+    r"|(?:(?<=[\d})])|(?<=\\pi)) (?P<words>[A-Za-z]{3,}(?: [A-Za-z]+){0,4})"
     r")(?P<power>\^\{?-?\d\}?)?\Z"
 )
+_COMMA = re.compile(r"(?:(?<!\d),|,(?!\d{3}(?!\d)))(?![^()\[\]{}]*[)\]}])")
 _WRAPPING = re.compile(r"\\text\{|[{} ]")
 _TWO_UNITS = re.compile(
     r"(\d+) ?(?:\\text\{)?([a-z]+|°|')\}? ?,? ?(\d+(?:\.\d+)?) ?(?:\\text\{)?([a-z]+|''?)\}?"
@@ -86,10 +94,12 @@ def split_unit(text: str) -> tuple[str, str]:
     if not match:
         return text, ""
     body = text[: len(text) - len(match[0])].replace(f"{match[0]},", ",").strip()
+    if body.endswith(r"}\cdot") and (factor := split_unit(body[:-5]))[1]:  # N \cdot m
+        return factor[0], factor[1] + match[0].strip().lower()
     name = (match["text"] or match["known"] or match["words"] or "").lower()
     name = name.replace(r"\cdot", " ").strip(" ()")
     bare = body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body)
-    if bare or _CHANGES.search(name) or re.search(r"[^a-z°. /^\d]|(?<![\^a-z])\d", name):
+    if bare or CHANGES.search(name) or re.search(r"[^a-z°. /^()\d]|(?<![\^a-z])\d", name):
         return text, ""
     power = (match["power"] or "").strip("^{}")
     name = re.sub(r" (?:old|long|tall|wide|high|deep|each|away|apart|in total)\Z", "", name)
@@ -108,10 +118,11 @@ def _singular(name: str) -> str:
 
 
 def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
-    r"""Both normalised answers without their units, and whether these contradict each other.
-
-    A unit on one side only is no contradiction: ``5`` equals ``5\text{m}``, and so does ``5 m``.
-    """
+    r"""Both normalised answers without their units, and whether these contradict each other. A unit
+    on one side only is no contradiction: ``5`` equals ``5\text{m}``, and so does ``5 m``."""
+    items = [_COMMA.split(text) for text in (gold, pred)]
+    if 1 < len(items[0]) == len(items[1]):
+        return _split_lists(*items)
     own, its = _BARE_LETTER.fullmatch(gold), _BARE_LETTER.fullmatch(pred)
     gold = own[1] if own and own[2] and not re.search("[A-Za-z]", pred) else gold
     pred = its[1] if its and not re.search("[A-Za-z]", gold) else pred
@@ -134,6 +145,18 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
         return gold_body, pred_body, power != its_power or "" != name != other != ""
     signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in (gold_body, pred_body)]
     return gold_body, pred_body, signs[0] != signs[1] and gold_unit + pred_unit not in _ANGLES
+
+
+def _split_lists(gold: list[str], pred: list[str]) -> tuple[str, str, bool]:
+    """Two lists item by item, in order or by units that differ."""
+    units = [[split_unit(item)[1] for item in side] for side in (gold, pred)]
+    if len({*units[0]}) == len(gold) and sorted(units[0]) == sorted(units[1]):  # 5 cm, 7 kg
+        pred = [pred[units[1].index(unit)] for unit in units[0]]
+    triples = [split_units(*pair) for pair in zip(gold, pred, strict=True)]
+    own, its, differ = zip(*triples, strict=True)
+    kind = "({})" if len({*units[0]}) > 1 else "{}"
+    own, its = (re.sub(r",(?=\d{3})", "", ";".join(side)) for side in (own, its))
+    return kind.format(own.replace(";", ",")), kind.format(its.replace(";", ",")), any(differ)
 
 
 def _is_unit(text: str) -> bool:
