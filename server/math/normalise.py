@@ -283,7 +283,6 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("&", r"& ?(?=[=<>]|\\[lg]e(?![A-Za-z]))", ""),
     (r"\begin", r"\\\{ ?(?=\\begin)(?!.*\\\})", ""),
     (":", r"\A([^:]*(?:[<>]|\\[lg]e)[^:]*):(?=[\[(])", r"\1\\lor"),
-    ("", r"\A(\d+) ?(?:\\text\{)?(?:in|out of)\}? ?(\d+)\Z", r"\\frac{\1}{\2}"),
     # functions with other names
     ("{}", rf"\{{\}}[_^]{_ARGUMENT}([CP])_{_ARGUMENT}", r"\2_\1^\3"),
     ("choose", r"(?<![^ {(=*])(\d+|[a-z]) ?(?:\\text\{ ?)?\\?choose ?\}? ?(\d+|[a-z])(?![^ )}=,])",

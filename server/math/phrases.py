@@ -44,11 +44,8 @@ _STOCK = {
 
 
 def number_in_words(text: str) -> str | None:
-    """The digits of a number in words, also with so many parts of one.
-
-    >>> number_in_words("twenty-one"), number_in_words("three quarters"), number_in_words("two one")
-    ('21', '3/4', None)
-    """
+    """The digits of a number in words, also with so many parts of one: ``21`` for "twenty-one",
+    ``3/4`` for "three quarters", None for "two one"."""
     text = text.replace("-", " ")
     whole, plus, part = text.rpartition(" plus ")
     count, _, name = part.rpartition(" ")

@@ -12,9 +12,9 @@
 * A job that ran for `patience` seconds is *slow*; slow jobs never hold all workers, and those of
   one turn no more than half. Where they would while others wait, the worker is killed, and the job
   starts anew among the slow ones, with the full limit.
-* A worker that dies is replaced, and its job tried again once, by the new process: it may have been
-  chance (the system's out-of-memory killer) or the job (a crash in C). A template takes its workers
-  along when it dies, which counts against none of their jobs.
+* A worker that dies is replaced, and its job tried again once: it may have been chance (the
+  system's out-of-memory killer) or the job (a crash in C). A template takes its workers along when
+  it dies, which counts against none of their jobs.
 
 All methods belong to the event loop's thread. See `worker.py` for the processes.
 """

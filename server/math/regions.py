@@ -10,7 +10,7 @@ from itertools import pairwise, repeat
 
 from .evaluate import INTEGERS, NEGLIGIBLE, Undecided, crossings, has, symbols, value
 from .tidy import name_of, tidy, value_of
-from .tree import Node
+from .tree import Node, number
 
 OPERATIONS = ("cup", "cap", "minus", "such")
 MAX_ENDS, MAX_SIDES = 200, 4
@@ -39,6 +39,16 @@ def same(a: Node, b: Node) -> bool:
 def is_region(node: Node) -> bool:
     """Whether a tree can only be a set of numbers, unlike (1, 2), which may be a point."""
     return node.op in OPERATIONS or (node.op == "sym" and node.args[0] in _NUMBERS)
+
+
+def listed(node: Node) -> Node:
+    """{x in Z | -2 < x < 1} as the set of its members; anything else, or many, as it is."""
+    parts = [part for part in node.args if node.op == "such" and part.args[-1:] != (_INTEGERS,)]
+    if not 0 < len(parts) < len(node.args):
+        return node
+    members = [n for n in range(-MAX_ENDS, MAX_ENDS) if all(_holds(part, n) for part in parts)]
+    few = members and members[0] > -MAX_ENDS and members[-1] < MAX_ENDS - 1
+    return Node("set", tuple(number(str(n)) for n in members)) if few else node
 
 
 def near(a, b) -> bool:

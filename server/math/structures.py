@@ -24,7 +24,7 @@ COMPOUND = (*COLLECTIONS, *regions.OPERATIONS, "rel")
 def same(a: Node, b: Node) -> bool:
     """Whether two answers are the same, ``a`` being the reference; :class:`Undecided` if the
     values can't be computed or told apart."""
-    a, b = tidy(a), tidy(b)
+    a, b = regions.listed(tidy(a)), regions.listed(tidy(b))
     if a == b or "contradiction" in (a.op, b.op):
         return a == b
     if "mod" in (a.op, b.op):  # 3 (mod 5) for 3; others are families

@@ -18,8 +18,7 @@ from .tokens import CLOSERS, FUNCTIONS, NOT_A_FACTOR, RELATIONS, ParseError, Too
 MAX_DEPTH = 30
 _OTHERWISE = (("otherwise",), ("else",), ("elsewhere",))
 MAX_DIGITS = 400
-# y(0) and h(2/3) = 7 are no products.
-_CALL = re.compile(r"\((?:0\)|(?:[xtnkz]|(?:[-\d./{}]|\\frac)+)\)=)")
+_CALL = re.compile(r"\((?:0\)|(?:[xtnkz]|(?:[-\d./{}]|\\frac)+)\)=)")  # of y(0), h(2/3) = 7
 
 
 class Node(NamedTuple):
@@ -261,8 +260,6 @@ class _Parser:
             return Node("sym", (re.sub(r"\s", "", name[5:-1]).lower(),))
         if token in tokens.ACCENTS:
             inner = self.raw_group()
-            if name == "overline" and inner.isupper() and len(inner) == 2:  # a segment
-                inner = "".join(sorted(inner))
             bare = len(inner) == 1 and (name == "vec" or (name == "hat" and inner in "ijk"))
             name = "bar" if name == "overline" else name
             return Node("sym", (inner if bare else f"{name}:{inner}",))

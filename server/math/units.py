@@ -77,11 +77,8 @@ _UNIT_WORDS = {unit.lower() for unit in UNITS} | _BESIDE | {*_UNIT_NAMES, *_UNIT
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    r"""A normalised answer without the unit at its end, and that unit ("" if there is none).
-
-    >>> split_unit(r"10\text{cm}^2")
-    ('10', 'cm^2')
-    """
+    r"""A normalised answer without the unit at its end, and that unit ("" if there is none), such
+    as ``("10", "cm^2")`` of ``10\text{cm}^2``."""
     if match := _TWO_UNITS.fullmatch(text):  # 2 min 30 s
         large, small = (_SIZES.get(_singular(match[n]), (match[n], 1)) for n in (2, 4))
         if (large[0] == small[0] and large[1] > small[1]) or match[2] == "°":
