@@ -23,7 +23,7 @@ CHANGES = re.compile(
     rf"|times (?:[b-z]|{'|'.join(VALUES)})|(?:{_FRACTIONS})s?)\b"
 )
 NAMES = re.compile(  # the last of words that name the number after them
-    r"\b(?:number|year|day|house|room|page|locker|cent(?:er|re)|vertex|radius|point|width|length"
+    r"\b(?:number|year|day|distance|room|page|locker|cent(?:er|re)|vertex|radius|point|width|length"
     r"|height|side|area|perimeter|volume|value|total|mean|m(?:in|ax)(?:imum)?|quotient|remainder)\Z"
 )
 # Words with an s that count nothing, and words without one that stand beside what is counted.
