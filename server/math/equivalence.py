@@ -43,6 +43,7 @@ _LABEL = re.compile(
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time, not a ratio, if both sides are
 _PARITY = {"odd": r"2k+1,k\in\mathbb{Z}", "even": r"2k,k\in\mathbb{Z}"}
 _COMBINATIONS = re.compile(r"(?<![A-Za-z\\])C\((\d+), ?(\d+)\)")
+_CAPITALS = re.compile(r"(?<![a-z\\])([A-Z])(?=[A-Z]{1,3}(?![A-Za-z]))")
 _DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))")
 
 
@@ -146,7 +147,7 @@ def _choice(text: str) -> tuple[str, str] | None:
 def cache_key(gold: str, pred: str) -> tuple[str, str]:
     """The normalised pair: pairs with the same key get the same verdict."""
     pair = normalise(gold), normalise(pred)
-    if all("'_" in text for text in pair):  # dy/dx isn't dy/dt
+    if all(re.search("'_[tx]", text) for text in pair):  # dy/dx isn't dy/dt
         return pair
     return tuple(re.sub("(?<=')_[tx]", "", text) for text in pair)
 
@@ -177,6 +178,10 @@ def _compare(gold: str, pred: str) -> Verdict:
     """The structural stages, on both readings of commas between digits."""
     trees = structures.one_form(parse(gold)), parse(pred)
     how = "structure" if any(tree.op in structures.COMPOUND for tree in trees) else "symbolic"
+    parts = trees[0].args if ";" in gold and trees[0].op == "list" else ()
+    if parts and not {part.op for part in parts} & {*structures.COMPOUND, "sym", "pm"}:
+        in_order = Node("group", ("(", ")", *parts))  # answers to several questions
+        return Verdict(structures.same(in_order, trees[1]), "structure")
     if "Z" in gold + pred or r"\pmod" in gold + pred:
         family = regions.same_families(*trees)
         if family is not None:
@@ -194,6 +199,9 @@ def _other_readings(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> I
     lengths = [len(tree.args) if tree.op == "list" else 1 for tree in (gold_tree, pred_tree)]
     if lengths[0] != lengths[1] and ",0" not in gold + pred:
         yield parse(gold, thousands=False), parse(pred, thousands=False)
+    apart = [_CAPITALS.sub(r"\1 ", text) for text in (gold, pred)]
+    if (apart[0] == gold) != (apart[1] == pred):  # LC as L times C
+        yield tuple(map(parse, apart))
     if "C(" in gold + pred:  # a number of combinations, if it is no point
         yield tuple(parse(_COMBINATIONS.sub(r"\\binom{\1}{\2}", text)) for text in (gold, pred))
     for text, other in ((gold, pred_tree), (pred, gold_tree)):

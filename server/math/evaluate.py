@@ -267,7 +267,7 @@ def equal(a: Node, b: Node) -> bool:
     real, apart, other, seen, too_large = 0, 0, [], set(), None
     for n, point in enumerate(_points(names, integers)):
         try:
-            left, right = _sample(a, point), _sample(b, point)
+            left, right = sample(a, point), sample(b, point)
         except TooLarge as error:
             too_large = error
             continue
@@ -294,7 +294,7 @@ def equal(a: Node, b: Node) -> bool:
     raise too_large or Undecided("no point where both sides have a value")
 
 
-def _sample(node: Node, point: dict):
+def sample(node: Node, point: dict):
     """The value at a point, or None where there is none that is finite."""
     try:
         number = settled(node, point)

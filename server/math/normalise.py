@@ -79,6 +79,7 @@ _TEXT = re.compile(
 _ARGUMENT = r"(\{[^{}]*\}|\w)"
 _CALCULUS = {"": r"\tan", "c": r"\cot", "arc": r"\arctan", "arcc": r"\arccot"}
 _INTEGER = r",\1\\in\\mathbb{Z}"
+_NAME = r"([A-Za-z]|\\[a-z]+) ?(_(?:\w|\{\w+\}))?"
 _IN_TEXT = r"(?:\\text\{ ?)?"
 _FOR = rf"[ ,(]*{_IN_TEXT}(?:where|for|with)?(?: ?(?:an|any|all|every|some))?"
 _WORD = "|".join(sorted(_WORDS, reverse=True))
@@ -297,9 +298,11 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
      r"\1"),
     ("mathbb", r"\\mathbb\{R\}[_^]\{?\+\}?", r"(0,\\infty)"),
     ("angle", r"m?\\angle ?(?=[A-Z]|\{[A-Z])", ""),
-    ("d", r"(?:\\frac\{|(?<![A-Za-z\\]))d(\^\{?2\}?)? ?([a-z])(?:\}\{|/)d ?([tx])(?(1)\^\{?2)\}*",
-     lambda m: m[2] + ("''" if m[1] else "'") + f"_{m[3]}"),
-    (r"\dot", r"\\dot(?: ?\{([a-z])\}| ([a-z]))", lambda m: f"{m[1] or m[2]}'"),
+    ("d", rf"(?:(\\frac\{{)|(?<![A-Za-z\\]))d(\^\{{?2\}}?)? ?{_NAME}(?(1)\}}\{{|/)d ?([tx])"
+     r"(?(2)\^\{?2\}?)(?(1)\})",
+     lambda m: f" {m[3]}'{m[2] and chr(39) or ''}_{m[5]}{m[4] or ''}"),
+    ("dot", rf"\\(d?)dot(?![a-z]) ?(\{{)? ?{_NAME}(?(2)\}})",
+     lambda m: f" {m[3]}'{m[1] and chr(39)}{m[4] or ''}"),
     (".", r"\b(?:np|math|sympy)\.(?=[a-z])", ""),
     (":00", r":00(?= ?\\?[a-z{]* ?(?i:[ap]\.?m))", ""),
     ("{", r"(?<!frac\d)(?<=\d)\{ ?([a-z ]{2,})\}\Z|(?<=\})\{((?:square|cubic) ?[a-z]+)\}\Z",

@@ -7,9 +7,10 @@ r"""Two trees, compared part by part: lists, tuples, intervals, sets, matrices, 
 """
 
 from collections.abc import Sequence
+from math import log2
 
 from . import regions
-from .evaluate import Undecided, equal, settled, symbols, value
+from .evaluate import Undecided, equal, sample, settled, symbols, value
 from .tidy import COLLECTIONS, entries, is_numbered, name_of, tidy, value_of
 from .tree import Node, rewritten
 from .values import same_values
@@ -188,7 +189,30 @@ def _same_equations(a: tuple[Node, Node], b: tuple[Node, Node]) -> bool:
     if symbols(a[0]) | symbols(a[1]) != symbols(b[0]) | symbols(b[1]):
         return False
     alike = all(map(same, a, b)) or all(map(same, a, reversed(b)))  # of identities, too
-    return alike or _proportional(a, b) is not None
+    return alike or _proportional(a, b) is not None or _multiplied(a, b)
+
+
+def _multiplied(a: Sequence[Node], b: Sequence[Node]) -> bool:
+    """Whether letters that can't be 0, as an equation divides by them, make one equation the other:
+    LC y'' + y = 0 and y'' = -y/(LC). Neither may be solved for a name, but for a derivative."""
+    names = sorted(symbols(Node("", (*a, *b))))
+    variables = {name.partition("'")[0] for name in names if "'" in name}
+    if not variables and any(side.op == "sym" for side in (*a, *b)):
+        return False
+    sides = tuple(Node("add", (left, Node("neg", (right,)))) for left, right in (a, b))
+    point = {name: 0.37 + 0.61 * n for n, name in enumerate(names)}
+    start = sample(Node("div", sides), point)
+    for name in names:
+        other = sample(Node("div", sides), {**point, name: 2 * point[name]})
+        if not (start and other):
+            return False
+        power = round(log2(abs(other / start)))
+        divides = power == 0 or sample(Node("mul", sides), {**point, name: 0}) is None
+        if power and (name.strip("'").partition("_")[0] in (variables or "xyz") or not divides):
+            return False
+        factor = Node("pow", (Node("sym", (name,)), Node("num", (power, 0, 1))))
+        b = [Node("mul", (side, factor)) for side in b]
+    return _proportional(a, b) is not None
 
 
 def _proportional(a: Sequence[Node], b: Sequence[Node]) -> int | None:

@@ -224,8 +224,8 @@ class _Parser:
         token = self.next()
         if token[0] in "0123456789" or (token[0] == "." and len(token) > 1):
             return number(token)
-        if token.isalpha():
-            name = token
+        if token.isalpha() or token[1:] in tokens.NAMES:
+            name = token.lower() if token.isalpha() and token[1:] else token
             while self.accept("'"):
                 name += "'"
             if token in "fg" and "".join(self.tokens[self.at : self.at + 6]) == "^{-1}(":
@@ -269,8 +269,6 @@ class _Parser:
             return Node("sym", (f"set:{self.raw_group()}",))
         if token in tokens.SYMBOLS:
             return Node("sym", (tokens.SYMBOLS[token],))
-        if name in tokens.NAMES:
-            return Node("sym", (token,))
         raise ParseError(f"unknown command {token!r}")
 
     def series(self, name: str) -> Node:
