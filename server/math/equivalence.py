@@ -136,10 +136,10 @@ def _tight(text: str) -> str:
 
 def _choice(text: str) -> tuple[str, str] | None:
     """The letter of a choice, and the text of its option; or yes or no, and its reason."""
-    starts = text[:6] == r"\text{" or text[0] in "(ABCDEFGHIJabcdefghijYyNnTt"
+    starts = text[:6] == r"\text{" or text[:1] in "(ABCDEFGHIJabcdefghijYyNnTt"
     if spoken := starts and _SPOKEN.fullmatch(re.sub(r"\\text\{|\}", " ", text).strip()):
         return "yes" if spoken[1] else "no", spoken[2]
-    match = starts and _CHOICE.fullmatch(re.sub(r"\\text\{|\}", "", text))
+    match = starts and _CHOICE.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
     named = match and (not match[2] or match[1].isupper())
     return (match[1].upper(), match[2]) if named else None
 
@@ -147,6 +147,12 @@ def _choice(text: str) -> tuple[str, str] | None:
 def cache_key(gold: str, pred: str) -> tuple[str, str]:
     """The normalised pair: pairs with the same key get the same verdict."""
     pair = normalise(gold), normalise(pred)
+    chosen = [_choice(text) for text in pair]
+    if None in chosen and any(chosen):  # (C) green for green
+        letter, option = chosen[0] or chosen[1]
+        if option and len(letter) == 1 and not _SECOND.search(option):
+            option = normalise(option)
+            pair = (option, pair[1]) if chosen[0] else (pair[0], option)
     if all(re.search("'_[tx]", text) for text in pair):  # dy/dx isn't dy/dt
         return pair
     return tuple(re.sub("(?<=')_[tx]", "", text) for text in pair)

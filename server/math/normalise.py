@@ -95,8 +95,8 @@ _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
 _CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
 _SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
 _ASSIGNED, _STATEMENT = re.compile(r"[A-Za-z](?=\w*=)"), re.compile(r"[()]?(?:\\neg ?)?[p-s][()]?")
-_MONTH = re.compile(
-    "january|february|march|april|may|june|july|august|(?:sept|nov|dec)ember|october"
+_UNORDERED = re.compile(
+    r"\A\w+ (?:con|di)vergent\Z|\A(?:con|di)vergent \w+\Z|january|february|march|april|may|june|july|august|(?:sept|nov|dec)ember|october"
 )
 
 
@@ -161,9 +161,10 @@ def closing_brace(text: str, start: int) -> int:
 def words(text: str) -> str | None:
     r"""Letters of an answer made of words only, in lower case (``\text{Even}`` → even)."""
     spelt = _in_words(text)
-    if spelt and _MONTH.search(spelt):
-        spelt = "".join(sorted(re.findall(r"[a-z]+|\d+", spelt)))
     bare = re.sub(r"\b(?:an?|the) (?=[a-z]{3})", "", ARTICLE.sub("", spelt or ""))
+    bare = re.sub(r"verges?\b", "vergent", re.sub(r"\bno such [a-z ]*", "no such", bare))
+    if _UNORDERED.search(bare):
+        bare = "".join(sorted(re.findall(r"[a-z]+|\d+", bare)))
     bare = re.sub(r"(?<!\d)[ ,]+|[ ,]+(?!\d)", "", bare)
     return bare if len(bare) > 1 else None
 
@@ -181,7 +182,7 @@ def _plain_text(match: re.Match[str]) -> str:
     lowered = inner.lower().strip(" ,")
     start = match.string[: match.start()].rstrip()
     before, multiplied = start[-1:], start.endswith(r"}\cdot")
-    if inner in FUNCTIONS and not (inner == "min" and before.isdigit()):
+    if inner in FUNCTIONS and not (inner in ("min", "sec") and (before.isdigit() or before == "/")):
         return f"\\{inner} "
     if lowered in _WORDS:
         return _WORDS[lowered]
@@ -310,7 +311,7 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("Z", rf"{_FOR} ?\}}?([a-zA-Z]) ?\\in ?\\mathbb ?\{{?Z\}}?\)?\Z", _INTEGER),
     ("integer", rf"{_FOR} ?\}}?\b([a-z])\b ?{_IN_TEXT}(?:is |are )?(?:any? )?integers?\}}?\)?\Z",
      _INTEGER),
-    ("integer", rf"{_FOR} integers?[ }}]+([a-z])\)?\}}?\Z", _INTEGER),
+    ("integer", rf"{_FOR}(?<!such) integers?[ }}]+([a-z])\)?\}}?\Z", _INTEGER),
     ("for", rf"[ ,]*{_IN_TEXT}for (?:all|any|every)(?: real)?(?: numbers?| values of)? ?\}}?[a-z]"
      r"(?:\\in ?\\mathbb\{R\})?\}?\Z", ""),
 ]]  # fmt: skip

@@ -24,8 +24,8 @@ _SMALL = VALUES | {
 }  # fmt: skip
 # What a phrase may begin with, up to its article: it is, the series, n is, all.
 ARTICLE = re.compile(
-    r"\A(?:(?:the (?:function|series|sequence|integral|system|[a-z]+(?= (?:is|has|does)\b))|it"
-    r"|this|there|on|all|[a-z](?= is)) (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
+    r"\A(?:yes ?, |no ?, (?=\w+ (?:is|does) not ))?(?:(?:the (?:function|series|sequence|integral|system"
+    r"|[a-z]+(?= (?:is|are|has|does)\b))|it|this|there|on|all|[a-z](?= is)) (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
     r"|(?:(?<=odd)|(?<=even)) (?:integer|number)s?\Z"
 )
 _STOCK = {

@@ -10,7 +10,7 @@ UNITS = word_set(
     "mm cm dm km kg mg lb lbs oz ft mi yd hr hrs min mins sec secs ms mph kmh km/h m/s "
     "cents weeks days hours minutes seconds years months meters metres feet inches miles grams "
     "units dollars am pm a.m p.m AM PM mL Pa kPa MPa Hz kHz MHz W kW MW kN kJ eV "
-    "keV MeV erg ergs cal kcal atm bar nm AU pc ly ohm ohms"
+    "keV MeV erg ergs cal kcal mol rad atm bar nm AU pc ly ohm ohms"
 )
 # Words after a number that change its value, so that they are no unit.
 _FRACTIONS = "|".join((*PARTS, "hundredth", "thousandth", "millionth", "billionth"))
@@ -38,10 +38,11 @@ _BESIDE = word_set(
 )
 _ANGLES = ("", "rad", "°c", "°f")
 _KNOWN = "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
-_ATOM = rf"(?:\\text\{{[A-Za-z. ]+\}}|(?:{_KNOWN}|[smhgJNLK])(?![A-Za-z]))"
+_ATOM = rf"(?:\\text\{{[A-Za-z. ]+\}}|(?:{_KNOWN}|in(?=\^)|(?![A-Z]/[A-Z])[smhgJNLK])(?![A-Za-z]))"
+_PRODUCT = rf"{_ATOM}(?: ?\\cdot ?{_ATOM})?"
 _QUOTIENT = re.compile(
-    rf"(?<=[\d)}}\]]) ?(?:\\frac\{{)?({_ATOM}(?:\^\{{?\d\}}?)?) ?(?:\}}\{{|/| per ) ?"
-    rf"({_ATOM}|(?<=per )[a-z]{{3,}})\}}?(?=(?:\^\{{?-?\d\}}?)?\Z)"
+    rf"(?:(?<=[\d)}}\]])|(?<=\\pi)) ?(?:\\frac\{{)?({_PRODUCT}(?:\^\{{?\d\}}?)?) ?(?:\}}\{{|/"
+    rf"| per ) ?(\({_PRODUCT}\)|{_PRODUCT}|(?<=per )[a-z]{{3,}})\}}?(?=(?:\^\{{?-?\d\}}?)?\Z)"
 )
 _UNIT = re.compile(
     r"(?:(?<=[\d})\]!a-z%]) ?\\text\{(?P<text>[^{}]*)\}"
@@ -50,7 +51,7 @@ _UNIT = re.compile(
     r")(?P<power>\^\{?-?\d\}?)?\Z"
 )
 _COMMA = re.compile(r"(?:(?<!\d),|,(?!\d{3}(?!\d)))(?![^()\[\]{}]*[)\]}])")
-_WRAPPING = re.compile(r"\\text\{|[{} ]")
+_WRAPPING = re.compile(r"\\text\{|[(){} ]")
 _TWO_UNITS = re.compile(
     r"(\d+) ?(?:\\text\{)?([a-z]+|°|')\}? ?,? ?(\d+(?:\.\d+)?) ?(?:\\text\{)?([a-z]+|''?)\}?"
     r"(?:(?<=°\d'|\d\d') ?(\d+)'')?"
