@@ -78,7 +78,6 @@ _TEXT = re.compile(
 )
 _ARGUMENT = r"(\{[^{}]*\}|\w)"
 _CALCULUS = {"": r"\tan", "c": r"\cot", "arc": r"\arctan", "arcc": r"\arccot"}
-_INTEGER = r",\1\\in\\mathbb{Z}"
 _NAME = r"([A-Za-z]|\\[a-z]+) ?(_(?:\w|\{\w+\}))?"
 _IN_TEXT = r"(?:\\text\{ ?)?"
 _FOR = rf"[ ,(]*{_IN_TEXT}(?:where|for|with)?(?: ?(?:an|any|all|every|some))?"
@@ -226,7 +225,6 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     (r"\circ", r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])", "°"),
     # signs
     ("{,}", r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""),
-    ("{,}", r"(?<=\d)\{,\}(?=\d)", "."),
     ("{", r"\{([,;:])\}", _group),
     ("", r"(\\\$|[€£¥])\s*(\d++(?:[.,]\d++)*+)(?=\s*(?:[,;.)$]|\Z))|([€£¥])",
      lambda match: rf"{match[2] or ''}\text{{{_CURRENCIES[match[1] or match[3]]}}}"),
@@ -241,7 +239,6 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("^{", r"\\(?:mathrm|text)\{([^{}]*)\^\{(-?\d)\}\}", r"\\text{\1}^{\2}"),
     ("{", _TEXT, _plain_text),
     ("\\", r"\\(?:mathrm|mathbf|mathit|rm|bf|it|text|operatorname)(?![A-Za-z{])\s*", ""),
-    ("and", r"(hundred|thousand|million) and (?=[a-z])", r"\1 "),
     ("and", rf"\b({'|'.join(VALUES)}) and (?=[a-z]+[ -](?:{'|'.join(PARTS)})s?\b)", r"\1 plus "),
     ("", rf"(?<![A-Za-z\\])({_WORD})(?![A-Za-z])", lambda match: _WORDS[match[1]]),
     ("U", r"(?<=[)\]]) *U *(?=[(\[])", r"\\cup "),
@@ -260,8 +257,7 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("°", r"\{ ?° ?\}", "°"),
     ("°", r"(?<!\{)° ?(?:\\text\{ ?)?([CF])(?:elsius|ahrenheit)?(?![A-Za-z]) ?\}?", r"\\text{°\1}"),
     ("})", r"(?<=[\d}])\((\\text\{[A-Za-z ]*\})\)\Z", r"\1"),
-    ("d", rf"(?<=\d)(?:\^? ?\{{? ?{_IN_TEXT})(?:st|nd|rd)(?![A-Za-z]) ?\}}{{0,2}}", ""),
-    ("th", rf"(?<=\d)(?:\^? ?\{{? ?{_IN_TEXT})th(?![A-Za-z]) ?\}}{{0,2}}", ""),
+    ("", rf"(?<=\d)(?:\^? ?\{{? ?{_IN_TEXT})(?:st|nd|rd|th)(?![A-Za-z]) ?\}}{{0,2}}", ""),
     ("^{-", r"\\text\{([A-Za-z]+)(?: |\}?\\cdot ?)(?:\\text\{)?([A-Za-z]+)\}?\^\{-(\d)\}",
      lambda m: rf"\text{{{m[1]}/{m[2]}}}" + (f"^{m[3]}" if m[3] != "1" else "")),
     # bases, residues, numbers with a period or a rest
@@ -294,7 +290,6 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("tg", rf"{_IN_TEXT}\\?(?<![A-Za-z])((?:arc)?c?)tg(?![a-z]) ?\}}? ?(?=(\w?))",
      lambda m: _CALCULUS[m[1]] + " " * len(m[2])),
     # for which letters something holds
-    ("Z", r"(?<=\\in)[ {]*Z\}?(?=\W|\Z)", r"\\mathbb{Z}"),
     ("N", r"\A([A-Za-z](?:_\{?n\}?|\(n\))=.*?)[ ,(]*n ?\\in ?\\mathbb ?\{?N\}?[_^{}*+]*\)?\Z",
      r"\1"),
     ("mathbb", r"\\mathbb\{R\}[_^]\{?\+\}?", r"(0,\\infty)"),
@@ -308,10 +303,9 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     (":00", r":00(?= ?\\?[a-z{]* ?(?i:[ap]\.?m))", ""),
     ("{", r"(?<!frac\d)(?<=\d)\{ ?([a-z ]{2,})\}\Z|(?<=\})\{((?:square|cubic) ?[a-z]+)\}\Z",
      lambda m: rf"\text{{{m[m.lastindex]}}}"),
-    ("Z", rf"{_FOR} ?\}}?([a-zA-Z]) ?\\in ?\\mathbb ?\{{?Z\}}?\)?\Z", _INTEGER),
-    ("integer", rf"{_FOR} ?\}}?\b([a-z])\b ?{_IN_TEXT}(?:is |are )?(?:any? )?integers?\}}?\)?\Z",
-     _INTEGER),
-    ("integer", rf"{_FOR}(?<!such) integers?[ }}]+([a-z])\)?\}}?\Z", _INTEGER),
+    ("in", rf"{_FOR} ?\}}?\b([A-Za-z])\b ?(?:\\in ?(?:\\mathbb ?)?[{{ ]?Z|{_IN_TEXT}(?:is |are )?(?:an? "
+     r"|any )?integers?)\}?\)?\Z", r",\1\\in\\mathbb{Z}"),
+    ("integer", rf"{_FOR}(?<!such) integers?[ }}]+([a-z])\)?\}}?\Z", r",\1\\in\\mathbb{Z}"),
     ("for", rf"[ ,]*{_IN_TEXT}for (?:all|any|every)(?: real)?(?: numbers?| values of)? ?\}}?[a-z]"
      r"(?:\\in ?\\mathbb\{R\})?\}?\Z", ""),
 ]]  # fmt: skip
