@@ -120,8 +120,6 @@ def quick(gold: str, pred: str) -> Verdict | None:
         if letter != other or not (option and its_option):
             alike = letter == other and not _SECOND.search(option + its_option)
             return Verdict(alike, "normalised")
-        if words(option) and words(option) == words(its_option):
-            return Verdict(True, "normalised")
     if _DOUBT.search(pred) and not _DOUBT.search(gold):
         return Verdict(False, "normalised", "undecided")
     if max(len(gold), len(pred)) > MAX_QUICK:
@@ -148,14 +146,12 @@ def cache_key(gold: str, pred: str) -> tuple[str, str]:
     """The normalised pair: pairs with the same key get the same verdict."""
     pair = normalise(gold), normalise(pred)
     chosen = [_choice(text) for text in pair]
-    if None in chosen and any(chosen):  # (C) green for green
-        letter, option = chosen[0] or chosen[1]
-        if option and len(letter) == 1 and not _SECOND.search(option):
-            option = normalise(option)
-            pair = (option, pair[1]) if chosen[0] else (pair[0], option)
-    if all(re.search("'_[tx]", text) for text in pair):  # dy/dx isn't dy/dt
-        return pair
-    return tuple(re.sub("(?<=')_[tx]", "", text) for text in pair)
+    named = [choice for choice in chosen if choice]
+    clear = all(option and len(name) == 1 and not _SECOND.search(option) for name, option in named)
+    if clear and len({name for name, _ in named}) == 1:  # (C) green for green
+        pair = [normalise(its[1]) if its else text for its, text in zip(chosen, pair, strict=True)]
+    dated = all(re.search("'_[tx]", text) for text in pair)  # dy/dx isn't dy/dt
+    return tuple(text if dated else re.sub("(?<=')_[tx]", "", text) for text in pair)
 
 
 def preload() -> None:

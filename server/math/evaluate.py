@@ -133,8 +133,6 @@ def _evaluate(node: Node, point: dict):
         return _CONTEXT.cos(_bounded(_evaluate(args[1], point)) + sum(map(ord, args[0]))) + 3
     if op in ("sum", "prod"):
         return _series(node, point)
-    if op == "group" and len(args) == 3:
-        return _evaluate(args[2], point)
     if op not in _OPERATIONS:
         raise Undecided(f"{op} has no value")
     return _OPERATIONS[op](*(_evaluate(arg, point) for arg in args))

@@ -23,16 +23,15 @@ UNIT_LETTERS = frozenset("mgshLlKNJWVCF")
 _GREEK = (
     "alpha beta gamma delta varepsilon theta lambda mu rho sigma tau phi psi omega eta Delta Omega"
 )
+_SIGNS = r"""
+− - – - — - × \times · \cdot ⋅ \cdot ∗ * ÷ \div √ \sqrt π \pi ∞ \infty ≤ \le ≥ \ge ≠ \ne
+≈ \approx ∪ \cup ∩ \cap ∈ \in ± \pm ∓ \mp ∅ \emptyset ℝ \mathbb{R} º ° ’ ' ′ ' ″ '' ⟨ ( ⟩ )
+。 . … ... ⌊ \lfloor ⌋ \rfloor ⌈ \lceil ⌉ \rceil ∛ \sqrt[3] ⁻ ^{-} ∨ \lor ∧ \land
+¢ \text{cents} ˚ ° ⁄ / ⩽ \le ≦ \le ⩾ \ge ≧ \ge ∠ \angle ℤ \mathbb{Z} ℕ \mathbb{N}
+ℚ \mathbb{Q} ℂ \mathbb{C}
+"""
 _CHARACTERS = {
-    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*",
-    "÷": r"\div ", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
-    "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ",
-    "∓": r"\mp ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "º": "°", "’": "'", "′": "'", "″": "''",
-    "⟨": "(", "⟩": ")", "。": ".", "…": "...",
-    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\sqrt[3]",
-    "⁻": "^{-}", "∨": r"\lor ", "∧": r"\land ", '"': "", "“": "", "”": "", "¢": r"\text{cents}",
-    "`": "", "˚": "°", "⁄": "/", "⩽": r"\le ", "≦": r"\le ", "⩾": r"\ge ", "≧": r"\ge ",
-    "∠": r"\angle ", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
+    sign: plain + " " * plain[1:].isalpha() for sign, plain in re.findall(r"(\S) (\S+)", _SIGNS)
 } | {
     letter: rf"\{name} " for letter, name in zip("αβγδεθλμρστφψωηΔΩ", _GREEK.split(), strict=True)
 } | {
@@ -43,7 +42,7 @@ _TABLE = str.maketrans(
     _CHARACTERS
     | {digit: f"^{{{n}}}" for n, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     | {digit: f"_{{{n}}}" for n, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")}
-    | {chr(code): " " for code in range(32)}
+    | dict.fromkeys(map(chr, range(32)), " ") | dict.fromkeys('"“”`', "")
     | {sign: _CHARACTERS.get(plain := normalize("NFKC", sign), plain)
        for sign in map(chr, (*range(0xFF01, 0xFF5F), *range(0x1D400, 0x1D800)))}  # ＋, 𝑥
 )  # fmt: skip
@@ -95,7 +94,8 @@ _CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
 _SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
 _ASSIGNED, _STATEMENT = re.compile(r"[A-Za-z](?=\w*=)"), re.compile(r"[()]?(?:\\neg ?)?[p-s][()]?")
 _UNORDERED = re.compile(
-    r"\A\w+ (?:con|di)vergent\Z|\A(?:con|di)vergent \w+\Z|january|february|march|april|may|june|july|august|(?:sept|nov|dec)ember|october"
+    r"\A\w+ (?:con|di)vergent\Z|\A(?:con|di)vergent \w+\Z|january|february|march|april|may|june"
+    r"|july|august|(?:sept|nov|dec)ember|october"
 )
 
 
@@ -162,6 +162,7 @@ def words(text: str) -> str | None:
     spelt = _in_words(text)
     bare = re.sub(r"\b(?:an?|the) (?=[a-z]{3})", "", ARTICLE.sub("", spelt or ""))
     bare = re.sub(r"verges?\b", "vergent", re.sub(r"\bno such [a-z ]*", "no such", bare))
+    bare = re.sub(r"\A(mon|tue|wed|thu|fri|sat|sun)(?:n?e?u?r?s?day|r?s)?\Z", r"\1", bare)
     if _UNORDERED.search(bare):
         bare = "".join(sorted(re.findall(r"[a-z]+|\d+", bare)))
     bare = re.sub(r"(?<!\d)[ ,]+|[ ,]+(?!\d)", "", bare)
@@ -294,17 +295,16 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
      r"\1"),
     ("mathbb", r"\\mathbb\{R\}[_^]\{?\+\}?", r"(0,\\infty)"),
     ("angle", r"m?\\angle ?(?=[A-Z]|\{[A-Z])", ""),
-    ("d", rf"(?:(\\frac\{{)|(?<![A-Za-z\\]))d(\^\{{?2\}}?)? ?{_NAME}(?(1)\}}\{{|/)d ?([tx])"
-     r"(?(2)\^\{?2\}?)(?(1)\})",
-     lambda m: f" {m[3]}'{m[2] and chr(39) or ''}_{m[5]}{m[4] or ''}"),
+    ("d", rf"(?:(\\frac\{{)|(?<![A-Za-z\\]))d(\^\{{?2\}}?|) ?{_NAME}(?(1)\}}\{{|/)d ?([tx])"
+     r"(?:\^\{?2\}?)?(?(1)\})", lambda m: f" {m[3]}'{m[2] and chr(39)}_{m[5]}{m[4] or ''}"),
     ("dot", rf"\\(d?)dot(?![a-z]) ?(\{{)? ?{_NAME}(?(2)\}})",
      lambda m: f" {m[3]}'{m[1] and chr(39)}{m[4] or ''}"),
     (".", r"\b(?:np|math|sympy)\.(?=[a-z])", ""),
     (":00", r":00(?= ?\\?[a-z{]* ?(?i:[ap]\.?m))", ""),
     ("{", r"(?<!frac\d)(?<=\d)\{ ?([a-z ]{2,})\}\Z|(?<=\})\{((?:square|cubic) ?[a-z]+)\}\Z",
      lambda m: rf"\text{{{m[m.lastindex]}}}"),
-    ("in", rf"{_FOR} ?\}}?\b([A-Za-z])\b ?(?:\\in ?(?:\\mathbb ?)?[{{ ]?Z|{_IN_TEXT}(?:is |are )?(?:an? "
-     r"|any )?integers?)\}?\)?\Z", r",\1\\in\\mathbb{Z}"),
+    ("in", rf"{_FOR} ?\}}?\b([A-Za-z])\b ?(?:\\in ?(?:\\mathbb ?)?[{{ ]?Z|{_IN_TEXT}(?:is |are )?"
+     r"(?:an? |any )?integers?)\}?\)?\Z", r",\1\\in\\mathbb{Z}"),
     ("integer", rf"{_FOR}(?<!such) integers?[ }}]+([a-z])\)?\}}?\Z", r",\1\\in\\mathbb{Z}"),
     ("for", rf"[ ,]*{_IN_TEXT}for (?:all|any|every)(?: real)?(?: numbers?| values of)? ?\}}?[a-z]"
      r"(?:\\in ?\\mathbb\{R\})?\}?\Z", ""),

@@ -24,22 +24,20 @@ _SMALL = VALUES | {
 }  # fmt: skip
 # What a phrase may begin with, up to its article: it is, the series, n is, all.
 ARTICLE = re.compile(
-    r"\A(?:yes ?, |no ?, (?=\w+ (?:is|does) not ))?(?:(?:the (?:function|series|sequence|integral|system"
-    r"|[a-z]+(?= (?:is|are|has|does)\b))|it|this|there|on|all|[a-z](?= is)) (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
+    r"\A(?:yes ?, (?=(?:it|this|they) )|no ?, (?=\w+ (?:is|does) not ))?(?:(?:the (?:function|series|sequence|integral"
+    r"|system|[a-z]+(?= (?:is|are|has|does)\b))|it|this|there|on|all|[a-z](?= is))"
+    r" (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
     r"|(?:(?<=odd)|(?<=even)) (?:integer|number)s?\Z"
 )
 _STOCK = {
-    "infinitely many solutions": r"\text{infinitely many}",
-    "infinite number of solutions": r"\text{infinitely many}",
-    "infinite solutions": r"\text{infinitely many}", "infinity": r"\infty", "true": "yes",
-    "positive infinity": r"\infty", "negative infinity": r"-\infty", "minus infinity": r"-\infty",
-    "empty set": r"\emptyset", "no solution": r"\emptyset", "no solutions": r"\emptyset",
-    "no real solution": r"\emptyset", "no real solutions": r"\emptyset", "false": "no",
-    "reals": r"\mathbb{R}", "real numbers": r"\mathbb{R}", "real values": r"\mathbb{R}",
-    "does not exist": "dne", "not defined": "undefined",
-} | {
-    day[:n]: day for n in (3, 4)
-    for day in ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
+    text: meaning
+    for meaning, texts in {
+        r"\text{infinitely many}": "infinitely many solutions|infinite number of solutions"
+        "|infinite solutions", r"\infty": "infinity|positive infinity", "undefined": "not defined",
+        r"-\infty": "negative infinity|minus infinity", "dne": "does not exist", "yes": "true",
+        r"\emptyset": "empty set|no solution|no solutions|no real solution|no real solutions",
+        "no": "false", r"\mathbb{R}": "reals|real numbers|real values",
+    }.items() for text in texts.split("|")
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import log2
 
 from . import regions
-from .evaluate import Undecided, equal, sample, settled, symbols, value
+from .evaluate import Undecided, equal, sample, symbols, value
 from .tidy import COLLECTIONS, entries, is_numbered, name_of, tidy, value_of
 from .tree import Node, rewritten
 from .values import same_values
@@ -166,10 +166,7 @@ def _same_relations(a: Node, b: Node) -> bool:
         return same(value_of(a), value_of(b))
     if set(a.args[0]) == set(b.args[0]) == {"="} and len(a.args) == len(b.args) == 3:
         return _same_equations(a.args[1:], b.args[1:])
-    try:
-        return _same_inequalities(a, b) or _same_regions(a, b)
-    except Undecided:
-        return False
+    return _same_inequalities(a, b) or _same_regions(a, b)
 
 
 def _compatible(a: Node, b: Node) -> bool:
@@ -221,10 +218,9 @@ def _proportional(a: Sequence[Node], b: Sequence[Node]) -> int | None:
     for shift in range(3):
         names = enumerate(sorted(symbols(a) | symbols(b)))
         point = {name: 0.37 + 0.61 * n + 1.19 * shift for n, name in names}
-        try:
-            above, below = settled(a, point), settled(b, point)
-        except Undecided:
+        if None in (ratio := [sample(side, point) for side in (a, b)]):
             continue
+        above, below = ratio
         if above == 0 or below == 0:  # what always or never holds says nothing
             return None
         # a(x)·b(p) = b(x)·a(p) for all x says that a/b is constant
