@@ -61,10 +61,8 @@ def _bits(value: Fraction) -> int:
 
 
 def _exact_root(value: Fraction, index: Fraction) -> Fraction | None:
-    if index != 2 or value < 0:
-        return None
-    root = Fraction(isqrt(value.numerator), isqrt(value.denominator))
-    return root if root**2 == value else None
+    root = Fraction(isqrt(abs(value.numerator)), isqrt(value.denominator))
+    return root if index == 2 and root**2 == value else None
 
 
 _EXACT = {
@@ -305,12 +303,9 @@ def sample(node: Node, point: dict):
 
 def _all_real(node: Node, point: dict) -> bool:
     r"""Whether no part of an expression leaves the real line, as ``\sqrt{x}`` does for x = -1."""
-    try:
-        if not _is_real(value(node, point)):
-            return False
-    except Undecided:  # a part that is no number, such as the arguments of a function
-        pass
-    return all(_all_real(part, point) for part in node.args if isinstance(part, Node))
+    number = sample(node, point)  # None for a part that is no number, such as arguments
+    real = number is None or _is_real(number)
+    return real and all(_all_real(part, point) for part in node.args if isinstance(part, Node))
 
 
 def _is_real(x) -> bool:

@@ -24,9 +24,9 @@ _SMALL = VALUES | {
 }  # fmt: skip
 # What a phrase may begin with, up to its article: it is, the series, n is, all.
 ARTICLE = re.compile(
-    r"\A(?:yes ?, (?=(?:it|this|they) )|no ?, (?=\w+ (?:is|does) not ))?(?:(?:the (?:function|series|sequence|integral"
-    r"|system|[a-z]+(?= (?:is|are|has|does)\b))|it|this|there|on|all|[a-z](?= is))"
-    r" (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
+    r"\A(?:yes ?, (?=(?:it|this) )|no ?, (?=\w+ (?:is|does) not ))?(?:(?:the (?:function|series"
+    r"|sequence|integral|system|[a-z]+(?= (?:is|are|has|does)\b))|it|this|there|on|all"
+    r"|[a-z](?= is)) (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
     r"|(?:(?<=odd)|(?<=even)) (?:integer|number)s?\Z"
 )
 _STOCK = {

@@ -204,8 +204,8 @@ def _multiplied(a: Sequence[Node], b: Sequence[Node]) -> bool:
         if not (start and other):
             return False
         power = round(log2(abs(other / start)))
-        divides = power == 0 or sample(Node("mul", sides), {**point, name: 0}) is None
-        if power and (name.strip("'").partition("_")[0] in (variables or "xyz") or not divides):
+        variable = name.strip("'").partition("_")[0] in (variables or "xyz")
+        if power and (variable or sample(Node("mul", sides), {**point, name: 0}) is not None):
             return False
         factor = Node("pow", (Node("sym", (name,)), Node("num", (power, 0, 1))))
         b = [Node("mul", (side, factor)) for side in b]

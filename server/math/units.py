@@ -65,15 +65,11 @@ _SIZES = {  # a unit's dimension and size; feet have a sign of their own
     for unit, size in zip(sizes.split()[::2], sizes.split()[1::2], strict=True)
 }  # fmt: skip
 _BARE_LETTER = re.compile(r"([-\d.,/]*\d)( ?)[smhgJNLKVWC]")
-_UNIT_NAMES = {
-    "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m",
-    "metre": "m", "kilometer": "km", "kilometre": "km", "inche": "in", "inch": "in",
-    "feet": "ft", "foot": "ft", "mile": "mi", "gram": "g", "kilogram": "kg", "second": "s",
-    "sec": "s", "minute": "min", "hour": "h", "hr": "h", "unit": "", "liter": "l", "litre": "l",
-    "pound": "lb", "yard": "yd", "usd": "dollar", "buck": "dollar", "mph": "mi/h", "kmh": "km/h",
-    "kph": "km/h", "newton": "n", "joule": "j", "watt": "w", "volt": "v", "radian": "rad",
-    "milliliter": "ml", "millilitre": "ml", "ounce": "oz", "mole": "mol", "eur": "euro",
-}  # fmt: skip
+_UNIT_NAMES = dict(re.findall(r"(\w+):(\S*)", """centimeter:cm centimetre:cm millimeter:mm
+millimetre:mm meter:m metre:m kilometer:km kilometre:km inche:in inch:in feet:ft foot:ft mile:mi
+gram:g kilogram:kg second:s sec:s minute:min hour:h hr:h unit: liter:l litre:l pound:lb yard:yd
+usd:dollar buck:dollar mph:mi/h kmh:km/h kph:km/h newton:n joule:j watt:w volt:v radian:rad
+milliliter:ml millilitre:ml ounce:oz mole:mol eur:euro"""))  # fmt: skip
 _UNIT_WORDS = {unit.lower() for unit in UNITS} | _BESIDE | {*_UNIT_NAMES, *_UNIT_NAMES.values()}
 
 

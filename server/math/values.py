@@ -70,10 +70,8 @@ def _without(node: Node, op: str) -> Node:
     """A tree without its degree signs outside functions, or without the % at its end."""
     if node.op == op:
         return node.args[0]
-    inner = ("neg", "add", "mul", "div") if op == "degree" else ("neg",)
-    return (
-        Node(node.op, tuple(_without(arg, op) for arg in node.args)) if node.op in inner else node
-    )
+    inner = node.op in (("neg", "add", "mul", "div") if op == "degree" else ("neg",))
+    return Node(node.op, tuple(_without(arg, op) for arg in node.args)) if inner else node
 
 
 def _common_logarithm(node: Node) -> Node:
