@@ -28,7 +28,7 @@ INTEGERS = frozenset("nmk")
 _COUNTING = ("fact", "binom", "sum", "prod")
 _CONTEXT = mpmath.MPContext()
 CONSTANTS = {"pi": _CONTEXT.pi, "e": _CONTEXT.e, "i": _CONTEXT.j, "oo": _CONTEXT.inf}
-_ERRORS = (ZeroDivisionError, ValueError, OverflowError, TypeError, NoConvergence)
+_ERRORS = (ZeroDivisionError, ValueError, OverflowError, TypeError, AttributeError, NoConvergence)
 
 
 class Undecided(ValueError):
@@ -186,8 +186,6 @@ def _function(name: str, args: list):
         return max(args) if name == "max" else min(args)
     name = re.sub("^ar?c?(?=sin|cos|tan|cot|sec|csc)", "a", name.lower())
     name = {"ln": "log", "cis": "expj"}.get(name, name)
-    if not hasattr(_CONTEXT, name):
-        raise Undecided("number theory")
     return getattr(_CONTEXT, name)(*map(_bounded, args))
 
 

@@ -170,10 +170,9 @@ def words(text: str) -> str | None:
 
 
 def _in_words(text: str) -> str | None:
-    if not _SPELT.fullmatch(text):
-        return None
     bare = " ".join(re.sub(r"\\text\{|\}", " ", text).lower().split())
-    return bare if not re.search(r"\d", bare) or re.search(r"[a-z]{3}", bare) else None
+    spelt = _SPELT.fullmatch(text) and (re.search("[a-z]{3}", bare) or not re.search(r"\d", bare))
+    return bare if spelt else None
 
 
 def _plain_text(match: re.Match[str]) -> str:

@@ -74,5 +74,4 @@ def phrase(text: str) -> str | None:
     head, _, counted = bare.rpartition(" ")
     if counted[-1:] == "s" and (number := number_in_words(head)):
         return f"{number} {counted}"  # eight weeks
-    ordinals = _ORDINALS.split()
-    return str(ordinals.index(bare) + 1) if bare in ordinals else None
+    return str(_ORDINALS.split().index(bare) + 1) if bare in _ORDINALS.split() else None

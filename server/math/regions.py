@@ -135,12 +135,9 @@ def same_families(gold: Node, pred: Node) -> bool | None:
     if all(names) and names[0] != names[1]:
         return False
     members: list[list[tuple]] = [[], []]
-    try:
-        for n, (letter,) in enumerate(used):
-            for k in sorted(range(-MORE, MORE + 1), key=abs):
-                members[n] += (_at(form, {letter: k}) for form in forms[n])
-    except Undecided:
-        return None
+    for n, (letter,) in enumerate(used):
+        for k in sorted(range(-MORE, MORE + 1), key=abs):
+            members[n] += (_at(form, {letter: k}) for form in forms[n])
     return all(
         any(len(x) == len(y) and all(map(near, x, y)) for y in members[1 - n])
         for n in (0, 1)

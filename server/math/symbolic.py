@@ -39,10 +39,9 @@ def readable(gold: str, pred: str) -> bool:
 
 def unread(gold: str, pred: str) -> bool:
     """Whether a normalised answer has words beside numbers that the reference hasn't."""
-    words, known = (
-        _PROSE.findall(re.sub(r"\\(?:begin|end)\{\w+", "", text)) for text in (pred, gold)
-    )
-    return bool(re.search(r"\d", pred) and {*words} - {*known})
+    bare = (re.sub(r"\\(?:begin|end)\{\w+", "", text) for text in (pred, gold))
+    words, known = ({*_PROSE.findall(text)} for text in bare)
+    return bool(re.search(r"\d", pred) and words - known)
 
 
 def unfinished(gold: str, pred: str) -> bool:

@@ -80,9 +80,8 @@ def _common_logarithm(node: Node) -> Node:
 
 
 def _same_ratios(a: Node, b: Node) -> bool:
-    first_a, first_b = a.args[0], b.args[0]
     return len(a.args) == len(b.args) and all(
-        same_values(Node("mul", (x, first_b)), Node("mul", (y, first_a)))
+        same_values(Node("mul", (x, b.args[0])), Node("mul", (y, a.args[0])))
         for x, y in zip(a.args, b.args, strict=True)
     )
 
