@@ -249,7 +249,6 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     (r"\l", r".*\\l(?:or|and)(?![a-z]).*", lambda match: _connectives(match[0])),
     (", ", r"(\d), +(?=\d{3}(?!\d))", "\\1,\0"),  # "1, 234" is a list, "1,234" may be a number
     (" ", r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", ""),
-    ("\0", "\0", " "),
     # degrees, temperatures, minutes of arc, a unit in brackets, ordinals
     ("^", r"(?<=[\d}])\^(?:o|\{o\})(?![A-Za-z])", "°"),
     ("prime", r"\^\{? ?\\prime ?(\\prime)? ?\}?", lambda m: "''" if m[1] else "'"),
@@ -295,9 +294,10 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("mathbb", r"\\mathbb\{R\}[_^]\{?\+\}?", r"(0,\\infty)"),
     ("angle", r"m?\\angle ?(?=[A-Z]|\{[A-Z])", ""),
     ("d", rf"(?:(\\frac\{{)|(?<![A-Za-z\\]))d(\^\{{?2\}}?|) ?{_NAME}(?(1)\}}\{{|/)d ?([tx])"
-     r"(?:\^\{?2\}?)?(?(1)\})", lambda m: f" {m[3]}'{m[2] and chr(39)}_{m[5]}{m[4] or ''}"),
+     r"(?:\^\{?2\}?)?(?(1)\})", lambda m: f"\0{m[3]}'{m[2] and chr(39)}_{m[5]}{m[4] or ''}"),
     ("dot", rf"\\(d?)dot(?![a-z]) ?(\{{)? ?{_NAME}(?(2)\}})",
-     lambda m: f" {m[3]}'{m[1] and chr(39)}{m[4] or ''}"),
+     lambda m: f"\0{m[3]}'{m[1] and chr(39)}{m[4] or ''}"),
+    ("\0", r"(?<=[A-Za-z])\0(?=[A-Za-z])|(?<=,)\0(?=\d)|(\0)", lambda m: "" if m[1] else " "),
     (".", r"\b(?:np|math|sympy)\.(?=[a-z])", ""),
     (":00", r":00(?= ?\\?[a-z{]* ?(?i:[ap]\.?m))", ""),
     ("{", r"(?<!frac\d)(?<=\d)\{ ?([a-z ]{2,})\}\Z|(?<=\})\{((?:square|cubic) ?[a-z]+)\}\Z",
