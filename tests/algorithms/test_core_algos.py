@@ -67,6 +67,8 @@ def test_lambda_grpo_by_hand(alpha):
     weights = response_weights([2, 4, 9, 5], "lambda-grpo", 10, alpha, groups=[7, 7, 3, 3])
     close(weights, [x / (a + b) * 2 / 20 for x in (a, b, b, a)], rtol=1e-5)
     assert (weights[0] > weights[1]) == (alpha > 0)
+    extreme = response_weights([1, 8000, 8001, 8002] * 99, "lambda-grpo", 10, 5 * alpha)
+    assert extreme.isfinite().all()
 
 
 @pytest.mark.parametrize(

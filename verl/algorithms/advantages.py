@@ -27,6 +27,13 @@ def group_statistics(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Te
     return mean, std.index_select(0, index), count.index_select(0, index)
 
 
+def group_max(values: Tensor, groups: Tensor) -> Tensor:
+    """The largest value of each response's group, [N]."""
+    index = group_numbers(groups)
+    largest = torch.full_like(values, -torch.inf).scatter_reduce(0, index, values, "amax")
+    return largest.index_select(0, index)
+
+
 def whitened(values: Tensor, lengths: Tensor) -> Tensor:
     """(v − mean) / sqrt(variance + 1e-8) over all tokens of the batch: mean and unbiased variance
     weigh each response by its length. [N] → [N]."""
@@ -102,17 +109,11 @@ def grpo_passk_advantages(
 ) -> Tensor:
     """pass@k: what a response adds to the best reward of its group, divided as by `grpo`: the best
     one's lead over the second best, and 0 for the others (arXiv 2503.19595). [N] → [N]."""
-    index = group_numbers(groups)
-
-    def best(values: Tensor) -> Tensor:
-        start = values.new_full((int(index.max()) + 1 if len(index) else 0,), -torch.inf)
-        return start.scatter_reduce(0, index, values, "amax").index_select(0, index)
-
-    top = best(rewards)
-    second = best(rewards.masked_fill(rewards == top, -torch.inf))
-    alone = group_statistics((rewards == top).to(rewards.dtype), groups)
-    ahead = (rewards == top) & (alone[0] * alone[2] < 1.5) & second.isfinite()
-    return scaled(torch.where(ahead, top - second, 0.0), rewards, groups, norm_by_std)
+    best = rewards == group_max(rewards, groups)
+    second = group_max(rewards.masked_fill(best, -torch.inf), groups)
+    share, _std, count = group_statistics(best.to(rewards.dtype), groups)
+    ahead = best & (share * count < 1.5) & (count > 1)  # no other is as good
+    return scaled(torch.where(ahead, rewards - second, 0.0), rewards, groups, norm_by_std)
 
 
 def gdpo_advantages(

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from verl.algorithms.advantages import group_statistics
+from verl.algorithms.advantages import group_max, group_statistics
 from verl.config.schema import Config
 
 Lengths = Sequence[int] | NDArray[Any] | Tensor
@@ -109,8 +109,9 @@ def lambda_grpo(L: Tensor, *, alpha: float, groups: Tensor, **_: Any) -> Tensor:
     mean, std, count = group_statistics(L, groups)
     biased = std * ((count - 1).clamp(min=0) / count).sqrt()
     h = (1 + (L - mean) / biased.clamp(min=1e-8) / 9).clamp(min=1e-6)
-    powers = torch.exp(h**-alpha)
-    return powers / group_statistics(powers, groups)[0] * token_mean(L)
+    powers = h**-alpha
+    shares = torch.exp(powers - group_max(powers, groups))
+    return shares / group_statistics(shares, groups)[0] * token_mean(L)
 
 
 WEIGHTS: dict[str, Callable[..., Tensor]] = {

@@ -138,7 +138,6 @@ def _method(config: Config) -> Iterator[str]:
         yield f"{{algorithm.{methods[0]}=}} chooses the loss aggregation: drop {{loss_agg_mode=}}"
     if algorithm.grpopp_config.alpha < 0 and actor.loss_agg_mode != "lambda-grpo":
         yield "{algorithm.grpopp_config.alpha=}: must be at least 0, but for lambda-grpo"
-    yield from _advantages(config)
     for name in ("save_contents", "load_contents"):
         if not {"model", "hf_model"} & {*getattr(actor.checkpoint, name)}:
             yield f"{{{name}=}} must name model or hf_model: nothing else is a policy"
@@ -211,6 +210,7 @@ def _training(config: Config) -> Iterator[str]:
     rollout, groups = config.actor_rollout_ref.rollout, config.algorithm.filter_groups
     if config.data.train_batch_size % max(1, config.actor_rollout_ref.actor.ppo_mini_batch_size):
         yield "{ppo_mini_batch_size=} must divide {train_batch_size=} (both count prompts)"
+    yield from _advantages(config)
     if rollout.n == 1 and config.algorithm.adv_estimator not in WITHOUT_GROUPS:
         yield (
             "{rollout.n=}: advantages compare a prompt's responses, so n must be at least 2, or "

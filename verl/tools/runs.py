@@ -84,8 +84,10 @@ class Run:
     @property
     def method(self) -> str:
         """The loss aggregation in words; the run's name if the settings don't tell."""
+        alpha = self.settings.get("algorithm.grpopp_config.alpha", 0)
+        if self.mode == "lambda-grpo":
+            return f"λ-GRPO, λ = {0 - alpha:g}"
         if self.mode == "delta-l":
-            alpha = self.settings.get("algorithm.grpopp_config.alpha", 0)
             return f"∆L Norm, α = {alpha:g}" if alpha else "Dr. GRPO Norm"
         if self.mode == "dr-grpo":
             return "Dr. GRPO" + " Norm" * (not self.settings.get("algorithm.use_dr_grpo"))
