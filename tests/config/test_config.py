@@ -155,7 +155,7 @@ def test_a_value_of_the_wrong_type(override: str) -> None:
         (f"{ROLLOUT}gpu_memory_utilization=1.1", "gpu_memory_utilization=1.1: must be at most 1"),
         (f"{ROLLOUT}val_kwargs.top_p=-0.5", f"{ROLLOUT}val_kwargs.top_p=-0.5: must be more than 0"),
         (f"{ACTOR}loss_agg_mode=mean", f"{ACTOR}loss_agg_mode=mean: choose from token-mean, "),
-        (f"{ROLLOUT}name=sglang", f"{ROLLOUT}name=sglang: choose from hf, vllm"),
+        (f"{ROLLOUT}name=sglang", "take vllm, or hf on a CPU; choose from hf, vllm"),
         ("algorithm.adv_estimator=gea", "adv_estimator=gea: choose from grpo, "),
         ("trainer.device=tpu", "trainer.device=tpu: choose from "),
     ],
@@ -448,7 +448,10 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
         ["trainer.logger=[console,neptune]"],
         "'neptune']: choose from console, wandb, tensorboard, file, mlflow",
     ),
-    "no policy": ([f"{ACTOR}checkpoint.save_contents=[optimizer]"], "must name model or hf_model"),
+    "no policy": (
+        [f"{ACTOR}checkpoint.save_contents=[optimizer]"],
+        "must share a policy: model or hf_model",
+    ),
     "contents": ([f"{ACTOR}checkpoint.load_contents=[weights]"], "choose from model, optimizer"),
     "resume path": (["trainer.resume_mode=resume_path"], "needs trainer.resume_from_path"),
 }

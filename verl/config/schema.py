@@ -290,6 +290,13 @@ class ActorRolloutRefConfig(Section):
     nccl_timeout: int | None = key(None, low=1, **FREE)
     """Seconds that ranks wait for each other; null: PyTorch's own, 600 on GPUs and 1800 on CPUs."""
 
+    @property
+    def splits(self) -> tuple[int, int]:
+        """Ranks that split sequences: of the actor, and of the reference, which under LoRA is the
+        actor's own model."""
+        actor, ref = (max(1, s.ulysses_sequence_parallel_size) for s in (self.actor, self.ref))
+        return actor, actor if self.model.uses_lora else ref
+
 
 class OverlongBufferConfig(Section):
     """`reward_model.overlong_buffer`: soft overlong punishment (arXiv 2503.14476, eq. 13)."""

@@ -104,6 +104,10 @@ def _common(config: Any) -> Iterator[str]:
     for key, path in (read | config.ending("data.tokenizer")).items():
         if trains and path and Path(path).expanduser().resolve().is_relative_to(own):
             yield f"{key}={path} is where the run writes its model: change {{experiment_name}}"
+    ranks = trainer.nnodes * trainer.n_gpus_per_node
+    for key, size in config.ending("fsdp_config.fsdp_size").items():
+        if size == 0 or ranks % abs(size):
+            yield f"{{{key}=}} must divide the {ranks} ranks, or be -1"
     for key in ("target_modules", "exclude_modules"):
         for name, value in config.ending(key).items():
             names = [value] if isinstance(value, str) else value
@@ -138,9 +142,9 @@ def _method(config: Config) -> Iterator[str]:
         yield f"{{algorithm.{methods[0]}=}} chooses the loss aggregation: drop {{loss_agg_mode=}}"
     if algorithm.grpopp_config.alpha < 0 and actor.loss_agg_mode != "lambda-grpo":
         yield "{algorithm.grpopp_config.alpha=}: must be at least 0, but for lambda-grpo"
-    for name in ("save_contents", "load_contents"):
-        if not {"model", "hf_model"} & {*getattr(actor.checkpoint, name)}:
-            yield f"{{{name}=}} must name model or hf_model: nothing else is a policy"
+    contents = actor.checkpoint.save_contents, actor.checkpoint.load_contents
+    if not {"model", "hf_model"}.intersection(*contents):
+        yield "{save_contents=} and {load_contents=} must share a policy: model or hf_model"
     if actor.ppo_micro_batch_size_per_gpu is None:
         if actor.loss_agg_mode == "token-mean-legacy":
             yield "{loss_agg_mode=} averages over micro-batches: set {ppo_micro_batch_size_per_gpu}"
@@ -239,14 +243,10 @@ def _training(config: Config) -> Iterator[str]:
 
 def _ranks(config: Config) -> Iterator[str]:
     ranks, models = config.trainer.nnodes * config.trainer.n_gpus_per_node, config.actor_rollout_ref
-    for key, size in config.ending("fsdp_config.fsdp_size").items():
-        if size == 0 or ranks % abs(size):
-            yield f"{{{key}=}} must divide the {ranks} ranks, or be -1"
-    for name, section in (("actor", models.actor), ("ref", models.ref)):
-        split = section.ulysses_sequence_parallel_size
-        if section is models.ref and split == models.actor.ulysses_sequence_parallel_size:
+    for name, split in zip(("actor", "ref"), models.splits, strict=True):
+        if name == "ref" and split == models.splits[0]:
             continue  # it follows
-        if ranks % max(1, split):
+        if ranks % split:
             yield f"{{{name}.ulysses_sequence_parallel_size=}} must divide the {ranks} ranks"
         if split > 1 and not models.model.use_remove_padding:
             remedy = "splits packed sequences: set {use_remove_padding}=True"
@@ -260,12 +260,13 @@ def _engines(config: Config) -> Iterator[str]:
     longest = data.max_prompt_length + data.max_response_length
     lengths = "({data.max_prompt_length=}, {data.max_response_length=})"
     short = f"can't hold one sequence of {longest} tokens {lengths}"
-    budget = actor.ppo_max_token_len_per_gpu * actor.ulysses_sequence_parallel_size
-    if actor.use_dynamic_bsz and budget < longest:
+    splits = config.actor_rollout_ref.splits
+    if actor.use_dynamic_bsz and actor.ppo_max_token_len_per_gpu * splits[0] < longest:
         yield "{ppo_max_token_len_per_gpu=} " + short
-    ref = config.actor_rollout_ref.ref
-    for name, part, section in (("rollout", rollout, actor), ("ref", ref, ref)):
-        budget = part.log_prob_max_token_len_per_gpu * section.ulysses_sequence_parallel_size
+    sections: Any = rollout, config.actor_rollout_ref.ref
+    parts = zip(("rollout", "ref"), sections, splits, strict=True)
+    for name, part, ranks in parts:
+        budget = part.log_prob_max_token_len_per_gpu * ranks
         if part.log_prob_use_dynamic_bsz and budget < longest:
             yield f"{{{name}.log_prob_max_token_len_per_gpu=}} " + short
             break  # the reference's follows

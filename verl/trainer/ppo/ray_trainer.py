@@ -256,8 +256,6 @@ class RayPPOTrainer:
             self.tracking.log(record, self.state.step)
         if self.is_due(trainer.save_freq):
             self.save_checkpoint()
-            if self.workers.sleeps_to_save and self.state.step < self.total_steps:
-                self.workers.update_engines()
 
     def validate(self) -> None:
         """Logs the accuracy on the validation prompts (what a reward model scores has none), and
