@@ -39,7 +39,9 @@ CONTROL = "control"  # Ray's concurrency group of calls that don't wait for thos
 Slots = list[tuple[PlacementGroup, int]]  # a bundle of one device each, in the order of ranks
 
 
-def start_ray(devices: int, num_cpus: int | None = None) -> None:
+def start_ray(
+    devices: int, num_cpus: int | None = None, runtime_env: dict[str, Any] | None = None
+) -> None:
     """Joins the cluster at RAY_ADDRESS, or starts one on this machine that ends with this process
     and offers as many CPUs as `devices` hold workers: they are slots, not cores. Raises: ValueError
     if the interpreter's path holds a space, or nobody answers at RAY_ADDRESS."""
@@ -49,7 +51,8 @@ def start_ray(devices: int, num_cpus: int | None = None) -> None:
         _check_cluster(address)
         # Workers there have the environment of `ray start`, but must find the same code.
         path = {k: v for k, v in os.environ.items() if k == "PYTHONPATH"}
-        ray.init(runtime_env={"env_vars": path})
+        given = dict(runtime_env or {})
+        ray.init(runtime_env=given | {"env_vars": path | given.get("env_vars", {})})
         return
     # It says that it makes a token, as it does for every cluster of its own.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
@@ -57,7 +60,8 @@ def start_ray(devices: int, num_cpus: int | None = None) -> None:
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they would lack `WORKER_ENV`
     # Ray's processes live until this one has ended in order, also where a terminal is closed.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+    options: Any = {"include_dashboard": False, "logging_level": logging.WARNING}
+    ray.init(address="local", num_cpus=cpus, runtime_env=runtime_env or None, **options)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
@@ -143,7 +147,7 @@ class WorkerGroup:
     ) -> None:
         """Starts `cls(*arguments[i])` in slot i, with `share` of its device and Ray's `options`."""
         options |= worker_resources(device, share) | {"concurrency_groups": {CONTROL: 1}}
-        options["runtime_env"] = {"env_vars": WORKER_ENV}
+        options["runtime_env"] = {"env_vars": WORKER_ENV}  # beside what `ray.init` got
         actor: Any = ray.remote(**options)(cls)
         self.workers: list[Any] = []
         for (reserved, bundle), args in zip(slots, arguments, strict=True):

@@ -44,6 +44,7 @@ class Sample:
     score: float = 0.0  # what the reward function returned
     reward: float = 0.0  # `score` with penalties (overlong, KL): what the advantage is made of
     extras: dict[str, Any] = field(default_factory=dict)  # what else it returned, such as `acc`
+    baseline: float = 0.0  # reward of the greedy response to the prompt, where there is one (remax)
     old_log_probs: NDArray[np.float32] | None = None  # under the policy before this step's updates
     ref_log_probs: NDArray[np.float32] | None = None  # under the reference policy, [R]
     advantage: float = 0.0  # one number per response: rewards are outcome rewards

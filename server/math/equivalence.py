@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from . import regions, structures, symbolic
 from .evaluate import TooLarge, Undecided, exact
 from .normalise import normalise, words
-from .tokens import ParseError, TooComplex
+from .tokens import FUNCTIONS, GREEK, ParseError, TooComplex
 from .tree import Node, parse
-from .units import split_units
+from .units import CHANGES, NAMES, split_units
 from .values import same_values
 
 MAX_QUICK = 200  # characters of a normalised answer that are parsed on the event loop
@@ -28,14 +28,22 @@ MAX_LENGTH = 5_000  # characters of an answer that are read at all
 _CHOICE = re.compile(r"\(?([A-Ja-j])(?:\)|[.:](?=.)|\Z)(?![(,)] ?[A-J])(.*)")
 _SECOND = re.compile(  # another choice, or doubts, in what should be the text of the first
     r"(?<![A-Za-z\\])\(?[A-J](?:[).:]|\Z)|\b(?:or|lor|both|wrong|incorrect|false|right|correct|maybe)\b"
+    r"|(?i:\b(?:yes|true|but|if|unless|perhaps)\b|[,;] ?(?:no|false)\b)"
     r"|(?:\b(?:and|or)|[,/;]|\\l(?:and|or)) ?\(?[A-J](?![A-Za-z])|\A ?(?:no|not|is|and)\b"
 )
 _DOUBT = re.compile(
     r"(?i)(?<![a-z\\])(?:not|never|wrong|incorrect|maybe|perhaps|probably|either|but|if|n't)(?![a-z])"
 )
+_SPOKEN = re.compile(r"(?i)(?:(yes|true)|no|false)((?: ?(?:[,.;:(\\]|because|since|as\b).*)?)")
+_LABEL = re.compile(
+    r"(?:(?<=[,;])|\A) ?(?:\\text\{ ?|\\(?=m))?([A-Za-z][A-Za-z' -]*?[A-Za-z])"
+    r"(?:( ?\}? ?[:=]| (?:is|are|equals)\b) ?\}?|\}?) ?"
+    r"(?=[-\d.(\[|]|\\(?!text)|(?(2)[a-z](?![a-z])|\Z.))"
+)
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time, not a ratio, if both sides are
 _PARITY = {"odd": r"2k+1,k\in\mathbb{Z}", "even": r"2k,k\in\mathbb{Z}"}
 _COMBINATIONS = re.compile(r"(?<![A-Za-z\\])C\((\d+), ?(\d+)\)")
+_CAPITALS = re.compile(r"(?<![a-z\\])([A-Z])(?=[A-Z]{1,3}(?![A-Za-z]))")
 _DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))")
 
 
@@ -62,9 +70,9 @@ def judge(gold: str, pred: str) -> Verdict:
 
 def _slow(gold: str, pred: str) -> Verdict:
     """The verdict of the later stages on a normalised pair."""
-    texts = (_PARITY.get(words(text), text) for text in (gold, pred))
+    texts = (_LABEL.sub(_named, _PARITY.get(words(text), text)) for text in (gold, pred))
     gold, pred, units_differ = split_units(*texts)
-    if units_differ:
+    if units_differ or symbolic.unfinished(gold, pred):
         return Verdict(False, "normalised")
     try:
         return _compare(gold, pred)
@@ -83,11 +91,20 @@ def _slow(gold: str, pred: str) -> Verdict:
     return Verdict(bool(equal), "symbolic", "unparsable" if equal is None else "ok")
 
 
-def quick(gold: str, pred: str) -> Verdict | None:
-    """The verdict of the string and exact-number stages, or None if they can't tell.
+def _named(match: re.Match[str]) -> str:
+    """Words before a value as its name: "smallest: 2" as smallest = 2, and so "house number 2"."""
+    name = re.sub(r"\A(?:the|an?) ", "", match[1].lower())
+    changed = CHANGES.search(name) or not {*re.findall("[a-z]{3,}", name)} - GREEK
+    changed = changed or not (match[2] or NAMES.search(name))
+    rest = re.split("[,;]", match.string[match.end() :])[0]
+    if changed or (name in FUNCTIONS and rest[:1] in "([{\\"):  # \max(a, b)
+        return match[0]
+    return "" if "=" in rest else rf"\text{{{name}}}="
 
-    Work is linear in the lengths: no sampling, no number over a few thousand bits.
-    """
+
+def quick(gold: str, pred: str) -> Verdict | None:
+    """The verdict of the string and exact-number stages, or None if they can't tell. Work is
+    linear in the lengths: no sampling, no number over a few thousand bits."""
     if gold == pred and gold.strip():
         return Verdict(True, "identical")
     if max(len(gold), len(pred)) > MAX_LENGTH:
@@ -103,8 +120,6 @@ def quick(gold: str, pred: str) -> Verdict | None:
         if letter != other or not (option and its_option):
             alike = letter == other and not _SECOND.search(option + its_option)
             return Verdict(alike, "normalised")
-        if words(option) and words(option) == words(its_option):
-            return Verdict(True, "normalised")
     if _DOUBT.search(pred) and not _DOUBT.search(gold):
         return Verdict(False, "normalised", "undecided")
     if max(len(gold), len(pred)) > MAX_QUICK:
@@ -118,16 +133,25 @@ def _tight(text: str) -> str:
 
 
 def _choice(text: str) -> tuple[str, str] | None:
-    """The letter of a choice, and the text of its option."""
-    starts = text[:6] == r"\text{" or text[0] in "(ABCDEFGHIJabcdefghij"
-    match = starts and _CHOICE.fullmatch(re.sub(r"\\text\{|\}", "", text))
+    """The letter of a choice, and the text of its option; or yes or no, and its reason."""
+    starts = text[:6] == r"\text{" or text[:1] in "(ABCDEFGHIJabcdefghijYyNnTt"
+    if spoken := starts and _SPOKEN.fullmatch(re.sub(r"\\text\{|\}", " ", text).strip()):
+        return "yes" if spoken[1] else "no", spoken[2]
+    match = starts and _CHOICE.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
     named = match and (not match[2] or match[1].isupper())
     return (match[1].upper(), match[2]) if named else None
 
 
 def cache_key(gold: str, pred: str) -> tuple[str, str]:
     """The normalised pair: pairs with the same key get the same verdict."""
-    return normalise(gold), normalise(pred)
+    pair = normalise(gold), normalise(pred)
+    chosen = [_choice(text) for text in pair]
+    named = [choice for choice in chosen if choice]
+    clear = all(option and len(name) == 1 and not _SECOND.search(option) for name, option in named)
+    if clear and len({name for name, _ in named}) == 1:  # (C) green for green
+        pair = [normalise(its[1]) if its else text for its, text in zip(chosen, pair, strict=True)]
+    dated = all(re.search("'_[tx]", text) for text in pair)  # dy/dx isn't dy/dt
+    return tuple(text if dated else re.sub("(?<=')_[tx]", "", text) for text in pair)
 
 
 def preload() -> None:
@@ -156,6 +180,10 @@ def _compare(gold: str, pred: str) -> Verdict:
     """The structural stages, on both readings of commas between digits."""
     trees = structures.one_form(parse(gold)), parse(pred)
     how = "structure" if any(tree.op in structures.COMPOUND for tree in trees) else "symbolic"
+    parts = trees[0].args if ";" in gold and trees[0].op == "list" else ()
+    if parts and not {part.op for part in parts} & {*structures.COMPOUND, "sym", "pm"}:
+        in_order = Node("group", ("(", ")", *parts))  # answers to several questions
+        return Verdict(structures.same(in_order, trees[1]), "structure")
     if "Z" in gold + pred or r"\pmod" in gold + pred:
         family = regions.same_families(*trees)
         if family is not None:
@@ -173,6 +201,9 @@ def _other_readings(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> I
     lengths = [len(tree.args) if tree.op == "list" else 1 for tree in (gold_tree, pred_tree)]
     if lengths[0] != lengths[1] and ",0" not in gold + pred:
         yield parse(gold, thousands=False), parse(pred, thousands=False)
+    apart = [_CAPITALS.sub(r"\1 ", text) for text in (gold, pred)]
+    if (apart[0] == gold) != (apart[1] == pred):  # LC as L times C
+        yield tuple(map(parse, apart))
     if "C(" in gold + pred:  # a number of combinations, if it is no point
         yield tuple(parse(_COMBINATIONS.sub(r"\\binom{\1}{\2}", text)) for text in (gold, pred))
     for text, other in ((gold, pred_tree), (pred, gold_tree)):

@@ -20,13 +20,15 @@ MAX_BITS = 4_096
 MAX_EXPONENT = 1_000_000  # of two: what may come out of a power or a factorial
 DIGITS, CONFIRMING_DIGITS = 60, 1_000
 GUARD = 15  # digits that rounding errors may spoil
-MAX_KINKS = 16
+MAX_KINKS, MAX_TERMS, FIRST = 16, 200, 20
+INFINITY = Node("sym", ("oo",))
 NEGLIGIBLE = 1e-40  # next to numbers of ordinary size
 SAMPLES = 12  # positive points; three times as many of any sign follow
 INTEGERS = frozenset("nmk")
+_COUNTING = ("fact", "binom", "sum", "prod")
 _CONTEXT = mpmath.MPContext()
 CONSTANTS = {"pi": _CONTEXT.pi, "e": _CONTEXT.e, "i": _CONTEXT.j, "oo": _CONTEXT.inf}
-_ERRORS = (ZeroDivisionError, ValueError, OverflowError, TypeError, NoConvergence)
+_ERRORS = (ZeroDivisionError, ValueError, OverflowError, TypeError, AttributeError, NoConvergence)
 
 
 class Undecided(ValueError):
@@ -58,38 +60,30 @@ def _bits(value: Fraction) -> int:
     return value.numerator.bit_length() + value.denominator.bit_length()
 
 
-def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
-    small = exponent.denominator == 1 and abs(exponent) * _bits(base) <= MAX_BITS
-    return base**exponent.numerator if small else None
-
-
 def _exact_root(value: Fraction, index: Fraction) -> Fraction | None:
-    if index != 2 or value < 0:
-        return None
-    root = Fraction(isqrt(value.numerator), isqrt(value.denominator))
-    return root if root**2 == value else None
-
-
-def _exact_binomial(n: Fraction, k: Fraction) -> Fraction | None:
-    whole = n.denominator == k.denominator == 1 and 0 <= k <= n < 400
-    return Fraction(comb(int(n), int(k))) if whole else None
+    root = Fraction(isqrt(abs(value.numerator)), isqrt(value.denominator))
+    return root if index == 2 and root**2 == value else None
 
 
 _EXACT = {
     "add": lambda *terms: sum(terms, Fraction(0)), "neg": lambda a: -a,
     "mul": lambda *factors: prod(factors) if sum(map(_bits, factors)) <= 2 * MAX_BITS else None,
-    "div": lambda a, b: a / b, "pow": _exact_power, "root": _exact_root, "abs": abs,
-    "percent": lambda a: a / 100, "binom": _exact_binomial,
+    "div": lambda a, b: a / b, "root": _exact_root, "abs": abs, "percent": lambda a: a / 100,
+    "pow": lambda a, n: a**n.numerator if n.denominator == 1 and abs(n) * _bits(a) <= MAX_BITS
+        else None,
+    "binom": lambda n, k: Fraction(comb(int(n), int(k))) 
+        if n.denominator == k.denominator == 1 and 0 <= k <= n < 400 else None,
     "fact": lambda n: Fraction(factorial(int(n))) if n.denominator == 1 and 0 <= n < 400 else None,
 }  # fmt: skip
 
 
 def symbols(node: Node) -> frozenset[str]:
-    """The free variables of a tree: not pi, e, i, nor R, nor the x of {x | x > 1}."""
+    """The free variables of a tree: not pi, e, i, nor R, nor x in {x | x > 1}, nor an index."""
     if node.op == "sym":
         return frozenset(name for name in node.args if name not in CONSTANTS and name[:4] != "set:")
     inner = [symbols(arg) for arg in node.args if isinstance(arg, Node) and node.op != "such"]
-    return frozenset().union(*inner)
+    index = inner[0] if node.op in ("sum", "prod") else frozenset()
+    return frozenset().union(*inner) - index
 
 
 def find(node: Node, op: str) -> Iterator[Node]:
@@ -135,11 +129,21 @@ def _evaluate(node: Node, point: dict):
     if op == "apply":
         # An unknown function: any fixed smooth one, the same on both sides.
         return _CONTEXT.cos(_bounded(_evaluate(args[1], point)) + sum(map(ord, args[0]))) + 3
-    if op == "group" and len(args) == 3:
-        return _evaluate(args[2], point)
+    if op in ("sum", "prod"):
+        return _series(node, point)
     if op not in _OPERATIONS:
         raise Undecided(f"{op} has no value")
     return _OPERATIONS[op](*(_evaluate(arg, point) for arg in args))
+
+
+def _series(node: Node, point: dict):
+    """A sum or product of at most ``MAX_TERMS`` terms; of one without an end, the first."""
+    (name,), low, high = node.args[0].args, *(_evaluate(end, point) for end in node.args[1:3])
+    count = FIRST if high == _CONTEXT.inf else int(high - low) + 1
+    if not (0 <= count <= MAX_TERMS and low == int(low)):
+        raise Undecided("too many terms, or no number of terms")
+    terms = (_evaluate(node.args[3], {**point, name: int(low) + k}) for k in range(count))
+    return _OPERATIONS["add" if node.op == "sum" else "mul"](*terms)
 
 
 def _bounded(x):
@@ -180,15 +184,13 @@ _OPERATIONS = {
 def _function(name: str, args: list):
     if name in ("max", "min"):
         return max(args) if name == "max" else min(args)
-    name = re.sub("^ar?c?(?=sin|cos|tan|cot|sec|csc)", "a", name.lower()).replace("ln", "log")
-    if not hasattr(_CONTEXT, name):
-        raise Undecided("number theory")
+    name = re.sub("^ar?c?(?=sin|cos|tan|cot|sec|csc)", "a", name.lower())
+    name = {"ln": "log", "cis": "expj"}.get(name, name)
     return getattr(_CONTEXT, name)(*map(_bounded, args))
 
 
 def crossings(sides: Node, name: str) -> list:
-    """Where an expression in ``name`` that is piecewise linear, else :class:`Undecided`, is 0 or
-    has a kink."""
+    """Where an expression in ``name``, piecewise linear or ``Undecided``, is 0 or has a kink."""
     inner = [found.args[0] for found in find(sides, "abs")]
     if len(inner) > MAX_KINKS or any(has(part, "abs") for part in inner):
         raise Undecided("too many kinks, or bars in bars")
@@ -228,11 +230,9 @@ def close(a, b, digits: int = DIGITS) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _points(names: tuple[str, ...]) -> list[dict]:
+def _points(names: tuple[str, ...], integers: frozenset[str] = INTEGERS) -> list[dict]:
     """Where expressions are compared: positive points first, at several scales, then any sign.
-
-    Names that stand for integers get integers: cos(pi n) is (-1)^n.
-    """
+    Names of integers get integers: cos(pi n) is (-1)^n."""
     generator, scales = random.Random("sample points"), [1, 3, 0.4, 10, 2, 0.8, 30, 5]
     sizes = [*range(1, SAMPLES - 2), 13, 31, 64, 101, 150]
     wholes = {name: generator.sample(sizes, SAMPLES) for name in names}
@@ -241,7 +241,7 @@ def _points(names: tuple[str, ...]) -> list[dict]:
         signs = (1,) if n < SAMPLES else (1, -1)
         points.append({
             name: generator.choice(signs) * (
-                wholes[name][n % SAMPLES] if name in INTEGERS
+                wholes[name][n % SAMPLES] if name in integers
                 else scales[n % len(scales)] * (0.1 + generator.random())
             ) for name in names
         })  # fmt: skip
@@ -249,20 +249,19 @@ def _points(names: tuple[str, ...]) -> list[dict]:
 
 
 def equal(a: Node, b: Node) -> bool:
-    """Whether two expressions have the same value at every point where both are real.
-
-    Where there are no such points (or ``i`` occurs), complex values are compared. At positive
-    points, both sides must be real at most of those where one is: n! isn't (-n)!.
-    :class:`Undecided` if no point gives values, or they are too large to tell apart.
-    """
+    """Whether two expressions have the same value at every point where both are real; where there
+    are none (or ``i`` occurs), at complex ones. At positive points, both sides must be real at most
+    of those where one is: n! isn't (-n)!. :class:`Undecided` if no point can tell."""
     names = tuple(sorted(symbols(a) | symbols(b)))
     if not names:
         return _equal_constants(a, b)
-    complex_too = has(a, "sym", "i") or has(b, "sym", "i")
+    counting = (part for op in _COUNTING for side in (a, b) for part in find(side, op))
+    integers = INTEGERS.union(*(symbols(Node("", part.args[:3])) for part in counting))
+    complex_too = any(has(side, *part) for side in (a, b) for part in (("sym", "i"), ("fn", "cis")))
     real, apart, other, seen, too_large = 0, 0, [], set(), None
-    for n, point in enumerate(_points(names)):
+    for n, point in enumerate(_points(names, integers)):
         try:
-            left, right = _sample(a, point), _sample(b, point)
+            left, right = sample(a, point), sample(b, point)
         except TooLarge as error:
             too_large = error
             continue
@@ -289,7 +288,7 @@ def equal(a: Node, b: Node) -> bool:
     raise too_large or Undecided("no point where both sides have a value")
 
 
-def _sample(node: Node, point: dict):
+def sample(node: Node, point: dict):
     """The value at a point, or None where there is none that is finite."""
     try:
         number = settled(node, point)
@@ -302,12 +301,9 @@ def _sample(node: Node, point: dict):
 
 def _all_real(node: Node, point: dict) -> bool:
     r"""Whether no part of an expression leaves the real line, as ``\sqrt{x}`` does for x = -1."""
-    try:
-        if not _is_real(value(node, point)):
-            return False
-    except Undecided:  # a part that is no number, such as the arguments of a function
-        pass
-    return all(_all_real(part, point) for part in node.args if isinstance(part, Node))
+    number = sample(node, point)  # None for a part that is no number, such as arguments
+    real = number is None or _is_real(number)
+    return real and all(_all_real(part, point) for part in node.args if isinstance(part, Node))
 
 
 def _is_real(x) -> bool:

@@ -15,11 +15,9 @@ from .pool import Job, Outcome, Pool, PoolFull, Turn
 
 log = logging.getLogger("uvicorn.error")
 LIMITS = {
-    "timeout": Verdict(False, "limit", "timeout"),
-    "memory": Verdict(False, "limit", "memory"),
-    "died": Verdict(False, "crash", "memory"),
-    "error": Verdict(False, "error", "error"),
-}
+    "timeout": Verdict(False, "limit", "timeout"), "memory": Verdict(False, "limit", "memory"),
+    "died": Verdict(False, "crash", "memory"), "error": Verdict(False, "error", "error"),
+}  # fmt: skip
 LIMITS_REMEMBERED_S = 300.0  # so long a pair that ran into its limits gets no other chance
 QUICK_CHARS = 300  # longer strings leave the event loop at once
 HUNG_UP_S = 0.2  # so often a request that waits looks whether its caller still does

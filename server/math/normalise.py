@@ -23,16 +23,15 @@ UNIT_LETTERS = frozenset("mgshLlKNJWVCF")
 _GREEK = (
     "alpha beta gamma delta varepsilon theta lambda mu rho sigma tau phi psi omega eta Delta Omega"
 )
+_SIGNS = r"""
+− - – - — - × \times · \cdot ⋅ \cdot ∗ * ÷ \div √ \sqrt π \pi ∞ \infty ≤ \le ≥ \ge ≠ \ne
+≈ \approx ∪ \cup ∩ \cap ∈ \in ± \pm ∓ \mp ∅ \emptyset ℝ \mathbb{R} º ° ’ ' ′ ' ″ '' ⟨ ( ⟩ )
+。 . … ... ⌊ \lfloor ⌋ \rfloor ⌈ \lceil ⌉ \rceil ∛ \sqrt[3] ⁻ ^{-} ∨ \lor ∧ \land
+¢ \text{cents} ˚ ° ⁄ / ⩽ \le ≦ \le ⩾ \ge ≧ \ge ∠ \angle ℤ \mathbb{Z} ℕ \mathbb{N}
+ℚ \mathbb{Q} ℂ \mathbb{C}
+"""
 _CHARACTERS = {
-    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*",
-    "÷": r"\div ", "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ",
-    "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ",
-    "∓": r"\mp ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "º": "°", "’": "'", "′": "'", "″": "''",
-    "⟨": "(", "⟩": ")", "。": ".", "…": "...",
-    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∛": r"\sqrt[3]",
-    "⁻": "^{-}", "∨": r"\lor ", "∧": r"\land ", '"': "", "“": "", "”": "", "¢": r"\text{cents}",
-    "`": "", "˚": "°", "⁄": "/", "⩽": r"\le ", "≦": r"\le ", "⩾": r"\ge ", "≧": r"\ge ",
-    "∠": r"\angle ", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
+    sign: plain + " " * plain[1:].isalpha() for sign, plain in re.findall(r"(\S) (\S+)", _SIGNS)
 } | {
     letter: rf"\{name} " for letter, name in zip("αβγδεθλμρστφψωηΔΩ", _GREEK.split(), strict=True)
 } | {
@@ -43,7 +42,7 @@ _TABLE = str.maketrans(
     _CHARACTERS
     | {digit: f"^{{{n}}}" for n, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     | {digit: f"_{{{n}}}" for n, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")}
-    | {chr(code): " " for code in range(32)}
+    | dict.fromkeys(map(chr, range(32)), " ") | dict.fromkeys('"“”`', "")
     | {sign: _CHARACTERS.get(plain := normalize("NFKC", sign), plain)
        for sign in map(chr, (*range(0xFF01, 0xFF5F), *range(0x1D400, 0x1D800)))}  # ＋, 𝑥
 )  # fmt: skip
@@ -78,7 +77,7 @@ _TEXT = re.compile(
 )
 _ARGUMENT = r"(\{[^{}]*\}|\w)"
 _CALCULUS = {"": r"\tan", "c": r"\cot", "arc": r"\arctan", "arcc": r"\arccot"}
-_INTEGER = r",\1\\in\\mathbb{Z}"
+_NAME = r"([A-Za-z]|\\[a-z]+) ?(_(?:\w|\{\w+\}))?"
 _IN_TEXT = r"(?:\\text\{ ?)?"
 _FOR = rf"[ ,(]*{_IN_TEXT}(?:where|for|with)?(?: ?(?:an|any|all|every|some))?"
 _WORD = "|".join(sorted(_WORDS, reverse=True))
@@ -94,8 +93,9 @@ _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
 _CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
 _SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
 _ASSIGNED, _STATEMENT = re.compile(r"[A-Za-z](?=\w*=)"), re.compile(r"[()]?(?:\\neg ?)?[p-s][()]?")
-_MONTH = re.compile(
-    "january|february|march|april|may|june|july|august|(?:sept|nov|dec)ember|october"
+_UNORDERED = re.compile(
+    r"\A\w+ (?:con|di)vergent\Z|\A(?:con|di)vergent \w+\Z|january|february|march|april|may|june"
+    r"|july|august|(?:sept|nov|dec)ember|october"
 )
 
 
@@ -134,10 +134,8 @@ def _connectives(text: str) -> str:
 
 
 def unbox(text: str) -> str:
-    r"""The contents of ``\boxed{…}``, with the prose around the boxes left out.
-
-    Several boxes make a list; a per cent sign, unit or power right after the only box stays.
-    """
+    r"""The contents of ``\boxed{…}``, of several as a list, with the prose around them left out; a
+    per cent sign, unit or power right after the only box stays."""
     boxes, last = [], 0
     while match := _BOX.search(text, last):
         end = closing_brace(text, match.end())
@@ -162,29 +160,32 @@ def closing_brace(text: str, start: int) -> int:
 def words(text: str) -> str | None:
     r"""Letters of an answer made of words only, in lower case (``\text{Even}`` → even)."""
     spelt = _in_words(text)
-    if spelt and _MONTH.search(spelt):
-        spelt = "".join(sorted(re.findall(r"[a-z]+|\d+", spelt)))
-    bare = re.sub(r"(?<!\d)[ ,]+|[ ,]+(?!\d)", "", ARTICLE.sub("", spelt)) if spelt else ""
+    bare = re.sub(r"\b(?:an?|the) (?=[a-z]{3})", "", ARTICLE.sub("", spelt or ""))
+    bare = re.sub(r"verges?\b", "vergent", re.sub(r"\bno such [a-z ]*", "no such", bare))
+    bare = re.sub(r"\A(mon|tue|wed|thu|fri|sat|sun)(?:n?e?u?r?s?day|r?s)?\Z", r"\1", bare)
+    if _UNORDERED.search(bare):
+        bare = "".join(sorted(re.findall(r"[a-z]+|\d+", bare)))
+    bare = re.sub(r"(?<!\d)[ ,]+|[ ,]+(?!\d)", "", bare)
     return bare if len(bare) > 1 else None
 
 
 def _in_words(text: str) -> str | None:
-    if not _SPELT.fullmatch(text):
-        return None
     bare = " ".join(re.sub(r"\\text\{|\}", " ", text).lower().split())
-    return bare if not re.search(r"\d", bare) or re.search(r"[a-z]{3}", bare) else None
+    spelt = _SPELT.fullmatch(text) and (re.search("[a-z]{3}", bare) or not re.search(r"\d", bare))
+    return bare if spelt else None
 
 
 def _plain_text(match: re.Match[str]) -> str:
     r"""What ``\text{…}`` stands for: a function, a letter, a separator, a number, or words."""
     inner = _ANSWER_IS.sub("", match[1], count=1).strip(" .")
     lowered = inner.lower().strip(" ,")
-    before = match.string[: match.start()].rstrip()[-1:]
-    if inner in FUNCTIONS and not (inner == "min" and before.isdigit()):
+    start = match.string[: match.start()].rstrip()
+    before, multiplied = start[-1:], start.endswith(r"}\cdot")
+    if inner in FUNCTIONS and not (inner in ("min", "sec") and (before.isdigit() or before == "/")):
         return f"\\{inner} "
     if lowered in _WORDS:
         return _WORDS[lowered]
-    if inner in UNIT_LETTERS and (before.isdigit() or before in ("}", "°")):
+    if inner in UNIT_LETTERS and (before.isdigit() or before in ("}", "°") or multiplied):
         return rf"\text{{{inner}}}"
     if unit := _POWER_OF_UNIT.fullmatch(inner):
         return rf"\text{{{unit[1]}}}{unit[2] or ''}"
@@ -224,7 +225,6 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     (r"\circ", r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])", "°"),
     # signs
     ("{,}", r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""),
-    ("{,}", r"(?<=\d)\{,\}(?=\d)", "."),
     ("{", r"\{([,;:])\}", _group),
     ("", r"(\\\$|[€£¥])\s*(\d++(?:[.,]\d++)*+)(?=\s*(?:[,;.)$]|\Z))|([€£¥])",
      lambda match: rf"{match[2] or ''}\text{{{_CURRENCIES[match[1] or match[3]]}}}"),
@@ -234,13 +234,11 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("", r"<=|=<|>=|!=|\+/-|\\not=|\\&", lambda match: _OPERATORS[match[0]]),
     ("...", r"\.\.\.+", r"\\ldots "),
     ("10^", r"(?<=\d) ?x ?(?=10\^)", "*"),
-    ("%", r"(?<![\d.})\]])%(?=(?:pi|e|i)(?![A-Za-z]))", ""),
     # words
     ("egrees", r"(?:\\text\{)? ?degrees (?=[CF])", "°"),
     ("^{", r"\\(?:mathrm|text)\{([^{}]*)\^\{(-?\d)\}\}", r"\\text{\1}^{\2}"),
     ("{", _TEXT, _plain_text),
     ("\\", r"\\(?:mathrm|mathbf|mathit|rm|bf|it|text|operatorname)(?![A-Za-z{])\s*", ""),
-    ("and", r"(hundred|thousand|million) and (?=[a-z])", r"\1 "),
     ("and", rf"\b({'|'.join(VALUES)}) and (?=[a-z]+[ -](?:{'|'.join(PARTS)})s?\b)", r"\1 plus "),
     ("", rf"(?<![A-Za-z\\])({_WORD})(?![A-Za-z])", lambda match: _WORDS[match[1]]),
     ("U", r"(?<=[)\]]) *U *(?=[(\[])", r"\\cup "),
@@ -251,15 +249,14 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     (r"\l", r".*\\l(?:or|and)(?![a-z]).*", lambda match: _connectives(match[0])),
     (", ", r"(\d), +(?=\d{3}(?!\d))", "\\1,\0"),  # "1, 234" is a list, "1,234" may be a number
     (" ", r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", ""),
-    ("\0", "\0", " "),
     # degrees, temperatures, minutes of arc, a unit in brackets, ordinals
     ("^", r"(?<=[\d}])\^(?:o|\{o\})(?![A-Za-z])", "°"),
     ("prime", r"\^\{? ?\\prime ?(\\prime)? ?\}?", lambda m: "''" if m[1] else "'"),
+    ("''", r"\A(\d*\.?\d+)''\Z", r"\1\\text{sec}"),
     ("°", r"\{ ?° ?\}", "°"),
     ("°", r"(?<!\{)° ?(?:\\text\{ ?)?([CF])(?:elsius|ahrenheit)?(?![A-Za-z]) ?\}?", r"\\text{°\1}"),
     ("})", r"(?<=[\d}])\((\\text\{[A-Za-z ]*\})\)\Z", r"\1"),
-    ("d", rf"(?<=\d)(?:\^? ?\{{? ?{_IN_TEXT})(?:st|nd|rd)(?![A-Za-z]) ?\}}{{0,2}}", ""),
-    ("th", rf"(?<=\d)(?:\^? ?\{{? ?{_IN_TEXT})th(?![A-Za-z]) ?\}}{{0,2}}", ""),
+    ("", rf"(?<=\d)(?:\^? ?\{{? ?{_IN_TEXT})(?:st|nd|rd|th)(?![A-Za-z]) ?\}}{{0,2}}", ""),
     ("^{-", r"\\text\{([A-Za-z]+)(?: |\}?\\cdot ?)(?:\\text\{)?([A-Za-z]+)\}?\^\{-(\d)\}",
      lambda m: rf"\text{{{m[1]}/{m[2]}}}" + (f"^{m[3]}" if m[3] != "1" else "")),
     # bases, residues, numbers with a period or a rest
@@ -292,21 +289,22 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("tg", rf"{_IN_TEXT}\\?(?<![A-Za-z])((?:arc)?c?)tg(?![a-z]) ?\}}? ?(?=(\w?))",
      lambda m: _CALCULUS[m[1]] + " " * len(m[2])),
     # for which letters something holds
-    ("Z", r"(?<=\\in)[ {]*Z\}?(?=\W|\Z)", r"\\mathbb{Z}"),
     ("N", r"\A([A-Za-z](?:_\{?n\}?|\(n\))=.*?)[ ,(]*n ?\\in ?\\mathbb ?\{?N\}?[_^{}*+]*\)?\Z",
      r"\1"),
     ("mathbb", r"\\mathbb\{R\}[_^]\{?\+\}?", r"(0,\\infty)"),
     ("angle", r"m?\\angle ?(?=[A-Z]|\{[A-Z])", ""),
-    ("{d", r"\\frac\{d ?([a-z])\}\{d ?[tx]\}", r"\1'"),
-    (r"\dot", r"\\dot(?: ?\{([a-z])\}| ([a-z]))", lambda m: f"{m[1] or m[2]}'"),
+    ("d", rf"(?:(\\frac\{{)|(?<![A-Za-z\\]))d(\^\{{?2\}}?|) ?{_NAME}(?(1)\}}\{{|/)d ?([tx])"
+     r"(?:\^\{?2\}?)?(?(1)\})", lambda m: f"\0{m[3]}'{m[2] and chr(39)}_{m[5]}{m[4] or ''}"),
+    ("dot", rf"\\(d?)dot(?![a-z]) ?(\{{)? ?{_NAME}(?(2)\}})",
+     lambda m: f"\0{m[3]}'{m[1] and chr(39)}{m[4] or ''}"),
+    ("\0", r"(?<=[A-Za-z])\0(?=[A-Za-z])|(?<=,)\0(?=\d)|(\0)", lambda m: "" if m[1] else " "),
     (".", r"\b(?:np|math|sympy)\.(?=[a-z])", ""),
     (":00", r":00(?= ?\\?[a-z{]* ?(?i:[ap]\.?m))", ""),
     ("{", r"(?<!frac\d)(?<=\d)\{ ?([a-z ]{2,})\}\Z|(?<=\})\{((?:square|cubic) ?[a-z]+)\}\Z",
      lambda m: rf"\text{{{m[m.lastindex]}}}"),
-    ("Z", rf"{_FOR} ?\}}?([a-zA-Z]) ?\\in ?\\mathbb ?\{{?Z\}}?\)?\Z", _INTEGER),
-    ("integer", rf"{_FOR} ?\}}?\b([a-z])\b ?{_IN_TEXT}(?:is |are )?(?:any? )?integers?\}}?\)?\Z",
-     _INTEGER),
-    ("integer", rf"{_FOR} integers?[ }}]+([a-z])\)?\}}?\Z", _INTEGER),
+    ("in", rf"{_FOR} ?\}}?\b([A-Za-z])\b ?(?:\\in ?(?:\\mathbb ?)?[{{ ]?Z|{_IN_TEXT}(?:is |are )?"
+     r"(?:an? |any )?integers?)\}?\)?\Z", r",\1\\in\\mathbb{Z}"),
+    ("integer", rf"{_FOR}(?<!such) integers?[ }}]+([a-z])\)?\}}?\Z", r",\1\\in\\mathbb{Z}"),
     ("for", rf"[ ,]*{_IN_TEXT}for (?:all|any|every)(?: real)?(?: numbers?| values of)? ?\}}?[a-z]"
      r"(?:\\in ?\\mathbb\{R\})?\}?\Z", ""),
 ]]  # fmt: skip

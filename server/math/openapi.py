@@ -59,15 +59,11 @@ def _route(summary: str, request: Any, answer: Any) -> dict[str, Any]:
 
 
 INFO = {
-    "title": "LaTeX equivalence",
-    "version": "1.0",
+    "title": "LaTeX equivalence", "version": "1.0",
     "description": "Judges whether two LaTeX answers to a mathematical question are equal.",
-}
-DOCUMENT: dict[str, Any] = {
-    "openapi": "3.1.0",
-    "info": INFO,
-    "paths": {path: _route(*route) for path, route in ROUTES.items()},
-}
+}  # fmt: skip
+PATHS = {path: _route(*route) for path, route in ROUTES.items()}
+DOCUMENT: dict[str, Any] = {"openapi": "3.1.0", "info": INFO, "paths": PATHS}
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:16px/1.5 sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem}}
 pre{{background:#f4f4f4;padding:.6rem;overflow:auto}}td{{padding-right:1rem}}</style>
@@ -82,6 +78,5 @@ def page() -> str:
         for example in (request, answer) if request else ():
             parts.append(f"<pre>{html.escape(json.dumps(example, indent=2))}</pre>")
     rows = (f"<tr><td>{code}<td>{html.escape(text)}" for code, text in ERRORS.items())
-    return PAGE.format(
-        **INFO, routes="".join([*parts, "<h2>Errors</h2><table>", *rows, "</table>"])
-    )
+    parts += ["<h2>Errors</h2><table>", *rows, "</table>"]
+    return PAGE.format(**INFO, routes="".join(parts))

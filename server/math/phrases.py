@@ -24,31 +24,26 @@ _SMALL = VALUES | {
 }  # fmt: skip
 # What a phrase may begin with, up to its article: it is, the series, n is, all.
 ARTICLE = re.compile(
-    r"\A(?:(?:the (?:function|series|sequence|integral|system|equation|graph|statement)|it|this"
-    r"|there|on|all|[a-z](?= is)) (?:(?:is|are) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
+    r"\A(?:yes ?, (?=(?:it|this) )|no ?, (?=\w+ (?:is|does) not ))?(?:(?:the (?:function|series"
+    r"|sequence|integral|system|[a-z]+(?= (?:is|are|has|does)\b))|it|this|there|on|all"
+    r"|[a-z](?= is)) (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
     r"|(?:(?<=odd)|(?<=even)) (?:integer|number)s?\Z"
 )
 _STOCK = {
-    "infinitely many solutions": r"\text{infinitely many}",
-    "infinite number of solutions": r"\text{infinitely many}",
-    "infinite solutions": r"\text{infinitely many}", "infinity": r"\infty", "true": "yes",
-    "positive infinity": r"\infty", "negative infinity": r"-\infty", "minus infinity": r"-\infty",
-    "empty set": r"\emptyset", "no solution": r"\emptyset", "no solutions": r"\emptyset",
-    "no real solution": r"\emptyset", "no real solutions": r"\emptyset", "false": "no",
-    "reals": r"\mathbb{R}", "real numbers": r"\mathbb{R}", "real values": r"\mathbb{R}",
-    "does not exist": "dne",
-} | {
-    day[:n]: day for n in (3, 4)
-    for day in ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
+    text: meaning
+    for meaning, texts in {
+        r"\text{infinitely many}": "infinitely many solutions|infinite number of solutions"
+        "|infinite solutions", r"\infty": "infinity|positive infinity", "undefined": "not defined",
+        r"-\infty": "negative infinity|minus infinity", "dne": "does not exist", "yes": "true",
+        r"\emptyset": "empty set|no solution|no solutions|no real solution|no real solutions",
+        "no": "false", r"\mathbb{R}": "reals|real numbers|real values",
+    }.items() for text in texts.split("|")
 }  # fmt: skip
 
 
 def number_in_words(text: str) -> str | None:
-    """The digits of a number in words, also with so many parts of one.
-
-    >>> number_in_words("twenty-one"), number_in_words("three quarters"), number_in_words("two one")
-    ('21', '3/4', None)
-    """
+    """The digits of a number in words, also with so many parts of one: ``21`` for "twenty-one",
+    ``3/4`` for "three quarters", None for "two one"."""
     text = text.replace("-", " ")
     whole, plus, part = text.rpartition(" plus ")
     count, _, name = part.rpartition(" ")
@@ -79,5 +74,4 @@ def phrase(text: str) -> str | None:
     head, _, counted = bare.rpartition(" ")
     if counted[-1:] == "s" and (number := number_in_words(head)):
         return f"{number} {counted}"  # eight weeks
-    ordinals = _ORDINALS.split()
-    return str(ordinals.index(bare) + 1) if bare in ordinals else None
+    return str(_ORDINALS.split().index(bare) + 1) if bare in _ORDINALS.split() else None

@@ -12,9 +12,9 @@
 * A job that ran for `patience` seconds is *slow*; slow jobs never hold all workers, and those of
   one turn no more than half. Where they would while others wait, the worker is killed, and the job
   starts anew among the slow ones, with the full limit.
-* A worker that dies is replaced, and its job tried again once, by the new process: it may have been
-  chance (the system's out-of-memory killer) or the job (a crash in C). A template takes its workers
-  along when it dies, which counts against none of their jobs.
+* A worker that dies is replaced, and its job tried again once: it may have been chance (the
+  system's out-of-memory killer) or the job (a crash in C). A template takes its workers along when
+  it dies, which counts against none of their jobs.
 
 All methods belong to the event loop's thread. See `worker.py` for the processes.
 """
@@ -86,28 +86,19 @@ class _Worker:
 class Pool:
     """Runs the function `target` ("module:function") in worker processes; see the module's text.
 
-    Args:
-        target: Imported from the repository's root, where the module's `preload()` is called.
-            Takes and returns what JSON can carry; a dataclass becomes an object.
-        workers: Number of processes.
-        time_limit: Seconds of wall-clock time for a job once it has started.
-        memory_limit: Bytes of address space for each worker.
-        queue_limit: Jobs that may wait.
-        recycle_after: Jobs after which a worker is replaced, against slow leaks.
-        patience: Seconds after which a job counts as slow.
+    `target` is imported from the repository's root, where the module's `preload()` is called. It
+    takes and returns what JSON can carry; a dataclass becomes an object.
     """
 
     def __init__(
-        self,
-        target: str,
-        *,
+        self, target: str, *,
         workers: int = 2,
-        time_limit: float = 2.0,
-        memory_limit: int = 2 << 30,
-        queue_limit: int = 4096,
-        recycle_after: int = 2000,
-        patience: float = 0.1,
-    ) -> None:
+        time_limit: float = 2.0,  # seconds of wall-clock time for a job once it has started
+        memory_limit: int = 2 << 30,  # bytes of address space for each worker
+        queue_limit: int = 4096,  # jobs that may wait
+        recycle_after: int = 2000,  # jobs after which a worker is replaced, against slow leaks
+        patience: float = 0.1,  # seconds after which a job counts as slow
+    ) -> None:  # fmt: skip
         self.target, self.size = target, workers
         self.time_limit, self.memory_limit = time_limit, memory_limit
         self.queue_limit, self.recycle_after, self.patience = queue_limit, recycle_after, patience
@@ -327,12 +318,9 @@ class Pool:
         arguments = theirs.fileno(), self.target, self.memory_limit
         with theirs:
             self._template = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker", *map(str, arguments)],
-                cwd=ROOT,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # parsers print
-            )
+                [sys.executable, "-m", f"{__package__}.worker", *map(str, arguments)], cwd=ROOT,
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
         # The template never writes: readable means that it is gone.
         self._loop.add_reader(self._control.fileno(), self._on_template_death)
 

@@ -1,18 +1,16 @@
 """Sets of real numbers, compared by membership.
 
-Regions are intervals, unions, inequalities in one variable. Between two neighbouring ends nothing
-changes, so two are equal if they agree at every end, between every two neighbours, and beyond the
-outermost. Families are π/4 + kπ for all integers k, or 11 modulo 15. Two are equal if a few members
-of each, those near 0, are among more members of the other.
+Regions are intervals, unions, inequalities in one variable: equal if they agree at every end,
+between every two neighbours, and beyond the outermost. Families are π/4 + kπ for all integers k, or
+11 modulo 15: equal if a few members of each, those near 0, are among more members of the other.
 """
 
 from collections.abc import Iterator
-from fractions import Fraction
 from itertools import pairwise, repeat
 
 from .evaluate import INTEGERS, NEGLIGIBLE, Undecided, crossings, has, symbols, value
 from .tidy import name_of, tidy, value_of
-from .tree import Node
+from .tree import Node, number
 
 OPERATIONS = ("cup", "cap", "minus", "such")
 MAX_ENDS, MAX_SIDES = 200, 4
@@ -44,18 +42,13 @@ def is_region(node: Node) -> bool:
 
 
 def listed(node: Node) -> Node:
-    """{x in Z | -2 < x < 1} as the set of its members; anything else, or endless, as it is."""
-    parts = node.args if node.op == "such" else ()
-    region = Node("cap", tuple(part for part in parts if part.args[-1:] != (_INTEGERS,)))
-    try:
-        ends = sorted(_ends(region)) if region.args != parts else []
-    except Undecided:
+    """{x in Z | -2 < x < 1} as the set of its members; anything else, or many, as it is."""
+    parts = [part for part in node.args if node.op == "such" and part.args[-1:] != (_INTEGERS,)]
+    if not 0 < len(parts) < len(node.args):
         return node
-    outside = (ends[0] - 1, ends[-1] + 1) if ends else ()
-    if not ends or ends[-1] - ends[0] > MAX_ENDS or any(_holds(region, x) for x in outside):
-        return node
-    members = [n for n in range(int(ends[0]) - 1, int(ends[-1]) + 2) if _holds(region, n)]
-    return Node("set", tuple(Node("num", (Fraction(n), 0, 1)) for n in members))
+    members = [n for n in range(-MAX_ENDS, MAX_ENDS) if all(_holds(part, n) for part in parts)]
+    few = members and members[0] > -MAX_ENDS and members[-1] < MAX_ENDS - 1
+    return Node("set", tuple(number(str(n)) for n in members)) if few else node
 
 
 def near(a, b) -> bool:
@@ -130,11 +123,8 @@ def _compare(operator: str, a, b) -> bool:
 
 
 def same_families(gold: Node, pred: Node) -> bool | None:
-    r"""Whether two answers are the same family; None unless both are families, and one says so.
-
-    ``3n`` alone is a formula. What says more is ``k \in \mathbb{Z}``, a modulus or, in the
-    reference, a name or π.
-    """
+    r"""Whether two answers are the same family; None unless both are families, and one says so: by
+    ``k \in \mathbb{Z}``, a modulus or, in the reference, a name or π. ``3n`` alone is a formula."""
     letters, names = (set(), set()), (set(), set())  # those that stand for integers; of either side
     forms = [[*_members(side, letters[n], names[n])] for n, side in enumerate((gold, pred))]
     used = [frozenset().union(*map(symbols, side)) for side in forms]
@@ -145,12 +135,9 @@ def same_families(gold: Node, pred: Node) -> bool | None:
     if all(names) and names[0] != names[1]:
         return False
     members: list[list[tuple]] = [[], []]
-    try:
-        for n, (letter,) in enumerate(used):
-            for k in sorted(range(-MORE, MORE + 1), key=abs):
-                members[n] += (_at(form, {letter: k}) for form in forms[n])
-    except Undecided:
-        return None
+    for n, (letter,) in enumerate(used):
+        for k in sorted(range(-MORE, MORE + 1), key=abs):
+            members[n] += (_at(form, {letter: k}) for form in forms[n])
     return all(
         any(len(x) == len(y) and all(map(near, x, y)) for y in members[1 - n])
         for n in (0, 1)

@@ -138,14 +138,10 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.pool = Pool(
-            "server.math.equivalence:judge",
-            workers=settings.workers,
-            time_limit=settings.time_limit,
-            memory_limit=settings.memory_limit_mb << 20,
-            queue_limit=settings.queue_limit,
-            recycle_after=settings.recycle_after,
-        )
+        shared = ("workers", "time_limit", "queue_limit", "recycle_after")
+        limits: dict[str, Any] = {name: getattr(settings, name) for name in shared}
+        limits["memory_limit"] = settings.memory_limit_mb << 20
+        self.pool = Pool("server.math.equivalence:judge", **limits)
         self.judge = Judge(self.pool, settings.max_chars, settings.cache_size)
         self.metrics = Metrics(self.pool, self.judge)
 
@@ -174,17 +170,12 @@ class Service:
         state = {"status": "ok" if up else "no worker", "workers": up, "waiting": self.pool.waiting}
         return JSONResponse(state, 200 if up else 503)
 
-    async def show_metrics(self, request: Request) -> Response:
-        """GET /metrics: Prometheus text."""
-        return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
-    async def openapi_json(self, request: Request) -> Response:
-        """GET /openapi.json: the interface in OpenAPI 3.1."""
-        return JSONResponse(openapi.DOCUMENT)
-
-    async def docs(self, request: Request) -> Response:
-        """GET /docs: the same to read."""
-        return HTMLResponse(openapi.page())
+    async def show(self, request: Request) -> Response:
+        """GET /metrics: Prometheus text; /openapi.json: the interface; /docs: the same to read."""
+        if request.url.path == "/metrics":
+            return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        as_json = request.url.path == "/openapi.json"
+        return JSONResponse(openapi.DOCUMENT) if as_json else HTMLResponse(openapi.page())
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -201,19 +192,14 @@ class Service:
 
     def app(self) -> Starlette:
         """The ASGI application."""
-        app = Starlette(
-            routes=[
-                Route("/is_equal", self.is_equal, methods=["POST"]),
-                Route("/verify", self.verify, methods=["POST"]),
-                Route("/health", self.health),
-                Route("/metrics", self.show_metrics),
-                Route("/openapi.json", self.openapi_json),
-                Route("/docs", self.docs),
-                Route("/", self.docs),
-            ],
-            exception_handlers=dict.fromkeys(FAILURES, _explain),
-            lifespan=self.lifespan,
-        )
+        routes = [
+            Route("/is_equal", self.is_equal, methods=["POST"]),
+            Route("/verify", self.verify, methods=["POST"]),
+            Route("/health", self.health),
+            *(Route(path, self.show) for path in ("/metrics", "/openapi.json", "/docs", "/")),
+        ]
+        handlers = dict.fromkeys(FAILURES, _explain)
+        app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self.lifespan)
         app.add_middleware(self.metrics.middleware)
         return app
 
@@ -253,17 +239,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     service = Service(settings)
     config = uvicorn.Config(
-        service.app(),
-        host=settings.host,
-        port=settings.port,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        access_log=False,
-        server_header=False,
-        limit_concurrency=1024,
+        service.app(), host=settings.host, port=settings.port, loop="uvloop", http="httptools",
+        ws="none", access_log=False, server_header=False, limit_concurrency=1024,
         timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
-    )
+    )  # fmt: skip
     server = Server(config)
     server.service = service
     # Open before the workers start: a port in use is an error at once, and who comes early waits.

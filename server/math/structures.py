@@ -7,10 +7,11 @@ r"""Two trees, compared part by part: lists, tuples, intervals, sets, matrices, 
 """
 
 from collections.abc import Sequence
+from math import log2
 
 from . import regions
-from .evaluate import Undecided, equal, settled, symbols
-from .tidy import COLLECTIONS, is_numbered, name_of, tidy, value_of
+from .evaluate import Undecided, equal, sample, symbols, value
+from .tidy import COLLECTIONS, entries, is_numbered, name_of, tidy, value_of
 from .tree import Node, rewritten
 from .values import same_values
 
@@ -29,7 +30,9 @@ def same(a: Node, b: Node) -> bool:
         return a == b
     if "mod" in (a.op, b.op):  # 3 (mod 5) for 3; others are families
         bare = [tidy(side.args[0]) if side.op == "mod" else side for side in (a, b)]
-        return b.op != "mod" and "rel" not in (bare[0].op, b.op) and same(*bare)
+        if "rel" in (bare[0].op, bare[1].op, b.op) or a.op == b.op:
+            return False
+        return (a.op == "mod" or 0 <= value(bare[1]) < value(b.args[1])) and same(*bare)
     if a.op == "rel" or b.op == "rel":
         return _same_relations(a, b)
     if regions.is_region(a) or regions.is_region(b):
@@ -50,8 +53,8 @@ def one_form(gold: Node) -> Node:
 
 
 def _same_lists(a: Node, b: Node) -> bool:
-    if "group" in (a.op, b.op):
-        group, listed = (a, b) if a.op == "group" else (b, a)
+    if {"group", "matrix"} & {a.op, b.op}:
+        group, listed = (b, a) if a.op in ("list", "set") else (a, b)
         if listed.op == "set":
             only = listed.args[0] if len(listed.args) == 1 else listed
             return only.op == "group" and same(group, only)
@@ -61,7 +64,8 @@ def _same_lists(a: Node, b: Node) -> bool:
         if None not in names and len(set(names)) < len(names):
             return False  # x = 1 or x = 2 is no point
         shapes = _VECTORS if None not in names or len(names) > 2 else _VECTORS[:1]  # no interval
-        return group.args[:2] in shapes and _pairwise(group.args[2:], listed.args)
+        fits = group.op == "matrix" or group.args[:2] in shapes
+        return fits and _pairwise(entries(group), listed.args)
     sides = [side.args if side.op in ("list", "set") else (side,) for side in (a, b)]
     if len(sides[0]) == len(sides[1]) == 1 and a.op != b.op:
         return False  # {2} isn't 2
@@ -87,7 +91,7 @@ def _same_named(sides: list, names: list) -> bool | None:
     if distinct and not any(map(is_numbered, names[side])):
         flat = [item for other in others for item in
                 (other.args[2:] if other.op == "group" else (other,))]  # fmt: skip
-        return _pairwise(values, flat)
+        return _pairwise(values, others if len(others) == len(values) else flat)
     if not distinct and names[side].count(names[side][0]) == len(others) < len(values):
         # p=5, q=2; p=7, q=2 against (5,2), (7,2): as many tuples as there are p's
         width = len(values) // len(others)
@@ -119,10 +123,10 @@ def _same_groups(a: Node, b: Node) -> bool:
         group, other = (a, b) if a.op == "group" else (b, a)
         items = group.args[2:]
         if other.op == "matrix":
-            return bool(items) and group.args[:2] in _VECTORS and _pairwise(items, _vector(other))
+            return bool(items) and group.args[:2] in _VECTORS and _pairwise(items, entries(other))
         terms = (Node("mul", (x, Node("sym", (c,)))) for x, c in zip(items, "ijk", strict=False))
-        unit_vectors = symbols(other) in _UNIT_VECTORS and len(items) in (2, 3)  # 2i + 3j
-        return unit_vectors and equal(other, Node("add", tuple(terms)))
+        unit_vectors = symbols(other) - symbols(group) in _UNIT_VECTORS  # 2i + 3j
+        return unit_vectors and 1 < len(items) < 4 and equal(other, Node("add", tuple(terms)))
     ends = [(side.args[0] == "[", side.args[1] == "]") for side in (a, b)]
     if len(a.args) == len(b.args) == 4 and ends[0] != ends[1]:
         return False
@@ -132,12 +136,6 @@ def _same_groups(a: Node, b: Node) -> bool:
 def _same_matrices(a: Node, b: Node) -> bool:
     alike = a.op == b.op and len(a.args) == len(b.args)
     return alike and all(_pairwise(x.args, y.args) for x, y in zip(a.args, b.args, strict=True))
-
-
-def _vector(matrix: Node) -> list[Node]:
-    """The entries of a matrix of one row or column; of any other, none."""
-    flat = len(matrix.args) == 1 or all(len(row.args) == 1 for row in matrix.args)
-    return [cell for row in matrix.args for cell in row.args] if flat else []
 
 
 def _same_relations(a: Node, b: Node) -> bool:
@@ -153,7 +151,8 @@ def _same_relations(a: Node, b: Node) -> bool:
             terms = first.args if relation is b and first.op == "add" else (first,)
             named = len(terms) > 1 and all(term.op == "sym" for term in terms)  # m + n = 5 for 5
             sides = sides if named else [first, *sides]  # 1 + 1 = 2 for 2
-            return not any(map(symbols, sides)) and all(same(side, other) for side in sides)
+            says = len({*sides}) == len(sides) and not any(map(symbols, sides))
+            return says and all(same(side, other) for side in sides)
         numbers = other.op == "list" and not any(item.op in COMPOUND for item in other.args)
         return not numbers and _same_regions(a, b)  # 1, 2 or \pm 3 is no region
     chains = len(a.args) == len(b.args) > 3 and set(a.args[0]) == set(b.args[0]) == {"="}
@@ -167,18 +166,12 @@ def _same_relations(a: Node, b: Node) -> bool:
         return same(value_of(a), value_of(b))
     if set(a.args[0]) == set(b.args[0]) == {"="} and len(a.args) == len(b.args) == 3:
         return _same_equations(a.args[1:], b.args[1:])
-    try:
-        return _same_inequalities(a, b) or _same_regions(a, b)
-    except Undecided:
-        return False
+    return _same_inequalities(a, b) or _same_regions(a, b)
 
 
 def _compatible(a: Node, b: Node) -> bool:
     """The same name, up to y or a_n for f(x), x for x_1, and AB for |AB|."""
-    a, b = (
-        side.args[0] if side.op == "abs" and len(str(side.args[0].args[0])) > 1 else side
-        for side in (a, b)
-    )
+    a, b = (s.args[0] if s.op == "abs" and len(str(s.args[0].args[0])) > 1 else s for s in (a, b))
     heads = [str(name.args[0]).partition("_")[0] for name in (a, b)]
     if {a.op, b.op} == {"apply", "sym"}:
         return heads[0] == heads[1] or Node("sym", ("y",)) in (a, b)
@@ -193,7 +186,30 @@ def _same_equations(a: tuple[Node, Node], b: tuple[Node, Node]) -> bool:
     if symbols(a[0]) | symbols(a[1]) != symbols(b[0]) | symbols(b[1]):
         return False
     alike = all(map(same, a, b)) or all(map(same, a, reversed(b)))  # of identities, too
-    return alike or _proportional(a, b) is not None
+    return alike or _proportional(a, b) is not None or _multiplied(a, b)
+
+
+def _multiplied(a: Sequence[Node], b: Sequence[Node]) -> bool:
+    """Whether letters that can't be 0, as an equation divides by them, make one equation the other:
+    LC y'' + y = 0 and y'' = -y/(LC). Neither may be solved for a name, but for a derivative."""
+    names = sorted(symbols(Node("", (*a, *b))))
+    variables = {name.partition("'")[0] for name in names if "'" in name}
+    if not variables and any(side.op == "sym" for side in (*a, *b)):
+        return False
+    sides = tuple(Node("add", (left, Node("neg", (right,)))) for left, right in (a, b))
+    point = {name: 0.37 + 0.61 * n for n, name in enumerate(names)}
+    start = sample(Node("div", sides), point)
+    for name in names:
+        other = sample(Node("div", sides), {**point, name: 2 * point[name]})
+        if not (start and other):
+            return False
+        power = round(log2(abs(other / start)))
+        variable = name.strip("'").partition("_")[0] in (variables or "xyz")
+        if power and (variable or sample(Node("mul", sides), {**point, name: 0}) is not None):
+            return False
+        factor = Node("pow", (Node("sym", (name,)), Node("num", (power, 0, 1))))
+        b = [Node("mul", (side, factor)) for side in b]
+    return _proportional(a, b) is not None
 
 
 def _proportional(a: Sequence[Node], b: Sequence[Node]) -> int | None:
@@ -202,10 +218,9 @@ def _proportional(a: Sequence[Node], b: Sequence[Node]) -> int | None:
     for shift in range(3):
         names = enumerate(sorted(symbols(a) | symbols(b)))
         point = {name: 0.37 + 0.61 * n + 1.19 * shift for n, name in names}
-        try:
-            above, below = settled(a, point), settled(b, point)
-        except Undecided:
+        if None in (ratio := [sample(side, point) for side in (a, b)]):
             continue
+        above, below = ratio
         if above == 0 or below == 0:  # what always or never holds says nothing
             return None
         # a(x)·b(p) = b(x)·a(p) for all x says that a/b is constant

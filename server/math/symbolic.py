@@ -21,6 +21,7 @@ _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _KNOWN = (
     FUNCTIONS | NAMES | word_set("frac int sum prod lim to infty pi cdot times binom over choose")
 )
+_OPERATION = re.compile(r"\\(lim|i?int|sum|prod)(?![a-z])")
 _PROSE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}")
 
 
@@ -38,18 +39,22 @@ def readable(gold: str, pred: str) -> bool:
 
 def unread(gold: str, pred: str) -> bool:
     """Whether a normalised answer has words beside numbers that the reference hasn't."""
-    words, known = (
-        _PROSE.findall(re.sub(r"\\(?:begin|end)\{\w+", "", text)) for text in (pred, gold)
-    )
-    return bool(re.search(r"\d", pred) and {*words} - {*known})
+    bare = (re.sub(r"\\(?:begin|end)\{\w+", "", text) for text in (pred, gold))
+    words, known = ({*_PROSE.findall(text)} for text in bare)
+    return bool(re.search(r"\d", pred) and words - known)
+
+
+def unfinished(gold: str, pred: str) -> bool:
+    """Whether an answer leaves a limit, an integral or a sum to do that the reference doesn't."""
+    left = {*_OPERATION.findall(pred)} - {*_OPERATION.findall(gold)}
+    left -= {"sum", "prod"} if _LETTER.search(gold) else set()  # n(n+1)/2 may be a sum
+    return bool(left) and all(map(_OPERATION.search, _EQUALS.split(pred)))
 
 
 def equal(gold: str, pred: str) -> bool | None:
-    """What math-verify says of two normalised answers; None if it can't read one of them.
-
-    It would compare only the last sides of equations: here each side has its equal, and where one
-    answer is no equation, all sides of the other but names equal it.
-    """
+    """What math-verify says of two normalised answers; None if it can't read one of them. It would
+    compare only the last sides of equations: here each side has its equal, and where one answer is
+    no equation, all sides of the other but names equal it."""
     if not readable(gold, pred):
         return False
     sides = [_EQUALS.split(_BARE_SCRIPT.sub(r"{\1}", text)) for text in (gold, pred)]

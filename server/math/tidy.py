@@ -24,13 +24,9 @@ def tidy(node: Node) -> Node:
             node = Node("list", tuple(Node("rel", (("=",), name, last)) for name in names))
         elif name_of(node) and not all(_fits(side, value_of(node)) for side in node.args[2:-1]):
             node = Node("contradiction", node.args)  # y = 2x = 3x
-    if (
-        node.op == "rel"
-        and node.args[0] == ("=",)
-        and node.args[1].op == node.args[2].op == "group"
-    ):
-        names, values = (side.args[2:] for side in node.args[1:])  # (x, y) = (1, 2)
-        if len(names) == len(values) and all(map(_is_name, names)):
+    if node.op == "rel" and node.args[0] == ("=",):
+        names, values = map(entries, node.args[1:])  # (x, y) = (1, 2)
+        if len(names) == len(values) > 0 and all(map(_is_name, names)):
             pairs = zip(names, values, strict=True)
             node = Node("list", tuple(Node("rel", (("=",), *pair)) for pair in pairs))
     signs = len([*find(node, "pm"), *find(node, "mp")])
@@ -81,11 +77,27 @@ def _approximated(node: Node) -> Node:
     return Node("rel", (tuple(operators), *sides)) if operators else sides[0]
 
 
+def entries(node: Node) -> tuple[Node, ...]:
+    """The entries of a tuple, or of a matrix of one row or column; of anything else, none."""
+    node = _linear(node)
+    rows = node.args if node.op == "matrix" else ()
+    flat = len(rows) == 1 or all(len(row.args) == 1 for row in rows)
+    cells = tuple(cell for row in rows for cell in row.args) if flat else ()
+    return node.args[2:] if node.op == "group" else cells
+
+
+def _column(node: Node) -> Node:
+    """A tuple as a matrix of one column."""
+    rows = (Node("row", (item,)) for item in node.args[2:])
+    point = node.op == "group" and node.args[:2] == ("(", ")") and len(node.args) > 3
+    return Node("matrix", tuple(rows)) if point else node
+
+
 def _linear(node: Node) -> Node:
     """Multiples and sums of matrices written out as one matrix."""
     if node.op not in ("mul", "div", "neg", "add"):
         return node
-    args = [_linear(arg) for arg in node.args]
+    args = [_column(_linear(arg)) for arg in node.args]
     matrices = [arg for arg in args if arg.op == "matrix"]
     shapes = {tuple(len(row.args) for row in matrix.args) for matrix in matrices}
     whole = len(matrices) == len(args) if node.op == "add" else len(matrices) == 1
@@ -136,8 +148,8 @@ def _is_name(node: Node) -> bool:
     if node.op == "fn":  # \sin A, while \ln x = 3 is an equation
         return node.args[0] not in ("log", "ln", "exp") and bool(symbols(node))
     if node.op in _NAMES:
-        return all(
-            _is_name(arg) or arg.op == "rel" or (arg.op in ("num", "neg") and node.op in _POINTED)
+        return (bool(symbols(node)) or has(node, "apply")) and all(
+            _is_name(arg) or arg.op == "rel" or (node.op in _POINTED and not symbols(arg))
             for arg in node.args if isinstance(arg, Node)
         )  # fmt: skip
     return False

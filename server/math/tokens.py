@@ -11,7 +11,7 @@ def word_set(text: str) -> frozenset[str]:
 FUNCTIONS = word_set(
     "sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos arctan arccot arcsec "
     "arccsc arsinh arcosh artanh asin acos atan arcsinh arccosh arctanh ln log lg exp "
-    "sqrt cbrt abs Abs factorial binomial max min gcd lcm Re Im arg"
+    "cis sqrt cbrt abs Abs factorial binomial max min gcd lcm Re Im arg"
 )
 GREEK = word_set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
@@ -33,7 +33,7 @@ CLOSERS = {"(": ")]", "[": "])[", "]": "[])", r"\{": (r"\}",), "{": "}",
 NOT_A_FACTOR = word_set(
     r"\cup \cap \setminus \backslash \pm \mp \} \\ \rfloor \rceil \rvert \mid \end \| "
     r"\to \lor \land \rightarrow \Rightarrow \implies \iff \subset \subseteq \ldots \dots \cdots "
-    r"\sum \prod \int \iint \oint \lim \partial \sim \pmod \bmod \mod \perp \parallel \forall "
+    r"\int \iint \oint \lim \partial \sim \pmod \bmod \mod \perp \parallel \forall "
     r"\exists"
 ) | frozenset(RELATIONS) | (TIMES)  # fmt: skip
 MAX_TOKENS = 4_000
@@ -58,6 +58,7 @@ def split(text: str, thousands: bool) -> list[str]:
     """The tokens of an answer; words that are no function fall into letters."""
     found: list[str] = []
     position = depth = 0
+    alone = re.sub(r"\\text\{[^{}]*\}|[ ,]", "", text).isalpha()
     while position < len(text):
         match = _THOUSANDS.match(text, position) if thousands and depth == 0 else None
         match = match or _TOKEN.match(text, position)
@@ -74,7 +75,7 @@ def split(text: str, thousands: bool) -> list[str]:
         if kind is None:
             token = token.replace(",", "")
         if kind == "word" and token not in _WORDS:
-            found += _letters(token, text.isalpha())
+            found += _letters(token, alone)
             if _SUBSCRIPT.match(text, position) and found[-2:-1] != [r"\frac"]:
                 found.append("_")  # x1 is x_1, but n2^n a product
         elif kind != "space":
@@ -83,8 +84,8 @@ def split(text: str, thousands: bool) -> list[str]:
 
 
 def _letters(word: str, alone: bool) -> list[str]:
-    """A run of letters: a product of variables if short and lower case, else one name; an answer
-    that is a word (``alone``, with a vowel) isn't a product either."""
+    """A run of letters: a product of variables if short and lower case, else one name; a word
+    in an answer of words (``alone``, with a vowel) isn't a product either."""
     spoken = alone and len(word) > 1 and not {*"eio"}.isdisjoint(word)
     if (word.isupper() and len(word) > 1) or len(word) > 4 or spoken:
         return [word]

@@ -16,14 +16,14 @@ from . import tokens
 from .tokens import CLOSERS, FUNCTIONS, NOT_A_FACTOR, RELATIONS, ParseError, TooComplex
 
 MAX_DEPTH = 30
+_OTHERWISE = (("otherwise",), ("else",), ("elsewhere",))
 MAX_DIGITS = 400
+_CALL = re.compile(r"\((?:0\)|(?:[xtnkz]|(?:[-\d./{}]|\\frac)+)\)=)")  # of y(0), h(2/3) = 7
 
 
 class Node(NamedTuple):
-    """One operation and its operands: ``Node("pow", (x, 2))``.
-
-    Numbers are ``("num", (Fraction, decimals, significant))``, symbols ``("sym", (name,))``.
-    """
+    """One operation and its operands: ``Node("pow", (x, 2))``. Numbers are ``("num", (Fraction,
+    decimals, significant))``, symbols ``("sym", (name,))``."""
 
     op: str
     args: tuple
@@ -37,12 +37,8 @@ def rewritten(node: Node, change: Callable[[Node], Node]) -> Node:
 
 @lru_cache(maxsize=256)  # one stage after the other asks
 def parse(text: str, thousands: bool = True) -> Node:
-    """The tree of a normalised answer; :class:`ParseError` for unknown commands, unbalanced
-    brackets, or limits exceeded.
-
-    ``thousands`` reads commas between groups of three digits outside brackets as separators
-    within a number (1,234 is one number), otherwise every comma separates.
-    """
+    """The tree of a normalised answer; :class:`ParseError` for what isn't known, balanced or within
+    the limits. ``thousands`` reads 1,234 as one number outside brackets, else commas separate."""
     parser = _Parser(tokens.split(text, thousands))
     node = parser.answer()
     if parser.peek():
@@ -83,11 +79,8 @@ class _Parser:
         return _together(operation, parts)
 
     def answer(self) -> Node:
-        """Relations separated by commas, groups of them by semicolons.
-
-        Inequalities with an "or" between them are a union, with an "and" an intersection, for
-        which commas stand as well: x > 0, y > 0 and z > 0.
-        """
+        """Relations separated by commas, groups of them by semicolons. Inequalities with "or" are
+        a union, with an "and" an intersection; so are commas before it: x > 0, y > 0 and z > 0."""
         return self.chain("list", ";", self.items)
 
     def items(self) -> Node:
@@ -138,10 +131,8 @@ class _Parser:
         return _together("add", terms)
 
     def product(self, implicit: bool = False) -> Node:
-        """Factors with * and /, or side by side; left to right, so ``1/2x`` is ``(1/2)x``.
-
-        With ``implicit``, only what stands side by side: the argument of ``\\sin 2x``.
-        """
+        """Factors with * and /, or side by side; left to right, so ``1/2x`` is ``(1/2)x``. With
+        ``implicit``, only what stands side by side: the argument of ``\\sin 2x``."""
         top, bottom = [self.factor()], []
         while token := self.peek():
             if token in tokens.TIMES and not implicit:
@@ -233,17 +224,15 @@ class _Parser:
         token = self.next()
         if token[0] in "0123456789" or (token[0] == "." and len(token) > 1):
             return number(token)
-        if token.isalpha():
-            name = token
+        if token.isalpha() or token[1:] in tokens.NAMES:
+            name = token.lower() if token.isalpha() and token[1:] else token
             while self.accept("'"):
                 name += "'"
             if token in "fg" and "".join(self.tokens[self.at : self.at + 6]) == "^{-1}(":
                 self.at += 5
                 name += "^-1"
-            bracket, point, end, after = map(self.peek, range(4))
-            called = bracket + end == "()" and (point or "+") in "xtnkz0123456789"
-            called = called and (point == "0" or after == "=")  # y(0) and h(2) = 7 are no products
-            if called or (bracket == "(" and token in ("f", "g")):
+            called = _CALL.match("".join(self.tokens[self.at : self.at + 12]))
+            if called or (self.peek() == "(" and token in ("f", "g")):
                 return Node("apply", (name, self.bracketed()))
             return Node("sym", (name,))
         if token[0] != "\\" or token in NOT_A_FACTOR:
@@ -261,6 +250,8 @@ class _Parser:
             if len(index) != 1:
                 raise ParseError("a root without an index")
             return Node("root", (self.argument(), *index))
+        if name in ("sum", "prod"):
+            return self.series(name)
         if name in FUNCTIONS:
             return self.function(name)
         if name == "begin":
@@ -278,9 +269,23 @@ class _Parser:
             return Node("sym", (f"set:{self.raw_group()}",))
         if token in tokens.SYMBOLS:
             return Node("sym", (tokens.SYMBOLS[token],))
-        if name in tokens.NAMES:
-            return Node("sym", (token,))
         raise ParseError(f"unknown command {token!r}")
+
+    def series(self, name: str) -> Node:
+        """``\\sum_{k=1}^{n} k^2``: what is added or multiplied goes on to the next sign."""
+        bounds = {self.accept("_", "^"): self.primary() for _ in range(2)}
+        start, end = bounds.get("_"), bounds.get("^")
+        if not (start and end and start.op == "rel" and start.args[1].op == "sym"):
+            raise ParseError("bounds that are no first and last number")
+        _, index, low = start.args[:3]
+
+        def indexed(part: Node) -> Node:
+            head, _, below = str(part.args[0]).partition("_") if part.op == "sym" else ("", "", "")
+            if part.op in ("sum", "prod") or below != index.args[0] in below:
+                raise ParseError("a sum in a sum, or an index with more to it")
+            return Node("apply", (head, index)) if below == index.args[0] else part
+
+        return Node(name, (index, low, end, rewritten(self.product(), indexed)))
 
     def function(self, name: str) -> Node:
         base = power = None
@@ -350,6 +355,9 @@ class _Parser:
             list(row[0].args) if len(row) == 1 and row[0].op == "list" and len(row[0].args) == 2
             and row[0].args[0].op != "rel" else row for row in rows if row
         ]  # fmt: skip
+        conditions = [row[1] for row in rows if len(row) == 2 and row[1].op != "sym"]
+        rest = Node("minus", (Node("sym", ("set:R",)), Node("cup", tuple(conditions))))
+        rows = [[rest if cell.args in _OTHERWISE else cell for cell in row] for row in rows]
         pairs = bool(rows) and all(len(row) == 2 for row in rows)
         if pairs and (name == "cases" or all(row[1].op == "rel" != row[0].op for row in rows)):
             return Node("list", tuple(Node("group", ("(", ")", *row)) for row in rows))

@@ -10,14 +10,21 @@ UNITS = word_set(
     "mm cm dm km kg mg lb lbs oz ft mi yd hr hrs min mins sec secs ms mph kmh km/h m/s "
     "cents weeks days hours minutes seconds years months meters metres feet inches miles grams "
     "units dollars am pm a.m p.m AM PM mL Pa kPa MPa Hz kHz MHz W kW MW kN kJ eV "
-    "keV MeV erg ergs cal kcal atm bar nm AU pc ly ohm ohms"
+    "keV MeV erg ergs cal kcal mol rad atm bar nm AU pc ly ohm ohms"
 )
 # Words after a number that change its value, so that they are no unit.
 _FRACTIONS = "|".join((*PARTS, "hundredth", "thousandth", "millionth", "billionth"))
-_CHANGES = re.compile(
+CHANGES = re.compile(
     r"\b(?:plus|minus|squared|cubed|dozens?|pi|base|below|under|over|above|less|more|fewer|not|wrong"
+    r"|except|without|other|than|least|most|bound|opposite|negation|neither|either|if|or|no|never|but"
+    r"|reciprocal|inverse|complement|conjugate|twice|thrice|double|triple|guess|up|about|around|almost"
+    r"|nearly|roughly|approx\w*"
     r"|incorrect|false|negative|factorial|divided|multiplied"
     rf"|times (?:[b-z]|{'|'.join(VALUES)})|(?:{_FRACTIONS})s?)\b"
+)
+NAMES = re.compile(  # the last of words that name the number after them
+    r"\b(?:number|year|day|distance|room|page|locker|cent(?:er|re)|vertex|radius|point|width|length"
+    r"|height|side|area|perimeter|volume|value|total|mean|m(?:in|ax)(?:imum)?|quotient|remainder)\Z"
 )
 # Words with an s that count nothing, and words without one that stand beside what is counted.
 _NO_PLURALS = word_set(
@@ -27,22 +34,24 @@ _NO_PLURALS = word_set(
 _BESIDE = word_set(
     "a an the of in per each every different possible distinct total real square sq cubic old long "
     "tall wide high deep red blue green white black whole way people person children men women day "
-    "student degree solution unit point pair year week month increase decrease mol simplified"
+    "student degree c f solution unit point pair year week month increase decrease mol simplified"
 )
 _ANGLES = ("", "rad", "°c", "°f")
 _KNOWN = "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
-_ATOM = rf"(?:\\text\{{[A-Za-z. ]+\}}|(?:{_KNOWN}|[smhgJNLK])(?![A-Za-z]))"
+_ATOM = rf"(?:\\text\{{[A-Za-z. ]+\}}|(?:{_KNOWN}|in(?=\^)|(?![A-Z]/[A-Z])[smhgJNLK])(?![A-Za-z]))"
+_PRODUCT = rf"{_ATOM}(?: ?\\cdot ?{_ATOM})?"
 _QUOTIENT = re.compile(
-    rf"(?<=[\d)}}\]]) ?(?:\\frac\{{)?({_ATOM}(?:\^\{{?\d\}}?)?) ?(?:\}}\{{|/| per ) ?"
-    rf"({_ATOM}|(?<=per )[a-z]{{3,}})\}}?(?=(?:\^\{{?-?\d\}}?)?\Z)"
+    rf"(?:(?<=[\d)}}\]])|(?<=\\pi)) ?(?:\\frac\{{)?({_PRODUCT}(?:\^\{{?\d\}}?)?) ?(?:\}}\{{|/"
+    rf"| per ) ?(\({_PRODUCT}\)|{_PRODUCT}|(?<=per )[a-z]{{3,}})\}}?(?=(?:\^\{{?-?\d\}}?)?\Z)"
 )
 _UNIT = re.compile(
     r"(?:(?<=[\d})\]!a-z%]) ?\\text\{(?P<text>[^{}]*)\}"
-    r"|(?<=[\d})]) ?(?P<known>" + _KNOWN + r")"
-    r"|(?<=[\d})]) (?P<words>[A-Za-z]{3,}(?: [A-Za-z]+){0,4})"
+    r"|(?:(?<=[\d})]) ?|(?<=\\pi) )(?P<known>" + _KNOWN + r"|in(?=\^))"
+    r"|(?:(?<=[\d})])|(?<=\\pi)) (?P<words>[A-Za-z]{3,}(?: [A-Za-z]+){0,4})"
     r")(?P<power>\^\{?-?\d\}?)?\Z"
 )
-_WRAPPING = re.compile(r"\\text\{|[{} ]")
+_COMMA = re.compile(r"(?:(?<!\d),|,(?!\d{3}(?!\d)))(?![^()\[\]{}]*[)\]}])")
+_WRAPPING = re.compile(r"\\text\{|[(){} ]")
 _TWO_UNITS = re.compile(
     r"(\d+) ?(?:\\text\{)?([a-z]+|°|')\}? ?,? ?(\d+(?:\.\d+)?) ?(?:\\text\{)?([a-z]+|''?)\}?"
     r"(?:(?<=°\d'|\d\d') ?(\d+)'')?"
@@ -56,24 +65,17 @@ _SIZES = {  # a unit's dimension and size; feet have a sign of their own
     for unit, size in zip(sizes.split()[::2], sizes.split()[1::2], strict=True)
 }  # fmt: skip
 _BARE_LETTER = re.compile(r"([-\d.,/]*\d)( ?)[smhgJNLKVWC]")
-_UNIT_NAMES = {
-    "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m",
-    "metre": "m", "kilometer": "km", "kilometre": "km", "inche": "in", "inch": "in",
-    "feet": "ft", "foot": "ft", "mile": "mi", "gram": "g", "kilogram": "kg", "second": "s",
-    "sec": "s", "minute": "min", "hour": "h", "hr": "h", "unit": "", "liter": "l", "litre": "l",
-    "pound": "lb", "yard": "yd", "usd": "dollar", "buck": "dollar", "mph": "mi/h", "kmh": "km/h",
-    "kph": "km/h", "newton": "n", "joule": "j", "watt": "w", "volt": "v", "radian": "rad",
-    "milliliter": "ml", "millilitre": "ml", "ounce": "oz", "mole": "mol", "eur": "euro",
-}  # fmt: skip
+_UNIT_NAMES = dict(re.findall(r"(\w+):(\S*)", """centimeter:cm centimetre:cm millimeter:mm
+millimetre:mm meter:m metre:m kilometer:km kilometre:km inche:in inch:in feet:ft foot:ft mile:mi
+gram:g kilogram:kg second:s sec:s minute:min hour:h hr:h unit: liter:l litre:l pound:lb yard:yd
+usd:dollar buck:dollar mph:mi/h kmh:km/h kph:km/h newton:n joule:j watt:w volt:v radian:rad
+milliliter:ml millilitre:ml ounce:oz mole:mol eur:euro"""))  # fmt: skip
 _UNIT_WORDS = {unit.lower() for unit in UNITS} | _BESIDE | {*_UNIT_NAMES, *_UNIT_NAMES.values()}
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    r"""A normalised answer without the unit at its end, and that unit ("" if there is none).
-
-    >>> split_unit(r"10\text{cm}^2")
-    ('10', 'cm^2')
-    """
+    r"""A normalised answer without the unit at its end, and that unit ("" if there is none), such
+    as ``("10", "cm^2")`` of ``10\text{cm}^2``."""
     if match := _TWO_UNITS.fullmatch(text):  # 2 min 30 s
         large, small = (_SIZES.get(_singular(match[n]), (match[n], 1)) for n in (2, 4))
         if (large[0] == small[0] and large[1] > small[1]) or match[2] == "°":
@@ -86,10 +88,12 @@ def split_unit(text: str) -> tuple[str, str]:
     if not match:
         return text, ""
     body = text[: len(text) - len(match[0])].replace(f"{match[0]},", ",").strip()
+    if body.endswith(r"}\cdot") and (factor := split_unit(body[:-5]))[1]:  # N \cdot m
+        return factor[0], factor[1] + match[0].strip().lower()
     name = (match["text"] or match["known"] or match["words"] or "").lower()
     name = name.replace(r"\cdot", " ").strip(" ()")
     bare = body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body)
-    if bare or _CHANGES.search(name) or re.search(r"[^a-z°. /^\d]|(?<![\^a-z])\d", name):
+    if bare or CHANGES.search(name) or re.search(r"[^a-z°. /^()\d]|(?<![\^a-z])\d", name):
         return text, ""
     power = (match["power"] or "").strip("^{}")
     name = re.sub(r" (?:old|long|tall|wide|high|deep|each|away|apart|in total)\Z", "", name)
@@ -108,10 +112,11 @@ def _singular(name: str) -> str:
 
 
 def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
-    r"""Both normalised answers without their units, and whether these contradict each other.
-
-    A unit on one side only is no contradiction: ``5`` equals ``5\text{m}``, and so does ``5 m``.
-    """
+    r"""Both normalised answers without their units, and whether these contradict each other. A unit
+    on one side only is no contradiction: ``5`` equals ``5\text{m}``, and so does ``5 m``."""
+    items = [_COMMA.split(text) for text in (gold, pred)]
+    if 1 < len(items[0]) == len(items[1]):
+        return _split_lists(*items)
     own, its = _BARE_LETTER.fullmatch(gold), _BARE_LETTER.fullmatch(pred)
     gold = own[1] if own and own[2] and not re.search("[A-Za-z]", pred) else gold
     pred = its[1] if its and not re.search("[A-Za-z]", gold) else pred
@@ -134,6 +139,18 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
         return gold_body, pred_body, power != its_power or "" != name != other != ""
     signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in (gold_body, pred_body)]
     return gold_body, pred_body, signs[0] != signs[1] and gold_unit + pred_unit not in _ANGLES
+
+
+def _split_lists(gold: list[str], pred: list[str]) -> tuple[str, str, bool]:
+    """Two lists item by item, in order or by units that differ."""
+    units = [[split_unit(item)[1] for item in side] for side in (gold, pred)]
+    if len({*units[0]}) == len(gold) and sorted(units[0]) == sorted(units[1]):  # 5 cm, 7 kg
+        pred = [pred[units[1].index(unit)] for unit in units[0]]
+    triples = [split_units(*pair) for pair in zip(gold, pred, strict=True)]
+    own, its, differ = zip(*triples, strict=True)
+    kind = "({})" if len({*units[0]}) > 1 else "{}"
+    own, its = (re.sub(r",(?=\d{3})", "", ";".join(side)) for side in (own, its))
+    return kind.format(own.replace(";", ",")), kind.format(its.replace(";", ",")), any(differ)
 
 
 def _is_unit(text: str) -> bool:

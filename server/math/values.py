@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from itertools import permutations
 
-from .evaluate import Undecided, equal, exact, has, symbols, value
+from .evaluate import INFINITY, Undecided, equal, exact, find, has, symbols, value
 from .tree import Node, number, rewritten
 
 MIN_SIGNIFICANT, MIN_PLACES = 6, 4
@@ -23,6 +23,12 @@ def same_values(a: Node, b: Node) -> bool:
     """Whether two expressions have the same value, percent signs and decimals understood."""
     if any(side.op == "ratio" and len(side.args) > 2 for side in (a, b)):
         return a.op == b.op and _same_ratios(a, b)
+    endless = [any(s.args[2] == INFINITY for s in find(side, "sum")) for side in (a, b)]
+    if any(endless):
+        alike = all(endless) and equal(a, b)  # in their first terms
+        if not alike and not (all(endless) and symbols(a)):
+            raise Undecided("no sum of all terms")
+        return alike
     if has(a, "sym", "oo") or has(b, "sym", "oo"):
         return a == b
     return any(_same(*sides) for sides in _readings(a, b))
@@ -56,8 +62,6 @@ def _same(a: Node, b: Node) -> bool:
     exact_a, exact_b = exact(a), exact(b)
     if exact_a is not None and exact_b is not None:
         return exact_a == exact_b or _abbreviates(a, b)
-    if "sym" in (a.op, b.op) and _word(a, b) == _word(b, a) not in ("", "pi"):
-        return True  # \text{red} and the product of r, e and d
     close = not symbols(a) | symbols(b) and _abbreviates(a, b)
     return {a.op, b.op} != {"sym"} and (close or equal(a, b))
 
@@ -66,10 +70,8 @@ def _without(node: Node, op: str) -> Node:
     """A tree without its degree signs outside functions, or without the % at its end."""
     if node.op == op:
         return node.args[0]
-    inner = ("neg", "add", "mul", "div") if op == "degree" else ("neg",)
-    return (
-        Node(node.op, tuple(_without(arg, op) for arg in node.args)) if node.op in inner else node
-    )
+    inner = node.op in (("neg", "add", "mul", "div") if op == "degree" else ("neg",))
+    return Node(node.op, tuple(_without(arg, op) for arg in node.args)) if inner else node
 
 
 def _common_logarithm(node: Node) -> Node:
@@ -77,18 +79,9 @@ def _common_logarithm(node: Node) -> Node:
     return Node("fn", (*node.args, number("10"))) if common else node
 
 
-def _word(node: Node, other: Node) -> str:
-    """A word, also as a product of variables, whose case matters; "" for anything else."""
-    letters = node.args if node.op == "mul" else (node,)
-    word = "".join(part.args[0] if part.op == "sym" else "_" for part in letters)
-    known = len(word) > 1 and "_" not in word
-    return (word.lower() if node.op == other.op else word) if known else ""
-
-
 def _same_ratios(a: Node, b: Node) -> bool:
-    first_a, first_b = a.args[0], b.args[0]
     return len(a.args) == len(b.args) and all(
-        same_values(Node("mul", (x, first_b)), Node("mul", (y, first_a)))
+        same_values(Node("mul", (x, b.args[0])), Node("mul", (y, a.args[0])))
         for x, y in zip(a.args, b.args, strict=True)
     )
 
@@ -103,7 +96,4 @@ def _abbreviates(a: Node, b: Node) -> bool:
     if significant < MIN_SIGNIFICANT or places < MIN_PLACES:
         return False
     unit = Fraction(999_999 * (10 if significant >= FLOAT_DIGITS else 1), 10 ** (places + 6))
-    try:
-        return bool(abs(value(a) - value(b)) < value(Node("num", (unit, 0, 1))))
-    except Undecided:
-        return False
+    return bool(abs(value(a) - value(b)) < value(Node("num", (unit, 0, 1))))

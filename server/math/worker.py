@@ -59,10 +59,8 @@ def become_worker(memory_limit: int, template: int) -> None:
 
 
 def run_template(control: socket.socket, function: Callable[..., Any], memory_limit: int) -> None:
-    """Fork and kill workers as told, until the server closes `control`; then end them all.
-
-    Only process ids that were not reaped yet are signalled: none can have become another process.
-    """
+    """Fork and kill workers as told, until the server closes `control`; then end them all. Only
+    process ids that were not reaped yet are signalled: none can have become another process."""
     template, children = os.getpid(), set()
     while True:
         message, sockets, _, _ = socket.recv_fds(control, COMMAND.size, 1)

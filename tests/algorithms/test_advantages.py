@@ -1,6 +1,8 @@
 """Advantages against numbers worked out by hand."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import close
-from verl.trainer.ppo.core_algos import (
-    advantages,
-)
+from verl.config.schema import ADV_ESTIMATORS
+from verl.trainer.ppo.core_algos import ADVANTAGES, advantages
 
 quick = settings(deadline=None, max_examples=50, derandomize=True)
 
+
+VERL = json.loads((Path(__file__).parent / "data" / "advantages.json").read_text())
 
 REWARDS = [1.0, 0.0, 0.0, 1.0, 0.5, 3.0]
 GROUPS = [7, -3, 7, -3, 7, 2]  # 7: 1, 0, 0.5; -3: 0, 1; 2: 3 alone
@@ -37,6 +40,51 @@ def test_grpo_by_the_standard_deviation_of_the_batch():
     close(advantages([2.0], [0], [1], "grpo", norm_by_std="batch"), [0])
 
 
+@pytest.mark.parametrize(
+    "case", VERL["cases"], ids=lambda c: f"{c['estimator']}-{c['norm_by_std']}"
+)
+def test_estimators_agree_with_verls_own(case):
+    """Numbers of verl's functions, of the version that the file names."""
+    others = {}
+    if keys := case.get("gdpo_reward_keys"):
+        others["components"] = [VERL["components"][key] for key in keys]
+        others["component_weights"] = case.get("gdpo_reward_weights")
+    if case["estimator"] == "remax":
+        others["baselines"] = VERL["greedy"]
+    given = VERL["rewards"], VERL["groups"], VERL["lengths"]
+    values = advantages(*given, case["estimator"], case["norm_by_std"], **others)
+    close(values, case["advantages"], rtol=1e-6, atol=1e-6)
+
+
+def test_every_estimator_can_be_chosen_and_was_compared():
+    assert set(ADVANTAGES) == set(ADV_ESTIMATORS) == {c["estimator"] for c in VERL["cases"]}
+
+
+def test_opo_and_gpg_by_hand():
+    # 7: (4·1 + 2·0 + 3·0.5)/9; -3: (1·0 + 5·1)/6; 2: 3 alone
+    opo = [1 - 5.5 / 9, -5 / 6, -5.5 / 9, 1 / 6, 0.5 - 5.5 / 9, 0]
+    close(advantages(REWARDS, GROUPS, LENGTHS, "opo"), opo, rtol=1e-9)
+    # Four of six rewards are not 0.
+    gpg = [x * 6 / 4 for x in (0.5, -0.5, -0.5, 0.5, 0, 0)]
+    close(advantages(REWARDS, GROUPS, LENGTHS, "gpg"), gpg, rtol=1e-9)
+
+
+def test_passk_rewards_the_best_alone_by_what_it_adds():
+    rewards, groups = [3.0, 1.0, 2.0, 5.0, 5.0, 0.0, 7.0], [1, 1, 1, 2, 2, 2, 3]
+    values = advantages(rewards, groups, [1] * 7, "grpo_passk", norm_by_std=False)
+    close(values, [1, 0, 0, 0, 0, 0, 0])  # a tie for the best adds nothing; one alone leads nobody
+    values = advantages(rewards, groups, [1] * 7, "grpo_passk")
+    close(values[:3], [1, 0, 0], rtol=1e-5)  # the standard deviation of 3, 1, 2 is 1
+
+
+def test_gdpo_lets_no_component_drown():
+    """GRPO on the sum hardly sees the second component; alone, each has the same say."""
+    small, groups = [0.0, 1.0, 0.0, 1.0], [1, 1, 1, 1]
+    large = [100 * x for x in (0.0, 0.0, 1.0, 1.0)]
+    values = advantages([0.0] * 4, groups, [1] * 4, "gdpo", components=[small, large])
+    close(values, [-math.sqrt(1.5), 0, 0, math.sqrt(1.5)], rtol=1e-4, atol=1e-5)
+
+
 def test_rloo_by_hand():
     # 1 − (0 + 0.5)/2, 0 − 1, 0 − (1 + 0.5)/2, 1 − 0, 0.5 − (1 + 0)/2, alone
     values = advantages(REWARDS, GROUPS, LENGTHS, "rloo")
@@ -57,11 +105,15 @@ def test_reinforce_plus_plus_baseline_is_masked_whitening():
     close([tokens.mean(), tokens.var()], [0, 1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus_baseline"])
+OF_GROUPS = ["grpo", "rloo", "reinforce_plus_plus_baseline", "grpo_passk", "opo", "gpg"]
+
+
+@pytest.mark.parametrize("estimator", OF_GROUPS)
 def test_advantages_of_degenerate_batches_are_zero(estimator):
     close(advantages([5.0], [1], [3], estimator), [0])
     close(advantages([0.1, 0.1, 0.1], [1, 1, 1], [3, 0, 9], estimator), [0, 0, 0])
-    close(advantages([1.0, 2.0], [1, 2], [0, 0], estimator), [0, 0])
+    if estimator != "opo":  # whose baseline weighs by length
+        close(advantages([1.0, 2.0], [1, 2], [0, 0], estimator), [0, 0])
     assert advantages([], [], [], estimator).tolist() == []
 
 
@@ -70,7 +122,7 @@ def test_advantages_of_degenerate_batches_are_zero(estimator):
     st.lists(
         st.tuples(st.floats(-5, 5), st.integers(-2, 2), st.integers(1, 9)), min_size=2, max_size=12
     ),
-    st.sampled_from(["grpo", "rloo", "reinforce_plus_plus_baseline"]),
+    st.sampled_from([*OF_GROUPS, "reinforce_plus_plus"]),
     st.randoms(use_true_random=False),
 )
 def test_advantages_follow_a_permutation_of_the_responses(rows, estimator, random):

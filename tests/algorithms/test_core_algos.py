@@ -1,5 +1,6 @@
 """Response weights against numbers worked out by hand, and losses against padded formulas."""
 
+import math
 from typing import Any
 
 import pytest
@@ -28,6 +29,10 @@ WEIGHTS_BY_HAND = [
     ("token-mean", {}, [1 / 10, 1 / 10, 1 / 10, 0]),
     ("token-mean-legacy", {"group_size": 2}, [1 / 10, 1 / 10, 1 / 10, 0]),
     ("token-mean-legacy", {"group_size": 3}, [1 / 20, 1 / 20, 1 / 20, 0]),
+    ("token-sum", {}, [1, 1, 1, 0]),
+    ("luspo", {}, [1 / 4, 1 / 4, 1 / 4, 0]),
+    ("lambda-grpo", {"alpha": 0.0}, [1 / 10, 1 / 10, 1 / 10, 0]),
+    ("lambda-grpo", {"alpha": 1.0, "groups": [0, 1, 2, 3]}, [1 / 10, 1 / 10, 1 / 10, 0]),
     ("seq-mean-token-mean", {}, [1 / 8, 1 / 12, 1 / 20, 0]),
     ("seq-mean-token-sum", {}, [1 / 4, 1 / 4, 1 / 4, 0]),
     ("seq-mean-token-sum-norm", {}, [1 / 40, 1 / 40, 1 / 40, 0]),
@@ -55,6 +60,17 @@ def test_delta_l_between_the_extremes_by_hand():
     close(response_weights([1, 4], "delta-l", 10, 0.5), [4 / 3 / 20, 2 / 3 / 20])
 
 
+@pytest.mark.parametrize("alpha", [1.0, -2.0])
+def test_lambda_grpo_by_hand(alpha):
+    # z = −1 and 1 in both groups of two, h = 8/9 and 10/9, and 2·softmax of h^(−α).
+    a, b = math.exp((8 / 9) ** -alpha), math.exp((10 / 9) ** -alpha)
+    weights = response_weights([2, 4, 9, 5], "lambda-grpo", 10, alpha, groups=[7, 7, 3, 3])
+    close(weights, [x / (a + b) * 2 / 20 for x in (a, b, b, a)], rtol=1e-5)
+    assert (weights[0] > weights[1]) == (alpha > 0)
+    extreme = response_weights([1, 8000, 8001, 8002] * 99, "lambda-grpo", 10, 5 * alpha)
+    assert extreme.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -64,6 +80,7 @@ def test_delta_l_between_the_extremes_by_hand():
         ({"use_dr_grpo": True}, [1 / 60, 1 / 60, 1 / 60]),
         # 1, 1/2 and 1/5 have the mean 17/30.
         ({"use_grpopp": True, "alpha": 1.0}, [30 / 17 / 60, 15 / 17 / 60, 6 / 17 / 60]),
+        ({"loss_agg_mode": "delta-l", "alpha": 1.0}, [30 / 17 / 60, 15 / 17 / 60, 6 / 17 / 60]),
         ({"loss_agg_mode": "seq-mean-token-sum"}, [1 / 3, 1 / 3, 1 / 3]),
         ({"loss_agg_mode": "seq-mean-token-sum-norm"}, [1 / 60, 1 / 60, 1 / 60]),
     ],

@@ -15,9 +15,10 @@ import yaml
 from omegaconf import OmegaConf
 
 import verl.config.load as loader
-from verl.algorithms.weights import LossAggregation, resolve_aggregation
+from verl.algorithms.weights import WEIGHTS, LossAggregation, resolve_aggregation
 from verl.config.base import count_gpus
 from verl.config.load import ConfigError, compose_config, entry_point, load_config
+from verl.config.schema import LOSS_AGG_MODES, WITHOUT_GROUPS
 
 ACTOR = "actor_rollout_ref.actor."
 ROLLOUT = "actor_rollout_ref.rollout."
@@ -154,8 +155,8 @@ def test_a_value_of_the_wrong_type(override: str) -> None:
         (f"{ROLLOUT}gpu_memory_utilization=1.1", "gpu_memory_utilization=1.1: must be at most 1"),
         (f"{ROLLOUT}val_kwargs.top_p=-0.5", f"{ROLLOUT}val_kwargs.top_p=-0.5: must be more than 0"),
         (f"{ACTOR}loss_agg_mode=mean", f"{ACTOR}loss_agg_mode=mean: choose from token-mean, "),
-        (f"{ROLLOUT}name=sglang", f"{ROLLOUT}name=sglang: choose from hf, vllm"),
-        ("algorithm.adv_estimator=gea", "adv_estimator=gea: choose from grpo, rloo, "),
+        (f"{ROLLOUT}name=sglang", "take vllm, or hf on a CPU; choose from hf, vllm"),
+        ("algorithm.adv_estimator=gea", "adv_estimator=gea: choose from grpo, "),
         ("trainer.device=tpu", "trainer.device=tpu: choose from "),
     ],
 )
@@ -164,6 +165,7 @@ def test_a_value_out_of_range(override: str, message: str) -> None:
 
 
 SCORED = ["reward_model.enable=True", "reward_model.model.path=model"]
+GDPO = ["algorithm.adv_estimator=gdpo", "algorithm.gdpo_reward_keys=[correct,format]"]
 AHEAD = ["trainer.async_rollout=True", "trainer.rollout_gpus_per_node=1"]
 CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     "actor's use_grpopp": (
@@ -306,7 +308,44 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     "an estimator of verl's": (
         ["algorithm.adv_estimator=gae"],
         "algorithm.adv_estimator=gae is known in verl, but not supported here: there is no critic; "
-        "choose from grpo, rloo, reinforce_plus_plus_baseline",
+        "choose from grpo, ",
+    ),
+    "gdpo without rewards": (
+        ["algorithm.adv_estimator=gdpo"],
+        "algorithm.adv_estimator=gdpo needs algorithm.gdpo_reward_keys",
+    ),
+    "gdpo's weights": (
+        [*GDPO, "algorithm.gdpo_reward_weights=[1]"],
+        "algorithm.gdpo_reward_weights=[1.0]: give one number for each of algorithm.gdpo_reward_k",
+    ),
+    "gdpo and KL": (
+        [*GDPO, "algorithm.use_kl_in_reward=True"],
+        f"takes no KL term in its rewards: set {ACTOR}use_kl_loss=True",
+    ),
+    "gdpo and a reward model": ([*GDPO, *SCORED], "a reward model gives a score alone"),
+    "gdpo and the overlong punishment": (
+        [*GDPO, "reward_model={reward_manager:dapo,overlong_buffer:{enable:True,len:8}}"],
+        "add overlong_reward to algorithm.gdpo_reward_keys",
+    ),
+    "groups of one": (
+        [f"{ROLLOUT}n=1"],
+        "so n must be at least 2, or algorithm.adv_estimator one of reinforce_plus_plus, remax",
+    ),
+    "a filter of groups of one": (
+        [
+            f"{ROLLOUT}n=1",
+            "algorithm.adv_estimator=remax",
+            "algorithm.filter_groups={enable:True,metric:acc}",
+        ],
+        f"compares a prompt's responses: set {ROLLOUT}n to 2 or more",
+    ),
+    "an exponent below 0": (
+        ["algorithm.use_grpopp=True", "algorithm.grpopp_config.alpha=-1"],
+        "algorithm.grpopp_config.alpha=-1.0: must be at least 0, but for lambda-grpo",
+    ),
+    "the other flag's mode": (
+        ["algorithm.use_grpopp=True", f"{ACTOR}loss_agg_mode=dr-grpo"],
+        f"chooses the loss aggregation: drop {ACTOR}loss_agg_mode=dr-grpo",
     ),
     "standard deviation of what": (
         ["algorithm.norm_adv_by_std_in_grpo=all"],
@@ -409,7 +448,10 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
         ["trainer.logger=[console,neptune]"],
         "'neptune']: choose from console, wandb, tensorboard, file, mlflow",
     ),
-    "no policy": ([f"{ACTOR}checkpoint.save_contents=[optimizer]"], "must name model or hf_model"),
+    "no policy": (
+        [f"{ACTOR}checkpoint.save_contents=[optimizer]"],
+        "must share a policy: model or hf_model",
+    ),
     "contents": ([f"{ACTOR}checkpoint.load_contents=[weights]"], "choose from model, optimizer"),
     "resume path": (["trainer.resume_mode=resume_path"], "needs trainer.resume_from_path"),
 }
@@ -650,6 +692,19 @@ def test_when_a_key_has_no_effect(
         ),
         (["algorithm.use_grpopp=True"], LossAggregation("delta-l", 512, alpha=0.75)),
         (
+            [f"{ACTOR}loss_agg_mode=delta-l", "algorithm.grpopp_config.alpha=1"],
+            LossAggregation("delta-l", 512, alpha=1.0),
+        ),
+        (
+            ["algorithm.use_grpopp=True", f"{ACTOR}loss_agg_mode=delta-l"],
+            LossAggregation("delta-l", 512, alpha=0.75),
+        ),
+        ([f"{ACTOR}loss_agg_mode=dr-grpo"], LossAggregation("dr-grpo", 512, alpha=0.75)),
+        (
+            [f"{ACTOR}loss_agg_mode=lambda-grpo", "algorithm.grpopp_config.alpha=-1"],
+            LossAggregation("lambda-grpo", 512, alpha=-1.0),
+        ),
+        (
             ["algorithm.use_grpopp=True", "algorithm.grpopp_config={alpha:0,scope:mini_batch}"],
             LossAggregation("delta-l", 512, alpha=0.0, scope="mini_batch"),
         ),
@@ -715,6 +770,15 @@ def test_the_warm_up_has_a_schema_of_its_own() -> None:
         load_config(["trainer.save_freq=1"], "sft_trainer")
     with pytest.raises(ConfigError, match=r"optim\.betas=\[0\.9\]: give two numbers"):
         load_config(["optim.betas=[0.9]"], "sft_trainer")
+
+
+@pytest.mark.parametrize("estimator", WITHOUT_GROUPS)
+def test_one_response_each_is_enough_without_groups(estimator: str) -> None:
+    assert load(f"algorithm.adv_estimator={estimator}", f"{ROLLOUT}n=1")
+
+
+def test_every_aggregation_can_be_chosen() -> None:
+    assert set(LOSS_AGG_MODES) == WEIGHTS.keys()
 
 
 def test_a_yaml_file_of_ones_own(tmp_path: Path) -> None:

@@ -63,6 +63,21 @@ def test_log_probs_are_those_of_the_plain_model(
         np.testing.assert_allclose(s.rollout_log_probs, expected, atol=1e-4)
 
 
+def test_a_greedy_response_beside_sampled_ones(engine: HFEngine) -> None:
+    """As each is without the other."""
+    prompts, drawing = make_prompts([3, 9, 5]), {"max_tokens": 40, "top_k": 30, "seed": (5,)}
+    together = generate(engine, prompts, SamplingParams(2, greedy=True, **drawing))
+    sampled = generate(engine, prompts, SamplingParams(2, **drawing))
+    greedy = generate(engine, prompts, SamplingParams(1, temperature=0, **drawing))
+    together.sort(key=lambda s: (s.group, s.response_index))
+    assert [s.response_index for s in together] == [0, 1, 2] * 3
+    others = {(s.group, s.response_index): s for s in sampled} | {(s.group, 2): s for s in greedy}
+    for s in together:
+        alone = others[s.group, s.response_index]
+        np.testing.assert_array_equal(s.response_ids, alone.response_ids)
+        np.testing.assert_allclose(s.rollout_log_probs, alone.rollout_log_probs, atol=1e-5)
+
+
 def test_only_short_prompts_are_left(engine: HFEngine, tiny_model: Path) -> None:
     """Rows that were padded stay padded when the longest prompts are finished."""
     for seed in range(6):

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -361,7 +362,7 @@ def test_honest_requests_stay_quick_among_hostile_ones(server):
 def slow_pairs(count: int, first: int) -> list[dict[str, str]]:
     """The pairs of a request, all different, that each run to the time limit."""
     product = "\\prod_{n=1}^{%d} (1+\\frac{1}{n^2})"
-    return [{"gold": str(i), "pred": product % (10**7 + i)} for i in range(first, first + count)]
+    return [{"gold": product % (10**7 + i), "pred": str(i)} for i in range(first, first + count)]
 
 
 def test_a_batch_of_slow_pairs_delays_nobody_and_ends_with_its_caller(server):
@@ -370,17 +371,21 @@ def test_a_batch_of_slow_pairs_delays_nobody_and_ends_with_its_caller(server):
     head = b"POST /verify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     with socket.create_connection(("127.0.0.1", server.port), 10) as connection:
         connection.sendall(head + body)
-        wait_for(lambda: server.metric("math_server_queue_length") > 250)
+        wait_for(lambda: server.metric("math_server_queue_length") > 250, 30)
+        seconds = []
         for i, pair in enumerate(distinct_pairs(20, "beside a batch")):
             start = time.monotonic()
             assert server.is_equal(*pair) is (i % 3 == 0)
-            assert time.monotonic() - start < 2 * TIME_LIMIT
-        shared = {"str1": "1299", "str2": slow_pairs(1, 1299)[0]["pred"]}
+            seconds.append(time.monotonic() - start)
+        # Behind the batch each would wait for minutes; a busy machine may hold up a few.
+        assert statistics.median(seconds) < TIME_LIMIT
+        assert max(seconds) < 20
+        shared = {"str1": slow_pairs(1, 1299)[0]["gold"], "str2": "1299"}
         start = time.monotonic()
         assert server.ask("POST", "/is_equal", shared)[0] == 200  # the last one of the batch
         assert time.monotonic() - start < 20
-        assert server.metric("math_server_queue_length") > 250
-    wait_for(lambda: server.metric("math_server_queue_length") == 0, 5)
+        assert server.metric("math_server_queue_length") > 200  # the others still wait
+    wait_for(lambda: server.metric("math_server_queue_length") == 0, 30)
     assert server.is_equal("1", "1")
 
 

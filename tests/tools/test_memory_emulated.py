@@ -64,7 +64,7 @@ def build(
     options: Any = {"enable_gradient_checkpointing": checkpointing, "lora_rank": lora_rank}
     config = ModelConfig(str(folder), **options)
     half = FSDPConfig(mixed_precision=MixedPrecisionConfig("bfloat16"))
-    policy = fsdp.build_policy(config, half, CPU)
+    policy = fsdp.build_policy(config, half, CPU, pack)
     policy.vocabulary_size = model["vocab_size"]  # the tokenizer's is smaller
     policy.lm.set_attn_implementation(default_packed_attention(GPU, torch.bfloat16))
     return policy

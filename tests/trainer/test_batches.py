@@ -49,9 +49,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 TOKENIZER = tokenizer()
 
 
+TRUTH = {"target": 24, "numbers": [3, 8]}
+
+
 def prompts(count: int) -> list[Prompt]:
-    truth = {"target": 24, "numbers": [3, 8]}
-    return [Prompt(i, np.array([6, 7]), "countdown", truth, {}, f"row {i}") for i in range(count)]
+    return [Prompt(i, np.array([6, 7]), "countdown", TRUTH, {}, f"row {i}") for i in range(count)]
 
 
 def mixed_every(period: int) -> Callable[[int, int], str]:
@@ -73,11 +75,11 @@ class Engine:
         self.calls.append(([p.index for p in prompts], list(groups), params))
         for prompt, group in reversed(list(zip(prompts, groups, strict=True))):
             samples = []
-            for k in range(params.n):
+            for k in range(params.num_responses):
                 words = [*self.text(prompt.index, k).split(), "<eos>"]
                 ids = np.array([WORDS.index(word) for word in words], np.int64)
                 version = params.seed[-1] - 1  # that of the step before
-                samples.append(Sample(prompt, group, ids, "stop", policy_version=version))
+                samples.append(Sample(prompt, group, ids, "stop", k, policy_version=version))
             yield samples
         self.ended.set()
 
@@ -629,6 +631,82 @@ def test_the_order_resumes_where_it_was():
     second.order.load_state_dict(first.order.state_dict())
     second.carried = first.carried
     assert indices(second.next(2, Timer())[0]) == indices(first.next(2, Timer())[0])
+
+
+# ------------------------------------------------- one greedy response, and several rewards in one
+
+
+def greedy_is_right(period: int) -> Callable[[int, int], str]:
+    """The first response is right, and the greedy one, number 3, where the index divides."""
+    return lambda index, k: RIGHT if k == 0 or (k == 3 and index % period == 0) else WRONG
+
+
+def baselines(samples: list[Sample]) -> list[float]:
+    """The greedy response's reward of each group, which all responses of it know."""
+    groups = split_groups(samples)
+    assert all([s.response_index for s in group] == [0, 1, 2] for group in groups)
+    assert all(len({s.baseline for s in group}) == 1 for group in groups)
+    return [group[0].baseline for group in groups]
+
+
+def test_remax_scores_a_greedy_response_and_does_not_train_on_it():
+    config = make_config()
+    config.algorithm.adv_estimator = "remax"
+    engine = Engine(greedy_is_right(2))
+    batches = make_batches(config, engine)
+    samples = batches.next(1, Timer()).samples
+    right, wrong = (compute_score("countdown", t, TRUTH)["score"] for t in (RIGHT, WRONG))
+    assert right != wrong and baselines(samples) == [right, wrong, right, wrong]
+    assert len(samples) == 12 and engine.calls[0][2].greedy
+    batches.val_prompts = prompts(2)
+    assert len(batches.validation(1)) == 2 and not engine.calls[1][2].greedy
+
+
+def test_remax_with_filter_carry_over_and_checkpoint(tmp_path):
+    """A group's baseline stays with it; the filter looks at the sampled responses alone."""
+
+    def text(index: int, k: int) -> str:
+        differs = index % 2 and k == 0
+        return RIGHT if differs or (k == 3 and index % 4 < 2) else WRONG
+
+    config = make_config(enable=True, metric="acc")
+    config.algorithm.adv_estimator = "remax"
+    config.data.gen_batch_size = 12
+    first, second = (make_batches(config, Engine(text), 24) for _ in range(2))
+    samples = first.next(1, Timer()).samples
+    assert indices(samples) == [1, 3, 5, 7]
+    high, low = baselines(samples)[:2]
+    assert high > low and baselines(samples) == [high, low, high, low]
+    write_samples(tmp_path / "carried.parquet", [s for group in first.carried for s in group])
+    second.order.load_state_dict(first.order.state_dict())
+    second.carried = split_groups(read_samples(tmp_path / "carried.parquet", second.prompts))
+    for batches in (first, second):
+        samples = batches.next(2, Timer()).samples
+        assert indices(samples) == [9, 11, 13, 15]
+        assert baselines(samples) == [high, low, high, low]
+
+
+def test_remax_takes_one_response_each_ahead_of_the_step():
+    config = make_config()
+    config.algorithm.adv_estimator, config.actor_rollout_ref.rollout.n = "remax", 1
+    config.trainer.async_rollout, config.trainer.total_training_steps = True, 2
+    batches = make_batches(config, Engine(lambda index, k: RIGHT if k == index % 2 else WRONG))
+    for step in (1, 2):
+        samples = batches.next(step, Timer()).samples
+        assert [s.reward > s.baseline for s in samples] == [True, False, True, False]
+    batches.close()
+
+
+@pytest.mark.parametrize("key", ["format", "pred"])
+def test_a_reward_that_gdpo_misses_is_named_and_nothing_is_lost(key):
+    config = make_config()
+    config.algorithm.adv_estimator, config.algorithm.gdpo_reward_keys = "gdpo", ["score", "acc"]
+    batches = make_batches(config, Engine(greedy_is_right(2)))
+    assert len(batches.next(1, Timer()).samples) == 12
+    config.algorithm.gdpo_reward_keys = ["score", key]
+    with pytest.raises(ValueError, match=f"row 4: {key} of algorithm.gdpo_reward_keys is .*'acc'"):
+        batches.next(2, Timer())
+    assert batches.state().order["batches_taken"] == 1
 
 
 # ------------------------------------------------------------------------------------- prefetch

@@ -32,13 +32,17 @@ def test_two_ranks_that_split_sequences_train_as_two_that_do_not(
         assert found == pytest.approx(line, rel=1e-3, abs=1e-5)
 
 
-def test_filters_and_kl_in_reward(
+def test_remax_filters_and_kl_in_reward(
     settings: list[str],  # noqa: F811
     tmp_path: Path,
 ) -> None:
+    """What a response is compared with is what a greedy validation before the first step shows."""
     run(
         settings,
         f"trainer.default_local_dir={tmp_path}",
+        settings[0].replace("train_files", "val_files"),
+        "actor_rollout_ref.rollout.val_kwargs={do_sample:False,n:1}",
+        "algorithm.adv_estimator=remax",
         "algorithm.use_kl_in_reward=True",
         "algorithm.kl_ctrl.type=adaptive",
         "algorithm.filter_groups.enable=True",
@@ -69,6 +73,11 @@ def test_filters_and_kl_in_reward(
     assert len(rows) == first["train/num_prompts"] * 8
     rewards = [row["reward"] for row in rows]
     assert sum(rewards) / len(rewards) == pytest.approx(first["critic/rewards/mean"])
+    greedy = pq.read_table(tmp_path / "validation" / "0.parquet").to_pylist()
+    baselines = {row["prompt"]: row["reward"] for row in greedy}
+    assert len({*baselines.values()}) > 1
+    for row in rows:
+        assert row["advantage"] == pytest.approx(row["reward"] - baselines[row["prompt"]])
     kept = [row for row in rows if row["finish_reason"] == "stop"]
     assert all(row["weight"] > 0 for row in kept if row["response_length"])
     for row in rows:  # the token that ended it is no part of the text

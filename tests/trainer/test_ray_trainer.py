@@ -38,7 +38,7 @@ TRUNCATED = (3, 4)
 USED = ([0, 1, 2], [5, 6, 7])  # what they leave of each mini-batch
 
 METHODS = {mode: [f"actor_rollout_ref.actor.loss_agg_mode={mode}"] for mode in LOSS_AGG_MODES} | {
-    "dr-grpo": ["algorithm.use_dr_grpo=True"],
+    "use_dr_grpo": ["algorithm.use_dr_grpo=True"],
     **{
         f"delta-l over {scope}": [
             "algorithm.use_grpopp=True",
@@ -91,8 +91,8 @@ def weights_of_used(trainer: RayPPOTrainer, used: list[int]) -> list[float]:
     """The weights of these responses of a mini-batch, where no others count."""
     a, everywhere = trainer.aggregation, [LENGTHS[i] for part in USED for i in part]
     rollout_lengths = everywhere if a.scope == "batch" else None
-    lengths = [LENGTHS[i] for i in used]
-    w = response_weights(lengths, a.mode, 10, a.alpha, rollout_lengths, a.group_size)
+    lengths, groups = [LENGTHS[i] for i in used], [i // 2 for i in used]
+    w = response_weights(lengths, a.mode, 10, a.alpha, rollout_lengths, a.group_size, groups)
     return w.tolist()
 
 
@@ -150,8 +150,9 @@ def test_each_step_of_several_shuffled_epochs_has_its_own_weights(
     assert len(steps) == 8
     for step in steps:
         lengths = [s.length for s in step.samples]
-        rollout_lengths = LENGTHS if a.scope == "batch" else lengths
-        expected = response_weights(lengths, a.mode, 10, a.alpha, rollout_lengths, a.group_size)
+        options = LENGTHS if a.scope == "batch" else lengths, a.group_size
+        groups = [s.group for s in step.samples]
+        expected = response_weights(lengths, a.mode, 10, a.alpha, *options, groups)
         np.testing.assert_array_equal(step.weights, expected)
         if name == "token-mean":
             assert step.weights @ lengths == pytest.approx(1)
@@ -256,6 +257,21 @@ def test_advantages_compare_responses_to_one_prompt(tiny_model: Path, tmp_path: 
     np.testing.assert_allclose([s.advantage for s in samples], expected, atol=1e-5)
     make_trainer(tiny_model, tmp_path, "algorithm.use_dr_grpo=True").add_advantages(samples)
     assert [s.advantage for s in samples] == [0.5, -0.5, 0, 0, 1, -1, 0, 0]
+
+
+def test_gdpo_takes_the_components_and_their_weights(tiny_model: Path, tmp_path: Path) -> None:
+    keys = ["gdpo_reward_keys=[score,format]", "gdpo_reward_weights=[1,0.5]"]
+    given = ["adv_estimator=gdpo", "norm_adv_by_std_in_grpo=False", *keys]
+    trainer = make_trainer(tiny_model, tmp_path, *(f"algorithm.{text}" for text in given))
+    samples = make_samples([2] * 8)
+    for i, sample in enumerate(samples):
+        sample.score, sample.reward = float(i == 0), 7.0
+        sample.extras["format"] = 10 * (i == 2)
+    trainer.add_advantages(samples)
+    # ±1/2 in the first group, ±5 · 0.5 in the second; over two tokens each, the mean is 0.
+    centred = np.array([0.5, -0.5, 2.5, -2.5, 0, 0, 0, 0])
+    expected = centred / np.sqrt(2 * (centred**2).sum() / 15)
+    np.testing.assert_allclose([s.advantage for s in samples], expected, atol=1e-6)
 
 
 def test_kl_is_subtracted_from_the_reward(tiny_model: Path, tmp_path: Path) -> None:
@@ -454,7 +470,8 @@ def test_rejected_tokens_have_no_part_in_loss_and_denominators(
         lengths = [left[i] for i in used]
         assert [s.length for s in step.samples] == lengths
         others = everywhere if a.scope == "batch" else None
-        w = response_weights(lengths, a.mode, 10, a.alpha, others, a.group_size)
+        groups = [samples[i].group for i in used]
+        w = response_weights(lengths, a.mode, 10, a.alpha, others, a.group_size, groups)
         np.testing.assert_array_equal(step.weights, w)
         masks = [~np.isin(np.arange(LENGTHS[i]), REJECTED.get(i, [])) for i in used]
         masked = [replace(samples[i], loss_mask=mask) for i, mask in zip(used, masks, strict=True)]

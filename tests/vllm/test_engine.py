@@ -222,6 +222,17 @@ def test_draws_depend_on_their_seed_alone(engine: VLLMEngine) -> None:
 
 
 @ONE
+def test_a_greedy_response_beside_sampled_ones(engine: VLLMEngine) -> None:
+    together = generate(engine, PROMPTS, SamplingParams(2, 20, seed=(5,), greedy=True))
+    sampled = generate(engine, PROMPTS, SamplingParams(2, 20, seed=(5,)))
+    greedy = generate(engine, PROMPTS, SamplingParams(1, 20, temperature=0))
+    others = {(s.group, s.response_index): s for s in sampled} | {(s.group, 2): s for s in greedy}
+    assert len(together) == len(others) == 3 * len(PROMPTS)
+    for s in together:
+        expected = others[s.group, s.response_index].response_ids
+        np.testing.assert_array_equal(s.response_ids, expected)
+
+
 def test_ends_and_limits(engine: VLLMEngine) -> None:
     samples = generate(engine, make_prompts([3] * 8), SamplingParams(8, 60))  # 64 > max_num_seqs
     assert len(samples) == 64

@@ -10,16 +10,46 @@ from torch import Tensor
 Array = Sequence[float] | NDArray[Any] | Tensor  # one number per response, [N]
 
 
+def group_numbers(groups: Tensor) -> Tensor:
+    """Equal integers in `groups`, [N], as numbers from 0 without gaps, [N]."""
+    ordered = bool((groups[1:] >= groups[:-1]).all())  # as a trainer's are: no need to sort
+    unique = torch.unique_consecutive if ordered else torch.unique
+    return unique(groups, return_inverse=True)[1]
+
+
 def group_statistics(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, unbiased standard deviation (0 for a group of one) and size of each response's group,
     [N] each. Equal integers in `groups`, [N], mark responses to the same prompt."""
-    ordered = bool((groups[1:] >= groups[:-1]).all())  # as a trainer's are: no need to sort
-    unique = torch.unique_consecutive if ordered else torch.unique
-    index = unique(groups, return_inverse=True)[1]
+    index = group_numbers(groups)
     count = torch.bincount(index).to(values.dtype)
     mean = (torch.bincount(index, values) / count).index_select(0, index)
     std = (torch.bincount(index, (values - mean) ** 2) / (count - 1).clamp(min=1)).sqrt()
     return mean, std.index_select(0, index), count.index_select(0, index)
+
+
+def group_max(values: Tensor, groups: Tensor) -> Tensor:
+    """The largest value of each response's group, [N]."""
+    index = group_numbers(groups)
+    largest = torch.full_like(values, -torch.inf).scatter_reduce(0, index, values, "amax")
+    return largest.index_select(0, index)
+
+
+def whitened(values: Tensor, lengths: Tensor) -> Tensor:
+    """(v − mean) / sqrt(variance + 1e-8) over all tokens of the batch: mean and unbiased variance
+    weigh each response by its length. [N] → [N]."""
+    L = lengths.to(values.dtype)
+    tokens = L.sum().clamp(min=1)
+    mean = (L * values).sum() / tokens
+    variance = (L * (values - mean) ** 2).sum() / (tokens - 1).clamp(min=1)
+    return (values - mean) * torch.rsqrt(variance + 1e-8)
+
+
+def scaled(values: Tensor, rewards: Tensor, groups: Tensor, norm_by_std: bool | str) -> Tensor:
+    """Values / (std of the group's rewards + 1e-6); `batch`: of all rewards; False: as they are."""
+    if not norm_by_std:
+        return values
+    over = torch.zeros_like(groups) if norm_by_std == "batch" else groups
+    return values / (group_statistics(rewards, over)[1] + 1e-6)
 
 
 def grpo_advantages(
@@ -27,11 +57,9 @@ def grpo_advantages(
 ) -> Tensor:
     """(r − mean of the group) / (std of the group + 1e-6) (arXiv 2402.03300, section 4.1.2); Dr.
     GRPO (arXiv 2503.20783) leaves the division out: `norm_by_std=False`. With `batch` it is the std
-    of all rewards (arXiv 2508.08221; TRL's `scale_rewards="batch"`). [N] → [N]."""
-    mean, std, _count = group_statistics(rewards, groups)
-    if norm_by_std == "batch":
-        std = group_statistics(rewards, torch.zeros_like(groups))[1]
-    return (rewards - mean) / (std + 1e-6) if norm_by_std else rewards - mean
+    of all rewards (arXiv 2508.08221; TRL's `scale_rewards="batch"`). verl's `grpo_vectorized`
+    always divides. [N] → [N]."""
+    return scaled(rewards - group_statistics(rewards, groups)[0], rewards, groups, norm_by_std)
 
 
 def rloo_advantages(rewards: Tensor, groups: Tensor, **_: Any) -> Tensor:
@@ -43,21 +71,84 @@ def rloo_advantages(rewards: Tensor, groups: Tensor, **_: Any) -> Tensor:
 def reinforce_plus_plus_baseline_advantages(
     rewards: Tensor, groups: Tensor, *, lengths: Tensor, **_: Any
 ) -> Tensor:
-    """r − mean of the group, then whitened over all tokens of the batch (arXiv 2501.03262): mean
-    and unbiased variance weigh each response by its length. [N] → [N]."""
-    centred = rewards - group_statistics(rewards, groups)[0]
+    """r − mean of the group, then `whitened` (arXiv 2501.03262). [N] → [N]."""
+    return whitened(rewards - group_statistics(rewards, groups)[0], lengths)
+
+
+def reinforce_plus_plus_advantages(
+    rewards: Tensor, groups: Tensor, *, lengths: Tensor, **_: Any
+) -> Tensor:
+    """The rewards, `whitened` (arXiv 2501.03262), without groups. verl's is one number per response
+    with outcome rewards and gamma 1, too: the return is the same at all tokens. [N] → [N]."""
+    return whitened(rewards, lengths)
+
+
+def remax_advantages(rewards: Tensor, groups: Tensor, *, baselines: Array, **_: Any) -> Tensor:
+    """r − reward of the greedy response to the same prompt, `baselines` (arXiv 2310.10505). As in
+    verl, a KL term is subtracted from r alone. [N] → [N]."""
+    return rewards - torch.as_tensor(baselines, dtype=rewards.dtype)
+
+
+def opo_advantages(rewards: Tensor, groups: Tensor, *, lengths: Tensor, **_: Any) -> Tensor:
+    """r − Σ_j L_j·r_j / Σ_j L_j over the group: the baseline of least variance if that of a
+    gradient grows like the length (arXiv 2505.23585). [N] → [N]."""
     L = lengths.to(rewards.dtype)
-    tokens = L.sum().clamp(min=1)
-    batch_mean = (L * centred).sum() / tokens
-    variance = (L * (centred - batch_mean) ** 2).sum() / (tokens - 1).clamp(min=1)
-    return (centred - batch_mean) * torch.rsqrt(variance + 1e-8)
+    mean = group_statistics(L * rewards, groups)[0]
+    return rewards - mean / group_statistics(L, groups)[0].clamp(min=1e-9)
+
+
+def gpg_advantages(rewards: Tensor, groups: Tensor, **_: Any) -> Tensor:
+    """α·(r − mean of the group) with α = N / number of rewards that aren't 0, as in verl. The paper
+    (arXiv 2504.02546) counts the responses whose advantage isn't 0. [N] → [N]."""
+    alpha = len(rewards) / torch.count_nonzero(rewards).clamp(min=1)
+    return alpha * (rewards - group_statistics(rewards, groups)[0])
+
+
+def grpo_passk_advantages(
+    rewards: Tensor, groups: Tensor, *, norm_by_std: bool | str, **_: Any
+) -> Tensor:
+    """pass@k: what a response adds to the best reward of its group, divided as by `grpo`: the best
+    one's lead over the second best, and 0 for the others (arXiv 2503.19595). [N] → [N]."""
+    best = rewards == group_max(rewards, groups)
+    second = group_max(rewards.masked_fill(best, -torch.inf), groups)
+    share, _std, count = group_statistics(best.to(rewards.dtype), groups)
+    ahead = best & (share * count < 1.5) & (count > 1)  # no other is as good
+    return scaled(torch.where(ahead, rewards - second, 0.0), rewards, groups, norm_by_std)
+
+
+def gdpo_advantages(
+    rewards: Tensor,
+    groups: Tensor,
+    *,
+    lengths: Tensor,
+    norm_by_std: bool | str,
+    components: Sequence[Array],
+    component_weights: Sequence[float] | None = None,
+    **_: Any,
+) -> Tensor:
+    """Σ_k weight_k · GRPO's advantage of reward component k, then `whitened` (arXiv 2601.05242).
+    `components`: [K, N]; weights, [K], are 1 if None. verl always divides. [N] → [N]."""
+    weights = component_weights or [1.0] * len(components)
+    total = torch.zeros_like(rewards)
+    for weight, values in zip(weights, components, strict=True):
+        r = torch.as_tensor(values, dtype=rewards.dtype)
+        total += weight * grpo_advantages(r, groups, norm_by_std=norm_by_std)
+    return whitened(total, lengths)
 
 
 ADVANTAGES: dict[str, Callable[..., Tensor]] = {
-    "grpo": grpo_advantages,
-    "rloo": rloo_advantages,
+    **dict.fromkeys(("grpo", "grpo_vectorized"), grpo_advantages),
+    **dict.fromkeys(("rloo", "rloo_vectorized"), rloo_advantages),
     "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline_advantages,
+    "reinforce_plus_plus": reinforce_plus_plus_advantages,
+    "remax": remax_advantages,
+    "opo": opo_advantages,
+    "gpg": gpg_advantages,
+    "grpo_passk": grpo_passk_advantages,
+    "gdpo": gdpo_advantages,
 }
+"""Estimators, by verl's names. In a group of one, where verl mostly takes r itself, those that
+compare with the group give 0."""
 
 
 def advantages(
@@ -66,9 +157,12 @@ def advantages(
     lengths: Array,
     estimator: str = "grpo",
     norm_by_std: bool | str = True,
+    **others: Any,
 ) -> Tensor:
     """One advantage per response, float64 [N], by an `estimator` of `ADVANTAGES`; equal integers in
-    `groups` mark responses to the same prompt, `lengths` are in tokens, [N] each. Example:
-    ``advantages([1, 0], [7, 7], [3, 5], norm_by_std=False)`` is ``[0.5, -0.5]``."""
+    `groups` mark responses to the same prompt, `lengths` are in tokens, [N] each. `others`: what
+    the estimator takes beside them. Example: ``advantages([1, 0], [7, 7], [3, 5],
+    norm_by_std=False)`` is ``[0.5, -0.5]``."""
     r, L = torch.as_tensor(rewards, dtype=torch.float64), torch.as_tensor(lengths)
-    return ADVANTAGES[estimator](r, torch.as_tensor(groups), lengths=L, norm_by_std=norm_by_std)
+    others |= {"lengths": L, "norm_by_std": norm_by_std}
+    return ADVANTAGES[estimator](r, torch.as_tensor(groups), **others)

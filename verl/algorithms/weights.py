@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from verl.algorithms.advantages import group_max, group_statistics
 from verl.config.schema import Config
 
 Lengths = Sequence[int] | NDArray[Any] | Tensor
@@ -21,12 +22,14 @@ def response_weights(
     alpha: float = 0.0,
     rollout_lengths: Lengths | None = None,
     group_size: int | None = None,
+    groups: Lengths | None = None,
 ) -> Tensor:
     """The weights w_i of an optimizer step, float32 [N], 0 where L_i = 0. `lengths`: L_i in tokens,
     [N]; `mode`: a key of `WEIGHTS`; `max_response_length`: the configured M, in tokens. `delta-l`
     takes the exponent `alpha`, and `rollout_lengths`, of the whole rollout batch (None: `lengths`);
-    `token-mean-legacy` takes `group_size`, in responses. Raises: ValueError for another mode, a
-    negative length, no group_size. Example: ``response_weights([2, 8], "token-mean", 10)`` is
+    `lambda-grpo` takes `alpha`, and `groups`, [N] (equal integers: the same prompt; None: all are
+    one); `token-mean-legacy` takes `group_size`, in responses. Raises: ValueError for another mode,
+    a negative length, no group_size. Example: ``response_weights([2, 8], "token-mean", 10)`` is
     ``[0.1, 0.1]``."""
     if mode not in WEIGHTS:
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(WEIGHTS)}")
@@ -34,7 +37,8 @@ def response_weights(
     rollout_L = torch.as_tensor(L if rollout_lengths is None else rollout_lengths, dtype=L.dtype)
     if (L < 0).any() or (rollout_L < 0).any():
         raise ValueError("response lengths must not be negative")
-    options = {"alpha": alpha, "rollout_L": rollout_L, "group_size": group_size}
+    prompts = torch.zeros_like(L) if groups is None else torch.as_tensor(groups)
+    options = {"alpha": alpha, "rollout_L": rollout_L, "group_size": group_size, "groups": prompts}
     weights = WEIGHTS[mode](L, M=max_response_length, **options)
     return torch.where(L > 0, weights, 0.0).float()
 
@@ -58,8 +62,14 @@ def seq_mean_token_mean(L: Tensor, **_: Any) -> Tensor:
     return 1 / (len(L) * L.clamp(min=1))
 
 
+def token_sum(L: Tensor, **_: Any) -> Tensor:
+    """1: the sum over all tokens (verl 0.10's `token-sum`). [N] → [N]."""
+    return torch.ones_like(L)
+
+
 def seq_mean_token_sum(L: Tensor, **_: Any) -> Tensor:
-    """1 / N: the mean of responses' sums. [N] → [N]."""
+    """1 / N: the mean of responses' sums. LUSPO (arXiv 2602.05261; TRL's `loss_type="luspo"`) is
+    GRPO Norm, 1 / (N·L_i), times the length L_i, which is this, under any loss. [N] → [N]."""
     return torch.full_like(L, 1 / max(len(L), 1))
 
 
@@ -89,12 +99,29 @@ def delta_l(L: Tensor, *, M: int, alpha: float, rollout_L: Tensor, **_: Any) -> 
     return dr_grpo(L, M=M) * powers / mean_power
 
 
+def lambda_grpo(L: Tensor, *, alpha: float, groups: Tensor, **_: Any) -> Tensor:
+    """λ-GRPO (arXiv 2510.06870), with a fixed exponent λ = −α, which the paper learns:
+
+        w_i = G·softmax_i(h^λ) / Σ_j L_j,  h_i = 1 + z_i/9,  z_i = (L_i − mean) / std
+
+    Softmax, mean and standard deviation (biased) run over the G responses to the same prompt; h is
+    at least 1e-6. α = 0 is DAPO Norm; a larger α prefers short responses. [N] → [N]."""
+    mean, std, count = group_statistics(L, groups)
+    biased = std * ((count - 1).clamp(min=0) / count).sqrt()
+    h = (1 + (L - mean) / biased.clamp(min=1e-8) / 9).clamp(min=1e-6)
+    powers = h**-alpha
+    shares = torch.exp(powers - group_max(powers, groups))
+    return shares / group_statistics(shares, groups)[0] * token_mean(L)
+
+
 WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "token-mean": token_mean,
     "token-mean-legacy": token_mean_legacy,
+    "token-sum": token_sum,
     "seq-mean-token-mean": seq_mean_token_mean,
-    "seq-mean-token-sum": seq_mean_token_sum,
+    **dict.fromkeys(("seq-mean-token-sum", "luspo"), seq_mean_token_sum),
     "seq-mean-token-sum-norm": dr_grpo,
+    "lambda-grpo": lambda_grpo,
     "dr-grpo": dr_grpo,
     "delta-l": delta_l,
 }
@@ -106,7 +133,7 @@ class LossAggregation:
 
     mode: str  # a key of WEIGHTS
     max_response_length: int  # M, in tokens
-    alpha: float = 0.0  # exponent of ∆L, also where ∆L is only compared with
+    alpha: float = 0.0  # exponent of ∆L, also where ∆L is only compared with, and of λ-GRPO
     scope: str = "batch"  # lengths that ∆L averages over: batch (rollout batch) or mini_batch
     # Whether grpo's advantages are divided by the group's standard deviation; `batch`: the batch's.
     norm_by_std: bool | str = True
@@ -114,12 +141,17 @@ class LossAggregation:
     regularizer_mode: str | None = None  # of KL loss and entropy bonus; None: `mode`
 
     def weights(
-        self, lengths: Lengths, rollout_lengths: Lengths | None = None, mode: str | None = None
+        self,
+        lengths: Lengths,
+        groups: Lengths,
+        rollout_lengths: Lengths | None = None,
+        mode: str | None = None,
     ) -> NDArray[np.float32]:
         """`response_weights` of an optimizer step, [N]; with another `mode`, to be compared."""
         mode, M = mode or self.mode, self.max_response_length
         others = rollout_lengths if self.scope == "batch" else None
-        return response_weights(lengths, mode, M, self.alpha, others, self.group_size).numpy()
+        options = self.alpha, others, self.group_size, groups
+        return response_weights(lengths, mode, M, *options).numpy()
 
 
 def resolve_aggregation(config: Config) -> LossAggregation:

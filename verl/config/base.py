@@ -291,6 +291,8 @@ class RayInitConfig(Section):
 
     num_cpus: int | None = key(None, low=1)
     """CPUs that a Ray started here offers; null: as many as are needed. Unused with RAY_ADDRESS."""
+    runtime_env: dict[str, Any] = key(dict)
+    """`runtime_env` of `ray.init`: env_vars, working_dir, … of all workers."""
 
 
 class SFTDataConfig(TrainFilesConfig):

@@ -29,8 +29,8 @@ from verl.config.verl_keys import OF_ALL_RANKS, SAME_AS, refusal, without_effect
 
 logger = logging.getLogger(__name__)
 
-OPEN = (".override_config", ".engine_kwargs.vllm", ".reward_kwargs")
-"""Sections that take any key: of the model, of vLLM or of a reward, which no schema knows."""
+OPEN = (".override_config", ".engine_kwargs.vllm", ".reward_kwargs", ".runtime_env")
+"""Sections that take any key: of the model, vLLM, a reward or Ray, which no schema knows."""
 
 DTYPES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16"}
 DTYPES |= {"fp16": "float16", "half": "float16"}
@@ -197,9 +197,11 @@ def _override(
             unknown = isinstance(error, ConfigKeyError | ConfigAttributeError)
             problems.update([unknown_key(known, key) if unknown else (text, key)])
     for key, (name, count) in totals.items():
-        section = config.actor_rollout_ref["ref" if ".ref." in key else "actor"]
+        models = config.actor_rollout_ref
+        split = models["ref" if ".ref." in key else "actor"].ulysses_sequence_parallel_size
+        split = 1 if key.startswith("reward_model.") else split
         ranks = max(1, config.trainer.nnodes * config.trainer.n_gpus_per_node)
-        share = max(1, count * section.ulysses_sequence_parallel_size // ranks)
+        share = max(1, count * split // ranks)
         if written.get(key, (key, share))[1] not in (None, share):
             problems[f"{name}={count} on {ranks} ranks contradicts {key}={written[key][1]}"] = key
         OmegaConf.update(config, key, share)

@@ -19,9 +19,26 @@ from verl.config.rollout_correction import RolloutCorrectionConfig
 LOSS_AGG_MODES = (
     "token-mean",
     "token-mean-legacy",
+    "token-sum",
     "seq-mean-token-mean",
     "seq-mean-token-sum",
     "seq-mean-token-sum-norm",
+    "luspo",
+    "lambda-grpo",
+    "dr-grpo",
+    "delta-l",
+)
+WITHOUT_GROUPS = ("reinforce_plus_plus", "remax")
+"""Estimators that compare no responses to the same prompt, so that one is enough."""
+BY_STD = ("grpo", "grpo_vectorized", "grpo_passk", "gdpo")
+ADV_ESTIMATORS = (
+    *BY_STD,
+    *WITHOUT_GROUPS,
+    "rloo",
+    "rloo_vectorized",
+    "reinforce_plus_plus_baseline",
+    "opo",
+    "gpg",
 )
 LOSS_MODES = (
     "vanilla",
@@ -39,6 +56,7 @@ LOSS_MODES = (
 )
 WITHOUT_CLIP = tuple(f"loss_mode={name}" for name in ("kl_cov", "gpg", "sapo", "vespo"))
 GRPOPP: Any = ("${algorithm.grpopp_config.alpha}", "${algorithm.grpopp_config.scope}")
+NO_ALPHA = "use_grpopp=False and loss_agg_mode!=delta-l and loss_agg_mode!=lambda-grpo"
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 SHOW_GENERATIONS = ("wandb", "tensorboard", *OTHER_LOGGERS[:-1])
 FREE: dict[str, Any] = {"on_resume": "free"}
@@ -77,9 +95,10 @@ class DataConfig(TrainFilesConfig):
 class GrpoppConfig(Section):
     """`grpopp_config`: ∆L Normalization (arXiv 2509.07558)."""
 
-    alpha: float = key(0.75, low=0, high=10)
-    """Exponent α: w_i ∝ L_i^(−α). 0 is Dr. GRPO Norm."""
-    scope: str = key("batch", choices=("batch", "mini_batch"))
+    alpha: float = key(0.75, low=-10, high=10)
+    """Exponent α ≥ 0: w_i ∝ L_i^(−α). 0 is Dr. GRPO Norm. Of loss_agg_mode=lambda-grpo it is −λ,
+    and may be negative."""
+    scope: str = key("batch", choices=("batch", "mini_batch"), idle_if="loss_agg_mode=lambda-grpo")
     """Average L_i^(−α) over the rollout batch (published code) or the mini-batch (paper)."""
 
 
@@ -182,7 +201,8 @@ class ActorConfig(Section):
         choices=LOSS_AGG_MODES,
         idle_if=("actor.use_grpopp=True", "actor.use_dr_grpo=True"),
     )
-    """Loss aggregation, unless use_dr_grpo or use_grpopp chooses one."""
+    """Loss aggregation (docs/methods.md), unless use_dr_grpo or use_grpopp chooses one. `delta-l`
+    is that of use_grpopp; `dr-grpo` are the weights of use_dr_grpo alone."""
     use_dr_grpo: bool = key("${algorithm.use_dr_grpo}", **FREE)
     """Follows algorithm.use_dr_grpo."""
     use_grpopp: bool = key("${algorithm.use_grpopp}", **FREE)
@@ -190,7 +210,7 @@ class ActorConfig(Section):
     grpopp_config: GrpoppConfig = key(
         lambda: GrpoppConfig(*GRPOPP),
         **FREE,
-        idle_if="use_grpopp=False",
+        idle_if=NO_ALPHA,
     )
     regularizer_agg_mode: str | None = key(
         None, choices=("token-mean",), idle_if="use_kl_loss=False and entropy_coeff=0.0"
@@ -330,6 +350,13 @@ class ActorRolloutRefConfig(Section):
     nccl_timeout: int | None = key(None, low=1, **FREE)
     """Seconds that ranks wait for each other; null: PyTorch's own, 600 on GPUs and 1800 on CPUs."""
 
+    @property
+    def splits(self) -> tuple[int, int]:
+        """Ranks that split sequences: of the actor, and of the reference, which under LoRA is the
+        actor's own model."""
+        actor, ref = (max(1, s.ulysses_sequence_parallel_size) for s in (self.actor, self.ref))
+        return actor, actor if self.model.uses_lora else ref
+
 
 class OverlongBufferConfig(Section):
     """`reward_model.overlong_buffer`: soft overlong punishment (arXiv 2503.14476, eq. 13)."""
@@ -420,8 +447,8 @@ class RewardModelConfig(Section):
     max_length: int | None = key(None, low=1, idle_if="reward_model.enable=False")
     """Longer conversations are cut on the right, in tokens of the reward model, with a warning;
     null: max_prompt_length + max_response_length."""
-    reward_manager: str = key("naive", choices=("naive", "dapo"))
-    """`dapo` adds the overlong punishment to the score."""
+    reward_manager: str = key("naive", choices=("naive", "dapo", "gdpo"))
+    """`dapo` adds the overlong punishment to the score. `gdpo` is another name of `naive`."""
     skip_special_tokens: bool = False
     """Leave all special tokens out of the text that is scored, not only the one that ended it."""
     num_workers: int = key(8, **SIZE, idle_if="custom_reward_function.path=null")
@@ -484,18 +511,25 @@ class FilterOverlongConfig(Section):
 class AlgorithmConfig(Section):
     """`algorithm`."""
 
-    adv_estimator: str = key("grpo", choices=("grpo", "rloo", "reinforce_plus_plus_baseline"))
-    """Advantage estimator."""
+    adv_estimator: str = key("grpo", choices=ADV_ESTIMATORS)
+    """Advantage estimator (docs/methods.md)."""
     norm_adv_by_std_in_grpo: Any = key(
-        True, choices=(True, False, "batch"), idle_if=("adv_estimator!=grpo", "use_dr_grpo=True")
+        True,
+        choices=(True, False, "batch"),
+        idle_if=(" and ".join(f"adv_estimator!={x}" for x in BY_STD), "use_dr_grpo=True"),
     )
-    """grpo: divide by the standard deviation of the group's rewards. `batch`: by that of the whole
-    batch's, as TRL's scale_rewards=batch."""
+    """grpo, grpo_passk, gdpo: divide by the standard deviation of the group's rewards. `batch`: by
+    that of the whole batch's, as TRL's scale_rewards=batch."""
+    gdpo_reward_keys: list[str] | None = key(None, idle_if="adv_estimator!=gdpo")
+    """gdpo: the numbers that it normalizes one by one, of those that the reward function returns
+    (`score` and `overlong_reward` included)."""
+    gdpo_reward_weights: list[float] | None = key(None, idle_if="adv_estimator!=gdpo")
+    """Weight of each of them; null: 1."""
     use_dr_grpo: bool = False
     """Dr. GRPO: weights 1/(N·M), advantages without the division (arXiv 2503.20783)."""
     use_grpopp: bool = False
     """∆L Normalization: weights ∝ L_i^(−α) (arXiv 2509.07558)."""
-    grpopp_config: GrpoppConfig = key(GrpoppConfig, idle_if="use_grpopp=False")
+    grpopp_config: GrpoppConfig = key(GrpoppConfig, idle_if=NO_ALPHA)
     use_kl_in_reward: bool = False
     """Subtract the divergence from the reference policy from the reward."""
     kl_penalty: str = key("kl", choices=KL_ESTIMATORS, idle_if="use_kl_in_reward=False")

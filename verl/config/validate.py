@@ -13,7 +13,7 @@ from typing import Any
 
 from verl.config.base import Section, SFTConfig
 from verl.config.rollout_correction import rejections
-from verl.config.schema import Config
+from verl.config.schema import WITHOUT_GROUPS, Config
 from verl.config.verl_keys import refusal
 
 LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -104,6 +104,10 @@ def _common(config: Any) -> Iterator[str]:
     for key, path in (read | config.ending("data.tokenizer")).items():
         if trains and path and Path(path).expanduser().resolve().is_relative_to(own):
             yield f"{key}={path} is where the run writes its model: change {{experiment_name}}"
+    ranks = trainer.nnodes * trainer.n_gpus_per_node
+    for key, size in config.ending("fsdp_config.fsdp_size").items():
+        if size == 0 or ranks % abs(size):
+            yield f"{{{key}=}} must divide the {ranks} ranks, or be -1"
     for key in ("target_modules", "exclude_modules"):
         for name, value in config.ending(key).items():
             names = [value] if isinstance(value, str) else value
@@ -130,16 +134,19 @@ def _method(config: Config) -> Iterator[str]:
         if value(algorithm) != value(actor):
             remedy = f"set algorithm.{name} alone, the actor follows it"
             yield f"{{algorithm.{name}=}} contradicts {{actor.{name}=}}: {remedy}"
-    methods = [name for name in ("use_grpopp", "use_dr_grpo") if getattr(algorithm, name)]
+    modes = {"use_grpopp": "delta-l", "use_dr_grpo": "dr-grpo"}
+    methods = [name for name in modes if getattr(algorithm, name)]
     if len(methods) == 2:
         yield "algorithm.use_grpopp and algorithm.use_dr_grpo are two methods: turn one of them off"
-    if methods and actor.loss_agg_mode != "token-mean":
+    if methods and actor.loss_agg_mode not in ("token-mean", modes[methods[0]]):
         yield f"{{algorithm.{methods[0]}=}} chooses the loss aggregation: drop {{loss_agg_mode=}}"
     if actor.policy_loss.clip_cov_lb >= actor.policy_loss.clip_cov_ub:
         yield "{clip_cov_lb=} must be less than {clip_cov_ub=}"
-    for name in ("save_contents", "load_contents"):
-        if not {"model", "hf_model"} & {*getattr(actor.checkpoint, name)}:
-            yield f"{{{name}=}} must name model or hf_model: nothing else is a policy"
+    if algorithm.grpopp_config.alpha < 0 and actor.loss_agg_mode != "lambda-grpo":
+        yield "{algorithm.grpopp_config.alpha=}: must be at least 0, but for lambda-grpo"
+    contents = actor.checkpoint.save_contents, actor.checkpoint.load_contents
+    if not {"model", "hf_model"}.intersection(*contents):
+        yield "{save_contents=} and {load_contents=} must share a policy: model or hf_model"
     if actor.ppo_micro_batch_size_per_gpu is None:
         if actor.loss_agg_mode == "token-mean-legacy":
             yield "{loss_agg_mode=} averages over micro-batches: set {ppo_micro_batch_size_per_gpu}"
@@ -160,6 +167,26 @@ def _method(config: Config) -> Iterator[str]:
     if val.n > 1 and (not val.do_sample or val.temperature == 0):
         others = "{val_kwargs.do_sample}=True and {val_kwargs.temperature}=1"
         yield "{val_kwargs.n=}: greedy responses don't differ: set " + others
+
+
+def _advantages(config: Config) -> Iterator[str]:
+    algorithm, buffer = config.algorithm, config.reward_model.overlong_buffer
+    if config.actor_rollout_ref.rollout.n == 1 and algorithm.filter_groups.enable:
+        yield "{filter_groups.enable=} compares a prompt's responses: set {rollout.n} to 2 or more"
+    if algorithm.adv_estimator != "gdpo":
+        return
+    keys, weights = algorithm.gdpo_reward_keys or [], algorithm.gdpo_reward_weights
+    if not keys:
+        yield "{adv_estimator=} needs {gdpo_reward_keys}, such as [correct,format]"
+    if weights is not None and len(weights) != len(keys):
+        yield "{gdpo_reward_weights=}: give one number for each of {gdpo_reward_keys=}"
+    if algorithm.use_kl_in_reward:
+        yield "{adv_estimator=} takes no KL term in its rewards: set {use_kl_loss}=True instead"
+    if config.reward_model.enable and set(keys) - {"score", "overlong_reward"}:
+        yield "{gdpo_reward_keys=}: a reward model gives a score alone"
+    if buffer.enable and not (buffer.log and "overlong_reward" in keys):
+        remedy = "add overlong_reward to {gdpo_reward_keys}, and set {overlong_buffer.log}=True"
+        yield "{overlong_buffer.enable=} is no part of gdpo's rewards: " + remedy
 
 
 def _reward_model(config: Config) -> Iterator[str]:
@@ -189,8 +216,12 @@ def _training(config: Config) -> Iterator[str]:
     rollout, groups = config.actor_rollout_ref.rollout, config.algorithm.filter_groups
     if config.data.train_batch_size % max(1, config.actor_rollout_ref.actor.ppo_mini_batch_size):
         yield "{ppo_mini_batch_size=} must divide {train_batch_size=} (both count prompts)"
-    if rollout.n == 1:
-        yield "{rollout.n=}: advantages compare a prompt's responses, so n must be at least 2"
+    yield from _advantages(config)
+    if rollout.n == 1 and config.algorithm.adv_estimator not in WITHOUT_GROUPS:
+        yield (
+            "{rollout.n=}: advantages compare a prompt's responses, so n must be at least 2, or "
+            f"{{adv_estimator}} one of {', '.join(WITHOUT_GROUPS)}"
+        )
     if not rollout.do_sample:
         yield "{rollout.do_sample=}: greedy responses don't differ; training needs do_sample=True"
     if rollout.temperature == 0:
@@ -214,14 +245,10 @@ def _training(config: Config) -> Iterator[str]:
 
 def _ranks(config: Config) -> Iterator[str]:
     ranks, models = config.trainer.nnodes * config.trainer.n_gpus_per_node, config.actor_rollout_ref
-    for key, size in config.ending("fsdp_config.fsdp_size").items():
-        if size == 0 or ranks % abs(size):
-            yield f"{{{key}=}} must divide the {ranks} ranks, or be -1"
-    for name, section in (("actor", models.actor), ("ref", models.ref)):
-        split = section.ulysses_sequence_parallel_size
-        if section is models.ref and split == models.actor.ulysses_sequence_parallel_size:
+    for name, split in zip(("actor", "ref"), models.splits, strict=True):
+        if name == "ref" and split == models.splits[0]:
             continue  # it follows
-        if ranks % max(1, split):
+        if ranks % split:
             yield f"{{{name}.ulysses_sequence_parallel_size=}} must divide the {ranks} ranks"
         if split > 1 and not models.model.use_remove_padding:
             remedy = "splits packed sequences: set {use_remove_padding}=True"
@@ -235,12 +262,13 @@ def _engines(config: Config) -> Iterator[str]:
     longest = data.max_prompt_length + data.max_response_length
     lengths = "({data.max_prompt_length=}, {data.max_response_length=})"
     short = f"can't hold one sequence of {longest} tokens {lengths}"
-    budget = actor.ppo_max_token_len_per_gpu * actor.ulysses_sequence_parallel_size
-    if actor.use_dynamic_bsz and budget < longest:
+    splits = config.actor_rollout_ref.splits
+    if actor.use_dynamic_bsz and actor.ppo_max_token_len_per_gpu * splits[0] < longest:
         yield "{ppo_max_token_len_per_gpu=} " + short
-    ref = config.actor_rollout_ref.ref
-    for name, part, section in (("rollout", rollout, actor), ("ref", ref, ref)):
-        budget = part.log_prob_max_token_len_per_gpu * section.ulysses_sequence_parallel_size
+    sections: Any = rollout, config.actor_rollout_ref.ref
+    parts = zip(("rollout", "ref"), sections, splits, strict=True)
+    for name, part, ranks in parts:
+        budget = part.log_prob_max_token_len_per_gpu * ranks
         if part.log_prob_use_dynamic_bsz and budget < longest:
             yield f"{{{name}.log_prob_max_token_len_per_gpu=}} " + short
             break  # the reference's follows

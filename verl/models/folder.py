@@ -27,6 +27,7 @@ from verl.models.hf import (
     load_tokenizer,
     stop_token_ids,
 )
+from verl.models.logprobs import PolicyModel
 from verl.models.lora import add_adapters
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,9 @@ def check_model(
             remedy = f"make prompts and responses no longer, now {longest}"
             raise ValueError(f"{model.path}: beyond {limit} tokens, {problem}: {remedy}")
     check_weights(model)
-    check_family(skeleton(model), model)
-    add_adapters(skeleton(model), model)
+    check_family(lm := skeleton(model), model)
+    PolicyModel(lm)
+    add_adapters(lm, model)
     if export:
         with TemporaryDirectory() as place:
             write_folder(model, place, {}, None)

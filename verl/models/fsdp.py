@@ -1,5 +1,6 @@
 """A Hugging Face causal model as an FSDP2 policy: build and shard."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -13,20 +14,22 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from verl.config.base import ClassifierConfig
 from verl.config.schema import FSDPConfig, ModelConfig
 from verl.models.folder import skeleton
-from verl.models.guard import check_policy
+from verl.models.guard import check_policy, decoder_layers
 from verl.models.hf import load_hf_model, num_embeddings, vocabulary_size
 from verl.models.kv_cache import DECODE_ATTENTION
 from verl.models.logprobs import PolicyModel
 from verl.models.lora import add_adapters
-from verl.models.packing import packed_attention
+from verl.models.packing import Batch, packed_attention
 from verl.models.reward import RewardModel
 from verl.utils.device import default_dtype, default_packed_attention, saved_on_host
 
 
-def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> Any:
+def build_policy(
+    model: ModelConfig, fsdp: FSDPConfig, device: torch.device, packer: Callable[..., Batch]
+) -> Any:
     """A `PolicyModel`, or the `RewardModel` of a classifier: every rank shards an empty skeleton,
-    and gets its part of what rank 0 loads. Raises: ValueError for a model that can't be sharded, or
-    packed."""
+    and gets its part of what rank 0 loads. Raises: ValueError for a model whose passes over batches
+    of `packer` are not those of transformers."""
     precision = fsdp.mixed_precision
     compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device.type))
     lm = skeleton(model, dtype=getattr(torch, fsdp.model_dtype))
@@ -53,10 +56,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
     names = ("replicate", "shard")[-len(shape) :]
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     shard = partial(fully_shard, mesh=mesh, mp_policy=dtypes)
-    layers = [m for m in lm.modules() if type(m).__name__ in (lm._no_split_modules or ())]
-    if not layers:
-        raise ValueError(f"{type(lm).__name__} does not name its decoder layers: not supported")
-    for layer in layers:
+    for layer in decoder_layers(lm):
         shard(layer, reshard_after_forward=fsdp.reshard_after_forward)
     shard(policy, reshard_after_forward=False)
     policy.to_empty(device=device)  # else the weights would be sent by way of the host
@@ -65,7 +65,7 @@ def build_policy(model: ModelConfig, fsdp: FSDPConfig, device: torch.device) -> 
     for layer in policy.modules():
         layer.training = getattr(layer, "gradient_checkpointing", False)
     if isinstance(policy, PolicyModel):
-        check_policy(policy, model, compute_dtype, device)
+        check_policy(policy, model, compute_dtype, packer)
     return policy
 
 

@@ -53,13 +53,15 @@ def scale_and_cap(lm: Any) -> tuple[float, float | None]:
     its own `forward`, given these x for hidden states and no head. Raises: ValueError for a head
     that does something else."""
     x = torch.tensor([2.0**-10, -1.0, 3.0, 40.0, 2.0**20])
-    decoder, head = lm.base_model, lm.get_output_embeddings()
-    decoder.forward = lambda *args, **kwargs: _Hidden(x[None, :, None])
+    decoders, head = {lm.base_model, lm.get_decoder()}, lm.get_output_embeddings()
+    for decoder in decoders:  # OPT's own head asks the second
+        decoder.forward = lambda *args, **kwargs: _Hidden(x[None, :, None])
     head.forward = lambda hidden: hidden
     try:
         logits = lm(input_ids=torch.zeros(1, len(x), dtype=torch.int64)).logits.flatten().cpu()
     finally:
-        del decoder.forward, head.forward
+        for module in (*decoders, head):
+            del module.forward
     s = (logits[0] / x[0]).item()
     c = (logits[-1] / s).item()
     if torch.allclose(logits, s * x, rtol=1e-4):

@@ -13,6 +13,7 @@ from peft.utils import load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from verl.config.schema import ModelConfig
 from verl.models.hf import load_tokenizer
@@ -59,6 +60,10 @@ def add_adapters(lm: Any, model: ModelConfig) -> Any:
     if (config := lora_config(model)) is None:
         return lm
     device = next(lm.parameters()).device
+    if config.target_modules == "all-linear":  # of the decoder, not of what sees images
+        inside = {*lm.get_decoder().modules()} - {lm.get_output_embeddings()}
+        named = [(name, m) for name, m in lm.named_modules() if m in inside]
+        config.target_modules = [name for name, m in named if isinstance(m, nn.Linear | Conv1D)]
     with torch.random.fork_rng(devices=[]), device:
         torch.manual_seed(0)
         try:
@@ -70,7 +75,8 @@ def add_adapters(lm: Any, model: ModelConfig) -> Any:
     head = lm.get_output_embeddings()
     for name, module in lm.named_modules():
         if isinstance(module, LoraLayer) and (type(module) is not Linear or module is head):
-            problem = f"{name} can't have an adapter, only linear layers of the decoder can"
+            problem = f"{name} can't have an adapter; name linear layers of the decoder, such as "
+            problem += "[q_proj,k_proj,v_proj,o_proj]"
             raise ValueError(f"{model.section}.target_modules={model.target_modules}: {problem}")
     if path := model.lora_adapter_path:
         saved, own = load_peft_weights(expanduser(path), device="cpu"), adapters(lm)

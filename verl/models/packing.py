@@ -243,8 +243,7 @@ def _sliding_window(mask: Tensor | None, options: dict[str, Any]) -> int | None:
     """Tokens that each one sees. Raises: ValueError for a model that has masks of its own, or does
     not say where sequences begin."""
     if "sequence_lengths" not in options or (mask is not None and mask.dim()):
-        remedy = "set use_remove_padding=False in actor_rollout_ref.model, or in reward_model.model"
-        raise ValueError(f"the model's attention can't run packed: {remedy} if it is that one's")
+        raise ValueError("its attention has masks of its own, or can't tell sequences apart")
     window: int | None = options.get("sliding_window")
     return int(mask) if mask is not None else window
 

@@ -137,11 +137,11 @@ class PolicyWorker:
         )
         if fsdp_config.full_determinism:
             devices.be_deterministic()
-        self.model = build_policy(model, fsdp_config, self.device)
+        self.model = build_policy(model, fsdp_config, self.device, self.pack)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if self.timeout:  # which the groups of a mesh don't take over
-            for group in parameters[0].device_mesh.get_all_groups():
-                dist.distributed_c10d._set_pg_timeout(self.timeout, group)
+            for of_mesh in parameters[0].device_mesh.get_all_groups():
+                dist.distributed_c10d._set_pg_timeout(self.timeout, of_mesh)
         adamw = partial(devices.adamw, parameters, device=self.device)
         self.optimizers = [adamw(optim.lr, optim.eps)] if optim else []
         self.move(HOST)
@@ -311,7 +311,10 @@ class PolicyWorker:
                 place = hf_folder / ADAPTER
                 place = place if place.is_dir() else hf_folder
                 model = replace(self.model_config, lora_adapter_path=str(place))
-            load_weights(self.model, model, getattr(torch, self.config.model_dtype))
+            try:
+                load_weights(self.model, model, getattr(torch, self.config.model_dtype))
+            except (ValueError, RuntimeError) as error:  # of another rank, or of none
+                raise ValueError(f"{hf_folder}: {error}: {OTHER_LORA}") from None
         if "optimizer" in state:
             states.set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
         self.version = state["training_steps"]

@@ -18,7 +18,7 @@ from verl.protocol import FinishReason, Prompt, Sample, WeightChunk
 class SamplingParams:
     """How responses are sampled."""
 
-    n: int  # responses per prompt
+    n: int  # sampled responses per prompt
     max_tokens: int  # of the longest response
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
@@ -27,6 +27,12 @@ class SamplingParams:
     seed: tuple[int, ...] = (0,)
     """Response k of a prompt depends on (seed, group, k) and the weights. What else is in the batch
     and the number of engines change the logits' rounding, and nothing else."""
+    greedy: bool = False  # one more response to each prompt, number n, at temperature 0
+
+    @property
+    def num_responses(self) -> int:
+        """Responses per prompt, the greedy one included."""
+        return self.n + self.greedy
 
 
 Row = tuple[Prompt, int, int]  # a response to be generated: prompt, group, and index in the group
@@ -69,7 +75,7 @@ class RolloutEngine(ABC):
     def generate(
         self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
     ) -> Iterator[list[Sample]]:
-        """Yields `params.n` responses to each prompt, which `groups` numbers, as they are finished,
+        """Yields `params.num_responses` to each prompt, numbered by `groups`, as they are finished,
         with each token's log-probability after temperature, top-k and top-p."""
 
     def stop(self) -> None:

@@ -2,6 +2,7 @@
 its responses, finished sequences are dropped from the batch, the KV cache is written in place."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -75,7 +76,7 @@ class HFEngine(RolloutEngine):
     ) -> Iterator[list[Sample]]:
         """See `RolloutEngine.generate`. `max_num_seqs` responses are a batch."""
         self.stopped = False
-        rows = rows_of(prompts, groups, params.n)
+        rows = rows_of(prompts, groups, params.num_responses)
         for start in range(0, len(rows), self.max_num_seqs):
             if not self.stopped:
                 yield from self._generate_batch(rows[start : start + self.max_num_seqs], params)
@@ -92,6 +93,7 @@ class HFEngine(RolloutEngine):
         uniforms = [np.random.default_rng([*params.seed, g, k]).random(M) for _, g, k in rows]
         state |= {
             "row": torch.arange(N, device=self.device),
+            "greedy": torch.tensor([k == params.n for _, _, k in rows], device=self.device),
             "uniforms": torch.as_tensor(np.stack(uniforms), device=self.device),
             "tokens": torch.zeros(N, M, dtype=torch.int64, device=self.device),
             "log_probs": torch.zeros(N, M, device=self.device),
@@ -101,6 +103,10 @@ class HFEngine(RolloutEngine):
             if self.stopped:
                 return
             tokens, log_probs = sample(logits, state["uniforms"][:, t], params)
+            if params.greedy:
+                best = sample(logits, state["uniforms"][:, t], replace(params, temperature=0))
+                tokens = torch.where(state["greedy"], best[0], tokens)
+                log_probs = torch.where(state["greedy"], best[1], log_probs)
             state["tokens"][:, t], state["log_probs"][:, t] = tokens, log_probs
             ended = (torch.isin(tokens, stop_ids) & (not params.ignore_eos)) | (t + 1 == M)
             state["length"][ended & (state["length"] == 0)] = t + 1

@@ -93,9 +93,10 @@ class EnginePool(WorkerGroup):
         self.refresh_dead()
         missing: list[Responses] = [{} for _ in self.workers]
         share = -(-len(prompts) // len(self))  # or less: what starts at once on each engine
-        room = max(1, min(self.max_num_seqs // params.n, share))
+        room = max(1, min(self.max_num_seqs // params.num_responses, share))
         for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
-            missing[i // room % len(self)] |= {(group, k): prompt for k in range(params.n)}
+            wanted = {(group, k): prompt for k in range(params.num_responses)}
+            missing[i // room % len(self)] |= wanted
         streams = {self._start(i, m, params): i for i, m in enumerate(missing) if m}
         deaths: Counter[int] = Counter()  # of each engine, since its last response
         try:

@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,9 @@ class VLLMEngine(RolloutEngine):
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
-        sampling = vllm.SamplingParams(
+        make = partial(
+            vllm.SamplingParams,
             max_tokens=params.max_tokens,
-            temperature=params.temperature,
             top_p=params.top_p,
             top_k=max(params.top_k, 0),
             ignore_eos=params.ignore_eos,
@@ -101,8 +102,9 @@ class VLLMEngine(RolloutEngine):
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        sampled, greedy = make(temperature=params.temperature), make(temperature=0.0)
         self.stopped = False
-        waiting = deque(rows_of(prompts, groups, params.n))
+        waiting = deque(rows_of(prompts, groups, params.num_responses))
         running: dict[str, Row] = {}  # by name
         try:
             while (waiting or running) and not self.stopped:
@@ -110,7 +112,7 @@ class VLLMEngine(RolloutEngine):
                     prompt, group, index = row = waiting.popleft()
                     running[name := f"{group}-{index}"] = row
                     seed = np.random.SeedSequence([*params.seed, group, index])
-                    own = sampling.clone()
+                    own = (greedy if index == params.n else sampled).clone()
                     own.seed = int(seed.generate_state(1, np.uint64)[0] >> 1)  # fits into an int64
                     self.engine.add_request(name, tokens_input(prompt.token_ids.tolist()), own)
                 outputs: list[Any] = self.engine.step()

@@ -38,8 +38,7 @@ def for_vllm(config: Config) -> Settings:
 
 def for_memory(config: Config, free: set[str]) -> Iterator[Settings]:
     """Where tensors lie and how much goes into a pass, the fastest first; of the keys in `free`."""
-    models = config.actor_rollout_ref
-    split = min(part.ulysses_sequence_parallel_size for part in (models.actor, models.ref))
+    split = min(config.actor_rollout_ref.splits)
     longest = -(-(config.data.max_prompt_length + config.data.max_response_length) // split)
     budgets = [tokens for tokens in BUDGETS if tokens > longest] + [longest]
     for place in PLACES:

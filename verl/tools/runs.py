@@ -14,9 +14,12 @@ from verl.trainer.ppo.tracking import read_metrics
 METHODS = {
     "token-mean": "DAPO Norm",
     "token-mean-legacy": "DAPO Norm per micro-batch",
+    "token-sum": "token sum",
     "seq-mean-token-mean": "GRPO Norm",
     "seq-mean-token-sum": "sequence sums",
     "seq-mean-token-sum-norm": "sequence sums / M",
+    "luspo": "sequence sums",
+    "lambda-grpo": "λ-GRPO",
     "dr-grpo": "Dr. GRPO (Norm)",
     "delta-l": "∆L Norm",
 }
@@ -81,11 +84,13 @@ class Run:
     @property
     def method(self) -> str:
         """The loss aggregation in words; the run's name if the settings don't tell."""
+        alpha = self.settings.get("algorithm.grpopp_config.alpha", 0)
+        if self.mode == "lambda-grpo":
+            return f"λ-GRPO, λ = {0 - alpha:g}"
         if self.mode == "delta-l":
-            alpha = self.settings.get("algorithm.grpopp_config.alpha", 0)
             return f"∆L Norm, α = {alpha:g}" if alpha else "Dr. GRPO Norm"
         if self.mode == "dr-grpo":
-            return "Dr. GRPO"
+            return "Dr. GRPO" + " Norm" * (not self.settings.get("algorithm.use_dr_grpo"))
         return METHODS.get(self.mode or "", self.mode or self.name)
 
     def series(self, key: str) -> pd.Series:

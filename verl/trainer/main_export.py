@@ -31,6 +31,7 @@ def export(checkpoint: Path, folder: Path, merge: bool = False) -> None:
         raise ValueError(f"{checkpoint} was written by another version: {error}") from None
     model = config.actor_rollout_ref
     model.model.lora.merge |= merge
+    model.actor.fsdp_config.fsdp_size = -1  # here is one rank
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         policy = PolicyWorker("cpu")

@@ -58,7 +58,8 @@ def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
         length = config.data.max_prompt_length + config.data.max_response_length
         contents = config.actor_rollout_ref.actor.checkpoint.save_contents
         exports = config.trainer.save_hf_model or "hf_model" in contents
-        split = config.ending("ulysses_sequence_parallel_size")
+        keys = config.ending("ulysses_sequence_parallel_size")
+        split = dict(zip(keys, config.actor_rollout_ref.splits, strict=True))
         check_model(model, length, exports and not config.trainer.val_only, split)
         engine.check(model)
         if (reward := config.reward_model).enable:

@@ -1,5 +1,6 @@
 """Supervised warm-up, token-mean of −log π: `python -m verl.trainer.main_sft key=value …`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def train(config: SFTConfig, tokenizer: Any, signals: StopSignals) -> Path:
     settings = LossConfig("nll"), limit, config.grad_clip
     root = Path(trainer.default_local_dir).expanduser().absolute()
 
-    start_ray(ranks, config.ray_init.num_cpus)
+    start_ray(ranks, **asdict(config.ray_init))
     signals.install()  # Ray takes SIGTERM
     device = cluster_device(trainer.device)
     slots = reserve_devices(trainer.nnodes, trainer.n_gpus_per_node, device)

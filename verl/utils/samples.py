@@ -17,7 +17,7 @@ SCHEMA = pa.schema(
     dict.fromkeys(("prompt_index", "group", "response_index", "policy_version"), pa.int64())
     | {"finish_reason": pa.string(), "extras": pa.string()}  # extras: JSON
     | {name: pa.list_(pa.from_numpy_dtype(dtype)) for name, dtype in ARRAYS.items()}
-    | dict.fromkeys(("score", "reward", "advantage"), pa.float64())
+    | dict.fromkeys(("score", "reward", "baseline", "advantage"), pa.float64())
 )
 
 

@@ -195,7 +195,13 @@ class Batches:
     def _round(self, step: int, round_: int, timer: Timer) -> Generator[list[Sample], None, None]:
         """All responses to the next prompts (see `scored`); no two rounds share a group."""
         prompts = [self.prompts[i] for i in self.order.next_batch()]
-        return self.scored(prompts, round_ * len(prompts), sampling(self.config, step), timer)
+        params, keys = sampling(self.config, step), reward_components(self.config)
+        with closing(self.scored(prompts, round_ * len(prompts), params, timer)) as groups:
+            for group in groups:
+                for sample in group:
+                    sample.baseline = group[-1].reward if params.greedy else 0.0
+                    check_components(sample, keys)
+                yield group[: params.n]  # the greedy response is not trained on
 
     def scored(
         self, prompts: list[Prompt], first: int, params: SamplingParams, timer: Timer
@@ -208,7 +214,7 @@ class Batches:
 
         def complete(scores: list[Future[list[Sample]]]) -> bool:
             done = all(part.done() for part in scores)
-            return done and sum(len(part.result()) for part in scores) == params.n
+            return done and sum(len(part.result()) for part in scores) == params.num_responses
 
         try:
             for scores in scoring:
@@ -292,4 +298,28 @@ def sampling(config: Config, step: int, validation: bool = False) -> SamplingPar
     keys = rollout.val_kwargs if validation else rollout
     temperature = keys.temperature if keys.do_sample else 0.0
     seed, ignore_eos = (rollout.seed, int(validation), step), rollout.ignore_eos and not validation
-    return SamplingParams(keys.n, longest, temperature, keys.top_p, keys.top_k, ignore_eos, seed)
+    options = temperature, keys.top_p, keys.top_k, ignore_eos, seed
+    greedy = config.algorithm.adv_estimator == "remax" and not validation
+    return SamplingParams(keys.n, longest, *options, greedy=greedy)
+
+
+def reward_components(config: Config) -> list[str]:
+    """What the reward function must return beside the score: `algorithm.gdpo_reward_keys`."""
+    algorithm = config.algorithm
+    return (algorithm.gdpo_reward_keys or []) if algorithm.adv_estimator == "gdpo" else []
+
+
+def component(sample: Sample, key: str) -> Any:
+    """One number of several that a reward function returned."""
+    return sample.score if key == "score" else sample.extras.get(key)
+
+
+def check_components(sample: Sample, keys: Sequence[str]) -> None:
+    """Raises: ValueError if one of the reward's components is no finite number."""
+    for key in keys:
+        value = component(sample, key)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            problem = f"is {value!r:.200}, of {['score', *sample.extras]}"
+            remedy = "the reward function must return a number for it"
+            where = sample.prompt.location
+            raise ValueError(f"{where}: {key} of algorithm.gdpo_reward_keys {problem}: {remedy}")

@@ -12,7 +12,7 @@ from verl.algorithms.policy_losses import SELECTIONS
 from verl.config.schema import Config
 from verl.protocol import OptimizerStep, Sample, response_lengths
 from verl.trainer.ppo import checks, metrics
-from verl.trainer.ppo.batches import Batches, mini_batches
+from verl.trainer.ppo.batches import Batches, component, mini_batches, reward_components
 from verl.trainer.ppo.checkpoint import CheckpointFolder, TrainState
 from verl.trainer.ppo.tracking import Tracking
 from verl.trainer.ppo.workers import Workers, loss_config, needs_reference
@@ -167,12 +167,23 @@ class RayPPOTrainer:
         rewards, groups = [s.reward for s in samples], [s.group for s in samples]
         estimator, by_std = self.config.algorithm.adv_estimator, self.aggregation.norm_by_std
         lengths = response_lengths(s.trained() for s in samples)
-        values = advantages.advantages(rewards, groups, lengths, estimator, by_std)
+        keys = reward_components(self.config)
+        values = advantages.advantages(
+            rewards,
+            groups,
+            lengths,
+            estimator,
+            by_std,
+            baselines=[s.baseline for s in samples],
+            components=[[component(s, key) for s in samples] for key in keys],
+            component_weights=self.config.algorithm.gdpo_reward_weights,
+        )
         for sample, value in zip(samples, values.tolist(), strict=True):
             sample.advantage = value
-        lengths = response_lengths(self.trained(samples))
+        counting = self.trained(samples)
+        lengths, groups = response_lengths(counting), [s.group for s in counting]
         modes = dict.fromkeys((*COMPARED_WEIGHTS, self.aggregation.mode))
-        by_method = {mode: self.aggregation.weights(lengths, mode=mode) for mode in modes}
+        by_method = {mode: self.aggregation.weights(lengths, groups, mode=mode) for mode in modes}
         return metrics.loss_agg_metrics(lengths, by_method, self.aggregation.mode)
 
     def optimizer_steps(
@@ -183,10 +194,10 @@ class RayPPOTrainer:
         rollout_lengths, steps = response_lengths(self.trained(samples)), []
         for number, mini_batch in enumerate(mini_batches(self.config, samples, self.state.step)):
             counting = self.select_tokens(self.trained(mini_batch), number)
-            lengths, mode = response_lengths(counting), self.aggregation.regularizer_mode
-            w = others = self.aggregation.weights(lengths, rollout_lengths)
-            if mode:
-                others = self.aggregation.weights(lengths, rollout_lengths, mode)
+            given = response_lengths(counting), [s.group for s in counting], rollout_lengths
+            w = others = self.aggregation.weights(*given)
+            if mode := self.aggregation.regularizer_mode:
+                others = self.aggregation.weights(*given, mode)
             step = OptimizerStep(counting, w / np.float32(mean_factor), others)
             steps.append(step.share(np.flatnonzero(w).tolist()))
         return steps
@@ -260,8 +271,6 @@ class RayPPOTrainer:
             self.tracking.log(record, self.state.step)
         if self.is_due(trainer.save_freq):
             self.save_checkpoint()
-            if self.workers.sleeps_to_save and self.state.step < self.total_steps:
-                self.workers.update_engines()
 
     def validate(self) -> None:
         """Logs the accuracy on the validation prompts (what a reward model scores has none), and

@@ -3,7 +3,7 @@
 import gc
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class Workers:
         ranks = trainer.n_gpus_per_node
         engine = engine_class(model.rollout.name)
         per_node = ranks + (trainer.rollout_gpus_per_node or 0)
-        start_ray(trainer.nnodes * per_node, config.ray_init.num_cpus)
+        start_ray(trainer.nnodes * per_node, **asdict(config.ray_init))
         ray_started()
         device = self.device = cluster_device(trainer.device)
         slots = reserve_devices(trainer.nnodes, per_node, device)
@@ -73,8 +73,8 @@ class Workers:
         actor, ref = model.actor, model.ref.fsdp_config if needs_reference(self.config) else None
         reward = self.config.reward_model
         scorer = (reward.model.classifier(), reward.model.fsdp_config) if reward.enable else None
-        split = actor.ulysses_sequence_parallel_size, model.ref.ulysses_sequence_parallel_size
-        arguments = model.model, actor.fsdp_config, actor.optim, total_steps, ref, scorer, split
+        settings = model.model, actor.fsdp_config, actor.optim, total_steps
+        arguments = *settings, ref, scorer, model.splits
         sizes, peaks = zip(*self.actor.call("build", *arguments), strict=True)
         self.model_size, self.peak_flops = sizes[0], sum(peaks) if all(peaks) else None
         if self.config.trainer.val_only:
@@ -88,12 +88,6 @@ class Workers:
         self.update_engines()  # those that sleep have none
         # What is here now stays: walking it again for garbage takes longer than a step's samples.
         gc.freeze()
-
-    @property
-    def sleeps_to_save(self) -> bool:
-        """Whether a checkpoint needs the engines' memory: `hf_model` gathers all weights."""
-        contents = self.config.actor_rollout_ref.actor.checkpoint.save_contents
-        return "hf_model" in contents and self.colocated
 
     def free_devices(self) -> None:
         """Puts engines that share the actor's devices to sleep, so that it has their memory."""
@@ -121,12 +115,11 @@ class Workers:
         rollout, field, method = model.rollout, "old_log_probs", "log_probs"
         size = rollout.log_prob_micro_batch_size_per_gpu or model.actor.ppo_micro_batch_size_per_gpu
         sizes: RolloutConfig | RefConfig = rollout
-        split = model.actor.ulysses_sequence_parallel_size
+        split, ref_split = model.splits
         if role == "ref":
             field = method = "ref_log_probs"
             sizes, size = model.ref, model.ref.log_prob_micro_batch_size_per_gpu or size
-            if not model.model.uses_lora:  # else it is the actor's own model
-                split = model.ref.ulysses_sequence_parallel_size
+            split = ref_split
         dynamic, most = sizes.log_prob_use_dynamic_bsz, sizes.log_prob_max_token_len_per_gpu
         limit = MicroBatchLimit(None if dynamic else size, most)
         parts = [[samples[i] for i in share] for share in self._shares(samples, split)]
@@ -175,10 +168,9 @@ class Workers:
         return {"rollout/verify_logprob_diff": worst}
 
     def save(self, folder: Path) -> None:
-        """Writes the policy's part of a checkpoint; with `sleeps_to_save`, engines then need
-        `update_engines`."""
+        """Writes the policy's part of a checkpoint."""
         contents = self.config.actor_rollout_ref.actor.checkpoint.save_contents
-        if self.sleeps_to_save:
+        if "hf_model" in contents:  # which gathers all weights
             self.free_devices()
         self.actor.call("save", folder, contents, self.config.trainer.hf_model_dtype)
 
