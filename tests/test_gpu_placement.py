@@ -32,7 +32,7 @@ class Place:
 class Engine(Place):
     """Starts workers of its own where vLLM's Ray executor does, by the variables that it reads."""
 
-    parallel = True
+    parallel, stored = True, False
 
     def __init__(self, share: float, bundles: Sequence[int]) -> None:
         self.share, self.bundles = share, bundles

@@ -120,8 +120,8 @@ def test_pairs_travel_together_and_verdicts_come_in_order(server):
 def test_what_the_server_gives_up_on_is_wrong_and_counted(server):
     async def work(client: MathClient) -> list[dict[str, Any]]:
         return [
-            await client.compute_score("amc", rf"\boxed{{{answer}}}", "3")
-            for answer in (TIMES_OUT, "4", "3")
+            await client.compute_score("amc", rf"\boxed{{{answer}}}", gold)
+            for gold, answer in ((TIMES_OUT, "5"), ("3", "4"), ("3", "3"))
         ]
 
     found = ask(config(server, max_answer_length=100), work)
@@ -130,7 +130,7 @@ def test_what_the_server_gives_up_on_is_wrong_and_counted(server):
 
 def test_pairs_that_take_too_long_end_when_they_are_sent_again(server, monkeypatch):
     monkeypatch.setattr(math, "ANSWER_WITHIN_S", 4.0)
-    pairs = [(f"{i}", TIMES_OUT + f"+{i}") for i in range(8)]  # 8 s and more on a free slot
+    pairs = [(TIMES_OUT + f"+{i}", f"{i}") for i in range(8)]  # 8 s and more on a free slot
 
     async def work(client: MathClient) -> list[dict[str, Any]]:
         return await asyncio.gather(*(client.verify(*pair) for pair in pairs))

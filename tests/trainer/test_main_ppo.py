@@ -350,7 +350,7 @@ def test_one_rank_resumes_what_two_saved_and_all_terms_run(
         *own,
         "trainer.resume_mode=resume_path",
         f"trainer.resume_from_path={finished}/global_step_2",
-        "actor_rollout_ref.actor.checkpoint.load_contents=[model,optimizer]",
+        "actor_rollout_ref.actor.checkpoint.load_contents=[model,optimizer,hf_model]",
     )
     assert not [name for name in NOT_RESUMED.values() if name in caplog.text]
     # Engines give their memory back before the actor builds and loads, which needs it.

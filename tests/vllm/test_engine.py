@@ -15,6 +15,7 @@ from tests.helpers import VOCABULARY, make_samples, make_tiny_model
 from verl.algorithms.losses import LossConfig
 from verl.config.base import MixedPrecisionConfig
 from verl.config.schema import EngineKwargs, FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
+from verl.models.lora import merged_weight, plain_parameters
 from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import OptimizerStep, Prompt, Sample
 from verl.rollout.engine import RolloutEngine, SamplingParams
@@ -177,7 +178,10 @@ def test_it_gets_merged_weights_from_lora(model: ModelConfig, engine: VLLMEngine
     actor.build(lora, FSDPConfig(), OptimConfig(lr=1e-2), 10)
     plain = AutoModelForCausalLM.from_pretrained(model.path)
     for seed in range(3):
-        plain.load_state_dict(transfer(actor, engine), strict=False)
+        transfer(actor, engine)
+        lm = actor.model.lm
+        merged = {name: merged_weight(lm, name) for name, _ in plain_parameters(lm)}
+        plain.load_state_dict(merged, strict=False)
         check(actor, engine, plain)
         update(actor, seed)
         stale = generate(engine, PROMPTS, SamplingParams(4, 30))

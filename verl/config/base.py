@@ -125,8 +125,8 @@ class LoraConfig(Section):
     """`model.lora`."""
 
     merge: bool = key(False, on_resume="free", idle_if=NO_LORA)
-    """Write the final model merged, with the adapter in its folder lora_adapter. Engines always get
-    merged weights."""
+    """Write the final model, and hf_model of checkpoints, merged, with the adapter in the folder
+    lora_adapter. Engines always get merged weights."""
 
 
 class ModelConfig(Section):
@@ -215,7 +215,8 @@ class FSDPConfig(Section):
     """`fsdp_config` of actor and reference: PyTorch FSDP2, `fully_shard`."""
 
     model_dtype: str = key("float32", choices=("float32", "bfloat16"))
-    """Type of the parameters that are trained, of their gradients and AdamW's states."""
+    """Type of the model's parameters and, where they are trained, of gradients and AdamW's states.
+    LoRA's adapters are float32."""
     param_offload: bool = key(False, on_resume="free")
     """Keep the parameters in host memory while they are not used."""
     optimizer_offload: bool = key(False, on_resume="free")
@@ -281,7 +282,8 @@ class RunConfig(Section):
     max_skipped_steps: int = key(3, low=1)
     """Skipped steps in a row (loss or gradient not finite) after which the run stops."""
     hf_model_dtype: str | None = key(None, choices=("float32", "bfloat16", "float16"))
-    """Type of the weights in the final model; null: as in the folder that it began from."""
+    """Type of the weights in the final model; null: as in the folder that it began from, and float32
+    for LoRA's adapters."""
     default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
     """The run's folder; with several machines on a file system that all of them see."""
 

@@ -7,9 +7,7 @@ from typing import Any, cast
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory, ipc_engine
-from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from verl.protocol import WeightChunk
@@ -42,6 +40,8 @@ class ActorWeights(ipc_engine.IPCWeightTransferEngine):
 
     def start_weight_update(self) -> None:
         """Has vLLM's CPU kernels for experts make their copy anew, too."""
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
         for module in self.model.modules():
             method: Any = getattr(module, "quant_method", None)
             kernel = getattr(method, "moe_kernel", None)
@@ -99,6 +99,8 @@ def finish_open_update(worker: Any) -> None:
 
 def check_update(worker: Any) -> None:
     """Before an update ends. Raises: ValueError if vLLM's model has not taken all new weights."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
     model = worker.weight_transfer_engine.model
     for name, module in model.named_modules():
         info = get_layerwise_info(module)
