@@ -282,8 +282,8 @@ class RunConfig(Section):
     max_skipped_steps: int = key(3, low=1)
     """Skipped steps in a row (loss or gradient not finite) after which the run stops."""
     hf_model_dtype: str | None = key(None, choices=("float32", "bfloat16", "float16"))
-    """Type of the weights in the final model; null: as in the folder that it began from, and float32
-    for LoRA's adapters."""
+    """Type of the weights in the final model; null: as in the folder that it began from. LoRA's
+    adapters are float32 then."""
     default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
     """The run's folder; with several machines on a file system that all of them see."""
 
