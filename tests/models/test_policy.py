@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,12 +42,7 @@ RESPONSE_LOSSES = ("gspo", "geo_mean", "vespo")
 LOSS = LossConfig(entropy_coeff=0.05, kl_coef=0.1, clip_ratio_high=0.3, temperature=0.9)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=free_address(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(scope="module")

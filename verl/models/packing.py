@@ -46,7 +46,7 @@ class Batch:
         gradient is that of the ranks' sum: of a loss that each rank computes, a multiple."""
         if self.group is None:
             return values
-        padded = torch.nn.functional.pad(values, self.elsewhere)
+        padded = pad_(values, self.elsewhere)
         total = collectives.wait_tensor(collectives.all_reduce(padded, "sum", self.group))
         return total.clone()  # FSDP's hooks don't like views
 

@@ -40,13 +40,13 @@ class ActorWeights(ipc_engine.IPCWeightTransferEngine):
 
     def start_weight_update(self) -> None:
         """Has vLLM's CPU kernels for experts make their copy anew, too."""
-        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+        methods: list[Any] = [getattr(m, "quant_method", None) for m in self.model.modules()]
+        if methods := [m for m in methods if getattr(m, "moe_kernel", None)]:
+            from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
-        for module in self.model.modules():
-            method: Any = getattr(module, "quant_method", None)
-            kernel = getattr(method, "moe_kernel", None)
-            if kernel and isinstance(kernel.fused_experts, CPUUnquantizedExperts):
-                method.moe_kernel = None  # as before the first weights
+            for method in methods:
+                if isinstance(method.moe_kernel.fused_experts, CPUUnquantizedExperts):
+                    method.moe_kernel = None  # as before the first weights
         super().start_weight_update()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
