@@ -20,7 +20,7 @@ MAX_BITS = 4_096
 MAX_EXPONENT = 1_000_000  # of two: what may come out of a power or a factorial
 DIGITS, CONFIRMING_DIGITS = 60, 1_000
 GUARD = 15  # digits that rounding errors may spoil
-MAX_KINKS, MAX_TERMS, FIRST = 16, 200, 20
+MAX_KINKS, MAX_TERMS, FIRST, MAX_STEPS = 16, 200, 20, 30
 INFINITY = Node("sym", ("oo",))
 NEGLIGIBLE = 1e-40  # next to numbers of ordinary size
 SAMPLES = 12  # positive points; three times as many of any sign follow
@@ -118,7 +118,7 @@ def _evaluate(node: Node, point: dict):
         return _CONTEXT.mpf(args[0].numerator) / args[0].denominator
     if op == "sym":
         if args[0] in point:
-            return _CONTEXT.mpf(point[args[0]])
+            return _CONTEXT.convert(point[args[0]])
         if args[0] not in CONSTANTS:
             raise Undecided(f"no value for {args[0]}")
         return +CONSTANTS[args[0]]
@@ -218,6 +218,42 @@ def settled(node: Node, point: dict | None = None):
         exacter = value(node, point, CONFIRMING_DIGITS)
         return number if close(number, exacter) else _CONTEXT.zero
     return number
+
+
+def root(node: Node, point: dict, name: str):
+    """A value of one variable for which the tree is 0, the others being at ``point``."""
+    with _CONTEXT.workdps(DIGITS):
+        found = [(x, value(node, {**point, name: x})) for x in map(_CONTEXT.mpf, (0.7, 0.8, 1.1))]
+        try:
+            while found[-1][1] and len(found) < MAX_STEPS:
+                (x, f), (y, g), (z, h) = found[-3:]  # lie on a hyperbola, or a line
+                ratio = g * (f - h) * (x - y) / (h * (f - g) * (x - z))
+                new = (y - ratio * z) / (1 - ratio)
+                found.append((new, settled(node, {**point, name: new})))
+        except _ERRORS as error:
+            raise Undecided(str(error)) from error
+    if found[-1][1]:
+        raise Undecided("no root found")
+    return found[-1][0]
+
+
+def derivative(node: Node, point: dict, name: str):
+    """The partial derivative at a point, to about 20 digits."""
+    step = _CONTEXT.mpf(10) ** -20
+    with _CONTEXT.workdps(DIGITS):
+        there = {**point, name: point[name] + step}
+        return (value(node, there) - value(node, point)) / step
+
+
+def in_span(columns: list[list], target: list) -> bool:
+    """Whether ``target`` is a sum of multiples of the independent columns, longer than many."""
+    with _CONTEXT.workdps(DIGITS):
+        matrix, right = _CONTEXT.matrix(columns).T, _CONTEXT.matrix(target)
+        try:
+            rest = matrix * _CONTEXT.lu_solve(matrix, right) - right
+        except _ERRORS as error:
+            raise Undecided(str(error)) from error
+        return bool(_CONTEXT.norm(rest) <= 1e-9 * max(1, _CONTEXT.norm(right)))
 
 
 def close(a, b, digits: int = DIGITS) -> bool:

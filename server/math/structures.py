@@ -9,7 +9,7 @@ r"""Two trees, compared part by part: lists, tuples, intervals, sets, matrices, 
 from collections.abc import Sequence
 from math import log2
 
-from . import regions
+from . import constants, regions
 from .evaluate import Undecided, equal, sample, symbols, value
 from .tidy import COLLECTIONS, entries, is_numbered, name_of, tidy, value_of
 from .tree import Node, rewritten
@@ -163,7 +163,7 @@ def _same_relations(a: Node, b: Node) -> bool:
         if new.op == old.op == "sym" and not symbols(new) & symbols(value_of(b)):
             return same(value_of(a), rewritten(value_of(b), lambda p: new if p == old else p))
     if name_a is not None and name_b is not None and _compatible(name_a, name_b):
-        return same(value_of(a), value_of(b))
+        return same(value_of(a), value_of(b)) or constants.same(*a.args[1:3], *b.args[1:3])
     if set(a.args[0]) == set(b.args[0]) == {"="} and len(a.args) == len(b.args) == 3:
         return _same_equations(a.args[1:], b.args[1:])
     return _same_inequalities(a, b) or _same_regions(a, b)
@@ -184,9 +184,10 @@ def _same_equations(a: tuple[Node, Node], b: tuple[Node, Node]) -> bool:
     if not symbols(a[0]) | symbols(a[1]):  # f(3) = 10
         return all(map(same, a, b))
     if symbols(a[0]) | symbols(a[1]) != symbols(b[0]) | symbols(b[1]):
-        return False
+        return constants.same(*a, *b)
     alike = all(map(same, a, b)) or all(map(same, a, reversed(b)))  # of identities, too
-    return alike or _proportional(a, b) is not None or _multiplied(a, b)
+    alike = alike or _proportional(a, b) is not None or _multiplied(a, b)
+    return alike or constants.same(*a, *b)
 
 
 def _multiplied(a: Sequence[Node], b: Sequence[Node]) -> bool:
