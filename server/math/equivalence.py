@@ -93,7 +93,7 @@ def _slow(gold: str, pred: str) -> Verdict:
 
 def _named(match: re.Match[str]) -> str:
     """Words before a value as its name: "smallest: 2" as smallest = 2, and so "house number 2"."""
-    name = re.sub(r"\A(?:the|an?) ", "", match[1].lower())
+    name = re.sub(r"\A(?:the|an?) |(?<=max)imum|(?<=min)imum", "", match[1].lower())
     changed = CHANGES.search(name) or not {*re.findall("[a-z]{3,}", name)} - GREEK
     changed = changed or not (match[2] or NAMES.search(name))
     rest = re.split("[,;]", match.string[match.end() :])[0]
@@ -129,7 +129,8 @@ def quick(gold: str, pred: str) -> Verdict | None:
 
 def _tight(text: str) -> str:
     """Without spaces and text commands, except for spaces between digits."""
-    return re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
+    text = re.sub(r"(?<=[a-z]{3}):", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
 def _choice(text: str) -> tuple[str, str] | None:
@@ -178,7 +179,10 @@ def _numeric(gold: str, pred: str) -> Verdict | None:
 
 def _compare(gold: str, pred: str) -> Verdict:
     """The structural stages, on both readings of commas between digits."""
-    trees = structures.one_form(parse(gold)), parse(pred)
+    (first, *others), pred_tree = structures.forms(parse(gold)), parse(pred)
+    if any(structures.same(form, pred_tree) for form in others):
+        return Verdict(True, "structure")
+    trees = first, pred_tree
     how = "structure" if any(tree.op in structures.COMPOUND for tree in trees) else "symbolic"
     parts = trees[0].args if ";" in gold and trees[0].op == "list" else ()
     if parts and not {part.op for part in parts} & {*structures.COMPOUND, "sym", "pm"}:

@@ -26,7 +26,7 @@ _GREEK = (
 _SIGNS = r"""
 − - – - — - × \times · \cdot ⋅ \cdot ∗ * ÷ \div √ \sqrt π \pi ∞ \infty ≤ \le ≥ \ge ≠ \ne
 ≈ \approx ∪ \cup ∩ \cap ∈ \in ± \pm ∓ \mp ∅ \emptyset ℝ \mathbb{R} º ° ’ ' ′ ' ″ '' ⟨ ( ⟩ )
-。 . … ... ⌊ \lfloor ⌋ \rfloor ⌈ \lceil ⌉ \rceil ∛ \sqrt[3] ⁻ ^{-} ∨ \lor ∧ \land
+。 . 、 , … ... ⌊ \lfloor ⌋ \rfloor ⌈ \lceil ⌉ \rceil ∛ \sqrt[3] ⁻ ^{-} ∨ \lor ∧ \land
 ¢ \text{cents} ˚ ° ⁄ / ⩽ \le ≦ \le ⩾ \ge ≧ \ge ∠ \angle ℤ \mathbb{Z} ℕ \mathbb{N}
 ℚ \mathbb{Q} ℂ \mathbb{C}
 """
@@ -59,7 +59,7 @@ _SYNONYMS = {
     for names, replacement in {
         "displaystyle textstyle scriptstyle limits nolimits hfill big Big bigg Bigg bigl Bigl "
         "biggl Biggl bigr Bigr biggr Biggr bigm Bigm tiny small normalsize large Large LARGE huge "
-        "strut mathstrut nonumber notag": "",
+        "strut mathstrut nonumber notag noindent indent par smallskip medskip centering hline": "",
         "thinspace": " ", "dfrac tfrac cfrac nicefrac sfrac": r"\frac",
         "dbinom tbinom": r"\binom", "leq leqslant leqq": r"\le", "geq geqslant geqq": r"\ge",
         "neq": r"\ne", "vee": r"\lor", "wedge": r"\land", "degree": "°", "lbrace": r"\{",
@@ -161,6 +161,8 @@ def words(text: str) -> str | None:
     r"""Letters of an answer made of words only, in lower case (``\text{Even}`` → even)."""
     spelt = _in_words(text)
     bare = re.sub(r"\b(?:an?|the) (?=[a-z]{3})", "", ARTICLE.sub("", spelt or ""))
+    bare = re.sub(r"(?<!not) (?:point|system|function|triangle|line)s?\Z|\blinearly (?=(?:in)?dep)", "",
+                  bare)
     bare = re.sub(r"verges?\b", "vergent", re.sub(r"\bno such [a-z ]*", "no such", bare))
     bare = re.sub(r"\A(mon|tue|wed|thu|fri|sat|sun)(?:n?e?u?r?s?day|r?s)?\Z", r"\1", bare)
     if _UNORDERED.search(bare):
@@ -261,6 +263,7 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
      lambda m: rf"\text{{{m[1]}/{m[2]}}}" + (f"^{m[3]}" if m[3] != "1" else "")),
     # bases, residues, numbers with a period or a rest
     ("_", r"_\{\((\d+)\)\}", r"_{\1}"),
+    ("base", r"(?<=[\dA-F])(?: ?\\text\{)? ?(\()?(?:in )?base ?\}? ?(\d+)(?(1)\)\}?|\}?)\Z", r"_{\2}"),
     ("_", r"\A(?:\\text\{)?([0-9A-Fa-f]{2,})\}?_\{?(1[1-6])\}?\Z",
      lambda m: f"{m[1].upper()}_{m[2]}"),
     ("mod", r" ?(\( ?)?\\?(?:text\{ ?)?(?<![A-Za-z])[pb]?mod\b ?\}? ?(\d{1,9}|\{\d{1,9}\}|[a-z])"
@@ -275,6 +278,8 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("<", r"\A<([^<>=]*,[^<>=]*)>\Z", r"(\1)"),
     (")(", r"\A(?:\(\d\)){2,}\Z", lambda m: m[0].replace(")(", "),(")),
     ("[", r"\A\[([A-J](?:, ?[A-J])+)\]\Z", r"\1"),
+    ("vert", r"(\\\{ ?[a-z]) ?\\[lr]vert", r"\1|"),
+    ("only", r"(?<=[A-Z)])(?:\}? ?,? ?\\text\{)? only\b", ""),
     ("atrix(", r"(?<![A-Za-z])[Mm]atrix(?=\()", ""),
     ("cases", r",? ?&? ?\\text\{ ?(?:if|for|when) ?\}|, ?(?:&|(?=\\\\))", "&"),
     ("&", r"& ?(?=[=<>]|\\[lg]e(?![A-Za-z]))", ""),
@@ -282,13 +287,22 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     (":", r"\A([^:]*(?:[<>]|\\[lg]e)[^:]*):(?=[\[(])", r"\1\\lor"),
     # functions with other names
     ("{}", rf"\{{\}}[_^]{_ARGUMENT}([CP])_{_ARGUMENT}", r"\2_\1^\3"),
+    ("C", r"\A(\d+) ?C ?(\d+)\Z", r"\\binom{\1}{\2}"),
     ("choose", r"(?<![^ {(=*])(\d+|[a-z]) ?(?:\\text\{ ?)?\\?choose ?\}? ?(\d+|[a-z])(?![^ )}=,])",
      r"\\binom{\1}{\2}"),
     ("C", rf"(?<![A-Za-z\\])C_{_ARGUMENT}\^{_ARGUMENT}", r"\\binom{\1}{\2}"),
     ("_", rf"(?<![A-Za-z\\])[AP]_{_ARGUMENT}\^{_ARGUMENT}", r"\\binom{\1}{\2}{\2}!"),
     ("tg", rf"{_IN_TEXT}\\?(?<![A-Za-z])((?:arc)?c?)tg(?![a-z]) ?\}}? ?(?=(\w?))",
      lambda m: _CALCULUS[m[1]] + " " * len(m[2])),
+    ("partial", r"\\frac ?\{\\partial ?([a-z])\}\{\\partial ?([a-z])\}", r"\1_\2"),
+    ("partial", r"\\frac ?\{\\partial ?\^\{?2\}? ?([a-z])\}\{\\partial ?([a-z])(?:\^\{?(2)\}?| ?\\partial ?([a-z]))\}",
+     lambda m: f"{m[1]}_{{{m[2]}{m[4] or m[2]}}}"),
     # for which letters something holds
+    ("cept", rf"\A{_IN_TEXT}(?:[Aa]ll )?(?:real )?(?:numbers?|reals|x|values)(?: x| of x)? except(?: for)? ?\}}? ?(?:x ?= ?)?"
+     r"([-\d.,\\{}a-z]+)\Z", r"\\mathbb{R}\\setminus\\{\1\\}"),
+    ("all", r"\A\\text\{(?:for )?all\}(?=[a-z]\\ne)", ""),
+    ("root", r" ?(?:\\text\{ ?)?\((?:a )?(?:double|repeated) roots?\) ?\}?", ""),
+    ("to", r"\A(?:\\text\{)?(?:[Ii]t )?[Cc]onverges to ?\}? ?", ""),
     ("N", r"\A([A-Za-z](?:_\{?n\}?|\(n\))=.*?)[ ,(]*n ?\\in ?\\mathbb ?\{?N\}?[_^{}*+]*\)?\Z",
      r"\1"),
     ("mathbb", r"\\mathbb\{R\}[_^]\{?\+\}?", r"(0,\\infty)"),

@@ -24,21 +24,20 @@ _SMALL = VALUES | {
 }  # fmt: skip
 # What a phrase may begin with, up to its article: it is, the series, n is, all.
 ARTICLE = re.compile(
-    r"\A(?:yes ?, (?=(?:it|this) )|no ?, (?=\w+ (?:is|does) not ))?(?:(?:the (?:function|series"
+    r"\A(?:yes ?, (?=(?:it|this) )|no ?, ?(?=\w+ (?:is|does) not ))?(?:(?:the (?:function|series"
     r"|sequence|integral|system|[a-z]+(?= (?:is|are|has|does)\b))|it|this|there|on|all"
-    r"|[a-z](?= is)) (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
+    r"|they|these|[a-z](?= is)) (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
     r"|(?:(?<=odd)|(?<=even)) (?:integer|number)s?\Z"
 )
-_STOCK = {
-    text: meaning
-    for meaning, texts in {
-        r"\text{infinitely many}": "infinitely many solutions|infinite number of solutions"
-        "|infinite solutions", r"\infty": "infinity|positive infinity", "undefined": "not defined",
-        r"-\infty": "negative infinity|minus infinity", "dne": "does not exist", "yes": "true",
-        r"\emptyset": "empty set|no solution|no solutions|no real solution|no real solutions",
-        "no": "false", r"\mathbb{R}": "reals|real numbers|real values",
-    }.items() for text in texts.split("|")
-}  # fmt: skip
+_STOCK = [(re.compile(pattern), meaning) for pattern, meaning in (
+    (r"(?:infinitely many|infinite(?: number of)?)(?: (?:solutions|values))?|(?:positive )?infinity",
+     r"\infty"),
+    ("(?:negative|minus) infinity", r"-\infty"), ("not defined", "undefined"), ("true", "yes"),
+    ("does not exist", "dne"), ("false", "no"),
+    ("empty set|none|(?:no(?: real)? (?:solution|root)s?(?: exists?)?|inconsistent)", r"\emptyset"),
+    (r"reals|real (?:numbers|values)|(?:[a-z] (?:can be |is |are )?)?(?:any|every|all)(?= )(?: reals?)?"
+     "(?: (?:number|value)s?)?(?: of| for)?(?: [a-z])?(?: (?:will )?works?)?", r"\mathbb{R}"),
+)]  # fmt: skip
 
 
 def number_in_words(text: str) -> str | None:
@@ -69,8 +68,9 @@ def _whole(text: str) -> int | None:
 def phrase(text: str) -> str | None:
     """What a phrase in lower case stands for, or None if it has no other form."""
     bare = ARTICLE.sub("", text)
-    if found := _STOCK.get(bare) or number_in_words(bare) or number_in_words(text):
-        return found
+    found = (meaning for pattern, meaning in _STOCK for some in (bare, text) if pattern.fullmatch(some))
+    if stock := next(found, None) or number_in_words(bare) or number_in_words(text):
+        return stock
     head, _, counted = bare.rpartition(" ")
     if counted[-1:] == "s" and (number := number_in_words(head)):
         return f"{number} {counted}"  # eight weeks

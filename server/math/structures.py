@@ -6,13 +6,14 @@ r"""Two trees, compared part by part: lists, tuples, intervals, sets, matrices, 
 * Names matter where both sides have them, order where a name is missing and they differ.
 """
 
+import re
 from collections.abc import Sequence
 from math import log2
 
 from . import constants, regions
 from .evaluate import Undecided, equal, sample, symbols, value
 from .tidy import COLLECTIONS, entries, is_numbered, name_of, tidy, value_of
-from .tree import Node, rewritten
+from .tree import Node, number, rewritten
 from .values import same_values
 
 MAX_ITEMS, MAX_PARTS = 64, 12
@@ -38,18 +39,23 @@ def same(a: Node, b: Node) -> bool:
     if regions.is_region(a) or regions.is_region(b):
         return _same_regions(a, b)
     ops = {a.op, b.op}
+    if ops & {*COMPOUND} == {"matrix"}:
+        a, b = _scalar(a, b), _scalar(b, a)
     compare = _same_matrices if "matrix" in ops else same_values
     compare = _same_groups if "group" in ops else compare
     return (_same_lists if ops & {"list", "set"} else compare)(a, b)
 
 
-def one_form(gold: Node) -> Node:
-    """A reference that is given in two forms, as the first: 1/2 or 0.5."""
+def forms(gold: Node) -> list[Node]:
+    """A reference that is given in two forms, as these: 1/2 or 0.5, 5/7 = 0.714, 5/7 ≈ 0.7."""
+    last = gold.args[-1] if gold.op == "rel" else gold
+    if gold.op == "rel" and gold.args[0][-1] in "~=" and last.op == "num" and last.args[1]:
+        return [gold] if name_of(gold) and not gold.args[3:] else [gold, last]
     try:
         twice = gold.op in ("list", "cup") and len(gold.args) == 2 and gold.args[0] != gold.args[1]
-        return gold.args[0] if twice and same(*gold.args) else gold
+        return [gold.args[0] if twice and same(*gold.args) else gold]
     except Undecided:
-        return gold
+        return [gold]
 
 
 def _same_lists(a: Node, b: Node) -> bool:
@@ -138,11 +144,26 @@ def _same_matrices(a: Node, b: Node) -> bool:
     return alike and all(_pairwise(x.args, y.args) for x, y in zip(a.args, b.args, strict=True))
 
 
+def _scalar(node: Node, other: Node) -> Node:
+    """2I_3 or 0 as a matrix, if the other one is a square matrix."""
+    size = len(other.args)
+    unit = Node("sym", ("I",)), Node("sym", (f"I_{size}",))
+    if node.op == "matrix" or not all(len(row.args) == size for row in other.args):
+        return node
+    on, off = (
+        rewritten(node, lambda part, x=x: number(x) if part in unit else part) for x in "10"
+    )
+    cells = [[on if i == j else off for j in range(size)] for i in range(size)]
+    return Node("matrix", tuple(Node("row", tuple(row)) for row in cells))
+
+
 def _same_relations(a: Node, b: Node) -> bool:
     name_a, name_b = name_of(a), name_of(b)
     if a.op != b.op:
         relation, other, name = (a, b, name_a) if a.op == "rel" else (b, a, name_b)
         if name is not None:
+            if all(re.fullmatch("[a-z]{2,3}", str(side.args[0])) for side in relation.args[1:]):
+                return False  # AB = CD isn't CD
             return same(value_of(a), b) if a is relation else same(a, value_of(b))
         if relation.args[0] == ("in",) and relation.args[1].op == "sym":
             return same(relation.args[2], other)

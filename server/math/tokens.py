@@ -17,7 +17,7 @@ GREEK = word_set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
     "rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
 )
-NAMES = GREEK | word_set("ell hbar prime angle triangle square star circ det dim")
+NAMES = GREEK | word_set("ell hbar prime angle triangle square star circ det dim top")
 ACCENTS = frozenset(
     map("\\{}".format, word_set("vec hat bar overline tilde ddot overrightarrow widehat dot"))
 )

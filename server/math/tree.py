@@ -18,7 +18,8 @@ from .tokens import CLOSERS, FUNCTIONS, NOT_A_FACTOR, RELATIONS, ParseError, Too
 MAX_DEPTH = 30
 _OTHERWISE = (("otherwise",), ("else",), ("elsewhere",))
 MAX_DIGITS = 400
-_CALL = re.compile(r"\((?:0\)|(?:[xtnkz]|(?:[-\d./{}]|\\frac)+)\)=)")  # of y(0), h(2/3) = 7
+# of y(0), h(2/3) = 7, u(x, t) = 2x
+_CALL = re.compile(r"\((?:0\)|(?:[xyztnkrs](?:,[xyzt])*|(?:[-\d./{}]|\\(?:frac|sqrt|pi))+)\)=)")
 
 
 class Node(NamedTuple):
