@@ -188,7 +188,7 @@ def _compare(gold: str, pred: str) -> Verdict:
     if parts and not {part.op for part in parts} & {*structures.COMPOUND, "sym", "pm"}:
         in_order = Node("group", ("(", ")", *parts))  # answers to several questions
         return Verdict(structures.same(in_order, trees[1]), "structure")
-    if "Z" in gold + pred or r"\pmod" in gold + pred:
+    if any(sign in gold + pred for sign in ("Z", r"\pmod", r"\pi", "°")):
         family = regions.same_families(*trees)
         if family is not None:
             return Verdict(family, "structure")

@@ -266,7 +266,7 @@ def close(a, b, digits: int = DIGITS) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _points(names: tuple[str, ...], integers: frozenset[str] = INTEGERS) -> list[dict]:
+def _points(names: tuple, integers: frozenset[str], positive: frozenset[str]) -> list[dict]:
     """Where expressions are compared: positive points first, at several scales, then any sign.
     Names of integers get integers: cos(pi n) is (-1)^n."""
     generator, scales = random.Random("sample points"), [1, 3, 0.4, 10, 2, 0.8, 30, 5]
@@ -274,9 +274,8 @@ def _points(names: tuple[str, ...], integers: frozenset[str] = INTEGERS) -> list
     wholes = {name: generator.sample(sizes, SAMPLES) for name in names}
     points = []
     for n in range(4 * SAMPLES):
-        signs = (1,) if n < SAMPLES else (1, -1)
         points.append({
-            name: generator.choice(signs) * (
+            name: generator.choice((1,) if n < SAMPLES or name in positive else (1, -1)) * (
                 wholes[name][n % SAMPLES] if name in integers
                 else scales[n % len(scales)] * (0.1 + generator.random())
             ) for name in names
@@ -295,7 +294,10 @@ def equal(a: Node, b: Node) -> bool:
     integers = INTEGERS.union(*(symbols(Node("", part.args[:3])) for part in counting))
     complex_too = any(has(side, *part) for side in (a, b) for part in (("sym", "i"), ("fn", "cis")))
     real, apart, other, seen, too_large = 0, 0, [], set(), None
-    for n, point in enumerate(_points(names, integers)):
+    roots = [] if has(a, "abs") or has(b, "abs") else [*find(a, "root"), *find(b, "root")]
+    factors = [_factors(part.args[0]) for part in roots]  # a square root of q/s: both positive
+    positive = frozenset().union(*(some for some in factors if len(some) > 1))
+    for n, point in enumerate(_points(names, integers, positive)):
         try:
             left, right = sample(a, point), sample(b, point)
         except TooLarge as error:
@@ -322,6 +324,13 @@ def equal(a: Node, b: Node) -> bool:
     if real >= 3 or len(other) >= 3:
         return real >= 3 or all(other)
     raise too_large or Undecided("no point where both sides have a value")
+
+
+def _factors(node: Node) -> frozenset[str]:
+    """The variables that a product or quotient has as factors."""
+    if node.op in ("mul", "div"):
+        return frozenset().union(*map(_factors, node.args))
+    return symbols(node) if node.op == "sym" else frozenset()
 
 
 def sample(node: Node, point: dict):

@@ -18,7 +18,7 @@ _WORDS = {"and": r"\land ", "or": r"\lor "} | {
                         r"\infty ": "infinity infty inf oo"}.items()
     for word in words.split()
 }  # fmt: skip
-UNIT_LETTERS = frozenset("mgshLlKNJWVCF")
+UNIT_LETTERS = frozenset("mgshLlKNJWVCFA")
 
 _GREEK = (
     "alpha beta gamma delta varepsilon theta lambda mu rho sigma tau phi psi omega eta Delta Omega"
@@ -210,6 +210,19 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"\frac{{{numerator}}}{{{denominator}}}"
 
 
+def _counted(low: int, high: int) -> str:
+    return ",".join(map(str, range(low, min(high + 1, low + 99))))
+
+
+def _listed(match: re.Match[str]) -> str:
+    """For which numbers there is a member: k = 0, 1, ..., 5."""
+    if not re.search(rf"(?<![A-Za-z\\]){match[1]}(?![A-Za-z=])", match.string[: match.start()]):
+        return match[0]
+    low, dots = match[2].partition(",")[0], r"\ldots" in match[0]
+    numbers = _counted(int(low), int(match[3])) if dots else match[2] + match[3]
+    return rf",{match[1]}\in\{{{numbers}\}}"
+
+
 def _group(match: re.Match[str]) -> str:
     """What one of the groups holds: a replacement that, unlike a template, costs nothing unused."""
     return match[match.lastindex] if match.lastindex else " "
@@ -261,6 +274,7 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("", rf"(?<=\d)(?:\^? ?\{{? ?{_IN_TEXT})(?:st|nd|rd|th)(?![A-Za-z]) ?\}}{{0,2}}", ""),
     ("^{-", r"\\text\{([A-Za-z]+)(?: |\}?\\cdot ?)(?:\\text\{)?([A-Za-z]+)\}?\^\{-(\d)\}",
      lambda m: rf"\text{{{m[1]}/{m[2]}}}" + (f"^{m[3]}" if m[3] != "1" else "")),
+    (r"\Omega", r"(?<=[\dk]) ?(?:\\text\{)?\\Omega ?\}?\Z", r"\\text{ohm}"),
     # bases, residues, numbers with a period or a rest
     ("_", r"_\{\((\d+)\)\}", r"_{\1}"),
     ("base", r"(?<=[\dA-F])(?: ?\\text\{)? ?(\()?(?:in )?base ?\}? ?(\d+)(?(1)\)\}?|\}?)\Z", r"_{\2}"),
@@ -318,6 +332,9 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
      lambda m: rf"\text{{{m[m.lastindex]}}}"),
     ("in", rf"{_FOR} ?\}}?\b([A-Za-z])\b ?(?:\\in ?(?:\\mathbb ?)?[{{ ]?Z|{_IN_TEXT}(?:is |are )?"
      r"(?:an? |any )?integers?)\}?\)?\Z", r",\1\\in\\mathbb{Z}"),
+    (",", rf"{_FOR} ?\}}?\b([jkmn])=((?:\d+,)+)(?:\\ldots ?,)?(\d+)\)?\Z", _listed),
+    (r"\le", rf"(?!\A){_FOR} ?\}}?(\d)\\le ([jkmn])\\le ?(\d+)\)?\Z",
+     lambda m: rf",{m[2]}\in\{{{_counted(int(m[1]), int(m[3]))}\}}"),
     ("integer", rf"{_FOR}(?<!such) integers?[ }}]+([a-z])\)?\}}?\Z", r",\1\\in\\mathbb{Z}"),
     ("for", rf"[ ,]*{_IN_TEXT}for (?:all|any|every)(?: real)?(?: numbers?| values of)? ?\}}?[a-z]"
      r"(?:\\in ?\\mathbb\{R\})?\}?\Z", ""),

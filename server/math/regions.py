@@ -128,7 +128,8 @@ def same_families(gold: Node, pred: Node) -> bool | None:
     letters, names = (set(), set()), (set(), set())  # those that stand for integers; of either side
     forms = [[*_members(side, letters[n], names[n])] for n, side in enumerate((gold, pred))]
     used = [frozenset().union(*map(symbols, side)) for side in forms]
-    if not any(letters) or not (letters[0] or names[0] or has(gold, "sym", "pi") or has(gold, "degree")):
+    turns = has(gold, "sym", "pi") or has(gold, "degree")
+    if not (any(letters) or (turns and used[0] != used[1])) or not (letters[0] or names[0] or turns):
         return None
     if any(len(used[n]) != 1 or used[n] - letters[n] - INTEGERS for n in (0, 1)):
         return None

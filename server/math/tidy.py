@@ -17,6 +17,8 @@ def tidy(node: Node) -> Node:
     out as a list, matrices with arithmetic left to do, one layer of a list of one."""
     if node.op == "rel" and not {"~", "="}.isdisjoint(node.args[0]):
         node = _approximated(node)
+    if node.op == "list" and (which := node.args[-1]).op == "rel" and which.args[0] == ("in",):
+        node = _written_out(*node.args[:-1], which=which)
     if node.op == "rel" and node.args[0] == ("in",) and node.args[2].op == "set":
         node = Node("set", node.args[2].args)  # x in {1, 2}
     if node.op == "pow" and node.args[0].op in ("group", "matrix") and node.args[1] in _TRANSPOSED:
@@ -84,6 +86,17 @@ def _approximated(node: Node) -> Node:
         else:
             operators[at] = "="
     return Node("rel", (tuple(operators), *sides)) if operators else sides[0]
+
+
+def _written_out(*forms: Node, which: Node) -> Node:
+    r"""A list of members: k\pi, k \in {0, 1} as 0, \pi."""
+    name, numbers = which.args[1:]
+    if numbers.op != "set" or not all({*name.args} <= symbols(form) for form in forms):
+        return Node("list", (*forms, which))
+    return Node("list", tuple(
+        rewritten(form, lambda part, n=n: n if part == name else part)
+        for n in numbers.args for form in forms
+    ))  # fmt: skip
 
 
 def _is_rounded(exact: Node, decimal: Node) -> bool:
