@@ -40,9 +40,10 @@ _LABEL = re.compile(
     r"(?:( ?\}? ?[:=]| (?:is|are|equals)\b) ?\}?|\}?) ?"
     r"(?=[-\d.(\[|]|\\(?!text)|(?(2)[a-z](?![a-z])|\Z.))"
 )
+_SEVERAL = re.compile(r"(?=.*[(,])\(?[A-H]\)?(?:,?\(?[A-H]\)?)+")  # choices, in any order
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time, not a ratio, if both sides are
 _PARITY = {"odd": r"2k+1,k\in\mathbb{Z}", "even": r"2k,k\in\mathbb{Z}"}
-_COMBINATIONS = re.compile(r"(?<![A-Za-z\\])C\((\d+), ?(\d+)\)")
+_COMBINATIONS = re.compile(r"(?<![A-Za-z\\])([CP])\((\d+), ?(\d+)\)")
 _CAPITALS = re.compile(r"(?<![a-z\\])([A-Z])(?=[A-Z]{1,3}(?![A-Za-z]))")
 _DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))")
 
@@ -95,7 +96,8 @@ def _named(match: re.Match[str]) -> str:
     """Words before a value as its name: "smallest: 2" as smallest = 2, and so "house number 2"."""
     name = re.sub(r"\A(?:the|an?) |(?<=max)imum|(?<=min)imum", "", match[1].lower())
     changed = CHANGES.search(name) or not {*re.findall("[a-z]{3,}", name)} - GREEK
-    changed = changed or not (match[2] or NAMES.search(name))
+    labels = {found[1].lower() for found in _LABEL.finditer(match.string)}
+    changed = changed or not (match[2] or NAMES.search(name) or len(labels) > 1)
     rest = re.split("[,;]", match.string[match.end() :])[0]
     if changed or (name in FUNCTIONS and rest[:1] in "([{\\"):  # \max(a, b)
         return match[0]
@@ -130,7 +132,8 @@ def quick(gold: str, pred: str) -> Verdict | None:
 def _tight(text: str) -> str:
     """Without spaces and text commands, except for spaces between digits."""
     text = re.sub(r"(?<=[a-z]{3}):", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
-    return re.sub(r"(?<!\d) | (?!\d)", "", text)
+    text = re.sub(r"(?<!\d) | (?!\d)", "", text)
+    return "".join(sorted(re.findall("[A-H]", text))) if _SEVERAL.fullmatch(text) else text
 
 
 def _choice(text: str) -> tuple[str, str] | None:
@@ -208,8 +211,10 @@ def _other_readings(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> I
     apart = [_CAPITALS.sub(r"\1 ", text) for text in (gold, pred)]
     if (apart[0] == gold) != (apart[1] == pred):  # LC as L times C
         yield tuple(map(parse, apart))
-    if "C(" in gold + pred:  # a number of combinations, if it is no point
-        yield tuple(parse(_COMBINATIONS.sub(r"\\binom{\1}{\2}", text)) for text in (gold, pred))
+    if _COMBINATIONS.search(gold + pred):  # a number of combinations, if it is no point
+        yield tuple(parse(_COMBINATIONS.sub(
+            lambda m: rf"\binom{{{m[2]}}}{{{m[3]}}}" + (f"{m[3]}!" if m[1] == "P" else ""), text
+        )) for text in (gold, pred))  # fmt: skip
     for text, other in ((gold, pred_tree), (pred, gold_tree)):
         if _DECIMAL_COMMA.fullmatch(text) and exact(other) is not None:
             yield parse(text.replace(",", ".")), other

@@ -161,8 +161,9 @@ def words(text: str) -> str | None:
     r"""Letters of an answer made of words only, in lower case (``\text{Even}`` → even)."""
     spelt = _in_words(text)
     bare = re.sub(r"\b(?:an?|the) (?=[a-z]{3})", "", ARTICLE.sub("", spelt or ""))
-    bare = re.sub(r"(?<!not) (?:point|system|function|triangle|line)s?\Z|\blinearly (?=(?:in)?dep)", "",
-                  bare)
+    bare = re.sub(r"(?<!not) (?:point|system|function|triangle|line|condition|win)s?\Z"
+                  r"|\blinearly (?=(?:in)?dep)|(?:(?<=\bodd)|(?<=\beven)) [a-z]\Z|\A[a-z] (?=odd|even)",
+                  "", bare)  # fmt: skip
     bare = re.sub(r"verges?\b", "vergent", re.sub(r"\bno such [a-z ]*", "no such", bare))
     bare = re.sub(r"\A(mon|tue|wed|thu|fri|sat|sun)(?:n?e?u?r?s?day|r?s)?\Z", r"\1", bare)
     if _UNORDERED.search(bare):
@@ -301,7 +302,7 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     (":", r"\A([^:]*(?:[<>]|\\[lg]e)[^:]*):(?=[\[(])", r"\1\\lor"),
     # functions with other names
     ("{}", rf"\{{\}}[_^]{_ARGUMENT}([CP])_{_ARGUMENT}", r"\2_\1^\3"),
-    ("C", r"\A(\d+) ?C ?(\d+)\Z", r"\\binom{\1}{\2}"),
+    ("", r"\A(\d+) ?([CP]) ?(\d+)\Z", lambda m: rf"{{}}_{m[1]}{m[2]}_{m[3]}"),
     ("choose", r"(?<![^ {(=*])(\d+|[a-z]) ?(?:\\text\{ ?)?\\?choose ?\}? ?(\d+|[a-z])(?![^ )}=,])",
      r"\\binom{\1}{\2}"),
     ("C", rf"(?<![A-Za-z\\])C_{_ARGUMENT}\^{_ARGUMENT}", r"\\binom{\1}{\2}"),
@@ -314,7 +315,10 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     # for which letters something holds
     ("cept", rf"\A{_IN_TEXT}(?:[Aa]ll )?(?:real )?(?:numbers?|reals|x|values)(?: x| of x)? except(?: for)? ?\}}? ?(?:x ?= ?)?"
      r"([-\d.,\\{}a-z]+)\Z", r"\\mathbb{R}\\setminus\\{\1\\}"),
-    ("all", r"\A\\text\{(?:for )?all\}(?=[a-z]\\ne)", ""),
+    ("all", r"\A(?:\\text\{)?(?:for )?[Aa]ll(?: integers)? ?\}?(?=[a-z](?:[<>]|\\[gln]e))", ""),
+    (r"\in", r"(?<=\d),n\\in\\mathbb\{[NZ]\}(?:[_^]\{?[+*]\}?)?\Z", ""),
+    (r"\mathbb", r"\\mathbb\{(?:Z\}[_^]\{?\+\}?|N\}[_^]\{?[+*]\}?)", r"\\mathbb{N}"),
+    ("squared", r"per (second|sec|minute|hour) squared", r"per square \1"),
     ("root", r" ?(?:\\text\{ ?)?\((?:a )?(?:double|repeated) roots?\) ?\}?", ""),
     ("to", r"\A(?:\\text\{)?(?:[Ii]t )?[Cc]onverges to ?\}? ?", ""),
     ("N", r"\A([A-Za-z](?:_\{?n\}?|\(n\))=.*?)[ ,(]*n ?\\in ?\\mathbb ?\{?N\}?[_^{}*+]*\)?\Z",
@@ -335,7 +339,7 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     (",", rf"{_FOR} ?\}}?\b([jkmn])=((?:\d+,)+)(?:\\ldots ?,)?(\d+)\)?\Z", _listed),
     (r"\le", rf"(?!\A){_FOR} ?\}}?(\d)\\le ([jkmn])\\le ?(\d+)\)?\Z",
      lambda m: rf",{m[2]}\in\{{{_counted(int(m[1]), int(m[3]))}\}}"),
-    ("integer", rf"{_FOR}(?<!such) integers?[ }}]+([a-z])\)?\}}?\Z", r",\1\\in\\mathbb{Z}"),
+    ("integer", rf"{_FOR}(?<!such)(?<!positive) integers?[ }}]+([a-z])\)?\}}?\Z", r",\1\\in\\mathbb{Z}"),
     ("for", rf"[ ,]*{_IN_TEXT}for (?:all|any|every)(?: real)?(?: numbers?| values of)? ?\}}?[a-z]"
      r"(?:\\in ?\\mathbb\{R\})?\}?\Z", ""),
 ]]  # fmt: skip

@@ -35,6 +35,7 @@ _STOCK = [(re.compile(pattern), meaning) for pattern, meaning in (
     ("(?:negative|minus) infinity", r"-\infty"), ("not defined", "undefined"), ("true", "yes"),
     ("does not exist", "dne"), ("false", "no"),
     ("empty set|none|(?:no(?: real)? (?:solution|root)s?(?: exists?)?|inconsistent)", r"\emptyset"),
+    ("(?:positive integer|natural number)s(?: [a-z])?", r"\mathbb{N}"), ("integers", r"\mathbb{Z}"),
     (r"reals|real (?:numbers|values)|(?:[a-z] (?:can be |is |are )?)?(?:any|every|all)(?= )(?: reals?)?"
      "(?: (?:number|value)s?)?(?: of| for)?(?: [a-z])?(?: (?:will )?works?)?", r"\mathbb{R}"),
 )]  # fmt: skip

@@ -166,6 +166,11 @@ def _members(node: Node, letters: set[str], names: set[Node]) -> Iterator[Node]:
             yield Node("add", (form, Node("mul", (node.args[1], Node("sym", ("k",))))))
     elif node.op == "rel" and node.args[0] == ("in",) and node.args[2] == _INTEGERS:
         letters |= symbols(node.args[1])
+    elif node.op == "rel" and len(node.args) == 4 and {*node.args[0]} <= {"<", "<="}:
+        low, name, high = node.args[1:]
+        names.add(name)
+        ends = ("[" if node.args[0][0] == "<=" else "(", "]" if node.args[0][1] == "<=" else ")")
+        yield Node("group", (*ends, low, high))
     elif node.op == "rel" and (name := name_of(node)):
         names.add(name)
         yield value_of(node)

@@ -91,6 +91,9 @@ def _same_named(sides: list, names: list) -> bool | None:
         alike = sorted(map(str, names[0])) == sorted(map(str, names[1]))
         return None if alike or any(map(is_numbered, names[0] + names[1])) else False
     side = 0 if all(names[0]) else 1
+    heads = [Node("sym", (str(name.args[0]).partition("_")[0],)) for name in names[side]]
+    if all(map(is_numbered, names[side])) and len({*heads}) > 1:  # x_1, y_1, x_2, y_2
+        names = [heads, heads]
     values = [value_of(item) for item in sides[side]]
     others = list(sides[1 - side])
     distinct = len(set(names[side])) == len(values)

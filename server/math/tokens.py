@@ -76,7 +76,7 @@ def split(text: str, thousands: bool) -> list[str]:
             token = token.replace(",", "")
         if kind == "word" and token not in _WORDS:
             found += _letters(token, alone)
-            if _SUBSCRIPT.match(text, position) and found[-2:-1] != [r"\frac"]:
+            if _SUBSCRIPT.match(text, position) and found[-2:-1] not in ([r"\frac"], [r"\binom"]):
                 found.append("_")  # x1 is x_1, but n2^n a product
         elif kind != "space":
             found.append("\\" + token if kind == "word" else token)
