@@ -223,37 +223,33 @@ def settled(node: Node, point: dict | None = None):
 def root(node: Node, point: dict, name: str):
     """A value of one variable for which the tree is 0, the others being at ``point``."""
     with _CONTEXT.workdps(DIGITS):
-        found = [(x, value(node, {**point, name: x})) for x in map(_CONTEXT.mpf, (0.7, 0.8, 1.1))]
+        found = [(x, value(node, {**point, name: x})) for x in (0.7, 0.8 + 0.1j, 1.1)]
         try:
-            while found[-1][1] and len(found) < MAX_STEPS:
+            while abs(found[-1][1]) > NEGLIGIBLE and len(found) < MAX_STEPS:
                 (x, f), (y, g), (z, h) = found[-3:]  # lie on a hyperbola, or a line
                 ratio = g * (f - h) * (x - y) / (h * (f - g) * (x - z))
                 new = (y - ratio * z) / (1 - ratio)
-                found.append((new, settled(node, {**point, name: new})))
+                found.append((new, value(node, {**point, name: new})))
         except _ERRORS as error:
             raise Undecided(str(error)) from error
-    if found[-1][1]:
+    if abs(found[-1][1]) > NEGLIGIBLE:
         raise Undecided("no root found")
     return found[-1][0]
 
 
-def derivative(node: Node, point: dict, name: str):
-    """The partial derivative at a point, to about 20 digits."""
-    step = _CONTEXT.mpf(10) ** -20
+def solution(node: Node, points: list[dict], names: list[str]) -> dict:
+    """The values of ``names`` for which the tree is 0 at the points, if it is linear in several."""
+    if len(names) == 1:
+        return {names[0]: root(node, points[0], names[0])}
+    units = [dict.fromkeys(names, 0) | dict.fromkeys(some, 1) for some in ([], *([name] for name in names))]
+    rest, *columns = ([value(node, {**point, **unit}) for point in points] for unit in units)
     with _CONTEXT.workdps(DIGITS):
-        there = {**point, name: point[name] + step}
-        return (value(node, there) - value(node, point)) / step
-
-
-def in_span(columns: list[list], target: list) -> bool:
-    """Whether ``target`` is a sum of multiples of the independent columns, longer than many."""
-    with _CONTEXT.workdps(DIGITS):
-        matrix, right = _CONTEXT.matrix(columns).T, _CONTEXT.matrix(target)
         try:
-            rest = matrix * _CONTEXT.lu_solve(matrix, right) - right
+            rows = [[x - y for x, y in zip(column, rest, strict=True)] for column in columns]
+            found = _CONTEXT.lu_solve(_CONTEXT.matrix(rows).T, -_CONTEXT.matrix(rest))
         except _ERRORS as error:
             raise Undecided(str(error)) from error
-        return bool(_CONTEXT.norm(rest) <= 1e-9 * max(1, _CONTEXT.norm(right)))
+    return dict(zip(names, found, strict=True))
 
 
 def close(a, b, digits: int = DIGITS) -> bool:

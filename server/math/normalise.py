@@ -91,6 +91,7 @@ _ANSWER_IS = re.compile(
 )
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
 _CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
+_PARITY_WORDS = {*"all any positive integer integers number numbers is are and with where".split()}
 _SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
 _ASSIGNED, _STATEMENT = re.compile(r"[A-Za-z](?=\w*=)"), re.compile(r"[()]?(?:\\neg ?)?[p-s][()]?")
 _UNORDERED = re.compile(
@@ -217,11 +218,20 @@ def _counted(low: int, high: int) -> str:
 
 def _listed(match: re.Match[str]) -> str:
     """For which numbers there is a member: k = 0, 1, ..., 5."""
-    if not re.search(rf"(?<![A-Za-z\\]){match[1]}(?![A-Za-z=])", match.string[: match.start()]):
+    if match[1] not in re.sub(r"\\[a-z]+", "", match.string[: match.start()]):
         return match[0]
     low, dots = match[2].partition(",")[0], r"\ldots" in match[0]
     numbers = _counted(int(low), int(match[3])) if dots else match[2] + match[3]
     return rf",{match[1]}\in\{{{numbers}\}}"
+
+
+def _bounded_parity(match: re.Match[str]) -> str:
+    """ "All odd integers n > 3" with the parity last, where nothing else is said."""
+    rest = (match[1] + match[3]).replace(r"\text", "")
+    bound = re.search(r"(?:\d+(?:<|\\le ?))?([a-z])(?:[<>]|\\[gl]e ?)\d+", rest)
+    others = re.findall("[a-z]+", rest.replace(bound[0], "").lower()) if bound else [""]
+    said = {*others} - _PARITY_WORDS
+    return rf"{bound[0]},\text{{{match[2]}}}" if bound and said <= {bound[1]} else match[0]
 
 
 def _group(match: re.Match[str]) -> str:
@@ -315,6 +325,9 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     # for which letters something holds
     ("cept", rf"\A{_IN_TEXT}(?:[Aa]ll )?(?:real )?(?:numbers?|reals|x|values)(?: x| of x)? except(?: for)? ?\}}? ?(?:x ?= ?)?"
      r"([-\d.,\\{}a-z]+)\Z", r"\\mathbb{R}\\setminus\\{\1\\}"),
+    (r"\infty", r"\A-\\infty(?:<|\\le ?)([a-z])(?:<|\\le ?)\+?\\infty\Z", r"\1\\in\\mathbb{R}"),
+    (r"\infty", r"\A-\\infty(?:<|\\le ?)(?=[a-z])|(?<=[a-z])(?:<|\\le ?)\+?\\infty\Z", ""),
+    ("", r"(.*)\b(odd|even)\b(.*)", _bounded_parity),
     ("all", r"\A(?:\\text\{)?(?:for )?[Aa]ll(?: integers)? ?\}?(?=[a-z](?:[<>]|\\[gln]e))", ""),
     (r"\in", r"(?<=\d),n\\in\\mathbb\{[NZ]\}(?:[_^]\{?[+*]\}?)?\Z", ""),
     (r"\mathbb", r"\\mathbb\{(?:Z\}[_^]\{?\+\}?|N\}[_^]\{?[+*]\}?)", r"\\mathbb{N}"),

@@ -129,7 +129,9 @@ def same_families(gold: Node, pred: Node) -> bool | None:
     forms = [[*_members(side, letters[n], names[n])] for n, side in enumerate((gold, pred))]
     used = [frozenset().union(*map(symbols, side)) for side in forms]
     turns = has(gold, "sym", "pi") or has(gold, "degree")
-    if not (any(letters) or (turns and used[0] != used[1])) or not (letters[0] or names[0] or turns):
+    if not (any(letters) or (turns and used[0] != used[1])) or not (
+        letters[0] or names[0] or turns
+    ):
         return None
     if any(len(used[n]) != 1 or used[n] - letters[n] - INTEGERS for n in (0, 1)):
         return None

@@ -153,9 +153,7 @@ def _scalar(node: Node, other: Node) -> Node:
     unit = Node("sym", ("I",)), Node("sym", (f"I_{size}",))
     if node.op == "matrix" or not all(len(row.args) == size for row in other.args):
         return node
-    on, off = (
-        rewritten(node, lambda part, x=x: number(x) if part in unit else part) for x in "10"
-    )
+    on, off = (rewritten(node, lambda part, x=x: number(x) if part in unit else part) for x in "10")
     cells = [[on if i == j else off for j in range(size)] for i in range(size)]
     return Node("matrix", tuple(Node("row", tuple(row)) for row in cells))
 
@@ -187,7 +185,7 @@ def _same_relations(a: Node, b: Node) -> bool:
         if new.op == old.op == "sym" and not symbols(new) & symbols(value_of(b)):
             return same(value_of(a), rewritten(value_of(b), lambda p: new if p == old else p))
     if name_a is not None and name_b is not None and _compatible(name_a, name_b):
-        return same(value_of(a), value_of(b)) or constants.same(*a.args[1:3], *b.args[1:3])
+        return same(value_of(a), value_of(b)) or constants.same(a.args[1], b.args[1], a.args[2], b.args[2])
     if set(a.args[0]) == set(b.args[0]) == {"="} and len(a.args) == len(b.args) == 3:
         return _same_equations(a.args[1:], b.args[1:])
     return _same_inequalities(a, b) or _same_regions(a, b)
@@ -208,10 +206,10 @@ def _same_equations(a: tuple[Node, Node], b: tuple[Node, Node]) -> bool:
     if not symbols(a[0]) | symbols(a[1]):  # f(3) = 10
         return all(map(same, a, b))
     if symbols(a[0]) | symbols(a[1]) != symbols(b[0]) | symbols(b[1]):
-        return constants.same(*a, *b)
+        return constants.same(a[0], b[0], a[1], b[1])
     alike = all(map(same, a, b)) or all(map(same, a, reversed(b)))  # of identities, too
     alike = alike or _proportional(a, b) is not None or _multiplied(a, b)
-    return alike or constants.same(*a, *b)
+    return alike or constants.same(a[0], b[0], a[1], b[1])
 
 
 def _multiplied(a: Sequence[Node], b: Sequence[Node]) -> bool:

@@ -28,7 +28,7 @@ def same_values(a: Node, b: Node) -> bool:
         return alike
     if has(a, "sym", "oo") or has(b, "sym", "oo"):
         return a == b
-    return any(_same(*sides) for sides in _readings(a, b)) or constants.same(a, constants.UNKNOWN, b, constants.UNKNOWN)
+    return any(_same(*sides) for sides in _readings(a, b)) or constants.same(a, b)
 
 
 def _readings(a: Node, b: Node) -> Iterator[tuple[Node, Node]]:
