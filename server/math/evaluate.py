@@ -223,7 +223,10 @@ def settled(node: Node, point: dict | None = None):
 def root(node: Node, point: dict, name: str):
     """A value of one variable for which the tree is 0, the others being at ``point``."""
     with _CONTEXT.workdps(DIGITS):
-        found = [(x, value(node, {**point, name: x})) for x in (0.7, 0.8 + 0.1j, 1.1)]
+        found = [
+            (x, value(node, {**point, name: x}))
+            for x in map(_CONTEXT.mpmathify, (0.7, 0.8 + 0.1j, 1.1))
+        ]
         try:
             while abs(found[-1][1]) > NEGLIGIBLE and len(found) < MAX_STEPS:
                 (x, f), (y, g), (z, h) = found[-3:]  # lie on a hyperbola, or a line
@@ -241,7 +244,10 @@ def solution(node: Node, points: list[dict], names: list[str]) -> dict:
     """The values of ``names`` for which the tree is 0 at the points, if it is linear in several."""
     if len(names) == 1:
         return {names[0]: root(node, points[0], names[0])}
-    units = [dict.fromkeys(names, 0) | dict.fromkeys(some, 1) for some in ([], *([name] for name in names))]
+    units = [
+        dict.fromkeys(names, 0) | dict.fromkeys(some, 1)
+        for some in ([], *([name] for name in names))
+    ]
     rest, *columns = ([value(node, {**point, **unit}) for point in points] for unit in units)
     with _CONTEXT.workdps(DIGITS):
         try:

@@ -9,35 +9,25 @@ from functools import lru_cache
 from unicodedata import normalize
 
 from .phrases import ARTICLE, PARTS, VALUES, number_in_words, phrase
-from .tokens import FUNCTIONS
+from .tokens import FUNCTIONS, VOCABULARY, word_set
 from .units import UNITS
 
-_WORDS = {"and": r"\land ", "or": r"\lor "} | {
-    word: sign
-    for sign, words in {"%": "percent percents percentage pct", "°": "degree degrees deg",
-                        r"\infty ": "infinity infty inf oo"}.items()
-    for word in words.split()
-}  # fmt: skip
+
+def _names(table: str) -> dict[str, str]:
+    """Each name of a table of the vocabulary with what it stands for."""
+    return {name: sign for sign, names in VOCABULARY[table].items() for name in names.split()}
+
+
+_WORDS, _SYNONYMS = _names("words"), _names("commands")
 UNIT_LETTERS = frozenset("mgshLlKNJWVCFA")
 
-_GREEK = (
-    "alpha beta gamma delta varepsilon theta lambda mu rho sigma tau phi psi omega eta Delta Omega"
-)
-_SIGNS = r"""
-− - – - — - × \times · \cdot ⋅ \cdot ∗ * ÷ \div √ \sqrt π \pi ∞ \infty ≤ \le ≥ \ge ≠ \ne
-≈ \approx ∪ \cup ∩ \cap ∈ \in ± \pm ∓ \mp ∅ \emptyset ℝ \mathbb{R} º ° ’ ' ′ ' ″ '' ⟨ ( ⟩ )
-。 . 、 , … ... ⌊ \lfloor ⌋ \rfloor ⌈ \lceil ⌉ \rceil ∛ \sqrt[3] ⁻ ^{-} ∨ \lor ∧ \land
-¢ \text{cents} ˚ ° ⁄ / ⩽ \le ≦ \le ⩾ \ge ≧ \ge ∠ \angle ℤ \mathbb{Z} ℕ \mathbb{N}
-ℚ \mathbb{Q} ℂ \mathbb{C}
-"""
 _CHARACTERS = {
-    sign: plain + " " * plain[1:].isalpha() for sign, plain in re.findall(r"(\S) (\S+)", _SIGNS)
-} | {
-    letter: rf"\{name} " for letter, name in zip("αβγδεθλμρστφψωηΔΩ", _GREEK.split(), strict=True)
+    sign: plain + " " * plain[1:].isalpha()
+    for sign, plain in re.findall(r"(\S) (\S+)", VOCABULARY["signs"])
 } | {
     sign: "\\frac{{{}}}{{{}}}".format(*normalize("NFKC", sign).split("⁄"))
     for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
-}  # fmt: skip
+}
 _TABLE = str.maketrans(
     _CHARACTERS
     | {digit: f"^{{{n}}}" for n, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
@@ -54,20 +44,6 @@ _BRACE = re.compile(r"\\.|[{}]")
 _UNIT_AFTER_BOX = re.compile(
     r"\s*(?:\\?%|\^|°|(?:pct|percent(?:age)?|degrees?)(?![A-Za-z])|\\text\{)"
 )
-_SYNONYMS = {
-    name: replacement
-    for names, replacement in {
-        "displaystyle textstyle scriptstyle limits nolimits hfill big Big bigg Bigg bigl Bigl "
-        "biggl Biggl bigr Bigr biggr Biggr bigm Bigm tiny small normalsize large Large LARGE huge "
-        "strut mathstrut nonumber notag noindent indent par smallskip medskip centering hline": "",
-        "thinspace": " ", "dfrac tfrac cfrac nicefrac sfrac": r"\frac",
-        "dbinom tbinom": r"\binom", "leq leqslant leqq": r"\le", "geq geqslant geqq": r"\ge",
-        "neq": r"\ne", "vee": r"\lor", "wedge": r"\land", "degree": "°", "lbrace": r"\{",
-        "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "dots cdots dotsc dotsb": r"\ldots",
-        "overrightarrow": r"\vec", "colon": ":", "langle": "(", "rangle": ")",
-    }.items()
-    for name in names.split()
-}  # fmt: skip
 _OPERATORS = {"<=": r"\le ", "=<": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "+/-": r"\pm ",
               r"\not=": r"\ne ", r"\&": r" \land "}  # fmt: skip
 _CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen"}
@@ -91,7 +67,7 @@ _ANSWER_IS = re.compile(
 )
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
 _CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
-_PARITY_WORDS = {*"all any positive integer integers number numbers is are and with where".split()}
+_PARITY_WORDS = word_set("all any positive integer integers number numbers is are and with where")
 _SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
 _ASSIGNED, _STATEMENT = re.compile(r"[A-Za-z](?=\w*=)"), re.compile(r"[()]?(?:\\neg ?)?[p-s][()]?")
 _UNORDERED = re.compile(
@@ -278,14 +254,11 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     # degrees, temperatures, minutes of arc, a unit in brackets, ordinals
     ("^", r"(?<=[\d}])\^(?:o|\{o\})(?![A-Za-z])", "°"),
     ("prime", r"\^\{? ?\\prime ?(\\prime)? ?\}?", lambda m: "''" if m[1] else "'"),
-    ("''", r"\A(\d*\.?\d+)''\Z", r"\1\\text{sec}"),
     ("°", r"\{ ?° ?\}", "°"),
     ("°", r"(?<!\{)° ?(?:\\text\{ ?)?([CF])(?:elsius|ahrenheit)?(?![A-Za-z]) ?\}?", r"\\text{°\1}"),
     ("})", r"(?<=[\d}])\((\\text\{[A-Za-z ]*\})\)\Z", r"\1"),
     ("", rf"(?<=\d)(?:\^? ?\{{? ?{_IN_TEXT})(?:st|nd|rd|th)(?![A-Za-z]) ?\}}{{0,2}}", ""),
-    ("^{-", r"\\text\{([A-Za-z]+)(?: |\}?\\cdot ?)(?:\\text\{)?([A-Za-z]+)\}?\^\{-(\d)\}",
-     lambda m: rf"\text{{{m[1]}/{m[2]}}}" + (f"^{m[3]}" if m[3] != "1" else "")),
-    (r"\Omega", r"(?<=[\dk]) ?(?:\\text\{)?\\Omega ?\}?\Z", r"\\text{ohm}"),
+(r"\Omega", r"(?<=[\dk]) ?(?:\\text\{)?\\Omega ?\}?\Z", r"\\text{ohm}"),
     # bases, residues, numbers with a period or a rest
     ("_", r"_\{\((\d+)\)\}", r"_{\1}"),
     ("base", r"(?<=[\dA-F])(?: ?\\text\{)? ?(\()?(?:in )?base ?\}? ?(\d+)(?(1)\)\}?|\}?)\Z", r"_{\2}"),
@@ -312,7 +285,6 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     (":", r"\A([^:]*(?:[<>]|\\[lg]e)[^:]*):(?=[\[(])", r"\1\\lor"),
     # functions with other names
     ("{}", rf"\{{\}}[_^]{_ARGUMENT}([CP])_{_ARGUMENT}", r"\2_\1^\3"),
-    ("", r"\A(\d+) ?([CP]) ?(\d+)\Z", lambda m: rf"{{}}_{m[1]}{m[2]}_{m[3]}"),
     ("choose", r"(?<![^ {(=*])(\d+|[a-z]) ?(?:\\text\{ ?)?\\?choose ?\}? ?(\d+|[a-z])(?![^ )}=,])",
      r"\\binom{\1}{\2}"),
     ("C", rf"(?<![A-Za-z\\])C_{_ARGUMENT}\^{_ARGUMENT}", r"\\binom{\1}{\2}"),
@@ -320,8 +292,6 @@ _RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
     ("tg", rf"{_IN_TEXT}\\?(?<![A-Za-z])((?:arc)?c?)tg(?![a-z]) ?\}}? ?(?=(\w?))",
      lambda m: _CALCULUS[m[1]] + " " * len(m[2])),
     ("partial", r"\\frac ?\{\\partial ?([a-z])\}\{\\partial ?([a-z])\}", r"\1_\2"),
-    ("partial", r"\\frac ?\{\\partial ?\^\{?2\}? ?([a-z])\}\{\\partial ?([a-z])(?:\^\{?(2)\}?| ?\\partial ?([a-z]))\}",
-     lambda m: f"{m[1]}_{{{m[2]}{m[4] or m[2]}}}"),
     # for which letters something holds
     ("cept", rf"\A{_IN_TEXT}(?:[Aa]ll )?(?:real )?(?:numbers?|reals|x|values)(?: x| of x)? except(?: for)? ?\}}? ?(?:x ?= ?)?"
      r"([-\d.,\\{}a-z]+)\Z", r"\\mathbb{R}\\setminus\\{\1\\}"),

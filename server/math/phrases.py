@@ -2,25 +2,19 @@ r"""Answers in words: numbers spelt out, and stock phrases for what has a symbol
 
 import re
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen nineteen"
+from .tokens import VOCABULARY
+
+_ONES, _TENS, _ORDINALS = (text.split() for text in VOCABULARY["numbers"].values())
+VALUES = dict(zip(_ONES, range(20), strict=True)) | dict(
+    zip(_TENS, range(20, 100, 10), strict=True)
 )
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-VALUES = {word: n for n, word in enumerate(_ONES.split())} | {
-    word: 20 + 10 * n for n, word in enumerate(_TENS.split())
-}
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_ORDINALS = (
-    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
-    "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
-)
 PARTS = {"half": 2, "halve": 2, "quarter": 4} | {
-    word: n for n, word in enumerate(_ORDINALS.split(), 1) if n > 2
+    word: n for n, word in enumerate(_ORDINALS, 1) if n > 2
 }
 _SMALL = VALUES | {
     f"{tens} {ones}": VALUES[tens] + n
-    for tens in _TENS.split() for n, ones in enumerate(_ONES.split()[1:10], 1)
+    for tens in _TENS for n, ones in enumerate(_ONES[1:10], 1)
 }  # fmt: skip
 # What a phrase may begin with, up to its article: it is, the series, n is, all.
 ARTICLE = re.compile(
@@ -29,16 +23,7 @@ ARTICLE = re.compile(
     r"|they|these|[a-z](?= is)) (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
     r"|(?:(?<=odd)|(?<=even)) (?:integer|number)s?\Z"
 )
-_STOCK = [(re.compile(pattern), meaning) for pattern, meaning in (
-    (r"(?:infinitely many|infinite(?: number of)?)(?: (?:solutions|values))?|(?:positive )?infinity",
-     r"\infty"),
-    ("(?:negative|minus) infinity", r"-\infty"), ("not defined", "undefined"), ("true", "yes"),
-    ("does not exist", "dne"), ("false", "no"),
-    ("empty set|none|(?:no(?: real)? (?:solution|root)s?(?: exists?)?|inconsistent)", r"\emptyset"),
-    ("(?:positive integer|natural number)s(?: [a-z])?", r"\mathbb{N}"), ("integers", r"\mathbb{Z}"),
-    (r"reals|real (?:numbers|values)|(?:[a-z] (?:can be |is |are )?)?(?:any|every|all)(?= )(?: reals?)?"
-     "(?: (?:number|value)s?)?(?: of| for)?(?: [a-z])?(?: (?:will )?works?)?", r"\mathbb{R}"),
-)]  # fmt: skip
+_STOCK = [(re.compile(text), meaning) for meaning, text in VOCABULARY["phrases"].items()]
 
 
 def number_in_words(text: str) -> str | None:
@@ -77,4 +62,4 @@ def phrase(text: str) -> str | None:
     head, _, counted = bare.rpartition(" ")
     if counted[-1:] == "s" and (number := number_in_words(head)):
         return f"{number} {counted}"  # eight weeks
-    return str(_ORDINALS.split().index(bare) + 1) if bare in _ORDINALS.split() else None
+    return str(_ORDINALS.index(bare) + 1) if bare in _ORDINALS else None

@@ -185,7 +185,9 @@ def _same_relations(a: Node, b: Node) -> bool:
         if new.op == old.op == "sym" and not symbols(new) & symbols(value_of(b)):
             return same(value_of(a), rewritten(value_of(b), lambda p: new if p == old else p))
     if name_a is not None and name_b is not None and _compatible(name_a, name_b):
-        return same(value_of(a), value_of(b)) or constants.same(a.args[1], b.args[1], a.args[2], b.args[2])
+        return same(value_of(a), value_of(b)) or constants.same(
+            a.args[1], b.args[1], a.args[2], b.args[2]
+        )
     if set(a.args[0]) == set(b.args[0]) == {"="} and len(a.args) == len(b.args) == 3:
         return _same_equations(a.args[1:], b.args[1:])
     return _same_inequalities(a, b) or _same_regions(a, b)

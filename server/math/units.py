@@ -6,41 +6,17 @@ from fractions import Fraction
 from functools import lru_cache
 
 from .phrases import PARTS, POWERS, VALUES
-from .tokens import word_set
+from .tokens import VOCABULARY, word_set
 
-UNITS = word_set(
-    "mm cm dm km kg mg lb lbs oz ft mi yd hr hrs min mins sec secs ms mph kmh km/h m/s "
-    "cents weeks days hours minutes seconds years months meters metres feet inches miles grams "
-    "units dollars am pm a.m p.m AM PM mL Pa kPa MPa mA gal Hz kHz MHz W kW MW kN kJ eV "
-    "keV MeV erg ergs cal kcal mol rad atm bar nm AU pc ly ohm ohms"
-)
-# Words after a number that change its value, so that they are no unit.
+_TABLES = VOCABULARY["units"]
+UNITS = word_set(_TABLES["known"])
 _FRACTIONS = "|".join((*PARTS, "hundredth", "thousandth", "millionth", "billionth"))
-CHANGES = re.compile(
-    r"\b(?:plus|minus|squared|cubed|dozens?|pi|base|below|under|over|above|less|more|fewer|not|wrong"
-    r"|except|without|other|than|least|most|bound|opposite|negation|neither|either|if|or|no|never|but"
-    r"|reciprocal|inverse|complement|conjugate|twice|thrice|double|triple|guess|up|about|around|almost"
-    r"|nearly|roughly|approx\w*"
-    r"|incorrect|false|negative|factorial|divided|multiplied"
-    rf"|times (?:[b-z]|{'|'.join(VALUES)})|(?:{_FRACTIONS})s?)\b"
+CHANGES = re.compile(  # words after a number that change its value, so that they are no unit
+    rf"\b(?:{'|'.join(_TABLES['changes'].split())}|times (?:[b-z]|{'|'.join(VALUES)})|(?:{_FRACTIONS})s?)\b"
 )
-NAMES = re.compile(  # the last of words that name the number after them
-    r"\b(?:number|year|day|distance|room|page|locker|cent(?:er|re)|vertex|radius|point|width|length"
-    r"|height|side|area|perimeter|volume|value|total|mean|m(?:in|ax)(?:imum)?|quotient|remainder)\Z"
-)
-# Words with an s that count nothing, and words without one that stand beside what is counted.
-_NO_PLURALS = word_set(
-    "less minus plus thus this perhaps always does was has yes unless equals exceeds gross tens "
-    "dozens lakhs crores myriads googols inverts doubles triples halves squares negatives opposites"
-) | {f"{word}s" for word in (*VALUES, *POWERS, *PARTS)}
-_BESIDE = word_set(
-    "a an the of in per each every different possible distinct total real square sq cubic old long "
-    "tall wide high deep red blue green white black whole way people person children men women day "
-    "student degree c f solution unit point pair year week month increase decrease mol simplified"
-)
-_IDLE = word_set(
-    "old long tall wide high deep each away apart total different possible distinct of the"
-)
+NAMES = re.compile(rf"\b(?:{'|'.join(_TABLES['named'].split())})\Z")
+_NO_PLURALS = word_set(_TABLES["no_plurals"]) | {f"{word}s" for word in (*VALUES, *POWERS, *PARTS)}
+_BESIDE, _IDLE = word_set(_TABLES["beside"]), word_set(_TABLES["idle"])
 _ANGLES = ("", "rad", "°c", "°f")
 _KNOWN = "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
 _ATOM = (
@@ -66,20 +42,12 @@ _TWO_UNITS = re.compile(
     r"(\d+) ?(?:\\text\{)?([a-z]+|°|')\}? ?,? ?(\d+(?:\.\d+)?) ?(?:\\text\{)?([a-z]+|''?)\}?"
     r"(?:(?<=°\d'|\d\d') ?(\d+)'')?"
 )
-_DEFINED = {  # a unit's size in another one; feet and inches have signs, too
+_DEFINED = {
     unit: (Fraction(size), base)
-    for unit, size, base in (line.split(" ") for line in (
-        "km 1000 m|dm 1/10 m|cm 1/100 m|mm 1/1000 m|mi 63360 in|yd 36 in|ft 12 in|' 12 in|'' 1 in"
-        "|week 604800 s|day 86400 s|h 3600 s|min 60 s|kg 1000 g|mg 1/1000 g|dollar 100 cent|lb 16 oz"
-        "|l 1000 cm^3|ml 1 cm^3|n 1000 g*m*s^-2|kn 1000 n|j 1 m*n|kj 1000 j|w 1 j*s^-1|kw 1000 w"
-        "|kwh 1000 w*h|pa 1 n*m^-2|kpa 1000 pa|hz 1 s^-1|khz 1000 hz|ma 1/1000 a|mph 1 mi*h^-1|kmh 1 km*h^-1|kph 1 km*h^-1").split("|"))
-}  # fmt: skip
+    for unit, size, base in re.findall(r"([^|=]+)=(\S+) (\S+?)(?=\s*(?:\||\Z))", _TABLES["defined"])
+}
 _BARE_LETTER = re.compile(r"([-\d.,/]*\d)( ?)([smhgJNLKVWCA])(\^\{?-?\d\}?)?")
-_UNIT_NAMES = dict(re.findall(r"(\w+):(\S*)", """centimeter:cm centimetre:cm millimeter:mm
-millimetre:mm meter:m metre:m kilometer:km kilometre:km inche:in inch:in feet:ft foot:ft mile:mi
-gram:g kilogram:kg second:s sec:s minute:min hour:h hr:h unit: liter:l litre:l pound:lb yard:yd
-usd:dollar buck:dollar newton:n joule:j watt:w volt:v radian:rad
-milliliter:ml millilitre:ml ounce:oz mole:mol eur:euro kelvin:k gallon:gal hertz:hz pascal:pa amp:a ampere:a"""))  # fmt: skip
+_UNIT_NAMES = dict(re.findall(r"(\w+):(\S*)", _TABLES["spelt"]))
 _UNIT_WORDS = {unit.lower() for unit in UNITS} | _BESIDE | {*_UNIT_NAMES, *_UNIT_NAMES.values()}
 
 
