@@ -6,6 +6,7 @@ Work is bounded: numbers that would not fit raise :class:`Undecided` before they
 import random
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
@@ -100,16 +101,23 @@ def has(node: Node, op: str, name: str | None = None) -> bool:
     return any(name in (None, found.args[0]) for found in find(node, op))
 
 
-def value(node: Node, point: dict | None = None, digits: int = DIGITS):
-    """The value of a tree with its variables at ``point``, an ``mpf`` or ``mpc``;
-    :class:`Undecided` if it has none (a division by zero, a set) or would be too large."""
+@contextmanager
+def _computing(digits: int = DIGITS) -> Iterator[None]:
+    """With so many digits; what can't be computed is :class:`Undecided`."""
     with _CONTEXT.workdps(digits):
         try:
-            return +_evaluate(node, point or {})
+            yield
         except Undecided:
             raise
         except _ERRORS as error:
             raise Undecided(str(error)) from error
+
+
+def value(node: Node, point: dict | None = None, digits: int = DIGITS):
+    """The value of a tree with its variables at ``point``, an ``mpf`` or ``mpc``;
+    :class:`Undecided` if it has none (a division by zero, a set) or would be too large."""
+    with _computing(digits):
+        return +_evaluate(node, point or {})
 
 
 def _evaluate(node: Node, point: dict):
@@ -222,19 +230,14 @@ def settled(node: Node, point: dict | None = None):
 
 def root(node: Node, point: dict, name: str):
     """A value of one variable for which the tree is 0, the others being at ``point``."""
-    with _CONTEXT.workdps(DIGITS):
-        found = [
-            (x, value(node, {**point, name: x}))
-            for x in map(_CONTEXT.mpmathify, (0.7, 0.8 + 0.1j, 1.1))
-        ]
-        try:
-            while abs(found[-1][1]) > NEGLIGIBLE and len(found) < MAX_STEPS:
-                (x, f), (y, g), (z, h) = found[-3:]  # lie on a hyperbola, or a line
-                ratio = g * (f - h) * (x - y) / (h * (f - g) * (x - z))
-                new = (y - ratio * z) / (1 - ratio)
-                found.append((new, value(node, {**point, name: new})))
-        except _ERRORS as error:
-            raise Undecided(str(error)) from error
+    with _computing():
+        starts = map(_CONTEXT.mpmathify, (0.7, 0.8 + 0.1j, 1.1))
+        found = [(x, value(node, {**point, name: x})) for x in starts]
+        while abs(found[-1][1]) > NEGLIGIBLE and len(found) < MAX_STEPS:
+            (x, f), (y, g), (z, h) = found[-3:]  # lie on a hyperbola, or a line
+            ratio = g * (f - h) * (x - y) / (h * (f - g) * (x - z))
+            new = (y - ratio * z) / (1 - ratio)
+            found.append((new, value(node, {**point, name: new})))
     if abs(found[-1][1]) > NEGLIGIBLE:
         raise Undecided("no root found")
     return found[-1][0]
@@ -244,17 +247,11 @@ def solution(node: Node, points: list[dict], names: list[str]) -> dict:
     """The values of ``names`` for which the tree is 0 at the points, if it is linear in several."""
     if len(names) == 1:
         return {names[0]: root(node, points[0], names[0])}
-    units = [
-        dict.fromkeys(names, 0) | dict.fromkeys(some, 1)
-        for some in ([], *([name] for name in names))
-    ]
+    units = [dict.fromkeys(names, 0), *({n: int(n == name) for n in names} for name in names)]
     rest, *columns = ([value(node, {**point, **unit}) for point in points] for unit in units)
-    with _CONTEXT.workdps(DIGITS):
-        try:
-            rows = [[x - y for x, y in zip(column, rest, strict=True)] for column in columns]
-            found = _CONTEXT.lu_solve(_CONTEXT.matrix(rows).T, -_CONTEXT.matrix(rest))
-        except _ERRORS as error:
-            raise Undecided(str(error)) from error
+    with _computing():
+        rows = [[x - y for x, y in zip(column, rest, strict=True)] for column in columns]
+        found = _CONTEXT.lu_solve(_CONTEXT.matrix(rows).T, -_CONTEXT.matrix(rest))
     return dict(zip(names, found, strict=True))
 
 

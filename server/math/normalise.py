@@ -5,11 +5,12 @@ work is bounded by the length of the string, whatever the string holds.
 """
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from unicodedata import normalize
 
 from .phrases import ARTICLE, PARTS, VALUES, number_in_words, phrase
-from .tokens import FUNCTIONS, VOCABULARY, word_set
+from .tokens import FUNCTIONS, VOCABULARY, table, word_set
 from .units import UNITS
 
 
@@ -51,12 +52,9 @@ _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|it|sf|tt|cal|scr|frak|normal)|mbox|hbox"
     r"|operatorname\*?|bm|boldsymbol|emph|underline)\s*\{([^{}]*)\}"
 )
-_ARGUMENT = r"(\{[^{}]*\}|\w)"
 _CALCULUS = {"": r"\tan", "c": r"\cot", "arc": r"\arctan", "arcc": r"\arccot"}
-_NAME = r"([A-Za-z]|\\[a-z]+) ?(_(?:\w|\{\w+\}))?"
 _IN_TEXT = r"(?:\\text\{ ?)?"
 _FOR = rf"[ ,(]*{_IN_TEXT}(?:where|for|with)?(?: ?(?:an|any|all|every|some))?"
-_WORD = "|".join(sorted(_WORDS, reverse=True))
 _POWER_OF_UNIT = re.compile(rf"({'|'.join(sorted(UNITS, reverse=True))})(\^\{{?-?\d\}}?)?")
 _CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)*\.?")
 _FORMULA = re.compile(r".?|\d.*|[-+]?[\d.,:/% ]+|(?!.*[A-Za-z]{2}).*=.*")
@@ -215,114 +213,27 @@ def _group(match: re.Match[str]) -> str:
     return match[match.lastindex] if match.lastindex else " "
 
 
-_RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
-    ("}^{", r"(\^\{-?\d*)\}\^\{(?=\d)", _group),  # x¹² is x^{12}
-    # commands
-    ("\\", r"(\\\\)|\\(%)|\\(?:[()\[\],;:> ]|! *()|n(?![A-Za-z])|q?quad"
-     r"|(?:left|right|middle)(?![A-Za-z])\.?|(?:begin|end)\{(?:equation|displaymath|math|split|center)"
-     r"\*?\}|(?:[hv]space|(?:text)?color|tag|label|h?phantom)\*? *\{[^{}]*\}"
-     r"|math(?:bin|rel|open|close|ord|punct)\s*\{([^{}]*)\})", _group),
-    ("\\", r"\\([A-Za-z]+)", lambda match: _SYNONYMS.get(match[1], match[0])),
-    (r"\mathbf", r"\\mathbf ?\{([NZQR])\}", r"\\mathbb{\1}"),
-    (r"\circ", r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])", "°"),
-    # signs
-    ("{,}", r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""),
-    ("{", r"\{([,;:])\}", _group),
-    ("", r"(\\\$|[€£¥])\s*(\d++(?:[.,]\d++)*+)(?=\s*(?:[,;.)$]|\Z))|([€£¥])",
-     lambda match: rf"{match[2] or ''}\text{{{_CURRENCIES[match[1] or match[3]]}}}"),
-    ("", r"\\?\$|~", " "),
-    ("**", r"(?<![\w)\]}])\*\*([^\s*](?:[^*]*[^\s*])?)\*\*(?![\w(\\])", _group),
-    ("**", r"\*\*", "^"),
-    ("", r"<=|=<|>=|!=|\+/-|\\not=|\\&", lambda match: _OPERATORS[match[0]]),
-    ("...", r"\.\.\.+", r"\\ldots "),
-    ("10^", r"(?<=\d) ?x ?(?=10\^)", "*"),
-    # words
-    ("egrees", r"(?:\\text\{)? ?degrees (?=[CF])", "°"),
-    ("^{", r"\\(?:mathrm|text)\{([^{}]*)\^\{(-?\d)\}\}", r"\\text{\1}^{\2}"),
-    ("{", _TEXT, _plain_text),
-    ("\\", r"\\(?:mathrm|mathbf|mathit|rm|bf|it|text|operatorname)(?![A-Za-z{])\s*", ""),
-    ("and", rf"\b({'|'.join(VALUES)}) and (?=[a-z]+[ -](?:{'|'.join(PARTS)})s?\b)", r"\1 plus "),
-    ("", rf"(?<![A-Za-z\\])({_WORD})(?![A-Za-z])", lambda match: _WORDS[match[1]]),
-    ("U", r"(?<=[)\]]) *U *(?=[(\[])", r"\\cup "),
-    ("", r"\s+", " "),
-    ("", r"(?<![ .,;:\\])[ .,;:\\]+\Z", ""),
-    ("/", r"(?<![\d./])(\d{1,9}) +(\d{1,9}) ?/ ?(\d{1,9})(?![\d./])", r"\1\\frac{\2}{\3}"),
-    ("", _ANSWER_IS, ""),
-    (r"\l", r".*\\l(?:or|and)(?![a-z]).*", lambda match: _connectives(match[0])),
-    (", ", r"(\d), +(?=\d{3}(?!\d))", "\\1,\0"),  # "1, 234" is a list, "1,234" may be a number
-    (" ", r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", ""),
-    # degrees, temperatures, minutes of arc, a unit in brackets, ordinals
-    ("^", r"(?<=[\d}])\^(?:o|\{o\})(?![A-Za-z])", "°"),
-    ("prime", r"\^\{? ?\\prime ?(\\prime)? ?\}?", lambda m: "''" if m[1] else "'"),
-    ("°", r"\{ ?° ?\}", "°"),
-    ("°", r"(?<!\{)° ?(?:\\text\{ ?)?([CF])(?:elsius|ahrenheit)?(?![A-Za-z]) ?\}?", r"\\text{°\1}"),
-    ("})", r"(?<=[\d}])\((\\text\{[A-Za-z ]*\})\)\Z", r"\1"),
-    ("", rf"(?<=\d)(?:\^? ?\{{? ?{_IN_TEXT})(?:st|nd|rd|th)(?![A-Za-z]) ?\}}{{0,2}}", ""),
-(r"\Omega", r"(?<=[\dk]) ?(?:\\text\{)?\\Omega ?\}?\Z", r"\\text{ohm}"),
-    # bases, residues, numbers with a period or a rest
-    ("_", r"_\{\((\d+)\)\}", r"_{\1}"),
-    ("base", r"(?<=[\dA-F])(?: ?\\text\{)? ?(\()?(?:in )?base ?\}? ?(\d+)(?(1)\)\}?|\}?)\Z", r"_{\2}"),
-    ("_", r"\A(?:\\text\{)?([0-9A-Fa-f]{2,})\}?_\{?(1[1-6])\}?\Z",
-     lambda m: f"{m[1].upper()}_{m[2]}"),
-    ("mod", r" ?(\( ?)?\\?(?:text\{ ?)?(?<![A-Za-z])[pb]?mod\b ?\}? ?(\d{1,9}|\{\d{1,9}\}|[a-z])"
-     r"(?(1) ?\))", lambda m: rf"\pmod{{{m[2].strip('{}')}}}"),
-    (".", r"(?<![\d.])(\d{0,20})\.(\d{0,20})\((\d{1,20})\)(?![\w(.^])", _repeating),
-    (".", r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot)\{(\d{1,20})\}", _repeating),
-    (r"\ldots", r"(\d{0,20})\.(\d{0,6}?)(\d{1,3}?)\3{2,9} ?\\ldots", _repeating),
-    (r"\ldots", r"(\.\d+) ?\\ldots *\Z", r"\1"),
-    (" ", r"\A-?\d{1,3}(?: \d{3})+(?:\.\d+)?\Z", lambda m: m[0].replace(" ", "")),
-    ("to", r"\A(\d+) ?(?:\\text\{)?to\}? ?(\d+)\Z", r"\1:\2"),
-    # lists, matrices, systems
-    ("<", r"\A<([^<>=]*,[^<>=]*)>\Z", r"(\1)"),
-    (")(", r"\A(?:\(\d\)){2,}\Z", lambda m: m[0].replace(")(", "),(")),
-    ("[", r"\A\[([A-J](?:, ?[A-J])+)\]\Z", r"\1"),
-    ("vert", r"(\\\{ ?[a-z]) ?\\[lr]vert", r"\1|"),
-    ("only", r"(?<=[A-Z)])(?:\}? ?,? ?\\text\{)? only\b", ""),
-    ("atrix(", r"(?<![A-Za-z])[Mm]atrix(?=\()", ""),
-    ("cases", r",? ?&? ?\\text\{ ?(?:if|for|when) ?\}|, ?(?:&|(?=\\\\))", "&"),
-    ("&", r"& ?(?=[=<>]|\\[lg]e(?![A-Za-z]))", ""),
-    (r"\begin", r"\\\{ ?(?=\\begin)(?!.*\\\})", ""),
-    (":", r"\A([^:]*(?:[<>]|\\[lg]e)[^:]*):(?=[\[(])", r"\1\\lor"),
-    # functions with other names
-    ("{}", rf"\{{\}}[_^]{_ARGUMENT}([CP])_{_ARGUMENT}", r"\2_\1^\3"),
-    ("choose", r"(?<![^ {(=*])(\d+|[a-z]) ?(?:\\text\{ ?)?\\?choose ?\}? ?(\d+|[a-z])(?![^ )}=,])",
-     r"\\binom{\1}{\2}"),
-    ("C", rf"(?<![A-Za-z\\])C_{_ARGUMENT}\^{_ARGUMENT}", r"\\binom{\1}{\2}"),
-    ("_", rf"(?<![A-Za-z\\])[AP]_{_ARGUMENT}\^{_ARGUMENT}", r"\\binom{\1}{\2}{\2}!"),
-    ("tg", rf"{_IN_TEXT}\\?(?<![A-Za-z])((?:arc)?c?)tg(?![a-z]) ?\}}? ?(?=(\w?))",
-     lambda m: _CALCULUS[m[1]] + " " * len(m[2])),
-    ("partial", r"\\frac ?\{\\partial ?([a-z])\}\{\\partial ?([a-z])\}", r"\1_\2"),
-    # for which letters something holds
-    ("cept", rf"\A{_IN_TEXT}(?:[Aa]ll )?(?:real )?(?:numbers?|reals|x|values)(?: x| of x)? except(?: for)? ?\}}? ?(?:x ?= ?)?"
-     r"([-\d.,\\{}a-z]+)\Z", r"\\mathbb{R}\\setminus\\{\1\\}"),
-    (r"\infty", r"\A-\\infty(?:<|\\le ?)([a-z])(?:<|\\le ?)\+?\\infty\Z", r"\1\\in\\mathbb{R}"),
-    (r"\infty", r"\A-\\infty(?:<|\\le ?)(?=[a-z])|(?<=[a-z])(?:<|\\le ?)\+?\\infty\Z", ""),
-    ("", r"(.*)\b(odd|even)\b(.*)", _bounded_parity),
-    ("all", r"\A(?:\\text\{)?(?:for )?[Aa]ll(?: integers)? ?\}?(?=[a-z](?:[<>]|\\[gln]e))", ""),
-    (r"\in", r"(?<=\d),n\\in\\mathbb\{[NZ]\}(?:[_^]\{?[+*]\}?)?\Z", ""),
-    (r"\mathbb", r"\\mathbb\{(?:Z\}[_^]\{?\+\}?|N\}[_^]\{?[+*]\}?)", r"\\mathbb{N}"),
-    ("squared", r"per (second|sec|minute|hour) squared", r"per square \1"),
-    ("root", r" ?(?:\\text\{ ?)?\((?:a )?(?:double|repeated) roots?\) ?\}?", ""),
-    ("to", r"\A(?:\\text\{)?(?:[Ii]t )?[Cc]onverges to ?\}? ?", ""),
-    ("N", r"\A([A-Za-z](?:_\{?n\}?|\(n\))=.*?)[ ,(]*n ?\\in ?\\mathbb ?\{?N\}?[_^{}*+]*\)?\Z",
-     r"\1"),
-    ("mathbb", r"\\mathbb\{R\}[_^]\{?\+\}?", r"(0,\\infty)"),
-    ("angle", r"m?\\angle ?(?=[A-Z]|\{[A-Z])", ""),
-    ("d", rf"(?:(\\frac\{{)|(?<![A-Za-z\\]))d(\^\{{?2\}}?|) ?{_NAME}(?(1)\}}\{{|/)d ?([tx])"
-     r"(?:\^\{?2\}?)?(?(1)\})", lambda m: f"\0{m[3]}'{m[2] and chr(39)}_{m[5]}{m[4] or ''}"),
-    ("dot", rf"\\(d?)dot(?![a-z]) ?(\{{)? ?{_NAME}(?(2)\}})",
-     lambda m: f"\0{m[3]}'{m[1] and chr(39)}{m[4] or ''}"),
-    ("\0", r"(?<=[A-Za-z])\0(?=[A-Za-z])|(?<=,)\0(?=\d)|(\0)", lambda m: "" if m[1] else " "),
-    (".", r"\b(?:np|math|sympy)\.(?=[a-z])", ""),
-    (":00", r":00(?= ?\\?[a-z{]* ?(?i:[ap]\.?m))", ""),
-    ("{", r"(?<!frac\d)(?<=\d)\{ ?([a-z ]{2,})\}\Z|(?<=\})\{((?:square|cubic) ?[a-z]+)\}\Z",
-     lambda m: rf"\text{{{m[m.lastindex]}}}"),
-    ("in", rf"{_FOR} ?\}}?\b([A-Za-z])\b ?(?:\\in ?(?:\\mathbb ?)?[{{ ]?Z|{_IN_TEXT}(?:is |are )?"
-     r"(?:an? |any )?integers?)\}?\)?\Z", r",\1\\in\\mathbb{Z}"),
-    (",", rf"{_FOR} ?\}}?\b([jkmn])=((?:\d+,)+)(?:\\ldots ?,)?(\d+)\)?\Z", _listed),
-    (r"\le", rf"(?!\A){_FOR} ?\}}?(\d)\\le ([jkmn])\\le ?(\d+)\)?\Z",
-     lambda m: rf",{m[2]}\in\{{{_counted(int(m[1]), int(m[3]))}\}}"),
-    ("integer", rf"{_FOR}(?<!such)(?<!positive) integers?[ }}]+([a-z])\)?\}}?\Z", r",\1\\in\\mathbb{Z}"),
-    ("for", rf"[ ,]*{_IN_TEXT}for (?:all|any|every)(?: real)?(?: numbers?| values of)? ?\}}?[a-z]"
-     r"(?:\\in ?\\mathbb\{R\})?\}?\Z", ""),
-]]  # fmt: skip
+_MAKERS: dict[str, Callable[[re.Match[str]], str]] = {
+    "group": _group, "text": _plain_text, "repeating": _repeating, "parity": _bounded_parity,
+    "listed": _listed, "connectives": lambda m: _connectives(m[0]),
+    "command": lambda m: _SYNONYMS.get(m[1], m[0]), "word": lambda m: _WORDS[m[1]],
+    "operator": lambda m: _OPERATORS[m[0]], "primes": lambda m: "''" if m[1] else "'",
+    "currency": lambda m: rf"{m[2] or ''}\text{{{_CURRENCIES[m[1] or m[3]]}}}",
+    "base": lambda m: f"{m[1].upper()}_{m[2]}", "joined": lambda m: m[0].replace(" ", ""),
+    "residue": lambda m: rf"\pmod{{{m[2].strip('{}')}}}", "unmarked": lambda m: "" if m[1] else " ",
+    "pairs": lambda m: m[0].replace(")(", "),("), "braced": lambda m: rf"\text{{{m[m.lastindex]}}}",
+    "tangent": lambda m: _CALCULUS[m[1]] + " " * len(m[2]),
+    "derivative": lambda m: f"\0{m[3]}'{m[2] and chr(39)}_{m[5]}{m[4] or ''}",
+    "dots": lambda m: f"\0{m[3]}'{m[1] and chr(39)}{m[4] or ''}",
+    "between": lambda m: rf",{m[2]}\in\{{{_counted(int(m[1]), int(m[3]))}\}}",
+}  # fmt: skip
+_NAMED = {
+    "TEXT": _TEXT.pattern, "ANSWER_IS": f"(?i:{_ANSWER_IS.pattern})", "ARGUMENT": r"(\{[^{}]*\}|\w)",
+    "FOR": _FOR, "IN_TEXT": _IN_TEXT, "NAME": r"([A-Za-z]|\\[a-z]+) ?(_(?:\w|\{\w+\}))?",
+    "WORD": "|".join(sorted(_WORDS, reverse=True)), "VALUES": "|".join(VALUES), "PARTS": "|".join(PARTS),
+}  # fmt: skip
+_RULES = [
+    (sign, re.compile(re.sub("<([A-Z_]+)>", lambda m: _NAMED[m[1]], pattern)),
+     _MAKERS[new[1:]] if new[:1] == "@" else new)
+    for sign, pattern, new in table("rules.toml")["rules"]
+]  # fmt: skip

@@ -12,7 +12,7 @@ from math import log2
 
 from . import constants, regions
 from .evaluate import Undecided, equal, sample, symbols, value
-from .tidy import COLLECTIONS, entries, is_numbered, name_of, tidy, value_of
+from .tidy import COLLECTIONS, entries, is_numbered, is_rounded, name_of, tidy, value_of
 from .tree import Node, number, rewritten
 from .values import same_values
 
@@ -48,9 +48,8 @@ def same(a: Node, b: Node) -> bool:
 
 def forms(gold: Node) -> list[Node]:
     """A reference that is given in two forms, as these: 1/2 or 0.5, 5/7 = 0.714, 5/7 ≈ 0.7."""
-    last = gold.args[-1] if gold.op == "rel" else gold
-    if gold.op == "rel" and gold.args[0][-1] in "~=" and last.op == "num" and last.args[1]:
-        return [gold] if name_of(gold) and not gold.args[3:] else [gold, last]
+    if gold.op == "rel" and is_rounded(*gold.args[-2:]):
+        return [gold, gold.args[-1]]
     try:
         twice = gold.op in ("list", "cup") and len(gold.args) == 2 and gold.args[0] != gold.args[1]
         return [gold.args[0] if twice and same(*gold.args) else gold]

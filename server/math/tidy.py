@@ -72,7 +72,7 @@ def _approximated(node: Node) -> Node:
     r"""Without ``\approx`` and what follows it, if that is near what stands before; else with an
     equals sign: of ``x \approx 1.31`` the number is the answer, ``\sqrt{3} \approx 5`` is none."""
     operators, sides = list(node.args[0]), list(node.args[1:])
-    if operators[-1] == "=" and _is_rounded(*sides[-2:]):  # 5/7 = 0.714
+    if operators[-1] == "=" and is_rounded(*sides[-2:]):  # 5/7 = 0.714
         operators[-1] = "~"
     while "~" in operators:
         at = operators.index("~")
@@ -99,10 +99,10 @@ def _written_out(*forms: Node, which: Node) -> Node:
     ))  # fmt: skip
 
 
-def _is_rounded(exact: Node, decimal: Node) -> bool:
+def is_rounded(exact: Node, decimal: Node) -> bool:
     """Whether the second of two numbers is the first, with some digits after the point."""
     numeral = decimal.args[0] if decimal.op == "neg" else decimal
-    if numeral.op != "num" or numeral.args[1] < 2 or symbols(exact) or has(exact, "apply"):
+    if numeral.op != "num" or not numeral.args[1] or symbols(exact) or has(exact, "apply"):
         return False
     try:
         return abs(value(exact) - value(decimal)) < 0.50001 / 10 ** numeral.args[1]

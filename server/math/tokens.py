@@ -11,9 +11,12 @@ def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-VOCABULARY: dict[str, Any] = tomllib.loads(
-    Path(__file__).with_name("vocabulary.toml").read_text(encoding="utf-8")
-)
+def table(name: str) -> dict[str, Any]:
+    """A TOML file beside this module."""
+    return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+VOCABULARY = table("vocabulary.toml")
 FUNCTIONS, GREEK = word_set(VOCABULARY["functions"]), word_set(VOCABULARY["greek"])
 NAMES = GREEK | word_set(VOCABULARY["names"])
 ACCENTS = frozenset(map("\\{}".format, VOCABULARY["accents"].split()))
