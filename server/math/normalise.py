@@ -65,6 +65,10 @@ _ANSWER_IS = re.compile(
 )
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
 _CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
+_IDLE = re.compile(
+    rf"(?<!not) (?:{VOCABULARY['idle']})s?\Z|\blinearly (?=(?:in)?dep)"
+    r"|(?:(?<=\bodd)|(?<=\beven)) [a-z]\Z|\A[a-z] (?=odd|even)"
+)
 _PARITY_WORDS = word_set("all any positive integer integers number numbers is are and with where")
 _SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
 _ASSIGNED, _STATEMENT = re.compile(r"[A-Za-z](?=\w*=)"), re.compile(r"[()]?(?:\\neg ?)?[p-s][()]?")
@@ -136,9 +140,7 @@ def words(text: str) -> str | None:
     r"""Letters of an answer made of words only, in lower case (``\text{Even}`` → even)."""
     spelt = _in_words(text)
     bare = re.sub(r"\b(?:an?|the) (?=[a-z]{3})", "", ARTICLE.sub("", spelt or ""))
-    bare = re.sub(r"(?<!not) (?:point|system|function|triangle|line|condition|win)s?\Z"
-                  r"|\blinearly (?=(?:in)?dep)|(?:(?<=\bodd)|(?<=\beven)) [a-z]\Z|\A[a-z] (?=odd|even)",
-                  "", bare)  # fmt: skip
+    bare = _IDLE.sub("", bare)
     bare = re.sub(r"verges?\b", "vergent", re.sub(r"\bno such [a-z ]*", "no such", bare))
     bare = re.sub(r"\A(mon|tue|wed|thu|fri|sat|sun)(?:n?e?u?r?s?day|r?s)?\Z", r"\1", bare)
     if _UNORDERED.search(bare):
@@ -228,9 +230,11 @@ _MAKERS: dict[str, Callable[[re.Match[str]], str]] = {
     "between": lambda m: rf",{m[2]}\in\{{{_counted(int(m[1]), int(m[3]))}\}}",
 }  # fmt: skip
 _NAMED = {
-    "TEXT": _TEXT.pattern, "ANSWER_IS": f"(?i:{_ANSWER_IS.pattern})", "ARGUMENT": r"(\{[^{}]*\}|\w)",
-    "FOR": _FOR, "IN_TEXT": _IN_TEXT, "NAME": r"([A-Za-z]|\\[a-z]+) ?(_(?:\w|\{\w+\}))?",
-    "WORD": "|".join(sorted(_WORDS, reverse=True)), "VALUES": "|".join(VALUES), "PARTS": "|".join(PARTS),
+    "TEXT": _TEXT.pattern, "ANSWER_IS": f"(?i:{_ANSWER_IS.pattern})",
+    "ARGUMENT": r"(\{[^{}]*\}|\w)", "FOR": _FOR, "IN_TEXT": _IN_TEXT,
+    "NAME": r"([A-Za-z]|\\[a-z]+) ?(_(?:\w|\{\w+\}))?",
+    "WORD": "|".join(sorted(_WORDS, reverse=True)),
+    "VALUES": "|".join(VALUES), "PARTS": "|".join(PARTS),
 }  # fmt: skip
 _RULES = [
     (sign, re.compile(re.sub("<([A-Z_]+)>", lambda m: _NAMED[m[1]], pattern)),

@@ -12,7 +12,8 @@ _TABLES = VOCABULARY["units"]
 UNITS = word_set(_TABLES["known"])
 _FRACTIONS = "|".join((*PARTS, "hundredth", "thousandth", "millionth", "billionth"))
 CHANGES = re.compile(  # words after a number that change its value, so that they are no unit
-    rf"\b(?:{'|'.join(_TABLES['changes'].split())}|times (?:[b-z]|{'|'.join(VALUES)})|(?:{_FRACTIONS})s?)\b"
+    rf"\b(?:{'|'.join(_TABLES['changes'].split())}|times (?:[b-z]|{'|'.join(VALUES)})"
+    rf"|(?:{_FRACTIONS})s?)\b"
 )
 NAMES = re.compile(rf"\b(?:{'|'.join(_TABLES['named'].split())})\Z")
 _NO_PLURALS = word_set(_TABLES["no_plurals"]) | {f"{word}s" for word in (*VALUES, *POWERS, *PARTS)}
@@ -20,14 +21,17 @@ _BESIDE, _IDLE = word_set(_TABLES["beside"]), word_set(_TABLES["idle"])
 _ANGLES = ("", "rad", "°c", "°f")
 _KNOWN = "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
 _ATOM = (
-    rf"\(?(?:\\text\{{(?:[A-Za-z./ -]|\^-?\d)+\}}|(?:{_KNOWN}|in(?=\^)|(?<=[ {{(/*-])(?![A-Z]/[A-Z])[smhgJNLKVWCA])"
-    rf"(?![A-Za-z]))(?:\^\{{?-?\d\}}?)?\)?"
+    rf"\(?(?:\\text\{{(?:[A-Za-z./ -]|\^-?\d)+\}}|(?:{_KNOWN}|in(?=\^)"
+    rf"|(?<=[ {{(/*-])(?![A-Z]/[A-Z])[smhgJNLKVWCA])(?![A-Za-z]))(?:\^\{{?-?\d\}}?)?\)?"
 )
-# The lines of a product: after a letter that may be a variable, no space and no minus.
-_BETWEEN = r"(?: ?(?:\\cdot|\*|/|\bper\b) ?|(?<=[A-Z}tbn])-|(?:(?<=[A-Z}])|(?<=[a-z]{2})|(?= [a-z]+\^\{-)) )"
+_BETWEEN = (  # factors; after a letter that may be a variable, no space and no minus
+    r"(?: ?(?:\\cdot|\*|/|\bper\b) ?|(?<=[A-Z}tbn])-"
+    r"|(?:(?<=[A-Z}])|(?<=[a-z]{2})|(?= [a-z]+\^\{-)) )"
+)
 _PRODUCT = rf"{_ATOM}(?:{_BETWEEN}(?:{_ATOM}|(?<=per )[a-z]{{3,}}))"
 _COMPOUND = re.compile(
-    rf"(?:(?<=[\d)}}\]])|(?<=\\pi)) ?(?:\\frac\{{({_PRODUCT}*)\}}\{{({_PRODUCT}*)\}}|({_PRODUCT}+))\Z"
+    rf"(?:(?<=[\d)}}\]])|(?<=\\pi)) ?"
+    rf"(?:\\frac\{{({_PRODUCT}*)\}}\{{({_PRODUCT}*)\}}|({_PRODUCT}+))\Z"
 )
 _UNIT = re.compile(
     r"(?:(?<=[\d})\]!a-z%]) ?\\text\{(?P<text>[^{}]*)\}"
@@ -67,7 +71,7 @@ def split_unit(text: str) -> tuple[str, str]:
         return text, ""
     body = text[: len(text) - len(match[0])].replace(f"{match[0]},", ",").strip()
     name = (match["text"] or match["known"] or match["words"] or "").lower()
-    name = _TIMES.sub("*", name.strip(" ()").replace(" per ", "/")) if "-" != name[:1] else "2"
+    name = _TIMES.sub("*", name.strip(" ()").replace(" per ", "/")) if name[:1] != "-" else "2"
     bare = body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body)
     if bare or CHANGES.search(name) or re.search(r"[^a-z°.*'/^()\d-]|(?<![\^a-z-])\d", name):
         return text, ""
