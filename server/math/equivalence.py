@@ -41,6 +41,7 @@ _LABEL = re.compile(
     r"(?=[-\d.(\[|]|\\(?!text)|(?(2)[a-z](?![a-z])|\Z.))"
 )
 _SEVERAL = re.compile(r"(?=.*[(,])\(?[A-H]\)?(?:,?\(?[A-H]\)?)+")  # choices, in any order
+_DISPLAYED = re.compile(r"(?s)\A[^$]*[a-z]{3}.*\$\$([^$]+)\$\$[\s.]*\Z")  # at the end of a proof
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time, not a ratio, if both sides are
 _PARITY = {"odd": r"2k+1,k\in\mathbb{Z}", "even": r"2k,k\in\mathbb{Z}"}
 _COMBINATIONS = re.compile(r"(?<![A-Za-z\\])([CP])\((\d+), ?(\d+)\)")
@@ -148,7 +149,7 @@ def _choice(text: str) -> tuple[str, str] | None:
 
 def cache_key(gold: str, pred: str) -> tuple[str, str]:
     """The normalised pair: pairs with the same key get the same verdict."""
-    pair = normalise(gold), normalise(pred)
+    pair = normalise(_DISPLAYED.sub(r"\1", gold)), normalise(pred)
     chosen = [_choice(text) for text in pair]
     named = [choice for choice in chosen if choice]
     clear = all(option and len(name) == 1 and not _SECOND.search(option) for name, option in named)
@@ -211,6 +212,8 @@ def _other_readings(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> I
     apart = [_CAPITALS.sub(r"\1 ", text) for text in (gold, pred)]
     if (apart[0] == gold) != (apart[1] == pred):  # LC as L times C
         yield tuple(map(parse, apart))
+    if "'" in gold and "(t)" in gold + pred:  # of time, as all may be
+        yield tuple(parse(re.sub(r"(?<=[A-Za-z'])\(t\)", "", text)) for text in (gold, pred))
     if _COMBINATIONS.search(gold + pred):  # a number of combinations, if it is no point
         yield tuple(parse(_COMBINATIONS.sub(
             lambda m: rf"\binom{{{m[2]}}}{{{m[3]}}}" + (f"{m[3]}!" if m[1] == "P" else ""), text

@@ -327,8 +327,8 @@ def equal(a: Node, b: Node) -> bool:
 
 def _factors(node: Node) -> frozenset[str]:
     """The variables that a product or quotient has as factors."""
-    if node.op in ("mul", "div"):
-        return frozenset().union(*map(_factors, node.args))
+    if node.op in ("mul", "div", "pow"):
+        return frozenset().union(*map(_factors, node.args[: 1 if node.op == "pow" else None]))
     return symbols(node) if node.op == "sym" else frozenset()
 
 

@@ -7,6 +7,7 @@ work is bounded by the length of the string, whatever the string holds.
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import permutations
 from unicodedata import normalize
 
 from .phrases import ARTICLE, PARTS, VALUES, number_in_words, phrase
@@ -90,7 +91,9 @@ def normalise(text: str) -> str:
         text = re.sub(r"\\\\(?=[A-Za-z()\[\]{}])", r"\\", text)
     text = unbox(text)
     if _ONLY_CIRCLED.fullmatch(text):  # in another answer a footnote, or nothing
-        text = _CIRCLED.sub(lambda match: f"({ord(match[0]) - 0x245F})", text)
+        text = _CIRCLED.sub(
+            lambda match: f"({ord(match[0]) - 0x245F})", re.sub(r"\\text|[{}]", "", text)
+        )
     for sign, pattern, new in _RULES:  # a pattern is searched only where its sign is
         text = pattern.sub(new, text) if sign in text else text
     text = text.lstrip(" ,;:=").rstrip(" .,;:")
@@ -210,6 +213,13 @@ def _bounded_parity(match: re.Match[str]) -> str:
     return rf"{bound[0]},\text{{{match[2]}}}" if bound and said <= {bound[1]} else match[0]
 
 
+def _permuted(match: re.Match[str]) -> str:
+    """Tuples with all that their entries make in another order."""
+    tuples = re.findall(r"\(([^()]*)\)", match[1])
+    every = (p for some in tuples if some.count(",") < 5 for p in permutations(some.split(",")))
+    return ",".join(f"({','.join(some)})" for some in dict.fromkeys(every)) if tuples else match[0]
+
+
 def _group(match: re.Match[str]) -> str:
     """What one of the groups holds: a replacement that, unlike a template, costs nothing unused."""
     return match[match.lastindex] if match.lastindex else " "
@@ -217,7 +227,7 @@ def _group(match: re.Match[str]) -> str:
 
 _MAKERS: dict[str, Callable[[re.Match[str]], str]] = {
     "group": _group, "text": _plain_text, "repeating": _repeating, "parity": _bounded_parity,
-    "listed": _listed, "connectives": lambda m: _connectives(m[0]),
+    "listed": _listed, "permuted": _permuted, "connectives": lambda m: _connectives(m[0]),
     "command": lambda m: _SYNONYMS.get(m[1], m[0]), "word": lambda m: _WORDS[m[1]],
     "operator": lambda m: _OPERATORS[m[0]], "primes": lambda m: "''" if m[1] else "'",
     "currency": lambda m: rf"{m[2] or ''}\text{{{_CURRENCIES[m[1] or m[3]]}}}",

@@ -59,7 +59,7 @@ def phrase(text: str) -> str | None:
     )
     if stock := next(found, None) or number_in_words(bare) or number_in_words(text):
         return stock
-    head, _, counted = bare.rpartition(" ")
-    if counted[-1:] == "s" and (number := number_in_words(head)):
+    head, _, counted = bare.partition(" ")
+    if counted and (number := number_in_words(head)):
         return f"{number} {counted}"  # eight weeks
     return str(_ORDINALS.index(bare) + 1) if bare in _ORDINALS else None

@@ -50,6 +50,10 @@ def forms(gold: Node) -> list[Node]:
     """A reference that is given in two forms, as these: 1/2 or 0.5, 5/7 = 0.714, 5/7 ≈ 0.7."""
     if gold.op == "rel" and is_rounded(*gold.args[-2:]):
         return [gold, gold.args[-1]]
+    first, *rest = gold.args if gold.op == "list" else (gold,)
+    if name_of(first) and [part.op for part in rest] == ["rel"] and not name_of(rest[0]):
+        if symbols(rest[0]) <= symbols(value_of(first)):  # Q = 2t, 0 < t < 9
+            return [gold, first]
     try:
         twice = gold.op in ("list", "cup") and len(gold.args) == 2 and gold.args[0] != gold.args[1]
         return [gold.args[0] if twice and same(*gold.args) else gold]
@@ -67,7 +71,8 @@ def _same_lists(a: Node, b: Node) -> bool:
             return _same_regions(group, listed)
         names = [name_of(item) for item in listed.args]
         if None not in names and len(set(names)) < len(names):
-            return False  # x = 1 or x = 2 is no point
+            unordered = group.args[:2] == ("[", "]") and len(group.args) > 4  # a list, no interval
+            return unordered and _matched(entries(group), listed.args, as_set=False)
         shapes = _VECTORS if None not in names or len(names) > 2 else _VECTORS[:1]  # no interval
         fits = group.op == "matrix" or group.args[:2] in shapes
         return fits and _pairwise(entries(group), listed.args)
@@ -132,6 +137,8 @@ def _same_groups(a: Node, b: Node) -> bool:
         items = group.args[2:]
         if other.op == "matrix":
             return bool(items) and group.args[:2] in _VECTORS and _pairwise(items, entries(other))
+        if other.op == "fn" and other.args[0] == "floor":  # Gauss's brackets
+            return group.args[0] == "[" and _pairwise(items, other.args[1:])
         terms = (Node("mul", (x, Node("sym", (c,)))) for x, c in zip(items, "ijk", strict=False))
         unit_vectors = symbols(other) - symbols(group) in _UNIT_VECTORS  # 2i + 3j
         return unit_vectors and 1 < len(items) < 4 and equal(other, Node("add", tuple(terms)))
@@ -164,7 +171,8 @@ def _same_relations(a: Node, b: Node) -> bool:
         if name is not None:
             if all(re.fullmatch("[a-z]{2,3}", str(side.args[0])) for side in relation.args[1:]):
                 return False  # AB = CD isn't CD
-            return same(value_of(a), b) if a is relation else same(a, value_of(b))
+            other = other.args[0] if other.op == "set" and len(other.args) == 1 else other
+            return same(value_of(a), other) if a is relation else same(other, value_of(b))
         if relation.args[0] == ("in",) and relation.args[1].op == "sym":
             return same(relation.args[2], other)
         if set(relation.args[0]) == {"="}:

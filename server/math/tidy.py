@@ -158,7 +158,8 @@ def _share_names(items: tuple[Node, ...]) -> tuple[Node, ...]:
     if not items or items[0].op != "rel" or any(item.op == "rel" for item in items[1:]):
         return items
     operators, name, _ = items[0].args[:3]
-    if operators == ("!=",) or (operators == ("=",) and name_of(items[0])):
+    formulas = is_numbered(name) and any(map(symbols, items[1:]))  # a_n = 2n, n^2
+    if operators == ("!=",) or (operators == ("=",) and name_of(items[0]) and not formulas):
         return (items[0], *(Node("rel", (operators, name, item)) for item in items[1:]))
     return items
 
@@ -182,7 +183,7 @@ def _is_name(node: Node) -> bool:
         return node.args[0] not in ("log", "ln", "exp") and bool(symbols(node))
     if node.op in _NAMES:
         return (bool(symbols(node)) or has(node, "apply")) and all(
-            _is_name(arg) or arg.op == "rel" or (node.op in _POINTED and not symbols(arg))
+            _is_name(arg) or arg.op == "rel" or (node.op, arg.op) == ("apply", "group") or (node.op in _POINTED and not symbols(arg))
             for arg in node.args if isinstance(arg, Node)
         )  # fmt: skip
     return False

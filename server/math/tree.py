@@ -19,7 +19,9 @@ MAX_DEPTH = 30
 _OTHERWISE = (("otherwise",), ("else",), ("elsewhere",))
 MAX_DIGITS = 400
 # of y(0), h(2/3) = 7, u(x, t) = 2x
-_CALL = re.compile(r"\((?:0\)|(?:[xyztnkrs](?:,[xyzt])*|(?:[-\d./{}]|\\(?:frac|sqrt|pi))+)\)=)")
+_CALL = re.compile(
+    r"\((?:0\)|(?:[xyztnkrs]|[\da-z]+(?:,[\da-z]+)+|(?:[-\d./{}]|\\(?:frac|sqrt|pi))+)\)=)"
+)
 
 
 class Node(NamedTuple):

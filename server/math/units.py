@@ -36,7 +36,7 @@ _COMPOUND = re.compile(
 _UNIT = re.compile(
     r"(?:(?<=[\d})\]!a-z%]) ?\\text\{(?P<text>[^{}]*)\}"
     r"|(?:(?<=[\d})]) ?|(?<=\\pi) )(?P<known>" + _KNOWN + r"|in(?=\^))"
-    r"|(?:(?<=[\d})])|(?<=\\pi)) (?P<words>(?:[A-Za-z]{3,}|sq|cu)(?: [A-Za-z]+){0,4})"
+    r"|(?:(?<=[\d})])|(?<=\\pi)) (?P<words>(?:[A-Za-z]{3,}|sq|cu)(?: [A-Za-z]+){0,6})"
     r")(?P<power>\^\{?-?\d\}?)?\Z"
 )
 _COMMA = re.compile(r"(?:(?<!\d),|,(?!\d{3}(?!\d)))(?![^()\[\]{}]*[)\]}])")

@@ -78,7 +78,9 @@ def _abbreviates(a: Node, b: Node) -> bool:
     if len(decimals) != 1:
         return False
     _, places, significant = decimals[0]
-    if significant < MIN_SIGNIFICANT or places < MIN_PLACES:
+    rounded = numerals[0].args == decimals[0] and significant >= 4 and places >= 3
+    if not rounded and (significant < MIN_SIGNIFICANT or places < MIN_PLACES):
         return False
-    unit = Fraction(999_999 * (10 if significant >= FLOAT_DIGITS else 1), 10 ** (places + 6))
-    return bool(abs(value(a) - value(b)) < value(Node("num", (unit, 0, 1))))
+    last = Fraction(999_999 * (10 if significant >= FLOAT_DIGITS else 1), 10 ** (places + 6))
+    near = Fraction(5001, 10 ** (places + 4)) if rounded else last  # a reference is rounded
+    return bool(abs(value(a) - value(b)) < value(Node("num", (near, 0, 1))))
