@@ -29,7 +29,7 @@ _CHOICE = re.compile(r"\(?([A-Ja-j])(?:\)|[.:](?=.)|\Z)(?![(,)] ?[A-J])(.*)")
 _SECOND = re.compile(  # another choice, or doubts, in what should be the text of the first
     r"(?<![A-Za-z\\])\(?[A-J](?:[).:]|\Z)|\b(?:or|lor|both|wrong|incorrect|false|right|correct|maybe)\b"
     r"|(?i:\b(?:yes|true|but|if|unless|perhaps)\b|[,;] ?(?:no|false)\b)"
-    r"|(?:\b(?:and|or)|[,/;]|\\l(?:and|or)) ?\(?[A-J](?![A-Za-z])|\A ?(?:no|not|is|and)\b"
+    r"|(?:\b(?:and|or)|[,/;]|\\l(?:and|or)) ?\(?[A-J](?![A-Za-z]| [a-z]{2})|\A ?(?:no|not|is|and)\b"
 )
 _DOUBT = re.compile(
     r"(?i)(?<![a-z\\])(?:not|never|wrong|incorrect|maybe|perhaps|probably|either|but|if|n't)(?![a-z])"

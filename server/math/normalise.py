@@ -11,7 +11,7 @@ from itertools import permutations
 from unicodedata import normalize
 
 from .phrases import ARTICLE, PARTS, VALUES, number_in_words, phrase
-from .tokens import FUNCTIONS, VOCABULARY, table, word_set
+from .tokens import FUNCTIONS, VOCABULARY, table
 from .units import UNITS
 
 
@@ -70,7 +70,6 @@ _IDLE = re.compile(
     rf"(?<!not) (?:{VOCABULARY['idle']})s?\Z|\blinearly (?=(?:in)?dep)"
     r"|(?:(?<=\bodd)|(?<=\beven)) [a-z]\Z|\A[a-z] (?=odd|even)"
 )
-_PARITY_WORDS = word_set("all any positive integer integers number numbers is are and with where")
 _SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
 _ASSIGNED, _STATEMENT = re.compile(r"[A-Za-z](?=\w*=)"), re.compile(r"[()]?(?:\\neg ?)?[p-s][()]?")
 _UNORDERED = re.compile(
@@ -191,33 +190,22 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"\frac{{{numerator}}}{{{denominator}}}"
 
 
-def _counted(low: int, high: int) -> str:
-    return ",".join(map(str, range(low, min(high + 1, low + 99))))
-
-
 def _listed(match: re.Match[str]) -> str:
     """For which numbers there is a member: k = 0, 1, ..., 5."""
     if match[1] not in re.sub(r"\\[a-z]+", "", match.string[: match.start()]):
         return match[0]
     low, dots = match[2].partition(",")[0], r"\ldots" in match[0]
-    numbers = _counted(int(low), int(match[3])) if dots else match[2] + match[3]
+    between = map(str, range(int(low), min(int(match[3]) + 1, 99)))
+    numbers = ",".join(between) if dots else match[2] + match[3]
     return rf",{match[1]}\in\{{{numbers}\}}"
-
-
-def _bounded_parity(match: re.Match[str]) -> str:
-    """ "All odd integers n > 3" with the parity last, where nothing else is said."""
-    rest = (match[1] + match[3]).replace(r"\text", "")
-    bound = re.search(r"(?:\d+(?:<|\\le ?))?([a-z])(?:[<>]|\\[gl]e ?)\d+", rest)
-    others = re.findall("[a-z]+", rest.replace(bound[0], "").lower()) if bound else [""]
-    said = {*others} - _PARITY_WORDS
-    return rf"{bound[0]},\text{{{match[2]}}}" if bound and said <= {bound[1]} else match[0]
 
 
 def _permuted(match: re.Match[str]) -> str:
     """Tuples with all that their entries make in another order."""
     tuples = re.findall(r"\(([^()]*)\)", match[1])
     every = (p for some in tuples if some.count(",") < 5 for p in permutations(some.split(",")))
-    return ",".join(f"({','.join(some)})" for some in dict.fromkeys(every)) if tuples else match[0]
+    few = 0 < len(tuples) < 9
+    return ",".join(f"({','.join(some)})" for some in dict.fromkeys(every)) if few else match[0]
 
 
 def _group(match: re.Match[str]) -> str:
@@ -226,8 +214,9 @@ def _group(match: re.Match[str]) -> str:
 
 
 _MAKERS: dict[str, Callable[[re.Match[str]], str]] = {
-    "group": _group, "text": _plain_text, "repeating": _repeating, "parity": _bounded_parity,
-    "listed": _listed, "permuted": _permuted, "connectives": lambda m: _connectives(m[0]),
+    "group": _group, "text": _plain_text, "repeating": _repeating, "listed": _listed,
+    "permuted": _permuted, "connectives": lambda m: _connectives(m[0]),
+    "parts": lambda m: ";".join(filter(None, m.groups())),
     "command": lambda m: _SYNONYMS.get(m[1], m[0]), "word": lambda m: _WORDS[m[1]],
     "operator": lambda m: _OPERATORS[m[0]], "primes": lambda m: "''" if m[1] else "'",
     "currency": lambda m: rf"{m[2] or ''}\text{{{_CURRENCIES[m[1] or m[3]]}}}",
@@ -237,7 +226,6 @@ _MAKERS: dict[str, Callable[[re.Match[str]], str]] = {
     "tangent": lambda m: _CALCULUS[m[1]] + " " * len(m[2]),
     "derivative": lambda m: f"\0{m[3]}'{m[2] and chr(39)}_{m[5]}{m[4] or ''}",
     "dots": lambda m: f"\0{m[3]}'{m[1] and chr(39)}{m[4] or ''}",
-    "between": lambda m: rf",{m[2]}\in\{{{_counted(int(m[1]), int(m[3]))}\}}",
 }  # fmt: skip
 _NAMED = {
     "TEXT": _TEXT.pattern, "ANSWER_IS": f"(?i:{_ANSWER_IS.pattern})",

@@ -5,13 +5,9 @@ import re
 from .tokens import VOCABULARY
 
 _ONES, _TENS, _ORDINALS = (text.split() for text in VOCABULARY["numbers"].values())
-VALUES = dict(zip(_ONES, range(20), strict=True)) | dict(
-    zip(_TENS, range(20, 100, 10), strict=True)
-)
+VALUES = dict(zip((*_ONES, *_TENS), (*range(20), *range(20, 100, 10)), strict=True))
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-PARTS = {"half": 2, "halve": 2, "quarter": 4} | {
-    word: n for n, word in enumerate(_ORDINALS, 1) if n > 2
-}
+PARTS = {"half": 2, "halve": 2, "quarter": 4} | {w: n for n, w in enumerate(_ORDINALS, 1) if n > 2}
 _SMALL = VALUES | {
     f"{tens} {ones}": VALUES[tens] + n
     for tens in _TENS for n, ones in enumerate(_ONES[1:10], 1)

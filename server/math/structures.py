@@ -51,9 +51,9 @@ def forms(gold: Node) -> list[Node]:
     if gold.op == "rel" and is_rounded(*gold.args[-2:]):
         return [gold, gold.args[-1]]
     first, *rest = gold.args if gold.op == "list" else (gold,)
-    if name_of(first) and [part.op for part in rest] == ["rel"] and not name_of(rest[0]):
-        if symbols(rest[0]) <= symbols(value_of(first)):  # Q = 2t, 0 < t < 9
-            return [gold, first]
+    if name_of(first) and [(part.op, name_of(part)) for part in rest] == [("rel", None)]:
+        given = symbols(rest[0]) <= symbols(value_of(first))  # Q = 2t, 0 < t < 9
+        return [gold, first] if given else [gold]
     try:
         twice = gold.op in ("list", "cup") and len(gold.args) == 2 and gold.args[0] != gold.args[1]
         return [gold.args[0] if twice and same(*gold.args) else gold]

@@ -183,7 +183,8 @@ def _is_name(node: Node) -> bool:
         return node.args[0] not in ("log", "ln", "exp") and bool(symbols(node))
     if node.op in _NAMES:
         return (bool(symbols(node)) or has(node, "apply")) and all(
-            _is_name(arg) or arg.op == "rel" or (node.op, arg.op) == ("apply", "group") or (node.op in _POINTED and not symbols(arg))
+            _is_name(arg) or arg.op == "rel" or (node.op, arg.op) == ("apply", "group")
+            or (node.op in _POINTED and not symbols(arg))
             for arg in node.args if isinstance(arg, Node)
         )  # fmt: skip
     return False

@@ -75,7 +75,6 @@ def split_unit(text: str) -> tuple[str, str]:
     bare = body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body)
     if bare or CHANGES.search(name) or re.search(r"[^a-z°.*'/^()\d-]|(?<![\^a-z-])\d", name):
         return text, ""
-    power = (match["power"] or "").strip("^{}")
     power_word, _, rest = name.partition("*")
     if power_word in POWERS:  # 5 million people
         body, name = rf"{body}\cdot10^{{{POWERS[power_word]}}}", rest

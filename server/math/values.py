@@ -82,5 +82,5 @@ def _abbreviates(a: Node, b: Node) -> bool:
     if not rounded and (significant < MIN_SIGNIFICANT or places < MIN_PLACES):
         return False
     last = Fraction(999_999 * (10 if significant >= FLOAT_DIGITS else 1), 10 ** (places + 6))
-    near = Fraction(5001, 10 ** (places + 4)) if rounded else last  # a reference is rounded
+    near = max(last, Fraction(5001 * rounded, 10 ** (places + 4)))  # a reference is rounded
     return bool(abs(value(a) - value(b)) < value(Node("num", (near, 0, 1))))
