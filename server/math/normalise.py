@@ -202,10 +202,9 @@ def _listed(match: re.Match[str]) -> str:
 
 def _permuted(match: re.Match[str]) -> str:
     """Tuples with all that their entries make in another order."""
-    tuples = re.findall(r"\(([^()]*)\)", match[1])
+    tuples = re.findall(r"\(([^()]*)\)", match[1])[:9]
     every = (p for some in tuples if some.count(",") < 5 for p in permutations(some.split(",")))
-    few = 0 < len(tuples) < 9
-    return ",".join(f"({','.join(some)})" for some in dict.fromkeys(every)) if few else match[0]
+    return ",".join(f"({','.join(p)})" for p in dict.fromkeys(every)) if tuples else match[0]
 
 
 def _group(match: re.Match[str]) -> str:
