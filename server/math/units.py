@@ -146,9 +146,8 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
         if of == also and size != its_size:  # 4 ft is 48 in
             gold, pred = (re.sub(r",(?=\d{3})", "", body) for body in (gold_body, pred_body))
             return rf"({gold})\cdot{size}", rf"({pred})\cdot{its_size}", False
-        powers = [unit.partition("^")[2] for unit in (gold_unit, pred_unit)]
-        units = any(unit.partition("^")[0] == "" for unit in (gold_unit, pred_unit))  # units^2
-        return gold_body, pred_body, powers[0] != powers[1] if units else of != also
+        (name, _, power), (other, _, its) = gold_unit.partition("^"), pred_unit.partition("^")
+        return gold_body, pred_body, of != also if name and other else power != its  # units^2
     signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in (gold_body, pred_body)]
     return gold_body, pred_body, signs[0] != signs[1] and gold_unit + pred_unit not in _ANGLES
 
