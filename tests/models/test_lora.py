@@ -49,7 +49,7 @@ def build(folder: Path, fsdp: FSDPConfig | None = None, moved: bool = True, **mo
     """A worker whose products B·A are not 0, if they are to be `moved`."""
     worker = PolicyWorker("cpu")
     config = ModelConfig(path=str(folder), **(LORA | model))
-    worker.build(config, fsdp or FSDPConfig(), OptimConfig(lr=1e-2), 10, FSDPConfig())
+    worker.build(config, fsdp or FSDPConfig(), OptimConfig(lr=1e-2), 10)
     torch.manual_seed(1)
     for name, parameter in adapters(worker.model.lm).items() if moved else ():
         if ".lora_B." in name:

@@ -73,17 +73,20 @@ class Section:
             else:
                 yield prefix + f.name, value, rules
 
-    def ending(self, name: str) -> dict[str, Any]:
-        """The keys that `name` is an end of, and their values. At least one."""
+    def ending(self, name: str, near: str = "") -> dict[str, Any]:
+        """The keys that `name` is an end of, and their values. At least one; only that one which is
+        in the same section as the key `near`, if there is one."""
         found = {k: value for k, value, _ in self.walk() if f".{k}".endswith(f".{name}")}
         assert found, f"no key ends in {name}"
-        return found
+        own = f"{near.rpartition('.')[0]}.{name}"
+        return {own: found[own]} if own in found else found
 
-    def holds(self, condition: str) -> bool:
-        """Whether ``end.of.key=word``, with `!=` or ` lacks ` too, all joined by ` and `."""
+    def holds(self, condition: str, near: str = "") -> bool:
+        """Whether ``end.of.key=word``, with `!=` or ` lacks ` too, all joined by ` and `; of keys
+        with the same end the one that is `near`."""
         for part in condition.split(" and "):
             name, sign, word = re.split("(!=|=| lacks )", part)
-            values = self.ending(name).values()
+            values = self.ending(name, near).values()
             same = [word in v if sign == " lacks " else word == shown(v) for v in values]
             if (sign == "=") not in same:
                 return False
@@ -133,6 +136,7 @@ class ModelConfig(Section):
     """`actor_rollout_ref.model`, and `model` of the warm-up."""
 
     section = "actor_rollout_ref.model"  # what messages call it
+    new_weights = frozenset[str]()  # what the files may lack, and is 0 then
     path: str = "Qwen/Qwen2.5-3B"
     """Hugging Face model: a folder or a name on the hub."""
     override_config: dict[str, Any] = key(dict)
@@ -177,6 +181,13 @@ class ClassifierConfig(ModelConfig):
     """A sequence classifier with one label: what `reward_model.model` stands for."""
 
     section = "reward_model.model"
+
+
+class CriticModelConfig(ClassifierConfig):
+    """The same of `critic.model`, which may be a language model without that head."""
+
+    section = "critic.model"
+    new_weights = frozenset({"score.weight"})
 
 
 class OptimConfig(Section):

@@ -14,6 +14,7 @@ from verl.config.base import (
     TrainFilesConfig,
     key,
 )
+from verl.config.critic import CriticConfig
 from verl.config.rollout_correction import RolloutCorrectionConfig
 
 LOSS_AGG_MODES = (
@@ -28,7 +29,7 @@ LOSS_AGG_MODES = (
     "dr-grpo",
     "delta-l",
 )
-WITHOUT_GROUPS = ("reinforce_plus_plus", "remax")
+WITHOUT_GROUPS = ("reinforce_plus_plus", "remax", "gae")
 """Estimators that compare no responses to the same prompt, so that one is enough."""
 BY_STD = ("grpo", "grpo_vectorized", "grpo_passk", "gdpo")
 ADV_ESTIMATORS = (
@@ -513,6 +514,10 @@ class AlgorithmConfig(Section):
 
     adv_estimator: str = key("grpo", choices=ADV_ESTIMATORS)
     """Advantage estimator (docs/methods.md)."""
+    gamma: float = key(1.0, above=0, high=1, idle_if="adv_estimator!=gae")
+    """gae: what a reward counts for one token earlier."""
+    lam: float = key(1.0, low=0, high=1, idle_if="adv_estimator!=gae")
+    """gae: its λ. 1: what followed minus the value; 0: what the next token's value says."""
     norm_adv_by_std_in_grpo: Any = key(
         True,
         choices=(True, False, "batch"),
@@ -550,6 +555,8 @@ class TrainerConfig(RunConfig):
     """GPUs of each machine for engines alone, beside n_gpus_per_node; null: they share those."""
     async_rollout: bool = key(False, on_resume="warn")
     """Draw the next step's batch while this one trains; needs rollout_gpus_per_node."""
+    critic_warmup: int = key(0, low=0, idle_if="adv_estimator!=gae", on_resume="warn")
+    """gae: the actor rests in the steps before this one; 0: in none."""
     balance_batch: bool = True
     """Give every rank about the same number of tokens; False: the same number of responses."""
     val_before_train: bool = True
@@ -588,6 +595,7 @@ class Config(Section):
 
     data: DataConfig = key(DataConfig)
     actor_rollout_ref: ActorRolloutRefConfig = key(ActorRolloutRefConfig)
+    critic: CriticConfig = key(CriticConfig, idle_if="adv_estimator!=gae")
     reward_model: RewardModelConfig = key(RewardModelConfig)
     custom_reward_function: CustomRewardConfig = key(CustomRewardConfig)
     algorithm: AlgorithmConfig = key(AlgorithmConfig)

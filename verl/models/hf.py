@@ -64,7 +64,10 @@ def load_hf_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     options = {"config": load_hf_config(model), "trust_remote_code": model.trust_remote_code}
     options |= {"dtype": dtype, "output_loading_info": True}
     lm, info = _load(architecture(model), model.path, f"{model.section}.path", **options)
-    check_names(info["missing_keys"], info["unexpected_keys"], lm, model.path)
+    missing = {*info["missing_keys"]}
+    for name in model.new_weights & missing:
+        nn.init.zeros_(lm.get_parameter(name))
+    check_names(missing - model.new_weights, info["unexpected_keys"], lm, model.path)
     return lm
 
 
@@ -153,12 +156,14 @@ def stop_token_ids(model: ModelConfig) -> list[int]:
 
 def model_size(lm: Any) -> ModelSize | None:
     """The model's matrix products; None for experts, and without `nn.Linear` or heads."""
-    config = lm.config.get_text_config()
+    config, output = lm.config.get_text_config(), lm.get_output_embeddings()
     linears = [m for m in lm.get_decoder().modules() if isinstance(m, nn.Linear)]
     heads = getattr(config, "num_attention_heads", None)
-    if not (linears and heads) or any("expert" in name for name, _ in lm.named_parameters()):
+    if not (linears and heads and output) or any(
+        "expert" in name for name, _ in lm.named_parameters()
+    ):
         return None
-    head = lm.get_output_embeddings().weight
+    head = output.weight
     return ModelSize(
         decoder=sum(m.weight.numel() for m in linears),
         head=head.numel(),

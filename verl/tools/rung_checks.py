@@ -77,8 +77,8 @@ def memory_estimate(config: Config) -> float | None:
     """GiB that PyTorch allocates on a rank's GPU at most, by `verl.tools.memory_plan`: that of an
     update, or of resuming; without what CUDA takes for the process. None: the model isn't known."""
     try:
-        model, *scorer = read_models(config)
-        plan = Plan(config, model, "cuda", *machine("cuda")[:2], *scorer)
+        model, beside = read_models(config)
+        plan = Plan(config, model, "cuda", *machine("cuda")[:2], beside)
     except ValueError:
         return None
     phases = (plan.training(), plan.resuming())
