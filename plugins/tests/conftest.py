@@ -18,10 +18,10 @@ from tests.helpers import VOCABULARY, free_address, make_tiny_model, make_tokeni
 ENVIRONMENTS = Path(os.environ.get("PLUGIN_ENVS", ROOT / ".venv-plugins"))
 
 
-def run_in(environment: str, arguments: Sequence[Any], log: Path, program: str = "python") -> None:
-    """Runs a program of a peer's environment, where this repository's `verl` can't be imported.
+def run_in(environment: str, arguments: Sequence[Any], log: Path) -> None:
+    """Runs the interpreter of a peer's environment, where this repository's `verl` can't be imported.
     The test is skipped where the environment isn't there."""
-    command = [ENVIRONMENTS / environment / "bin" / program, *arguments]
+    command = [ENVIRONMENTS / environment / "bin/python", *arguments]
     if not command[0].exists():
         pytest.skip(f"{command[0]} isn't there: bash plugins/test.sh makes it")
     variables = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}

@@ -65,12 +65,9 @@ def runs(request: pytest.FixtureRequest, model: Path, tmp_path_factory: Any) -> 
     cases = {str(zlib.crc32(name.encode())): steps_of(name, n) for name in CASES}
     (folder / "cases.json").write_text(json.dumps(cases))
     arguments = [PLUGINS / "tests/trl_job.py", model, folder / "cases.json", folder]
-    if n == 1:
-        run_in("trl", arguments, folder / "log")
-    else:
-        launch = ["launch", "--cpu", "--num_processes", n, "--num_machines", 1]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
-        run_in("trl", launch + arguments, folder / "log", "accelerate")
+    # What `accelerate launch` starts for several processes, but on CPUs that wants MPI.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n] if n > 1 else []
+    run_in("trl", launch + arguments, folder / "log")
     return folder, n
 
 
@@ -137,8 +134,9 @@ def test_gradient_is_ours(case: str, runs: tuple[Path, int], policy: PolicyWorke
         assert theirs.keys() == ours.keys()
         difference = [ours[k].grad.full_tensor() - theirs[k] for k in ours]
         norm = torch.cat([g.flatten() for g in theirs.values()]).norm()
-        assert norm > 1e-3
-        assert torch.cat([d.flatten() for d in difference]).norm() < 1e-5 * norm
+        # All of a step's responses may be clipped, but not while the policy is the old one.
+        assert norm > 0.1 or records[0] is not parts[0][0]
+        assert torch.cat([d.flatten() for d in difference]).norm() <= 1e-5 * norm
         if not loss.kl_coef:
             assert float(records[0]["loss"]) == pytest.approx(sums["w/pg_loss"], abs=2e-6, rel=1e-5)
 
