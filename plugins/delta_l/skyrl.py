@@ -1,8 +1,9 @@
 """∆L Normalization in SkyRL: an advantage estimator for its registry.
 
 Call `register` in the task that trains, before the trainer is made; SkyRL hands what is registered
-on to its other processes. The loss is ∆L's with ``trainer.algorithm.advantage_estimator=delta_l``,
-``trainer.algorithm.loss_reduction=seq_mean_token_sum_norm`` and ``trainer.algorithm.max_seq_len=M``.
+on to its other processes. The loss is ∆L's with these keys of `trainer.algorithm`:
+``advantage_estimator=delta_l loss_reduction=seq_mean_token_sum_norm max_seq_len=M``. Not for
+`step_wise_trajectories`, where estimators don't see the lengths, nor `advantage_batch_normalize`.
 """
 
 from typing import Any

@@ -6,7 +6,7 @@ get their factors (`delta_l.advantage_scales`), and micro-batches are averaged o
 adds up to the same gradient however the batch was cut.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from trl import GRPOTrainer
@@ -32,9 +32,13 @@ class DeltaLGRPOTrainer(GRPOTrainer):
     `alpha`, or without `max_completion_length`.
     """
 
-    _tag_names = ["trl", "grpo", "delta-l"]  # noqa: RUF012: as in TRL
+    # For the model's card.
+    _tag_names: ClassVar = ["trl", "grpo", "delta-l"]
     _name = "GRPO with ∆L Normalization"
-    _paper = {"title": "∆L Normalization: Rethink Loss Aggregation in RLVR", "id": "2509.07558"}  # noqa: RUF012
+    _paper: ClassVar = {
+        "title": "∆L Normalization: Rethink Loss Aggregation in RLVR",
+        "id": "2509.07558",
+    }
 
     def __init__(self, *args: Any, alpha: float = 0.75, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

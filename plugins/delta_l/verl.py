@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn, register_adv_est
 
 from delta_l.weights import advantage_scales
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn, register_adv_est
 
 
 @register_adv_est("delta_l")
@@ -24,10 +24,10 @@ def delta_l_advantage(
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
     """Advantages of verl's estimator `algorithm.delta_l.base` [grpo], times N·M·w_i with ∆L's
-    weights for `algorithm.delta_l.alpha` [0.75], and its returns; [N, T] each. The driver calls this
-    once for a rollout batch. The loss is ∆L's with
-    ``actor.loss_agg_mode=seq-mean-token-sum-norm`` and ``actor.loss_scale_factor=M``, which average
-    over N·M cells. Raises: ValueError for keys that it doesn't know, or a negative alpha."""
+    weights for `algorithm.delta_l.alpha` [0.75], and its returns; [N, T] each. verl calls this once
+    for a rollout batch. The loss is ∆L's with ``loss_agg_mode=seq-mean-token-sum-norm`` and
+    ``loss_scale_factor=M`` of `actor_rollout_ref.actor`, which average over N·M cells. Raises:
+    ValueError for keys that it doesn't know, or a negative alpha."""
     settings = dict((config.get("delta_l") if config else None) or {})
     base, alpha = settings.pop("base", "grpo"), float(settings.pop("alpha", 0.75))
     if settings or not alpha >= 0:

@@ -36,7 +36,9 @@ def run_in(environment: str, arguments: Sequence[Any], log: Path) -> None:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 with 20 tokens: one in twenty ends a completion, so that lengths differ."""
-    folder = make_tiny_model(tmp_path_factory.mktemp("model"), "Qwen2", vocab_size=20, head_dim=None)
+    folder = make_tiny_model(
+        tmp_path_factory.mktemp("model"), "Qwen2", vocab_size=20, head_dim=None
+    )
     make_tokenizer(VOCABULARY[:20]).save_pretrained(folder)
     return folder
 

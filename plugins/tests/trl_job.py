@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from delta_l.trl import DeltaLGRPOTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig
-
-from delta_l.trl import DeltaLGRPOTrainer
 
 M = 24
 KEPT = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "index")

@@ -11,20 +11,21 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import verl  # finds the plug-in by itself
 from hydra import compose, initialize_config_module
-from verl import DataProto
-from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl.utils.config import omega_conf_to_dataclass
 
-OVERRIDES = """
-algorithm.adv_estimator=delta_l
-actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm
-actor_rollout_ref.actor.loss_scale_factor=${data.max_response_length}
-actor_rollout_ref.actor.use_dynamic_bsz=True
-actor_rollout_ref.rollout.name=vllm
-""".split()
+import verl  # finds the plug-in by itself
+from verl import DataProto
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+
+OVERRIDES = [
+    "algorithm.adv_estimator=delta_l",
+    "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm",
+    "actor_rollout_ref.actor.loss_scale_factor=${data.max_response_length}",
+    "actor_rollout_ref.actor.use_dynamic_bsz=True",
+    "actor_rollout_ref.rollout.name=vllm",
+]
 
 
 def loss_and_gradient(batch: dict[str, Any], case: dict[str, Any]) -> dict[str, torch.Tensor]:
