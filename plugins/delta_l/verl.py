@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn, register_adv_est
 
 from delta_l.weights import advantage_scales
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn, register_adv_est
 
 
 @register_adv_est("delta_l")

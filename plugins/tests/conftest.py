@@ -1,4 +1,4 @@
-"""The peers' environments, and what is shared. Run by bash plugins/test.sh, in the project's own."""
+"""The trainers' environments, and what tests share. plugins/test.sh runs them, in our own."""
 
 import os
 import subprocess
@@ -19,8 +19,8 @@ ENVIRONMENTS = Path(os.environ.get("PLUGIN_ENVS", ROOT / ".venv-plugins"))
 
 
 def run_in(environment: str, arguments: Sequence[Any], log: Path) -> None:
-    """Runs the interpreter of a peer's environment, where this repository's `verl` can't be imported.
-    The test is skipped where the environment isn't there."""
+    """Runs the interpreter of a trainer's environment, where our `verl` can't be imported. The test
+    is skipped where the environment isn't there."""
     command = [ENVIRONMENTS / environment / "bin/python", *arguments]
     if not command[0].exists():
         pytest.skip(f"{command[0]} isn't there: bash plugins/test.sh makes it")

@@ -16,9 +16,10 @@ import typing_extensions
 if sys.version_info < (3, 12):  # SkyRL's types, of another part of it, want that
     typing.TypedDict = typing_extensions.TypedDict
 
-import delta_l.skyrl
 from skyrl.backends.skyrl_train.utils import ppo_utils
 from skyrl.train.config import AlgorithmConfig
+
+import delta_l.skyrl
 
 
 def loss_and_gradient(batch: dict[str, Any], alpha: float, M: int) -> dict[str, torch.Tensor]:

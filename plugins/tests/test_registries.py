@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import PLUGINS, run_in
-
 from verl.algorithms.advantages import advantages
 from verl.algorithms.policy_losses import POLICY_LOSSES, Constants
 from verl.trainer.ppo.core_algos import response_weights

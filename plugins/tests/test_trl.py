@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import PLUGINS, run_in
-
 from verl.algorithms.advantages import advantages
 from verl.algorithms.losses import LossConfig
 from verl.config.base import FSDPConfig, ModelConfig, OptimConfig
@@ -115,7 +114,7 @@ def our_step(records: list[dict[str, Any]], alpha: float) -> OptimizerStep:
                 samples.append(sample({k: v[i] for k, v in batch.items()}, torch.as_tensor(values)))
     own = np.array([s.length for s in samples])
     weights = response_weights(own, "delta-l", M, alpha, lengths).numpy()
-    # What has no advantage keeps TRL's weights: those of alpha 0, for responses without tokens, too.
+    # What has no advantage keeps TRL's weights, which are those of alpha 0.
     return OptimizerStep(samples, weights, np.full(len(own), 1 / len(own) / M, np.float32))
 
 

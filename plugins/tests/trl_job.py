@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from delta_l.trl import DeltaLGRPOTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig
+
+from delta_l.trl import DeltaLGRPOTrainer
 
 M = 24
 KEPT = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "index")
@@ -35,7 +36,7 @@ def drawn(prompts: list[str], trainer: Any) -> dict[str, Any]:
     draw = random.Random(1000 * trainer.state.global_step + trainer.accelerator.process_index)
     sizes = [draw.randint(1, M) for _ in prompts]
     ids = [[draw.randrange(3, 20) for _ in range(n)] for n in sizes]
-    ids = [x[:-1] + [0] if draw.random() < 0.5 else x for x in ids]
+    ids = [[*x[:-1], 0] if draw.random() < 0.5 else x for x in ids]
     output = {"prompt_ids": trainer.processing_class(prompts)["input_ids"], "completion_ids": ids}
     output["logprobs"] = [[draw.uniform(-5.0, -1.0) for _ in x] for x in ids]
     if trainer.case["tools"]:

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from hydra import compose, initialize_config_module
-from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
-from verl.utils.config import omega_conf_to_dataclass
-
 import verl  # finds the plug-in by itself
+from hydra import compose, initialize_config_module
 from verl import DataProto
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+from verl.utils.config import omega_conf_to_dataclass
 
 OVERRIDES = [
     "algorithm.adv_estimator=delta_l",
