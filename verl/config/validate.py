@@ -67,7 +67,7 @@ def _values(config: Section) -> Iterator[tuple[str, str]]:
     for key, value, rules in config.walk():
         if value is None or ".actor.grpopp_config." in key:  # copies of the algorithm's
             continue
-        if key.startswith("critic.") and ignored_keys(config, [key]):  # verl's may be anything
+        if key.startswith("critic.") and config.holds("adv_estimator!=gae"):  # there is none
             continue
         chosen = value if isinstance(value, list) else [value]
         if not all(math.isfinite(one) for one in chosen if isinstance(one, float)):
