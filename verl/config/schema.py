@@ -306,7 +306,7 @@ class RolloutConfig(SamplingConfig):
     max_model_len: int | None = key(None, low=1, **VLLM)
     """vLLM: longest sequence; null: max_prompt_length + max_response_length."""
     tensor_model_parallel_size: int = key(1, low=1, **VLLM)
-    """vLLM: devices of one engine."""
+    """vLLM: devices of one engine, of one machine or all of several."""
     gpu_memory_utilization: float = key(0.5, high=1, above=0, **VLLM)
     """vLLM: share of a GPU's memory for weights and KV cache. On a CPU the KV cache takes up to
     5 % of the memory, or what engine_kwargs.vllm.kv_cache_memory_bytes says."""

@@ -281,8 +281,11 @@ def _engines(config: Config) -> Iterator[str]:
     if rollout.name == "hf":
         return
     devices = split or trainer.n_gpus_per_node
-    if devices % max(1, rollout.tensor_model_parallel_size):
-        yield f"{{tensor_model_parallel_size=}} must divide the {devices} devices for engines"
+    size = max(1, rollout.tensor_model_parallel_size)
+    if devices % size and (size % devices or trainer.nnodes * devices % size):  # whole machines
+        other = ", or be all of several of the {trainer.nnodes=}" * (trainer.nnodes > 1)
+        text = f"{{tensor_model_parallel_size=}} must divide the {devices} devices for engines"
+        yield f"{text}{' of a machine' * bool(other)}{other}"
     if trainer.device == "cpu" and rollout.tensor_model_parallel_size != 1:
         yield "{tensor_model_parallel_size=}: vLLM has one process per engine on a CPU"
     if trainer.device == "cpu" and transfer == "ipc":
