@@ -118,9 +118,9 @@ def test_a_count_of_all_ranks_is_shared_out(
 def test_no_name_stands_twice_and_none_is_a_key_here() -> None:
     names = Counter([*SAME_AS, *OF_ALL_RANKS, *(n.partition("=")[0] for n in WITHOUT_EFFECT)])
     assert set(names.values()) == {1}
-    untrained = {f"{model}.fsdp_config" for model in ("actor_rollout_ref.ref", "reward_model.model")}
-    untrained_keys = ("optimizer_offload", "mixed_precision.reduce_dtype")
-    expected = {f"{section}.{key}" for section in untrained for key in untrained_keys}
+    untrained = "actor_rollout_ref.ref", "reward_model.model"
+    idle = "optimizer_offload", "mixed_precision.reduce_dtype"
+    expected = {f"{model}.fsdp_config.{key}" for model in untrained for key in idle}
     assert names.keys() & KNOWN.keys() == expected
     assert {*OF_ALL_RANKS.values()} <= KNOWN.keys()
     only_with_a_value = {n.partition("=")[0] for n in WITHOUT_EFFECT if "=" in n}

@@ -28,6 +28,7 @@ from verl.models import packing
 from verl.models.folder import check_model, skeleton
 from verl.models.logprobs import scale_and_cap
 from verl.rollout.hf import HFEngine
+from verl.rollout.vllm import VLLMEngine
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,6 +125,12 @@ def test_what_is_refused_in_one_line(
 def test_the_hf_engine_refuses_recurrent_layers(family: str, kind: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"\({kind}\): set .*rollout\.name=vllm"):
         HFEngine.check(ModelConfig(path=str(make_family(family, tmp_path))))
+
+
+def test_vllm_is_refused_where_it_keeps_old_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gpt_oss model's experts .*: set .*rollout\.name=hf"):
+        VLLMEngine.check(ModelConfig(path=str(make_family("GPT-OSS", tmp_path / "sinks"))))
+    VLLMEngine.check(ModelConfig(path=str(make_family("Mixtral", tmp_path / "none"))))
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "DeepSeek-V3", "Apertus", "GPT-OSS"])
