@@ -79,12 +79,13 @@ def test_a_head_of_another_kind_is_refused(tmp_path: Path) -> None:
         scale_and_cap(lm)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_start_ends_where_the_attention_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequences that see each other, and a window that isn't there."""
     right, folder = packing.packed_attention, make_family("Mistral", tmp_path)
-    build(folder)
+    build(folder, dtype=dtype)
 
     def mixes(*args: torch.Tensor, **options: object) -> object:
         return right(*args, **options | {"sequence_lengths": [sum(options["sequence_lengths"])]})
@@ -95,7 +96,7 @@ def test_a_start_ends_where_the_attention_is_wrong(
     for wrong in (mixes, sees_all):
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "packed_attention", wrong)
         with pytest.raises(ValueError, match=r"packed, .* mistral model differ by 0\.\d+ nats"):
-            build(folder)
+            build(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize(
