@@ -101,6 +101,15 @@ def test_another_name_is_the_same_key(name: str, key: str) -> None:
         compose_config([f"{key}={text}", f"{name}={text_2}"])
 
 
+def test_what_stands_below_another_name_is_passed_on() -> None:
+    names = "+ray_kwargs.ray_init.runtime_env.env_vars", "+reward.custom_reward_function"
+    config = load_config([f"{names[0]}.NCCL_DEBUG=WARN", f"{names[1]}.reward_kwargs.bonus=2"])
+    assert config.ray_init.runtime_env == {"env_vars": {"NCCL_DEBUG": "WARN"}}
+    assert config.custom_reward_function.reward_kwargs == {"bonus": 2}
+    with pytest.raises(ConfigError, match=r"ray_init.num_gpus is known .* variable RAY_ADDRESS"):
+        compose_config(["+ray_kwargs.ray_init.num_gpus=8"])
+
+
 @pytest.mark.parametrize(("name", "key"), OF_ALL_RANKS.items())
 def test_a_count_of_all_ranks_is_shared_out(
     name: str, key: str, caplog: pytest.LogCaptureFixture
@@ -146,6 +155,15 @@ def test_all_that_is_refused_stands_in_one_message() -> None:
     with pytest.raises(ConfigError) as refused:
         compose_config([*given, "critic.model.path=x", " ", "transfer_queue.enable=False"])
     mtp, typo, lam = str(refused.value).splitlines()
+    precision = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype"
+    with pytest.raises(ConfigError) as values:
+        compose_config(["trainer.device=npu", f"{precision}=fp16"])
+    float16, npu = str(values.value).splitlines()
+    assert npu == (
+        "trainer.device=npu is known in verl, but not supported here: only GPUs of CUDA, or CPUs; "
+        "choose from cuda, cpu"
+    )
+    assert float16.startswith(f"{precision}=float16 is known in verl") and "bfloat16" in float16
     assert mtp.startswith("actor_rollout_ref.model.mtp.enable is known in verl, but not supported")
     assert typo == "there is no key 'data.trian_files'; the nearest one is 'data.train_files'"
     assert lam.startswith("algorithm.lam is known in verl, but not supported here: ")
