@@ -379,6 +379,16 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
         ],
         f"{ROLLOUT}tensor_model_parallel_size=3 must divide the 8 devices",
     ),
+    "engines over two of three machines": (
+        [
+            f"{ROLLOUT}name=vllm",
+            f"{ROLLOUT}tensor_model_parallel_size=16",
+            "trainer.n_gpus_per_node=8",
+            "trainer.nnodes=3",
+        ],
+        f"{ROLLOUT}tensor_model_parallel_size=16 must divide the 8 devices for engines of a "
+        "machine, or be all of several of the trainer.nnodes=3",
+    ),
     "sequences over three of eight ranks": (
         [f"{ACTOR}ulysses_sequence_parallel_size=3", "trainer.n_gpus_per_node=8"],
         f"{ACTOR}ulysses_sequence_parallel_size=3 must divide the 8 ranks",

@@ -106,7 +106,8 @@ def test_the_references_type_matters_where_there_is_one() -> None:
     base = [*BASE, "actor_rollout_ref.actor.use_kl_loss=True"]
     saved = asdict(load_config(base))
     offload = "actor_rollout_ref.ref.fsdp_config.param_offload=True"
-    found = changed_keys(saved, load_config([*base, f"{key}=bfloat16", offload]))
+    idle = "actor_rollout_ref.ref.fsdp_config.mixed_precision.reduce_dtype=bfloat16"
+    found = changed_keys(saved, load_config([*base, f"{key}=bfloat16", offload, idle]))
     assert found["error"] == [f"{key}: None → bfloat16"]
 
 

@@ -88,7 +88,7 @@ def test_all_that_verls_scripts_ask_for_is_accepted_or_known() -> None:
         for name in script["scripts"]:
             accepted[name.partition(" ")[0]] += not lines
         assert not [line for line in lines if "there is no key" in line], script["scripts"]
-    assert accepted >= Counter({"b178a3c": 43, "v0.7.0": 57, "v0.4.1": 37})
+    assert accepted >= Counter({"b178a3c": 44, "v0.7.0": 58, "v0.4.1": 38})
 
 
 @pytest.mark.parametrize(("name", "key"), SAME_AS.items())
@@ -104,6 +104,15 @@ def test_another_name_is_the_same_key(name: str, key: str) -> None:
     text_2 = json.dumps(other).replace('"', "") if isinstance(other, dict) else other
     with pytest.raises(ConfigError, match=f"{re.escape(name)}=.* contradicts {re.escape(key)}="):
         compose_config([f"{key}={text}", f"{name}={text_2}"])
+
+
+def test_what_stands_below_another_name_is_passed_on() -> None:
+    names = "+ray_kwargs.ray_init.runtime_env.env_vars", "+reward.custom_reward_function"
+    config = load_config([f"{names[0]}.NCCL_DEBUG=WARN", f"{names[1]}.reward_kwargs.bonus=2"])
+    assert config.ray_init.runtime_env == {"env_vars": {"NCCL_DEBUG": "WARN"}}
+    assert config.custom_reward_function.reward_kwargs == {"bonus": 2}
+    with pytest.raises(ConfigError, match=r"ray_init.num_gpus is known .* variable RAY_ADDRESS"):
+        compose_config(["+ray_kwargs.ray_init.num_gpus=8"])
 
 
 @pytest.mark.parametrize(("name", "key"), OF_ALL_RANKS.items())
@@ -123,7 +132,10 @@ def test_a_count_of_all_ranks_is_shared_out(
 def test_no_name_stands_twice_and_none_is_a_key_here() -> None:
     names = Counter([*SAME_AS, *OF_ALL_RANKS, *(n.partition("=")[0] for n in WITHOUT_EFFECT)])
     assert set(names.values()) == {1}
-    assert not names.keys() & KNOWN.keys()
+    untrained = "actor_rollout_ref.ref", "reward_model.model"
+    idle = "optimizer_offload", "mixed_precision.reduce_dtype"
+    expected = {f"{model}.fsdp_config.{key}" for model in untrained for key in idle}
+    assert names.keys() & KNOWN.keys() == expected
     assert {*OF_ALL_RANKS.values()} <= KNOWN.keys()
     only_with_a_value = {n.partition("=")[0] for n in WITHOUT_EFFECT if "=" in n}
     assert not NOT_SUPPORTED.keys() & (names.keys() - only_with_a_value)
@@ -134,10 +146,12 @@ def test_keys_without_effect_are_named_once(caplog: pytest.LogCaptureFixture) ->
         "data.return_raw_chat=True",
         "+actor_rollout_ref.rollout.mode=async",
         "algorithm.lam=1.0",
+        "actor_rollout_ref.ref.fsdp_config.optimizer_offload=False",
+        "reward_model.model.fsdp_config.mixed_precision.reduce_dtype=float32",
     ]
     with caplog.at_level(logging.WARNING):
         assert load_config(given) == load_config()
-    for key in ("data.return_raw_chat", "actor_rollout_ref.rollout.mode", "algorithm.lam"):
+    for key in [text.strip("+").partition("=")[0] for text in given]:
         assert caplog.text.count(key) == 1
 
 
@@ -146,6 +160,15 @@ def test_all_that_is_refused_stands_in_one_message() -> None:
     with pytest.raises(ConfigError) as refused:
         compose_config([*given, "critic.model.use_shm=x", " ", "transfer_queue.enable=False"])
     mtp, typo, sampler = str(refused.value).splitlines()
+    precision = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype"
+    with pytest.raises(ConfigError) as values:
+        compose_config(["trainer.device=npu", f"{precision}=fp16"])
+    float16, npu = str(values.value).splitlines()
+    assert npu == (
+        "trainer.device=npu is known in verl, but not supported here: only GPUs of CUDA, or CPUs; "
+        "choose from cuda, cpu"
+    )
+    assert float16.startswith(f"{precision}=float16 is known in verl") and "bfloat16" in float16
     assert mtp.startswith("actor_rollout_ref.model.mtp.enable is known in verl, but not supported")
     assert typo == "there is no key 'data.trian_files'; the nearest one is 'data.train_files'"
     assert sampler.startswith("data.sampler.x is known in verl, but not supported here: ")

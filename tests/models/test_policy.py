@@ -631,6 +631,25 @@ def test_offloading_and_mixed_precision_run(tiny_model: Path) -> None:
     assert next(worker.model.parameters()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("reshard", [True, False])
+def test_layers_stay_gathered_and_gradients_are_rounded_on_request(
+    reshard: bool, tiny_model: Path
+) -> None:
+    rounded = MixedPrecisionConfig(reduce_dtype="float32" if reshard else "bfloat16")
+    fsdp = FSDPConfig(reshard_after_forward=reshard, mixed_precision=rounded)
+    worker = PolicyWorker("cpu")
+    worker.build(ModelConfig(path=str(tiny_model)), fsdp, OptimConfig(lr=1e-3), 10)
+    step = weighted_step("delta-l")
+    worker.model(worker.pack(step.samples), 1.0)
+    layer = next(p for n, p in worker.model.lm.named_parameters() if "layers.0" in n)
+    assert isinstance(layer, DTensor) == reshard
+    worker.model.reshard()
+    worker.accumulate_gradient(step, LOSS, LIMITS["all"])
+    named = worker.model.lm.named_parameters()
+    gradient = next(p.grad for name, p in named if "layers.0" in name).full_tensor()
+    assert torch.equal(gradient, gradient.bfloat16().float()) != reshard
+
+
 def test_exported_weights_rebuild_the_model(worker: PolicyWorker, tiny_model: Path) -> None:
     expected = dict(AutoModelForCausalLM.from_pretrained(tiny_model).named_parameters())
     version, chunks = worker.plan_export(None, 40_000)

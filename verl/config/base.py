@@ -133,7 +133,7 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    """`actor_rollout_ref.model`, and `model` of the warm-up."""
+    """`actor_rollout_ref.model`."""
 
     section = "actor_rollout_ref.model"  # what messages call it
     new_weights = frozenset[str]()  # what the files may lack, and is 0 then
@@ -175,6 +175,12 @@ class ModelConfig(Section):
     def uses_lora(self) -> bool:
         """Whether adapters are trained instead of the model's own weights."""
         return self.lora_rank > 0 or self.lora_adapter_path is not None
+
+
+class SFTModelConfig(ModelConfig):
+    """`model` of the warm-up."""
+
+    section = "model"
 
 
 class ClassifierConfig(ModelConfig):
@@ -329,7 +335,7 @@ class SFTConfig(Section):
     """All keys of `verl.trainer.main_sft`."""
 
     data: SFTDataConfig = key(SFTDataConfig)
-    model: ModelConfig = key(lambda: ModelConfig(tokenizer_path="${data.tokenizer}"))
+    model: SFTModelConfig = key(lambda: SFTModelConfig(tokenizer_path="${data.tokenizer}"))
     optim: OptimConfig = key(OptimConfig)
     fsdp_config: FSDPConfig = key(FSDPConfig)
     trainer: RunConfig = key(RunConfig)

@@ -307,7 +307,7 @@ class RolloutConfig(SamplingConfig):
     max_model_len: int | None = key(None, low=1, **VLLM)
     """vLLM: longest sequence; null: max_prompt_length + max_response_length."""
     tensor_model_parallel_size: int = key(1, low=1, **VLLM)
-    """vLLM: devices of one engine."""
+    """vLLM: devices of one engine, of one machine or all of several."""
     gpu_memory_utilization: float = key(0.5, high=1, above=0, **VLLM)
     """vLLM: share of a GPU's memory for weights and KV cache. On a CPU the KV cache takes up to
     5 % of the memory, or what engine_kwargs.vllm.kv_cache_memory_bytes says."""
@@ -331,10 +331,17 @@ class RolloutConfig(SamplingConfig):
     """vLLM: free the memory of weights and KV cache while the actor trains."""
     weight_transfer: str | None = key(None, choices=("host", "ipc", "nccl"), **FREE)
     """How engines get weights; null: host for hf and on CPUs, else ipc, or nccl between GPUs."""
-    verify_weights: bool = key(False, **FREE)
-    """After each transfer compare log-probabilities with the actor: rollout/verify_logprob_diff."""
-    verify_weights_tolerance: float = key(0.05, above=0, **FREE, idle_if="verify_weights=False")
-    """Largest mean difference, in nats a token; more is an error at start and a warning later."""
+    verify_weights: bool | None = key(None, **FREE)
+    """Compare log-probabilities of each engine with the actor's. True: after each transfer, as
+    rollout/verify_logprob_diff. null: at the start alone, and only vLLM's."""
+    verify_weights_tolerance: float | None = key(
+        None,
+        above=0,
+        **FREE,
+        idle_if=("verify_weights=False", "verify_weights=null and rollout.name=hf"),
+    )
+    """Largest mean difference, in nats a token; more is an error at start and a warning later.
+    null: 0.05, or 1e-3 where engines and actor compute in float32."""
     engine_kwargs: EngineKwargs = key(EngineKwargs, on_resume="warn", idle_if="rollout.name=hf")
     val_kwargs: SamplingConfig = key(
         lambda: SamplingConfig(n=1, do_sample=False, temperature=0.0), on_resume="validation"

@@ -14,7 +14,7 @@ from typing import Any
 from verl.config.base import Section, SFTConfig
 from verl.config.rollout_correction import rejections
 from verl.config.schema import WITHOUT_GROUPS, Config
-from verl.config.verl_keys import refusal
+from verl.config.verl_keys import WITHOUT_EFFECT, refusal
 
 LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "low": (operator.ge, "at least"),
@@ -38,7 +38,7 @@ def validate(config: Config | SFTConfig, wrong: Collection[str] = ()) -> list[st
 def ignored_keys(config: Section, given: Collection[str]) -> dict[str, str]:
     """Those of the overridden keys that can't matter in this run, each with its reason."""
     conditions = {key: rules.idle_if for key, _, rules in config.walk()}
-    found: dict[str, str] = {}
+    found = {key: WITHOUT_EFFECT[key] for key in given if key in WITHOUT_EFFECT}
     for key in given:
         for condition in conditions.get(key, ()):
             switch = condition.partition("=")[0]  # one that is off is not idle
@@ -310,8 +310,11 @@ def _engines(config: Config) -> Iterator[str]:
     if rollout.name == "hf":
         return
     devices = split or trainer.n_gpus_per_node
-    if devices % max(1, rollout.tensor_model_parallel_size):
-        yield f"{{tensor_model_parallel_size=}} must divide the {devices} devices for engines"
+    size = max(1, rollout.tensor_model_parallel_size)
+    if devices % size and (size % devices or trainer.nnodes * devices % size):  # whole machines
+        other = ", or be all of several of the {trainer.nnodes=}" * (trainer.nnodes > 1)
+        text = f"{{tensor_model_parallel_size=}} must divide the {devices} devices for engines"
+        yield f"{text}{' of a machine' * bool(other)}{other}"
     if trainer.device == "cpu" and rollout.tensor_model_parallel_size != 1:
         yield "{tensor_model_parallel_size=}: vLLM has one process per engine on a CPU"
     if trainer.device == "cpu" and transfer == "ipc":

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft.helpers import rescale_adapter_scale
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
@@ -300,20 +301,29 @@ class PolicyWorker:
             options = states.StateDictOptions(strict=False)  # what is frozen is in no checkpoint
             states.set_model_state_dict(self.model, state["model"], options=options)
         else:
-            model = replace(self.model_config, path=str(hf_folder), override_config={})
-            if self.model_config.uses_lora:
-                place = hf_folder / ADAPTER
-                place = place if place.is_dir() else hf_folder
-                model = replace(self.model_config, lora_adapter_path=str(place))
-            try:
-                load_weights(self.model, model, getattr(torch, self.config.model_dtype))
-            except (ValueError, RuntimeError) as error:  # of another rank, or of none
-                raise ValueError(f"{hf_folder}: {error}: {OTHER_LORA}") from None
+            self._load_hf(hf_folder)
         if "optimizer" in state:
             states.set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
         self.version = state["training_steps"]
         self.move(HOST, optimizer=True)
         return found
+
+    def _load_hf(self, folder: Path) -> None:
+        """Loads what `save_hf` wrote to a checkpoint. Raises: ValueError if it can't."""
+        lora, merged = self.model_config.uses_lora, (folder / ADAPTER).is_dir()
+        place = str(folder / ADAPTER if lora and merged else folder)
+        changes: Any = {"path": place, "override_config": {}}
+        model = replace(self.model_config, **{"lora_adapter_path": place} if lora else changes)
+        if Path(place, "adapter_config.json").is_file() != lora:
+            held = "no adapter" if lora else "an adapter"
+            raise ValueError(f"{folder} holds {held}: {OTHER_LORA}")
+        try:
+            load_weights(self.model, model, getattr(torch, self.config.model_dtype))
+        except (ValueError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            if lora and isinstance(error, RuntimeError):  # which names all weights
+                reason = f"its adapter has another rank or other layers: {OTHER_LORA}"
+            raise ValueError(f"{folder}: {reason}") from error
 
     def _state(self, contents: Collection[str]) -> dict[str, Any]:
         state: dict[str, Any] = {"training_steps": self.version}

@@ -18,6 +18,7 @@ from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import ARRAYS, OptimizerStep, Prompt, Sample, SampleBatch
 from verl.rollout.engine import SamplingParams, engine_class
 from verl.rollout.pool import EnginePool
+from verl.trainer.ppo.checks import ordinary_difference
 from verl.utils.device import cluster_device, default_weight_transfer
 from verl.utils.seqlen_balancing import balanced_partitions
 from verl.weight_sync import WeightSync
@@ -198,7 +199,8 @@ class Workers:
         """With `verify_weights` compares the log-probabilities of `VERIFIED` tokens of each engine
         with the actor's. More than the tolerance is a warning or, if `strict`, a ValueError."""
         rollout = self.config.actor_rollout_ref.rollout
-        if not rollout.verify_weights:
+        at_start = strict and rollout.verify_weights is None and rollout.name == "vllm"
+        if not (rollout.verify_weights or at_start):
             return {}
         n, length = VERIFIED[0], min(VERIFIED[1], self.config.data.max_response_length)
         params = SamplingParams(n, length, rollout.temperature, ignore_eos=True)
@@ -209,10 +211,13 @@ class Workers:
             float(np.mean([np.abs(s.rollout_log_probs - s.old_log_probs).mean() for s in found]))
             for found in by_engine
         ]
-        worst, limit = max(means), rollout.verify_weights_tolerance
-        if worst > limit:
-            text = f"engine {means.index(worst)} is not the actor's model: their log-probabilities "
-            text += f"differ by {worst:.3g} nats a token (verify_weights_tolerance={limit:g})"
+        engine = int(np.argmax(means))  # that of a NaN, if there is one
+        worst, limit = means[engine], rollout.verify_weights_tolerance
+        limit = limit or ordinary_difference(self.config, self.device)[0]
+        if not worst <= limit:
+            text = f"engine {engine} is not the actor's model: their log-probabilities "
+            text += f"differ by {worst:.3g} nats a token, more than {limit:g} "
+            text += "(actor_rollout_ref.rollout.verify_weights_tolerance)"
             if strict:
                 raise ValueError(text)
             logger.warning(text)
