@@ -1,7 +1,7 @@
 """The losses of a micro-batch: weighted sums over its tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ Sums = dict[str, Tensor]
 def ppo_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
     """The policy loss `loss_mode` of a micro-batch, with entropy bonus and KL loss."""
     old = x.log_probs.detach() if x.old_log_probs is None else x.old_log_probs
-    more = {"lengths": x.lengths, "selected": x.selected, "c": config}
+    whole = replace(x, old_log_probs=old)
+    more = {"lengths": x.lengths, "selected": x.selected, "c": config, "inputs": whole}
     loss, reported = POLICY_LOSSES[config.loss_mode](x.log_probs, old, x.advantages, **more)
     sums = {name: value.sum() for name, value in reported.items()}
     if x.rollout_log_probs is not None:

@@ -108,9 +108,11 @@ class PolicyLossConfig(Section):
     loss_mode: str = key(
         "vanilla",
         choices=LOSS_MODES,
+        own=True,
         idle_if="bypass_old_log_prob=True and loss_type=reinforce",
     )
-    """Policy loss; `vanilla` is PPO's. The weights of responses are loss_agg_mode's alone."""
+    """Policy loss; `vanilla` is PPO's. The weights of responses are loss_agg_mode's alone. A
+    function of your own: docs/your_own_method.md."""
     clip_cov_ratio: float = key(0.0002, above=0, high=1, idle_if="loss_mode!=clip_cov")
     """clip_cov: share of an optimizer step's tokens that have no loss; at least one token."""
     clip_cov_lb: float = key(1.0, idle_if="loss_mode!=clip_cov")
@@ -199,10 +201,12 @@ class ActorConfig(Section):
     loss_agg_mode: str = key(
         "token-mean",
         choices=LOSS_AGG_MODES,
+        own=True,
         idle_if=("actor.use_grpopp=True", "actor.use_dr_grpo=True"),
     )
     """Loss aggregation (docs/methods.md), unless use_dr_grpo or use_grpopp chooses one. `delta-l`
-    is that of use_grpopp; `dr-grpo` are the weights of use_dr_grpo alone."""
+    is that of use_grpopp; `dr-grpo` are the weights of use_dr_grpo alone. A function of your own:
+    docs/your_own_method.md."""
     use_dr_grpo: bool = key("${algorithm.use_dr_grpo}", **FREE)
     """Follows algorithm.use_dr_grpo."""
     use_grpopp: bool = key("${algorithm.use_grpopp}", **FREE)
@@ -511,8 +515,14 @@ class FilterOverlongConfig(Section):
 class AlgorithmConfig(Section):
     """`algorithm`."""
 
-    adv_estimator: str = key("grpo", choices=ADV_ESTIMATORS)
-    """Advantage estimator (docs/methods.md)."""
+    adv_estimator: str = key("grpo", choices=ADV_ESTIMATORS, own=True)
+    """Advantage estimator (docs/methods.md). A function of your own: docs/your_own_method.md."""
+    own_functions: list[str] = key(
+        "${verl.own_functions:${.adv_estimator},${actor_rollout_ref.actor.loss_agg_mode},"
+        "${actor_rollout_ref.actor.policy_loss.loss_mode}}"
+    )
+    """Follows the functions of your own: which they are, and how the SHA-256 of their files begin,
+    so that a run doesn't resume with another text."""
     norm_adv_by_std_in_grpo: Any = key(
         True,
         choices=(True, False, "batch"),

@@ -31,6 +31,7 @@ from verl.models.lora import adapters, merged_weight, plain_parameters, whole, w
 from verl.models.packing import loss_inputs, pack, per_token_of_response
 from verl.protocol import OptimizerStep, Sample, WeightChunk
 from verl.utils import device as devices
+from verl.utils import own_functions
 from verl.utils.flops import ModelSize
 from verl.utils.safe_load import SafePlanner, SafeReader
 from verl.utils.seqlen_balancing import micro_batches
@@ -208,6 +209,10 @@ class PolicyWorker:
     def reward_scores(self, conversations: Sequence[Sample], limit: MicroBatchLimit) -> np.ndarray:
         """The reward model's scores, float32 [N], of `verl.rewards.model.Conversations`."""
         return self.reward_model.log_probs(conversations, 1.0, limit)
+
+    def define_loss(self, name: str, source: str) -> None:
+        """Makes a policy loss of the user's known to this process (`own_functions.define`)."""
+        own_functions.define(own_functions.LOSS, name, source)
 
     def accumulate_gradient(
         self, step: OptimizerStep, loss: LossConfig, limit: MicroBatchLimit

@@ -16,6 +16,7 @@ from verl.trainer.ppo.batches import Batches, component, mini_batches, reward_co
 from verl.trainer.ppo.checkpoint import CheckpointFolder, TrainState
 from verl.trainer.ppo.tracking import Tracking
 from verl.trainer.ppo.workers import Workers, loss_config, needs_reference
+from verl.utils import own_functions
 from verl.utils.signals import StopSignals
 from verl.utils.timer import Timer
 
@@ -31,6 +32,7 @@ class RayPPOTrainer:
         before a worker died). Raises: ValueError or OSError for input that can't be used."""
         self.config, self.tokenizer = config, tokenizer
         self.aggregation, self.loss = weights.resolve_aggregation(config), loss_config(config)
+        own_functions.check(config, self.loss)
         self.batches = Batches.from_config(config, tokenizer)
         self.total_steps = self.batches.total_steps
         self.checkpoints = CheckpointFolder(config)

@@ -16,6 +16,7 @@ from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import ARRAYS, OptimizerStep, Prompt, Sample, SampleBatch
 from verl.rollout.engine import SamplingParams, engine_class
 from verl.rollout.pool import EnginePool
+from verl.utils import own_functions
 from verl.utils.device import cluster_device, default_weight_transfer
 from verl.utils.seqlen_balancing import balanced_partitions
 from verl.weight_sync import WeightSync
@@ -77,6 +78,8 @@ class Workers:
         arguments = *settings, ref, scorer, model.splits
         sizes, peaks = zip(*self.actor.call("build", *arguments), strict=True)
         self.model_size, self.peak_flops = sizes[0], sum(peaks) if all(peaks) else None
+        if own := own_functions.sources(self.config).get(own_functions.LOSS):
+            self.actor.call("define_loss", *own)
         if self.config.trainer.val_only:
             logger.info("validating %s", checkpoint or model.model.path)
         if checkpoint:
