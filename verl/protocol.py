@@ -50,6 +50,9 @@ class Sample:
     advantage: float = 0.0  # one number per response: rewards are outcome rewards
     # Tokens that the policy loss treats otherwise in one optimizer step, [R]; None: it knows none.
     selected: NDArray[np.bool_] | None = None
+    # Tokens whose log-probability has no gradient in that step's policy loss, [R]; None: all have.
+    frozen: NDArray[np.bool_] | None = None
+    entropies: NDArray[np.float32] | None = None  # under the policy before this step's updates, [R]
 
     @property
     def length(self) -> int:
@@ -78,11 +81,12 @@ class Sample:
             return self
         return replace(self, loss_mask=self.trained_mask, trained_mask=None)
 
-    def selecting(self, chosen: NDArray[np.bool_]) -> Self:
-        """With some tokens `selected`; `chosen`: which of those that count, [L]."""
-        selected = np.zeros(len(self.response_ids), bool)
-        selected[slice(None) if self.loss_mask is None else self.loss_mask] = chosen
-        return replace(self, selected=selected)
+    def marking(self, name: str, chosen: NDArray[np.bool_]) -> Self:
+        """With some tokens `selected` or `frozen`; `chosen`: which of those that count, [L]."""
+        marked = np.zeros(len(self.response_ids), bool)
+        marked[slice(None) if self.loss_mask is None else self.loss_mask] = chosen
+        changes: dict[str, Any] = {name: marked, "entropies": None}  # which nobody needs any more
+        return replace(self, **changes)
 
     def counted(self, values: NDArray[Any]) -> NDArray[Any]:
         """Of one value per token of the response, [R], those that count, [L]."""
@@ -91,7 +95,7 @@ class Sample:
 
 ARRAYS: dict[str, np.dtype[Any]] = {
     "response_ids": np.dtype(np.int64),
-    **dict.fromkeys(("loss_mask", "selected"), np.dtype(np.bool_)),
+    **dict.fromkeys(("loss_mask", "selected", "frozen"), np.dtype(np.bool_)),
     **dict.fromkeys(("rollout_log_probs", "old_log_probs", "ref_log_probs"), np.dtype(np.float32)),
 }
 """Fields of `Sample` that hold one value per token of the response."""

@@ -38,6 +38,7 @@ class LossInputs:
     ref_log_probs: Tensor | None = None  # under the reference policy, [T]
     rollout_log_probs: Tensor | None = None  # as the engine reported them, [T]
     selected: Tensor | None = None  # 1 where `SELECTIONS` chose the token, else 0, [T]
+    frozen: Tensor | None = None  # 1 where the policy loss has no gradient, else 0, [T]
 
 
 Sums = dict[str, Tensor]
@@ -46,10 +47,13 @@ Sums = dict[str, Tensor]
 
 def ppo_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
     """The policy loss `loss_mode` of a micro-batch, with entropy bonus and KL loss."""
-    old = x.log_probs.detach() if x.old_log_probs is None else x.old_log_probs
-    whole = replace(x, old_log_probs=old)
+    log_probs, old = x.log_probs, x.old_log_probs
+    old = log_probs.detach() if old is None else old
+    if x.frozen is not None:
+        log_probs = torch.where(x.frozen.bool(), log_probs.detach(), log_probs)
+    whole = replace(x, log_probs=log_probs, old_log_probs=old)
     more = {"lengths": x.lengths, "selected": x.selected, "c": config, "inputs": whole}
-    loss, reported = POLICY_LOSSES[config.loss_mode](x.log_probs, old, x.advantages, **more)
+    loss, reported = POLICY_LOSSES[config.loss_mode](log_probs, old, x.advantages, **more)
     sums = {name: value.sum() for name, value in reported.items()}
     if x.rollout_log_probs is not None:
         factors, compared = _rollout_factors(old - x.rollout_log_probs, x, config)

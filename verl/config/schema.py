@@ -113,6 +113,11 @@ class PolicyLossConfig(Section):
     )
     """Policy loss; `vanilla` is PPO's. The weights of responses are loss_agg_mode's alone. A
     function of your own: docs/your_own_method.md."""
+    top_entropy_quantile: float = key(
+        1.0, above=0, high=1, idle_if="bypass_old_log_prob=True and loss_type=reinforce"
+    )
+    """Only this share of an optimizer step's tokens, those of the largest entropy before the
+    update, have a gradient of the policy loss (arXiv 2506.01939: 0.2). 1: all."""
     clip_cov_ratio: float = key(0.0002, above=0, high=1, idle_if="loss_mode!=clip_cov")
     """clip_cov: share of an optimizer step's tokens that have no loss; at least one token."""
     clip_cov_lb: float = key(1.0, idle_if="loss_mode!=clip_cov")

@@ -126,6 +126,7 @@ def loss_inputs(step: OptimizerStep, log_probs: Tensor, entropy: Tensor) -> Loss
         ref_log_probs=of_token("ref_log_probs"),
         rollout_log_probs=of_token("rollout_log_probs"),
         selected=of_token("selected"),
+        frozen=of_token("frozen"),
     )
 
 

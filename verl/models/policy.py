@@ -184,20 +184,26 @@ class PolicyWorker:
 
     @torch.no_grad()
     def log_probs(
-        self, samples: Sequence[Sample], temperature: float, limit: MicroBatchLimit
+        self,
+        samples: Sequence[Sample],
+        temperature: float,
+        limit: MicroBatchLimit,
+        entropies: bool = False,
     ) -> np.ndarray:
-        """Of all response tokens, float32 [ΣR], which travels fast; 0 where one doesn't count. Of a
-        `RewardModel`: what it returns instead."""
+        """Of all response tokens, float32 [ΣR], which travels fast; 0 where one doesn't count. With
+        `entropies` those, too, [2, ΣR]. Of a `RewardModel`: what it returns instead."""
         self.move(self.device)
-        results = [np.zeros(0, np.float32)] * len(samples)
+        results = [[np.zeros(0, np.float32)] * len(samples) for _ in range(1 + entropies)]
         for indices in self.micro_batches(samples, limit):
             part = [samples[i] for i in indices]
-            values, _ = self.model(self.pack(part), temperature)
-            for i, of_sample in zip(indices, per_token_of_response(values, part), strict=True):
-                results[i] = of_sample
+            found = self.model(self.pack(part), temperature)
+            for row, values in zip(results, found, strict=False):
+                for i, of_sample in zip(indices, per_token_of_response(values, part), strict=True):
+                    row[i] = of_sample
         self.model.reshard()  # without a backward pass the root's parameters stay gathered
         self.move(HOST, changed=False)
-        return np.concatenate([np.zeros(0, np.float32), *results])
+        rows = [np.concatenate([np.zeros(0, np.float32), *row]) for row in results]
+        return np.stack(rows) if entropies else rows[0]
 
     def ref_log_probs(self, *args: Any) -> np.ndarray:
         """`log_probs` under the reference policy."""

@@ -112,8 +112,9 @@ class Workers:
         scores[list(chain(*shares))] = np.concatenate(by_rank)
         return scores.tolist()
 
-    def add_log_probs(self, samples: list[Sample], role: str) -> None:
-        """Gives samples their `old_log_probs` (`role="actor"`) or `ref_log_probs` (`"ref"`)."""
+    def add_log_probs(self, samples: list[Sample], role: str, entropies: bool = False) -> None:
+        """Gives samples their `old_log_probs` (`role="actor"`; `entropies`: and these) or
+        `ref_log_probs` (`"ref"`)."""
         model = self.config.actor_rollout_ref
         rollout, field, method = model.rollout, "old_log_probs", "log_probs"
         size = rollout.log_prob_micro_batch_size_per_gpu or model.actor.ppo_micro_batch_size_per_gpu
@@ -127,11 +128,13 @@ class Workers:
         limit = MicroBatchLimit(None if dynamic else size, most)
         parts = [[samples[i] for i in share] for share in self._shares(samples, split)]
         unread = ["trained_mask", *(name for name in ARRAYS if name.endswith("log_probs"))]
-        arguments = [(SampleBatch(p, unread), rollout.temperature, limit) for p in parts]
-        for part, values in zip(parts, self.actor.scatter(method, arguments), strict=True):
+        more = (True,) if entropies else ()
+        arguments = [(SampleBatch(p, unread), rollout.temperature, limit, *more) for p in parts]
+        for part, found in zip(parts, self.actor.scatter(method, arguments), strict=True):
             ends = np.cumsum([len(s.response_ids) for s in part])
-            for sample, of_sample in zip(part, np.split(values, ends)[:-1], strict=True):
-                setattr(sample, field, of_sample)
+            for name, values in zip((field, "entropies"), np.atleast_2d(found), strict=False):
+                for sample, of_sample in zip(part, np.split(values, ends)[:-1], strict=True):
+                    setattr(sample, name, of_sample)
 
     def update(self, steps: list[OptimizerStep]) -> list[list[dict[str, float]]]:
         """Makes optimizer steps; what each rank reports about each of them, [ranks][steps]."""
