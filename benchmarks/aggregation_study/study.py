@@ -5,6 +5,15 @@ writes what came out, with its spread, to results/.
 
 Resumable: what is finished is not done again. Runs lie in outputs/aggregation_study. `--quick`
 tries the whole way in a few minutes (results go to the runs' folder), which finds nothing out.
+
+Any other methods can be compared, too, by what they learn alone:
+
+    .venv/bin/python benchmarks/aggregation_study/study.py --seeds 2 --steps 20 --methods \
+        grpo-norm "delta-l-norm 0.75" "grpo-norm gspo" "own.py:weights loss_mode=own.py:loss"
+
+A method is a few words, in any order: a METHOD of the quick start and its alpha, a policy loss, an
+advantage estimator, and `key=value`, where the end of a key is enough. What all of them share can
+be given after `--`.
 """
 
 import argparse
@@ -23,7 +32,8 @@ REPO = HERE.parents[1]
 sys.path.insert(0, str(REPO))
 
 from benchmarks.aggregation_study import findings  # noqa: E402
-from benchmarks.aggregation_study.gradients import METHODS, Measurement, Method, measure  # noqa: E402
+from benchmarks.aggregation_study.comparison import arguments_of, compare  # noqa: E402
+from benchmarks.aggregation_study.gradients import METHODS, Measurement, measure  # noqa: E402
 
 TRAINED = "∆L 0.75"
 """Gradients are measured on the warmed-up policy, and on the one that this method has trained."""
@@ -33,8 +43,6 @@ TRAINED = "∆L 0.75"
 class Run:
     """One training run of the quick start's task."""
 
-    method: Method
-    seed: int
     arguments: tuple[str, ...]
 
     def script(self, **variables: str) -> str:
@@ -65,25 +73,35 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=REPO / "outputs" / "aggregation_study")
     parser.add_argument("--quick", action="store_true", help="one seed, two steps, three batches")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="compare these instead")
+    parser.add_argument("shared", nargs="*", metavar="key=value", help="after --: of all runs")
     args = parser.parse_args()
     results = HERE / "results"
     if args.quick:
         args.seeds, args.steps, args.batches = 1, 2, 3
         args.out = results = args.out / "quick"
-    runs = {(m.name, s): _run(m, s, args) for s in range(args.seeds) for m in METHODS}
+    scripts = {m.name: m.script for m in METHODS}
+    if args.methods:
+        scripts = {words: arguments_of(words) for words in args.methods}
+    seeds = range(args.seeds)
+    runs = {(name, s): _run(script, s, args) for s in seeds for name, script in scripts.items()}
     folders = {}
     for number, (key, run) in enumerate(runs.items(), 1):
         print(f"[{number}/{len(runs)}] {key[0]}, seed {key[1]}", flush=True)
         folders[key] = Path(_trainer(run)["default_local_dir"])
         print("\n".join(run.script().splitlines()[-12:]), flush=True)
+        if args.methods:
+            compare(args.out, folders)
+    if args.methods:
+        return
     measurements = _measure(runs, folders, args)
     findings.write(results, folders, measurements, vars(args))
     print(f"the findings are in {results / 'README.md'}")
 
 
-def _run(method: Method, seed: int, args: argparse.Namespace) -> Run:
+def _run(script: tuple[str, ...], seed: int, args: argparse.Namespace) -> Run:
     arguments = (
-        *method.script,
+        *script,
         "--seed",
         str(seed),
         "--out",
@@ -92,8 +110,9 @@ def _run(method: Method, seed: int, args: argparse.Namespace) -> Run:
         f"trainer.test_freq={max(1, args.steps // 8)}",
         # Four answers to each of the 512 problems.
         "actor_rollout_ref.rollout.val_kwargs.n=4",
+        *args.shared,
     )
-    return Run(method, seed, arguments)
+    return Run(arguments)
 
 
 def _trainer(run: Run) -> dict[str, Any]:
