@@ -114,9 +114,8 @@ class RayPPOTrainer:
         compared = several_steps or any(old) or selects or config.use_kl_in_reward
         needed = fresh if compared else []
         masked = not reinforce and self.loss.top_entropy_quantile < 1
-        if (
-            masked or judged or (normalized and any(weighted))
-        ):  # by what the actor says of the whole batch
+        # Of the whole batch where the actor's word decides: who is judged, who has a gradient.
+        if masked or judged or (normalized and any(weighted)):
             needed = samples
         if needed:
             with timer("old_log_prob"):

@@ -127,7 +127,11 @@ class Workers:
         dynamic, most = sizes.log_prob_use_dynamic_bsz, sizes.log_prob_max_token_len_per_gpu
         limit = MicroBatchLimit(None if dynamic else size, most)
         parts = [[samples[i] for i in share] for share in self._shares(samples, split)]
-        unread = ["trained_mask", *(name for name in ARRAYS if name.endswith("log_probs"))]
+        unread = [
+            "trained_mask",
+            "entropies",
+            *(name for name in ARRAYS if name.endswith("log_probs")),
+        ]
         more = (True,) if entropies else ()
         arguments = [(SampleBatch(p, unread), rollout.temperature, limit, *more) for p in parts]
         for part, found in zip(parts, self.actor.scatter(method, arguments), strict=True):
