@@ -26,7 +26,13 @@ from verl.config.base import FSDPConfig, MixedPrecisionConfig, ModelConfig, Opti
 from verl.models.packing import over_ranks
 from verl.models.policy import HostMemory, MicroBatchLimit, PolicyWorker, learning_rate_factor
 from verl.protocol import OptimizerStep, Sample
-from verl.trainer.ppo.core_algos import WEIGHTS, kl_divergence, policy_loss, response_weights
+from verl.trainer.ppo.core_algos import (
+    POLICY_LOSSES,
+    WEIGHTS,
+    kl_divergence,
+    policy_loss,
+    response_weights,
+)
 from verl.trainer.ppo.metrics import update_metrics
 from verl.utils.seqlen_balancing import balanced_partitions
 
@@ -38,7 +44,8 @@ LIMITS = {
     "all": MicroBatchLimit(len(LENGTHS)),
     "tokens": MicroBatchLimit(None, 40),
 }
-RESPONSE_LOSSES = ("gspo", "geo_mean", "vespo")
+PAIRS = [*itertools.product((*POLICY_LOSSES, "frozen"), WEIGHTS)]
+"""Every policy loss, and one without a gradient at some tokens, with every aggregation."""
 LOSS = LossConfig(entropy_coeff=0.05, kl_coef=0.1, clip_ratio_high=0.3, temperature=0.9)
 
 
@@ -72,6 +79,20 @@ def weighted_step(mode: str, samples: list[Sample] | None = None) -> OptimizerSt
     if mode == "dr-grpo":
         step.regularizer_weights = make_step(step.samples).weights
     return step
+
+
+def pair(mode: str, weighting: str) -> tuple[OptimizerStep, LossConfig]:
+    """Of `PAIRS`; with every third token marked."""
+    step, frozen = weighted_step(weighting), mode == "frozen"
+    name = "frozen" if frozen else "selected"
+    step.samples = [s.marking(name, np.arange(s.length) % 3 == 0) for s in step.samples]
+    return step, replace(LOSS, loss_mode="vanilla" if frozen else mode)
+
+
+def turn(mode: str, weighting: str) -> tuple[bool, str]:
+    """Padding and micro-batches, such that each loss and each aggregation has all of them."""
+    i, j = [*POLICY_LOSSES, "frozen"].index(mode), [*WEIGHTS].index(weighting)
+    return (i + j) % 2 == 0, [*LIMITS][(i // 2 + j // 2) % 4]
 
 
 def constant_step(samples: list[Sample], weight: float) -> OptimizerStep:
@@ -272,7 +293,7 @@ def test_epsilon_of_the_optimizer(tiny_model: Path) -> None:
 def _rank_gradients(
     rank: int, world: int, address: str, folder: Path, out: Path, fsdp_size: int
 ) -> None:
-    """One of `world` processes: gradients of every method and limit, padded and packed."""
+    """One of `world` processes: gradients of all `PAIRS`, or of one by every limit."""
     torch.set_num_threads(1)
     policy = PolicyWorker("cpu")
     policy.connect(rank, world, address, 77)
@@ -289,21 +310,18 @@ def _rank_gradients(
         held = sum(p.to_local().numel() for p in policy.model.parameters())
         share = parameters // (world if fsdp_size == -1 else fsdp_size)
         assert share <= held < 1.2 * share
-        for mode in WEIGHTS if every else ("delta-l",):
-            step = weighted_step(mode)
+        turns = {p: turn(*p) for p in PAIRS}
+        runs = [(*p, name) for p, (packed, name) in turns.items() if packed is remove_padding]
+        for run in runs if every else [("vanilla", "delta-l", name) for name in LIMITS]:
+            step, loss = pair(*run[:2])
             share = balanced_partitions([s.num_tokens for s in step.samples], world)[rank]
-            for name, limit in LIMITS.items():
-                results[remove_padding, mode, name] = gradient(policy, step.share(share), limit)
-        # Losses of whole responses.
-        for mode in RESPONSE_LOSSES if every and remove_padding else ():
-            step, loss = weighted_step("delta-l"), replace(LOSS, loss_mode=mode)
-            share = balanced_partitions([s.num_tokens for s in step.samples], world)[rank]
-            for name in ("one", "four"):
-                found = gradient(policy, step.share(share), LIMITS[name], loss)
-                results[remove_padding, mode, name] = found
+            results[run] = gradient(policy, step.share(share), LIMITS[run[2]], loss)
         # One rank has nothing at all.
-        lonely = weighted_step("delta-l").share(range(len(LENGTHS)) if rank == 0 else [])
-        results[remove_padding, "lonely", "four"] = gradient(policy, lonely, LIMITS["four"])
+        step, loss = pair("vanilla", "delta-l")
+        lonely = step.share(range(len(LENGTHS)) if rank == 0 else [])
+        results["vanilla", "delta-l", f"{remove_padding}"] = gradient(
+            policy, lonely, LIMITS["four"]
+        )
     if rank == 0:
         torch.save(results, out)
     dist.barrier()
@@ -324,13 +342,11 @@ def test_ranks_do_not_change_the_gradient(
     out = tmp_path / "gradients.pt"
     mp.spawn(_rank_gradients, (world, free_address(), tiny_model, out, fsdp_size), nprocs=world)
     results = torch.load(out, weights_only=True)
-    methods = 2 * len(WEIGHTS) if fsdp_size == -1 else 1
-    more = 2 + 2 * len(RESPONSE_LOSSES) if fsdp_size == -1 else 1
-    assert len(results) == methods * len(LIMITS) + more
-    for (_, mode, _), value in results.items():
-        step = weighted_step(mode if mode in WEIGHTS else "delta-l")
-        loss = replace(LOSS, loss_mode=mode) if mode in RESPONSE_LOSSES else LOSS
-        assert distance(value, gradient(worker, step, LIMITS["all"], loss)) < 1e-6
+    assert len(results) == (len(PAIRS) + 2 if fsdp_size == -1 else len(LIMITS) + 1)
+    for (mode, weighting, _), value in results.items():
+        step, loss = pair(mode, weighting)
+        expected = gradient(worker, step, LIMITS["all"], loss)
+        assert distance(value, expected) < 1e-6, (mode, weighting)
 
 
 SPLITS = {4: [range(8)], 2: [range(5), range(5, 8)], 1: [range(2 * i, 2 * i + 2) for i in range(4)]}

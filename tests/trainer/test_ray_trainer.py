@@ -625,6 +625,42 @@ def test_a_step_with_rejection_and_normalized_factors(
     assert len(first) == len(second) == 1 and tokens == pytest.approx(sum(LENGTHS) - rejected)
 
 
+@pytest.mark.parametrize("bypass", [False, True])
+def test_the_entropies_of_a_whole_optimizer_step_choose_who_has_a_gradient(
+    bypass: bool, worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Of the tokens that count, by the policy before the update; micro-batches change nothing."""
+    overrides = [
+        "actor_rollout_ref.actor.policy_loss.top_entropy_quantile=0.3",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "actor_rollout_ref.actor.ppo_epochs=1",
+        f"algorithm.rollout_correction.bypass_mode={bypass}",
+    ]
+    trainer = make_trainer(tiny_model, tmp_path, "trainer.n_gpus_per_node=2", *overrides)
+    trainer.state.step, trainer.workers = 1, in_process(trainer.config, worker)
+    samples = make_samples(LENGTHS, old_log_probs=None)
+    trainer.add_log_probs(samples, Timer())
+    ids = [torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids])) for s in samples]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for s, tokens in zip(samples, ids, strict=True):
+        logits = model(tokens[None]).logits[0, len(s.prompt.token_ids) - 1 : -1]
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+        np.testing.assert_allclose(s.entropies, entropy.detach(), rtol=1e-4)
+        assert (s.old_log_probs is s.rollout_log_probs) is bypass
+    samples[3].reject(np.arange(10) % 2 == 0)
+    (step,) = trainer.optimizer_steps(samples)
+    frozen = np.concatenate([s.counted(s.frozen) for s in step.samples])
+    entropies = np.concatenate([s.trained().counted(s.entropies) for s in samples])
+    assert frozen.sum() == 17 and len(frozen) == 25  # 0.3 · 24 + 1 = 8.2 have a gradient
+    assert entropies[frozen].max() < entropies[~frozen].min()
+    assert all(s.frozen is None and s.entropies is not None for s in samples)
+    loss = loss_config(trainer.config)
+    found = [gradient(worker, step, MicroBatchLimit(size), loss) for size in (1, 4, 8)]
+    assert max(distance(x, found[0]) for x in found) < 1e-6
+    step.samples = [replace(s, frozen=None) for s in step.samples]
+    assert distance(gradient(worker, step, MicroBatchLimit(8), loss), found[0]) > 1e-2
+
+
 @pytest.mark.parametrize("mode", ["kl_cov", "clip_cov"])
 def test_tokens_are_selected_once_for_a_whole_optimizer_step(
     mode: str, worker: PolicyWorker, tiny_model: Path, tmp_path: Path

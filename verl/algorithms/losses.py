@@ -1,7 +1,7 @@
 """The losses of a micro-batch: weighted sums over its tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class LossInputs:
     selected: Tensor | None = None  # 1 where `SELECTIONS` chose the token, else 0, [T]
     values: Tensor | None = None  # the critic's before the step, [T]
     returns: Tensor | None = None  # what it is to learn, [T]
+    frozen: Tensor | None = None  # 1 where the policy loss has no gradient, else 0, [T]
 
 
 Sums = dict[str, Tensor]
@@ -50,9 +51,13 @@ Sums = dict[str, Tensor]
 
 def ppo_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
     """The policy loss `loss_mode` of a micro-batch, with entropy bonus and KL loss."""
-    old = x.log_probs.detach() if x.old_log_probs is None else x.old_log_probs
-    more = {"lengths": x.lengths, "selected": x.selected, "c": config}
-    loss, reported = POLICY_LOSSES[config.loss_mode](x.log_probs, old, x.advantages, **more)
+    log_probs, old = x.log_probs, x.old_log_probs
+    old = log_probs.detach() if old is None else old
+    if x.frozen is not None:
+        log_probs = torch.where(x.frozen.bool(), log_probs.detach(), log_probs)
+    whole = replace(x, log_probs=log_probs, old_log_probs=old)
+    more = {"lengths": x.lengths, "selected": x.selected, "c": config, "inputs": whole}
+    loss, reported = POLICY_LOSSES[config.loss_mode](log_probs, old, x.advantages, **more)
     sums = {name: value.sum() for name, value in reported.items()}
     if x.rollout_log_probs is not None:
         factors, compared = _rollout_factors(old - x.rollout_log_probs, x, config)

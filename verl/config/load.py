@@ -22,7 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from verl.config.base import Section, SFTConfig, default_ranks, too_many_ranks
+from verl.config.base import (
+    Section,
+    SFTConfig,
+    default_ranks,
+    own_functions,
+    too_many_ranks,
+)
 from verl.config.schema import Config
 from verl.config.validate import ignored_keys, validate
 from verl.config.verl_keys import OF_ALL_RANKS, own_name, refusal, without_effect
@@ -40,6 +46,7 @@ HERE = Path(__file__).parents[1] / "trainer" / "config"
 ConfigStore.instance().store(name="schema", node=Config)
 ConfigStore.instance().store(name="sft_schema", node=SFTConfig)
 OmegaConf.register_new_resolver("verl.ranks", default_ranks)
+OmegaConf.register_new_resolver("verl.own_functions", own_functions)
 OmegaConf.register_new_resolver("verl.is_null", lambda value: value is None)
 OmegaConf.register_new_resolver(
     "verl.token_budget", lambda ranks, *lengths: max(16384, -(-sum(lengths) // max(1, ranks)))

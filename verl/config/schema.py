@@ -109,9 +109,16 @@ class PolicyLossConfig(Section):
     loss_mode: str = key(
         "vanilla",
         choices=LOSS_MODES,
+        own=True,
         idle_if="bypass_old_log_prob=True and loss_type=reinforce",
     )
-    """Policy loss; `vanilla` is PPO's. The weights of responses are loss_agg_mode's alone."""
+    """Policy loss; `vanilla` is PPO's. The weights of responses are loss_agg_mode's alone. A
+    function of your own: docs/your_own_method.md."""
+    top_entropy_quantile: float = key(
+        1.0, above=0, high=1, idle_if="bypass_old_log_prob=True and loss_type=reinforce"
+    )
+    """Only this share of an optimizer step's tokens, those of the largest entropy before the
+    update, have a gradient of the policy loss (arXiv 2506.01939: 0.2). 1: all."""
     clip_cov_ratio: float = key(0.0002, above=0, high=1, idle_if="loss_mode!=clip_cov")
     """clip_cov: share of an optimizer step's tokens that have no loss; at least one token."""
     clip_cov_lb: float = key(1.0, idle_if="loss_mode!=clip_cov")
@@ -200,10 +207,12 @@ class ActorConfig(Section):
     loss_agg_mode: str = key(
         "token-mean",
         choices=LOSS_AGG_MODES,
+        own=True,
         idle_if=("actor.use_grpopp=True", "actor.use_dr_grpo=True"),
     )
     """Loss aggregation (docs/methods.md), unless use_dr_grpo or use_grpopp chooses one. `delta-l`
-    is that of use_grpopp; `dr-grpo` are the weights of use_dr_grpo alone."""
+    is that of use_grpopp; `dr-grpo` are the weights of use_dr_grpo alone. A function of your own:
+    docs/your_own_method.md."""
     use_dr_grpo: bool = key("${algorithm.use_dr_grpo}", **FREE)
     """Follows algorithm.use_dr_grpo."""
     use_grpopp: bool = key("${algorithm.use_grpopp}", **FREE)
@@ -519,8 +528,14 @@ class FilterOverlongConfig(Section):
 class AlgorithmConfig(Section):
     """`algorithm`."""
 
-    adv_estimator: str = key("grpo", choices=ADV_ESTIMATORS)
-    """Advantage estimator (docs/methods.md)."""
+    adv_estimator: str = key("grpo", choices=ADV_ESTIMATORS, own=True)
+    """Advantage estimator (docs/methods.md). A function of your own: docs/your_own_method.md."""
+    own_functions: list[str] = key(
+        "${verl.own_functions:${.adv_estimator},${actor_rollout_ref.actor.loss_agg_mode},"
+        "${actor_rollout_ref.actor.policy_loss.loss_mode}}"
+    )
+    """Follows the functions of your own: which they are, and how the SHA-256 of their files begin,
+    so that a run doesn't resume with another text."""
     gamma: float = key(1.0, above=0, high=1, idle_if="adv_estimator!=gae")
     """gae: what a reward counts for one token earlier."""
     lam: float = key(1.0, low=0, high=1, idle_if="adv_estimator!=gae")

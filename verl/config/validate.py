@@ -11,7 +11,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from verl.config.base import Section, SFTConfig
+from verl.config.base import OWN, Section, SFTConfig
 from verl.config.rollout_correction import rejections
 from verl.config.schema import WITHOUT_GROUPS, Config
 from verl.config.verl_keys import WITHOUT_EFFECT, refusal
@@ -72,9 +72,13 @@ def _values(config: Section) -> Iterator[tuple[str, str]]:
         chosen = value if isinstance(value, list) else [value]
         if not all(math.isfinite(one) for one in chosen if isinstance(one, float)):
             yield key, f"{key}={value}: must be finite"
-        if rules.choices and not all(one in rules.choices for one in chosen):
+        own = OWN.fullmatch(str(value)) if rules.own else None
+        if own and not Path(own[1]).expanduser().is_file():
+            yield key, f"{key}={value}: there is no file {own[1]}"
+        elif rules.choices and not own and not all(one in rules.choices for one in chosen):
             text = f"{refused};" if (refused := refusal(f"{key}={value}")) else f"{key}={value}:"
-            yield key, f"{text} choose from {', '.join(map(str, rules.choices))}"
+            more = ", or path/to/file.py:function" if rules.own else ""
+            yield key, f"{text} choose from {', '.join(map(str, rules.choices))}{more}"
         for name, (holds, words) in LIMITS.items():
             limit = getattr(rules, name)
             if limit is not None and not holds(value, limit):
@@ -239,9 +243,10 @@ def _training(config: Config) -> Iterator[str]:
     if config.data.train_batch_size % max(1, config.actor_rollout_ref.actor.ppo_mini_batch_size):
         yield "{ppo_mini_batch_size=} must divide {train_batch_size=} (both count prompts)"
     yield from _advantages(config)
-    if config.algorithm.adv_estimator == "gae":
+    estimator = config.algorithm.adv_estimator
+    if estimator == "gae":
         yield from _critic(config)
-    if rollout.n == 1 and config.algorithm.adv_estimator not in WITHOUT_GROUPS:
+    if rollout.n == 1 and estimator not in WITHOUT_GROUPS and not OWN.fullmatch(estimator):
         yield (
             "{rollout.n=}: advantages compare a prompt's responses, so n must be at least 2, or "
             f"{{adv_estimator}} one of {', '.join(WITHOUT_GROUPS)}"

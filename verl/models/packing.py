@@ -128,6 +128,7 @@ def loss_inputs(step: OptimizerStep, log_probs: Tensor, entropy: Tensor) -> Loss
         selected=of_token("selected"),
         values=of_token("values"),
         returns=of_token("returns"),
+        frozen=of_token("frozen"),
     )
 
 

@@ -31,6 +31,7 @@ from verl.models.lora import adapters, merged_weight, plain_parameters, whole, w
 from verl.models.packing import loss_inputs, pack, per_token_of_response
 from verl.protocol import OptimizerStep, Sample, WeightChunk
 from verl.utils import device as devices
+from verl.utils import own_functions
 from verl.utils.flops import ModelSize
 from verl.utils.safe_load import SafePlanner, SafeReader
 from verl.utils.seqlen_balancing import micro_batches
@@ -181,20 +182,26 @@ class PolicyWorker:
 
     @torch.no_grad()
     def log_probs(
-        self, samples: Sequence[Sample], temperature: float, limit: MicroBatchLimit
+        self,
+        samples: Sequence[Sample],
+        temperature: float,
+        limit: MicroBatchLimit,
+        entropies: bool = False,
     ) -> np.ndarray:
-        """Of all response tokens, float32 [ΣR], which travels fast; 0 where one doesn't count. Of a
-        `ScoreModel`: what it returns instead."""
+        """Of all response tokens, float32 [ΣR], which travels fast; 0 where one doesn't count. With
+        `entropies` those, too, [2, ΣR]. Of a `ScoreModel`: what it returns instead."""
         self.move(self.device)
-        results = [np.zeros(0, np.float32)] * len(samples)
+        results = [[np.zeros(0, np.float32)] * len(samples) for _ in range(1 + entropies)]
         for indices in self.micro_batches(samples, limit):
             part = [samples[i] for i in indices]
-            values, _ = self.model(self.pack(part), temperature)
-            for i, of_sample in zip(indices, per_token_of_response(values, part), strict=True):
-                results[i] = of_sample
+            found = self.model(self.pack(part), temperature)
+            for row, values in zip(results, found, strict=False):
+                for i, of_sample in zip(indices, per_token_of_response(values, part), strict=True):
+                    row[i] = of_sample
         self.model.reshard()  # without a backward pass the root's parameters stay gathered
         self.move(HOST, changed=False)
-        return np.concatenate([np.zeros(0, np.float32), *results])
+        rows = [np.concatenate([np.zeros(0, np.float32), *row]) for row in results]
+        return np.stack(rows) if entropies else rows[0]
 
     def ref_log_probs(self, *args: Any) -> np.ndarray:
         """`log_probs` under the reference policy."""
@@ -202,6 +209,10 @@ class PolicyWorker:
             return self.beside["ref"].log_probs(*args)
         with rescale_adapter_scale(self.model, 0.0):
             return self.log_probs(*args)
+
+    def define_loss(self, name: str, source: str) -> None:
+        """Makes a policy loss of the user's known to this process (`own_functions.define`)."""
+        own_functions.define(own_functions.LOSS, name, source)
 
     def accumulate_gradient(
         self, step: OptimizerStep, loss: LossConfig, limit: MicroBatchLimit

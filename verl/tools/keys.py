@@ -104,7 +104,8 @@ def _entry(name: str, kind: str, default: Any, rules: Rules) -> str:
         f"default `{'null' if follows else shown(default)}`",
     ]
     if rules.choices:
-        facts.append("one of " + ", ".join(f"`{choice}`" for choice in rules.choices))
+        own = ", or `path/to/file.py:function`" if rules.own else ""
+        facts.append("one of " + ", ".join(f"`{choice}`" for choice in rules.choices) + own)
     for limit, (_, words) in LIMITS.items():
         if (bound := getattr(rules, limit)) is not None:
             facts.append(f"{words} {bound}")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from verl.algorithms import advantages, kl, rollout_correction, weights
-from verl.algorithms.policy_losses import SELECTIONS
+from verl.algorithms.policy_losses import SELECTIONS, low_entropy
 from verl.config.schema import Config
 from verl.protocol import OptimizerStep, Sample, response_lengths
 from verl.trainer.ppo import checks, metrics
@@ -16,6 +16,7 @@ from verl.trainer.ppo.batches import Batches, component, mini_batches, reward_co
 from verl.trainer.ppo.checkpoint import CheckpointFolder, TrainState
 from verl.trainer.ppo.tracking import Tracking
 from verl.trainer.ppo.workers import Workers, loss_config, needs_critic, needs_reference
+from verl.utils import own_functions
 from verl.utils.signals import StopSignals
 from verl.utils.timer import Timer
 
@@ -31,6 +32,7 @@ class RayPPOTrainer:
         before a worker died). Raises: ValueError or OSError for input that can't be used."""
         self.config, self.tokenizer = config, tokenizer
         self.aggregation, self.loss = weights.resolve_aggregation(config), loss_config(config)
+        own_functions.check(config, self.loss)
         self.critic = needs_critic(config)
         self.batches = Batches.from_config(config, tokenizer)
         self.total_steps = self.batches.total_steps
@@ -119,11 +121,13 @@ class RayPPOTrainer:
         judged = correction.rollout_rs or correction.rollout_token_veto_threshold
         compared = several_steps or any(old) or selects or config.use_kl_in_reward
         needed = fresh if compared else []
-        if judged or (normalized and any(weighted)):  # by what the actor says of the whole batch
+        masked = not reinforce and self.loss.top_entropy_quantile < 1
+        # Of the whole batch where the actor's word decides: who is judged, who has a gradient.
+        if masked or judged or (normalized and any(weighted)):
             needed = samples
         if needed:
             with timer("old_log_prob"):
-                self.workers.add_log_probs(needed, "actor")
+                self.workers.add_log_probs(needed, "actor", masked)
         record = self.correct_rollout(samples, weighted) if len(needed) == len(samples) else {}
         for sample, is_old in zip(samples, old, strict=True):
             if is_old:
@@ -246,15 +250,20 @@ class RayPPOTrainer:
     def select_tokens(self, samples: list[Sample], number: int) -> list[Sample]:
         """With the tokens that the policy loss treats otherwise in optimizer step `number`, if any;
         by the policy before the update."""
+        lengths = response_lengths(samples)
+        if samples and samples[0].entropies is not None:
+            entropies = np.concatenate([s.counted(np.asarray(s.entropies)) for s in samples])
+            low = low_entropy(entropies, self.loss.top_entropy_quantile)
+            parts = np.split(low, lengths.cumsum()[:-1])
+            samples = [s.marking("frozen", p) for s, p in zip(samples, parts, strict=True)]
         if not samples or not (select := SELECTIONS.get(self.loss.loss_mode)):
             return samples
-        lengths = response_lengths(samples)
         old = np.concatenate([s.counted(np.asarray(s.old_log_probs)) for s in samples])
         each = torch.tensor(np.concatenate([s.advantages() for s in samples]))
         random = np.random.default_rng([self.config.data.seed, self.state.step, number, 1])
         chosen = select(torch.tensor(old).double(), each, self.loss, random).bool().numpy()
         parts = np.split(chosen, lengths.cumsum()[:-1])
-        return [s.selecting(part) for s, part in zip(samples, parts, strict=True)]
+        return [s.marking("selected", part) for s, part in zip(samples, parts, strict=True)]
 
     def trained(self, samples: list[Sample]) -> list[Sample]:
         """The responses that have a part in the loss and its denominators, as the loss sees them:

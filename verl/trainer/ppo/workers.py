@@ -19,6 +19,7 @@ from verl.protocol import ARRAYS, OptimizerStep, Prompt, Sample, SampleBatch
 from verl.rollout.engine import SamplingParams, engine_class
 from verl.rollout.pool import EnginePool
 from verl.trainer.ppo.checks import ordinary_difference
+from verl.utils import own_functions
 from verl.utils.device import cluster_device, default_weight_transfer
 from verl.utils.seqlen_balancing import balanced_partitions
 from verl.weight_sync import WeightSync
@@ -90,6 +91,8 @@ class Workers:
             beside["critic"] = loaded, of_critic, critic.optim, total_steps, parts
         for role, arguments in beside.items():
             self.actor.call("build_beside", role, *arguments)
+        if own := own_functions.sources(self.config).get(own_functions.LOSS):
+            self.actor.call("define_loss", *own)
         if self.config.trainer.val_only:
             logger.info("validating %s", checkpoint or model.model.path)
         if checkpoint:
@@ -128,8 +131,9 @@ class Workers:
         scores[list(chain(*shares))] = np.concatenate(by_rank)
         return scores.tolist()
 
-    def add_log_probs(self, samples: list[Sample], role: str) -> None:
-        """Gives samples their `old_log_probs` (`role="actor"`) or `ref_log_probs` (`"ref"`)."""
+    def add_log_probs(self, samples: list[Sample], role: str, entropies: bool = False) -> None:
+        """Gives samples their `old_log_probs` (`role="actor"`; `entropies`: and these) or
+        `ref_log_probs` (`"ref"`)."""
         model = self.config.actor_rollout_ref
         rollout, field, method = model.rollout, "old_log_probs", "log_probs"
         size = rollout.log_prob_micro_batch_size_per_gpu or model.actor.ppo_micro_batch_size_per_gpu
@@ -141,7 +145,8 @@ class Workers:
             split = ref_split
         dynamic, most = sizes.log_prob_use_dynamic_bsz, sizes.log_prob_max_token_len_per_gpu
         limit = MicroBatchLimit(None if dynamic else size, most)
-        self._add(field, samples, split, (method,), rollout.temperature, limit)
+        more = (True,) if entropies else ()
+        self._add(field, samples, split, (method,), rollout.temperature, limit, *more)
 
     def add_values(self, samples: list[Sample]) -> None:
         """Gives samples the critic's `values`."""
@@ -156,13 +161,14 @@ class Workers:
     ) -> None:
         """Sets `field` of samples to what ranks return for their shares of them."""
         parts = [[samples[i] for i in share] for share in self._shares(samples, split)]
-        unread = ["trained_mask", *ARRAYS.keys() - {"response_ids", "loss_mask"}]
+        omit = ["trained_mask", "entropies", *ARRAYS.keys() - {"response_ids", "loss_mask"}]
         method, *roles = call
-        arguments = [(*roles, SampleBatch(part, unread), *others) for part in parts]
-        for part, values in zip(parts, self.actor.scatter(method, arguments), strict=True):
+        arguments = [(*roles, SampleBatch(part, omit), *others) for part in parts]
+        for part, found in zip(parts, self.actor.scatter(method, arguments), strict=True):
             ends = np.cumsum([len(s.response_ids) for s in part])
-            for sample, of_sample in zip(part, np.split(values, ends)[:-1], strict=True):
-                setattr(sample, field, of_sample)
+            for name, values in zip((field, "entropies"), np.atleast_2d(found), strict=False):
+                for sample, of_sample in zip(part, np.split(values, ends)[:-1], strict=True):
+                    setattr(sample, name, of_sample)
 
     def update(self, steps: list[OptimizerStep]) -> list[list[dict[str, float]]]:
         """Makes the actor's optimizer steps (see `_update`)."""
