@@ -68,6 +68,7 @@ METHODS = {
     "dr-grpo-norm": "algorithm.use_grpopp=True algorithm.grpopp_config.alpha=0",
     "dr-grpo": "algorithm.use_dr_grpo=True",
 }
+OWN_METHOD = "a function of your own, path/to/file.py:function"
 OF_METHODS = (".use_grpopp=", ".use_dr_grpo=", ".grpopp_config.alpha=", ".loss_agg_mode=")
 
 
@@ -206,8 +207,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, task in TASKS.items():
         options = {"usage": argparse.SUPPRESS, "epilog": end, "allow_abbrev": False}
         add = tasks.add_parser(name, help=task.about, **options).add_argument
-        methods = f"{', '.join(METHODS)} [{task.method}]"
-        add("--method", choices=METHODS, default=task.method, metavar="METHOD", help=methods)
+        methods = f"{', '.join(METHODS)}, or {OWN_METHOD} [{task.method}]"
+        add("--method", default=task.method, metavar="METHOD", help=methods)
         add("--alpha", help=f"exponent of delta-l-norm [{task.alpha}]")
         add("--lora", action="store_true", help="train adapters of rank 8 beside a frozen model")
         add("--seed", type=int, default=0, help="of the problems, the weights and the sampling [0]")
@@ -223,6 +224,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             die(f"{override}: here --method and --alpha choose the aggregation, and name the run")
     if args.seed < 0:
         die(f"--seed {args.seed}: a whole number, 0 or more")
+    if args.method not in METHODS and ".py:" not in args.method:
+        names = f"(choose from {', '.join(METHODS)}, or {OWN_METHOD})"
+        die(f"argument --method: invalid choice: {args.method!r} {names}")
     if args.alpha and args.method != "delta-l-norm":
         die("--alpha belongs to --method delta-l-norm")
     return args
@@ -238,18 +242,19 @@ def plan(task: Task, args: argparse.Namespace) -> tuple[Path, Path, list[str]]:
     warm = out / f"warm-up-seed-{args.seed}-{of_warm_up}"
 
     alpha = args.alpha or task.alpha
-    settings = f"{RL} {task.rl} {METHODS[args.method].format(alpha=alpha)}".split()
+    method = METHODS.get(args.method, f"actor_rollout_ref.actor.loss_agg_mode={args.method}")
+    settings = f"{RL} {task.rl} {method.format(alpha=alpha)}".split()
     settings += LORA.split() * args.lora
     settings += [f"data.seed={args.seed}", f"actor_rollout_ref.rollout.seed={args.seed}"]
     settings += [f"trainer.project_name={task.project}", *args.overrides]
-    path = "custom_reward_function.path="
-    rewards = [Path(s.removeprefix(path)) for s in args.overrides if s.startswith(path)]
-    edited = [path.read_text() for path in rewards if path.is_file()]
+    files = [Path(s.partition("=")[2].partition(".py")[0] + ".py") for s in settings if ".py" in s]
+    edited = [file.read_text() for file in files if file.is_file()]
     method = f"delta-l-norm-{alpha}" if args.method == "delta-l-norm" else args.method
+    method = method.rpartition("/")[2].replace(".py:", "-")
     of_run = digest(warm.name, *settings, *edited)
     prefix = f"{task.prefix}{'lora-' * args.lora}"
     folder = out / f"{prefix}{method}-seed-{args.seed}-{of_run}"
-    files = [
+    named = [
         f"data.train_files='{warm}/train.parquet'",
         f"data.val_files='{warm}/test.parquet'",
         f"actor_rollout_ref.model.path='{warm}/sft/huggingface'",
@@ -259,8 +264,8 @@ def plan(task: Task, args: argparse.Namespace) -> tuple[Path, Path, list[str]]:
         f"trainer.validation_data_dir='{folder}/validation'",
     ]
     own_server = task.math_server and not os.environ.get("MATH_SERVER_URL")
-    files += ["reward_model.math_server.autostart=True"] if own_server else []
-    return warm, folder, files + settings
+    named += ["reward_model.math_server.autostart=True"] if own_server else []
+    return warm, folder, named + settings
 
 
 def digest(*parts: str) -> str:

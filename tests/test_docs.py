@@ -2,14 +2,21 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.aggregation_study.comparison import arguments_of
+from verl.config.load import load_config
+from verl.trainer.ppo.workers import loss_config
+from verl.utils import own_functions
+
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [REPO / "README.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES += [REPO / "plugins/README.md"]
 
 
 def names(page: Path) -> str:
@@ -28,7 +35,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *sorted((REPO / "benchmarks").glob("*.md"))], ids=names)
+@pytest.mark.parametrize("page", [*PAGES, *sorted(REPO.glob("benchmarks/*.md"))], ids=names)
 def test_relative_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text()))
     for link in links:
@@ -52,6 +59,21 @@ def test_the_readme_is_short() -> None:
 def test_the_map_names_every_page() -> None:
     linked = set(re.findall(r"\]\(([\w-]+\.md)\)", (REPO / "docs/index.md").read_text()))
     assert {page.name for page in (REPO / "docs").glob("*.md")} - {"index.md"} <= linked
+
+
+def test_the_functions_of_your_own_pass_their_checks(tmp_path: Path) -> None:
+    """The block of docs/your_own_method.md, and the keys that name it there."""
+    text = (REPO / "docs" / "your_own_method.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert all(part.count("\n") < 10 for part in code.split("\n\n\n"))
+    (tmp_path / "mine.py").write_text(code)
+    keys = [key.replace("=", f"={tmp_path}/") for key in re.findall(r"`([\w.]+=mine.*?)`", text)]
+    assert len(keys) == 3
+    config = load_config(keys)
+    own_functions.check(config, loss_config(config))
+    command = re.search(r"--methods \\\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    methods = shlex.split(command[1].replace("\\\n", " ")) if command else []
+    assert len([arguments_of(words) for words in methods]) == 5
 
 
 def test_the_task_of_your_own_runs(tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from tests.helpers import close, make_samples, make_step
-from verl.algorithms.losses import LossConfig, ppo_loss
+from verl.algorithms.losses import LossConfig, LossInputs, ppo_loss
 from verl.algorithms.policy_losses import (
     POLICY_LOSSES,
     SELECTIONS,
     Constants,
     clip_cov_tokens,
     kl_cov_tokens,
+    low_entropy,
 )
 from verl.algorithms.weights import WEIGHTS, response_weights
 from verl.config.schema import LOSS_MODES
@@ -155,6 +156,38 @@ def test_selected_tokens_by_hand() -> None:
     assert not clip_cov_tokens(old, advantages, none, RANDOM).any()
 
 
+def test_tokens_of_low_entropy_by_hand() -> None:
+    """The 0.6-quantile of five numbers is 2.4 of the way from the first to the fifth in order."""
+    entropies = np.array([0.5, 3.0, 0.1, 1.0, 2.0])  # 1 + 0.4·(2 − 1) = 1.4
+    assert low_entropy(entropies, 0.4).tolist() == [True, False, True, True, False]
+    assert not low_entropy(entropies, 1.0).any()
+    assert low_entropy(entropies, 0.01).sum() == 4
+    assert not low_entropy(np.ones(3), 0.1).any()  # all are the largest
+    assert len(low_entropy(np.zeros(0), 0.1)) == 0
+
+
+@pytest.mark.parametrize("mode", POLICY_LOSSES)
+def test_frozen_tokens_have_no_gradient_and_change_no_loss(mode: str) -> None:
+    """And of others' gradients only those that depend on them."""
+    config = LossConfig(**CASES[mode]["constants"], kl_coef=0.1, kl_type="kl", entropy_coeff=0.1)
+    frozen = torch.arange(26) % 3 == 0
+    chosen = torch.zeros(26) if selected(mode, config) is None else selected(mode, config)
+    results = []
+    for marks in (None, frozen.float()):
+        log_probs = LOG_PROBS.clone().requires_grad_()
+        entropy = torch.ones(26, dtype=torch.float64, requires_grad=True)
+        x = LossInputs(log_probs, entropy, LENGTHS, torch.ones(26), torch.ones(26), ADVANTAGES)
+        x.old_log_probs, x.ref_log_probs, x.selected, x.frozen = OLD, OLD, chosen, marks
+        loss, _ = ppo_loss(x, config)
+        loss.backward()
+        results.append((loss.detach(), log_probs.grad - 0.1, entropy.grad))  # without the KL term's
+    (loss, gradient, of_entropy), (same, left, also) = results
+    close(same, loss)
+    close(also, of_entropy)
+    close(left[frozen], torch.zeros(9))
+    close(left[~frozen], gradient[~frozen])
+
+
 # ------------------------------------------------------------------- any loss with any aggregation
 
 SIZES = [3, 9, 0, 1, 20, 7, 12, 2]
@@ -176,7 +209,7 @@ def test_no_split_changes_the_gradient_of_any_loss_under_any_aggregation(mode: s
         chosen = select(torch.tensor(old), each, config, RANDOM).bool().numpy()
         assert chosen.sum() == 5
         parts = np.split(chosen, np.cumsum(SIZES)[:-1])
-        samples = [s.selecting(part) for s, part in zip(samples, parts, strict=True)]
+        samples = [s.marking("selected", part) for s, part in zip(samples, parts, strict=True)]
     noise = torch.randn(54, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     now = (torch.tensor(old).double() + 0.3 * noise).split(SIZES)
     for weighting in WEIGHTS:

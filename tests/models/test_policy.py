@@ -26,7 +26,13 @@ from verl.config.base import FSDPConfig, MixedPrecisionConfig, ModelConfig, Opti
 from verl.models.packing import over_ranks
 from verl.models.policy import HostMemory, MicroBatchLimit, PolicyWorker, learning_rate_factor
 from verl.protocol import OptimizerStep, Sample
-from verl.trainer.ppo.core_algos import WEIGHTS, kl_divergence, policy_loss, response_weights
+from verl.trainer.ppo.core_algos import (
+    POLICY_LOSSES,
+    WEIGHTS,
+    kl_divergence,
+    policy_loss,
+    response_weights,
+)
 from verl.trainer.ppo.metrics import update_metrics
 from verl.utils.seqlen_balancing import balanced_partitions
 
@@ -38,7 +44,8 @@ LIMITS = {
     "all": MicroBatchLimit(len(LENGTHS)),
     "tokens": MicroBatchLimit(None, 40),
 }
-RESPONSE_LOSSES = ("gspo", "geo_mean", "vespo")
+PAIRS = [*itertools.product((*POLICY_LOSSES, "frozen"), WEIGHTS)]
+"""Every policy loss, and one without a gradient at some tokens, with every aggregation."""
 LOSS = LossConfig(entropy_coeff=0.05, kl_coef=0.1, clip_ratio_high=0.3, temperature=0.9)
 
 
@@ -72,6 +79,20 @@ def weighted_step(mode: str, samples: list[Sample] | None = None) -> OptimizerSt
     if mode == "dr-grpo":
         step.regularizer_weights = make_step(step.samples).weights
     return step
+
+
+def pair(mode: str, weighting: str) -> tuple[OptimizerStep, LossConfig]:
+    """Of `PAIRS`; with every third token marked."""
+    step, frozen = weighted_step(weighting), mode == "frozen"
+    name = "frozen" if frozen else "selected"
+    step.samples = [s.marking(name, np.arange(s.length) % 3 == 0) for s in step.samples]
+    return step, replace(LOSS, loss_mode="vanilla" if frozen else mode)
+
+
+def turn(mode: str, weighting: str) -> tuple[bool, str]:
+    """Padding and micro-batches, such that each loss and each aggregation has all of them."""
+    i, j = [*POLICY_LOSSES, "frozen"].index(mode), [*WEIGHTS].index(weighting)
+    return (i + j) % 2 == 0, [*LIMITS][(i // 2 + j // 2) % 4]
 
 
 def constant_step(samples: list[Sample], weight: float) -> OptimizerStep:
@@ -217,7 +238,9 @@ def test_parameters_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
     of its own."""
     half, whole = FSDPConfig(model_dtype="bfloat16"), FSDPConfig()
     worker = PolicyWorker("cpu")
-    worker.build(ModelConfig(path=str(tiny_model)), half, OptimConfig(lr=1e-2), 10, whole)
+    model = ModelConfig(path=str(tiny_model))
+    worker.build(model, half, OptimConfig(lr=1e-2), 10)
+    worker.build_beside("ref", model, whole)
     step = weighted_step("delta-l")
     before = [p.full_tensor().clone() for p in worker.model.parameters()]
     exact = worker.ref_log_probs(step.samples, 1.0, LIMITS["all"])
@@ -229,7 +252,7 @@ def test_parameters_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
         types = {p.dtype, old.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype}
         assert types == {torch.bfloat16}
         assert not torch.equal(old, p.full_tensor())
-    assert {p.dtype for p in worker.ref.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in worker.beside["ref"].model.parameters()} == {torch.float32}
     worker.save(tmp_path / "actor")
     again = build(tiny_model, fsdp=half)
     again.load(tmp_path / "actor")
@@ -270,7 +293,7 @@ def test_epsilon_of_the_optimizer(tiny_model: Path) -> None:
 def _rank_gradients(
     rank: int, world: int, address: str, folder: Path, out: Path, fsdp_size: int
 ) -> None:
-    """One of `world` processes: gradients of every method and limit, padded and packed."""
+    """One of `world` processes: gradients of all `PAIRS`, or of one by every limit."""
     torch.set_num_threads(1)
     policy = PolicyWorker("cpu")
     policy.connect(rank, world, address, 77)
@@ -287,21 +310,18 @@ def _rank_gradients(
         held = sum(p.to_local().numel() for p in policy.model.parameters())
         share = parameters // (world if fsdp_size == -1 else fsdp_size)
         assert share <= held < 1.2 * share
-        for mode in WEIGHTS if every else ("delta-l",):
-            step = weighted_step(mode)
+        turns = {p: turn(*p) for p in PAIRS}
+        runs = [(*p, name) for p, (packed, name) in turns.items() if packed is remove_padding]
+        for run in runs if every else [("vanilla", "delta-l", name) for name in LIMITS]:
+            step, loss = pair(*run[:2])
             share = balanced_partitions([s.num_tokens for s in step.samples], world)[rank]
-            for name, limit in LIMITS.items():
-                results[remove_padding, mode, name] = gradient(policy, step.share(share), limit)
-        # Losses of whole responses.
-        for mode in RESPONSE_LOSSES if every and remove_padding else ():
-            step, loss = weighted_step("delta-l"), replace(LOSS, loss_mode=mode)
-            share = balanced_partitions([s.num_tokens for s in step.samples], world)[rank]
-            for name in ("one", "four"):
-                found = gradient(policy, step.share(share), LIMITS[name], loss)
-                results[remove_padding, mode, name] = found
+            results[run] = gradient(policy, step.share(share), LIMITS[run[2]], loss)
         # One rank has nothing at all.
-        lonely = weighted_step("delta-l").share(range(len(LENGTHS)) if rank == 0 else [])
-        results[remove_padding, "lonely", "four"] = gradient(policy, lonely, LIMITS["four"])
+        step, loss = pair("vanilla", "delta-l")
+        lonely = step.share(range(len(LENGTHS)) if rank == 0 else [])
+        results["vanilla", "delta-l", f"{remove_padding}"] = gradient(
+            policy, lonely, LIMITS["four"]
+        )
     if rank == 0:
         torch.save(results, out)
     dist.barrier()
@@ -322,13 +342,11 @@ def test_ranks_do_not_change_the_gradient(
     out = tmp_path / "gradients.pt"
     mp.spawn(_rank_gradients, (world, free_address(), tiny_model, out, fsdp_size), nprocs=world)
     results = torch.load(out, weights_only=True)
-    methods = 2 * len(WEIGHTS) if fsdp_size == -1 else 1
-    more = 2 + 2 * len(RESPONSE_LOSSES) if fsdp_size == -1 else 1
-    assert len(results) == methods * len(LIMITS) + more
-    for (_, mode, _), value in results.items():
-        step = weighted_step(mode if mode in WEIGHTS else "delta-l")
-        loss = replace(LOSS, loss_mode=mode) if mode in RESPONSE_LOSSES else LOSS
-        assert distance(value, gradient(worker, step, LIMITS["all"], loss)) < 1e-6
+    assert len(results) == (len(PAIRS) + 2 if fsdp_size == -1 else len(LIMITS) + 1)
+    for (mode, weighting, _), value in results.items():
+        step, loss = pair(mode, weighting)
+        expected = gradient(worker, step, LIMITS["all"], loss)
+        assert distance(value, expected) < 1e-6, (mode, weighting)
 
 
 SPLITS = {4: [range(8)], 2: [range(5), range(5, 8)], 1: [range(2 * i, 2 * i + 2) for i in range(4)]}
@@ -368,8 +386,9 @@ def _rank_splits(rank: int, address: str, folder: Path, out: Path) -> None:
     for split, ref_split, recompute, fsdp_size in ((4, 2, True, -1), (2, 1, False, 2)):
         policy = PolicyWorker("cpu")
         model = ModelConfig(str(folder), enable_gradient_checkpointing=recompute)
-        settings = FSDPConfig(fsdp_size=fsdp_size), OptimConfig(lr=1e-3), 10, FSDPConfig()
-        policy.build(model, *settings, sequence_parallel=(split, ref_split))
+        settings = FSDPConfig(fsdp_size=fsdp_size), OptimConfig(lr=1e-3), 10
+        policy.build(model, *settings, sequence_parallel=split)
+        policy.build_beside("ref", model, FSDPConfig(), None, 0, ref_split)
         widths: list[int] = []
         layer = policy.model.lm.get_decoder().layers[0]
         layer.register_forward_pre_hook(lambda _, args, to=widths: to.append(args[0].shape[1]))
@@ -381,7 +400,8 @@ def _rank_splits(rank: int, address: str, folder: Path, out: Path) -> None:
             seen = set(widths)
             known = dict(zip(share, log_probs_of(policy, mine.samples, 0.9, limit), strict=True))
             ref = step.share(ref_share).samples
-            ref_known = dict(zip(ref_share, log_probs_of(policy.ref, ref, 0.9, limit), strict=True))
+            of_ref = log_probs_of(policy.beside["ref"], ref, 0.9, limit)
+            ref_known = dict(zip(ref_share, of_ref, strict=True))
             passes = len(policy.micro_batches(mine.samples, limit))
             by_rank: list[Any] = [None] * 4
             dist.all_gather_object(by_rank, (found[1], known, ref_known, seen, passes))
@@ -615,7 +635,9 @@ def test_offloading_and_mixed_precision_run(tiny_model: Path) -> None:
     worker = PolicyWorker("cpu")
     half = MixedPrecisionConfig(param_dtype="bfloat16")
     fsdp = FSDPConfig(param_offload=True, optimizer_offload=True, mixed_precision=half)
-    worker.build(ModelConfig(path=str(tiny_model)), fsdp, OptimConfig(lr=1e-3), 10, FSDPConfig())
+    model = ModelConfig(path=str(tiny_model))
+    worker.build(model, fsdp, OptimConfig(lr=1e-3), 10)
+    worker.build_beside("ref", model, FSDPConfig())
     step = weighted_step("delta-l")
     exact = worker.ref_log_probs(step.samples, 1.0, LIMITS["all"])
     rounded = worker.log_probs(step.samples, 1.0, LIMITS["all"])
@@ -623,6 +645,25 @@ def test_offloading_and_mixed_precision_run(tiny_model: Path) -> None:
     results = worker.update([step, step], LOSS, LIMITS["four"], 1.0)
     assert all(np.isfinite(list(r.values())).all() for r in results)
     assert next(worker.model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_layers_stay_gathered_and_gradients_are_rounded_on_request(
+    reshard: bool, tiny_model: Path
+) -> None:
+    rounded = MixedPrecisionConfig(reduce_dtype="float32" if reshard else "bfloat16")
+    fsdp = FSDPConfig(reshard_after_forward=reshard, mixed_precision=rounded)
+    worker = PolicyWorker("cpu")
+    worker.build(ModelConfig(path=str(tiny_model)), fsdp, OptimConfig(lr=1e-3), 10)
+    step = weighted_step("delta-l")
+    worker.model(worker.pack(step.samples), 1.0)
+    layer = next(p for n, p in worker.model.lm.named_parameters() if "layers.0" in n)
+    assert isinstance(layer, DTensor) == reshard
+    worker.model.reshard()
+    worker.accumulate_gradient(step, LOSS, LIMITS["all"])
+    named = worker.model.lm.named_parameters()
+    gradient = next(p.grad for name, p in named if "layers.0" in name).full_tensor()
+    assert torch.equal(gradient, gradient.bfloat16().float()) != reshard
 
 
 def test_exported_weights_rebuild_the_model(worker: PolicyWorker, tiny_model: Path) -> None:

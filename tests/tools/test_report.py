@@ -171,6 +171,18 @@ def test_names_of_methods(tmp_path, change, label):
     assert make(tmp_path / "a", config=settings(algorithm=change)).method == label
 
 
+def test_a_function_of_the_users_names_its_method(tmp_path):
+    config = settings(alpha=None)
+    config["actor_rollout_ref"]["actor"]["loss_agg_mode"] = "/home/me/own.py:sqrt_length"
+    runs = []
+    for name, digest in ("a", "1" * 12), ("b", "1" * 12), ("c", "2" * 12):
+        config["algorithm"]["own_functions"] = [f"/home/me/own.py:sqrt_length@{digest}"]
+        runs.append(make(tmp_path / name, config=config))
+    groups = group_runs(runs)  # two texts are two methods
+    assert [len(g.runs) for g in groups] == [2, 1]
+    assert all(g.label.startswith("own.py:sqrt_length, own_functions = ") for g in groups)
+
+
 def test_of_a_path_only_the_end_is_shown():
     assert shown("/home/me/data/math/train.parquet") == "…/math/train.parquet"
     assert shown("Qwen/Qwen2.5-3B") == "Qwen/Qwen2.5-3B"

@@ -478,3 +478,42 @@ def test_an_engine_that_is_not_installed_is_named(
     assert stopped.value.code == 2
     message = "rollout.name=vllm, but vllm is not installed: run bash setup.sh gpu (or cpu --vllm)"
     assert message in capsys.readouterr().err
+
+
+OWN = """
+def weights(lengths): return 1 / (len(lengths) * lengths)
+def advantages(rewards, groups): return rewards - rewards.mean()
+def loss(inputs): return -inputs.advantages * inputs.log_probs, {"seen": inputs.log_probs * 0 + 7}
+"""
+
+
+def test_functions_of_the_users_run_and_are_kept(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss in a process of its own. With another text the run doesn't go on."""
+    code, folder = tmp_path / "own.py", tmp_path / "run"
+    code.write_text(OWN)
+    own = [
+        f"actor_rollout_ref.actor.loss_agg_mode={code}:weights",
+        f"algorithm.adv_estimator={code}:advantages",
+        f"actor_rollout_ref.actor.policy_loss.loss_mode={code}:loss",
+        f"trainer.default_local_dir={folder}",
+        "algorithm.use_grpopp=False",
+        "trainer.n_gpus_per_node=1",
+        "trainer.total_training_steps=1",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.save_hf_model=False",
+    ]
+    run(settings, *own)
+    (step,) = read(folder)
+    assert step["actor/seen"] == 7
+    assert step["loss_agg/cv"] == pytest.approx(step["loss_agg/cv/seq-mean-token-mean"])
+    kept = {path.name: path.read_text() for path in (folder / "own_functions").iterdir()}
+    assert kept == dict.fromkeys(("loss_agg_mode.py", "adv_estimator.py", "loss_mode.py"), OWN)
+    code.write_text(OWN + "# edited\n")
+    with pytest.raises(SystemExit):
+        run(settings, *own, "trainer.total_training_steps=2")
+    message = capsys.readouterr().err
+    assert "belongs to another training:\n  algorithm.own_functions: " in message
+    assert message.count("own.py:loss@") == 2

@@ -1,7 +1,7 @@
 """The losses of a micro-batch: weighted sums over its tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,22 +22,27 @@ class LossConfig(Constants):
     kl_type: str = "low_var_kl"  # a key of KL_ESTIMATORS
     rollout_is: str | None = None  # the level of rollout_is_weights; None: no correction
     rollout_is_threshold: float = 2.0
+    cliprange_value: float = 0.5  # of the critic's loss
 
 
 @dataclass(slots=True)
 class LossInputs:
     """All that a loss may see of N responses, one after another, with T counted tokens in all."""
 
-    log_probs: Tensor  # under the policy that is trained, with gradient, [T]
+    # Under the policy that is trained, with gradient, [T]; of a critic its values.
+    log_probs: Tensor
     entropy: Tensor  # of the distribution at each token, with gradient, [T]
     lengths: Tensor  # counted tokens of each response, [N]
     weights: Tensor  # w_i of the policy loss, repeated for each token, [T]
     regularizer_weights: Tensor  # those of KL loss and entropy bonus, [T]
-    advantages: Tensor  # A_i, repeated for each token, [T]
+    advantages: Tensor  # A_i, repeated for each token; with a critic the token's own, [T]
     old_log_probs: Tensor | None = None  # before the step; None: the same as log_probs, [T]
     ref_log_probs: Tensor | None = None  # under the reference policy, [T]
     rollout_log_probs: Tensor | None = None  # as the engine reported them, [T]
     selected: Tensor | None = None  # 1 where `SELECTIONS` chose the token, else 0, [T]
+    values: Tensor | None = None  # the critic's before the step, [T]
+    returns: Tensor | None = None  # what it is to learn, [T]
+    frozen: Tensor | None = None  # 1 where the policy loss has no gradient, else 0, [T]
 
 
 Sums = dict[str, Tensor]
@@ -46,9 +51,13 @@ Sums = dict[str, Tensor]
 
 def ppo_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
     """The policy loss `loss_mode` of a micro-batch, with entropy bonus and KL loss."""
-    old = x.log_probs.detach() if x.old_log_probs is None else x.old_log_probs
-    more = {"lengths": x.lengths, "selected": x.selected, "c": config}
-    loss, reported = POLICY_LOSSES[config.loss_mode](x.log_probs, old, x.advantages, **more)
+    log_probs, old = x.log_probs, x.old_log_probs
+    old = log_probs.detach() if old is None else old
+    if x.frozen is not None:
+        log_probs = torch.where(x.frozen.bool(), log_probs.detach(), log_probs)
+    whole = replace(x, log_probs=log_probs, old_log_probs=old)
+    more = {"lengths": x.lengths, "selected": x.selected, "c": config, "inputs": whole}
+    loss, reported = POLICY_LOSSES[config.loss_mode](log_probs, old, x.advantages, **more)
     sums = {name: value.sum() for name, value in reported.items()}
     if x.rollout_log_probs is not None:
         factors, compared = _rollout_factors(old - x.rollout_log_probs, x, config)
@@ -111,9 +120,21 @@ def nll_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
     return loss, {"w/nll_loss": loss, "entropy": x.entropy.sum()}
 
 
+def value_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
+    """½ Σ_i w_i Σ_t max((V − R)², (V_clip − R)²) with returns R, and V_clip: V, but at most
+    `cliprange_value` away from the value before the step (arXiv 2005.12729, section 3)."""
+    assert x.values is not None and x.returns is not None
+    bound, V = config.cliprange_value, x.log_probs
+    plain = (V - x.returns) ** 2
+    clipped = (x.values + (V - x.values).clamp(-bound, bound) - x.returns) ** 2
+    loss = (x.weights * torch.maximum(plain, clipped)).sum() / 2
+    return loss, {"w/vf_loss": loss, "vf_clipfrac": (clipped > plain).sum(), "vpred_mean": V.sum()}
+
+
 LOSSES: dict[str, Callable[..., tuple[Tensor, Sums]]] = {
     "ppo": ppo_loss,
     "reinforce": reinforce_loss,
     "nll": nll_loss,
+    "value": value_loss,
 }
 """Kind → the loss of a micro-batch and what it reports."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from verl.algorithms.rollout_correction import response_of_token
@@ -24,6 +25,7 @@ class Constants:
     """What the losses have beside tensors: verl's keys; those of VESPO are TRL's."""
 
     loss_mode: str = "vanilla"  # a key of POLICY_LOSSES
+    top_entropy_quantile: float = 1.0
     clip_ratio_low: float = 0.2
     clip_ratio_high: float = 0.2
     clip_ratio_c: float = 3.0
@@ -255,6 +257,15 @@ def kl_cov_tokens(
     """`kl_cov_ratio` of all tokens, those with the largest covariance, 1 or 0 each, [T] → [T]."""
     covariance, number = _covariance(old_log_probs, advantages, c.kl_cov_ratio)
     return torch.zeros_like(covariance).index_fill(0, covariance.topk(number).indices, 1)
+
+
+def low_entropy(entropies: NDArray[Any], share: float) -> NDArray[np.bool_]:
+    """Which of a step's tokens are not among the `share` of largest entropy, bool [T] → [T]: those
+    below the threshold of arXiv 2506.01939, by the quantile of TRL's `top_entropy_quantile`, which
+    looks at each micro-batch. Their loss counts, but has no gradient; weights stay as they are."""
+    if not len(entropies):
+        return np.zeros(0, bool)
+    return entropies < np.quantile(entropies, 1 - share)
 
 
 SELECTIONS: dict[str, Callable[..., Tensor]] = {

@@ -1,11 +1,13 @@
 """What sections and keys are; the sections that RL and the warm-up share, and the warm-up's own."""
 
+import hashlib
 import os
 import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, dataclass_transform
 
 
@@ -17,6 +19,7 @@ class Rules:
     high: float | None = None  # at most this
     above: float | None = None  # more than this
     choices: tuple[Any, ...] = ()  # one of these, or a list of them; empty: any
+    own: bool = False  # or a function of the user's (`OWN`)
     on_resume: str = ""
     """What a change means for a run that resumes. `error`, the default: another training. `warn`:
     changed on purpose. `free`: only speed, memory, place or rounding. `validation`: free, but
@@ -28,6 +31,22 @@ class Rules:
 ANY = Rules()
 NO_LORA = "lora_rank=0 and lora_adapter_path=null"
 OWN_LORA = (NO_LORA, "lora_adapter_path!=null")
+
+
+OWN = re.compile(r"(.+\.py):(\w+)")
+"""A function of the user's, ``path/to/file.py:function``."""
+
+
+def own_functions(*values: Any) -> list[str]:
+    """Those of the values that are functions of the user's, each with the beginning of its file's
+    SHA-256: what `algorithm.own_functions` follows."""
+    found = {str(v): m for v in values if (m := OWN.fullmatch(str(v)))}
+    files = {value: Path(match[1]).expanduser() for value, match in found.items()}
+    hashes = {
+        value: hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else "missing"
+        for value, file in files.items()
+    }
+    return [f"{value}@{digest}" for value, digest in hashes.items()]
 
 
 def key(default: Any, *, idle_if: str | tuple[str, ...] = (), **rules: Any) -> Any:
@@ -73,19 +92,24 @@ class Section:
             else:
                 yield prefix + f.name, value, rules
 
-    def ending(self, name: str) -> dict[str, Any]:
-        """The keys that `name` is an end of, and their values. At least one."""
+    def ending(self, name: str, near: str = "") -> dict[str, Any]:
+        """The keys that `name` is an end of, and their values. At least one; only that one which is
+        in the same section as the key `near`, if there is one."""
         found = {k: value for k, value, _ in self.walk() if f".{k}".endswith(f".{name}")}
         assert found, f"no key ends in {name}"
-        return found
+        own = f"{near.rpartition('.')[0]}.{name}"
+        return {own: found[own]} if own in found else found
 
-    def holds(self, condition: str) -> bool:
-        """Whether ``end.of.key=word``, with `!=` or ` lacks ` too, all joined by ` and `."""
+    def holds(self, condition: str, near: str = "") -> bool:
+        """Whether ``end.of.key=word``, with `!=` or ` lacks ` too, all joined by ` and `; of keys
+        with the same end the one that is `near`. Where a function of the user's is the value, no
+        `!=` holds: it may read any key."""
         for part in condition.split(" and "):
             name, sign, word = re.split("(!=|=| lacks )", part)
-            values = self.ending(name).values()
+            values = self.ending(name, near).values()
             same = [word in v if sign == " lacks " else word == shown(v) for v in values]
-            if (sign == "=") not in same:
+            own = sign == "!=" and any(OWN.fullmatch(str(v)) for v in values)
+            if own or (sign == "=") not in same:
                 return False
         return True
 
@@ -130,9 +154,10 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    """`actor_rollout_ref.model`, and `model` of the warm-up."""
+    """`actor_rollout_ref.model`."""
 
     section = "actor_rollout_ref.model"  # what messages call it
+    new_weights = frozenset[str]()  # what the files may lack, and is 0 then
     path: str = "Qwen/Qwen2.5-3B"
     """Hugging Face model: a folder or a name on the hub."""
     override_config: dict[str, Any] = key(dict)
@@ -173,10 +198,23 @@ class ModelConfig(Section):
         return self.lora_rank > 0 or self.lora_adapter_path is not None
 
 
+class SFTModelConfig(ModelConfig):
+    """`model` of the warm-up."""
+
+    section = "model"
+
+
 class ClassifierConfig(ModelConfig):
     """A sequence classifier with one label: what `reward_model.model` stands for."""
 
     section = "reward_model.model"
+
+
+class CriticModelConfig(ClassifierConfig):
+    """The same of `critic.model`, which may be a language model without that head."""
+
+    section = "critic.model"
+    new_weights = frozenset({"score.weight"})
 
 
 class OptimConfig(Section):
@@ -318,7 +356,7 @@ class SFTConfig(Section):
     """All keys of `verl.trainer.main_sft`."""
 
     data: SFTDataConfig = key(SFTDataConfig)
-    model: ModelConfig = key(lambda: ModelConfig(tokenizer_path="${data.tokenizer}"))
+    model: SFTModelConfig = key(lambda: SFTModelConfig(tokenizer_path="${data.tokenizer}"))
     optim: OptimConfig = key(OptimConfig)
     fsdp_config: FSDPConfig = key(FSDPConfig)
     trainer: RunConfig = key(RunConfig)

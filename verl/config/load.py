@@ -22,10 +22,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from verl.config.base import Section, SFTConfig, default_ranks, too_many_ranks
+from verl.config.base import (
+    Section,
+    SFTConfig,
+    default_ranks,
+    own_functions,
+    too_many_ranks,
+)
 from verl.config.schema import Config
 from verl.config.validate import ignored_keys, validate
-from verl.config.verl_keys import OF_ALL_RANKS, SAME_AS, refusal, without_effect
+from verl.config.verl_keys import OF_ALL_RANKS, own_name, refusal, without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +46,7 @@ HERE = Path(__file__).parents[1] / "trainer" / "config"
 ConfigStore.instance().store(name="schema", node=Config)
 ConfigStore.instance().store(name="sft_schema", node=SFTConfig)
 OmegaConf.register_new_resolver("verl.ranks", default_ranks)
+OmegaConf.register_new_resolver("verl.own_functions", own_functions)
 OmegaConf.register_new_resolver("verl.is_null", lambda value: value is None)
 OmegaConf.register_new_resolver(
     "verl.token_budget", lambda ranks, *lengths: max(16384, -(-sum(lengths) // max(1, ranks)))
@@ -87,7 +94,7 @@ def load_config(
     own = tuple(f"{key}." for key, _, _ in typed.walk())
     foreign = {k: v for k, v in given.items() if not any(o.startswith(f"{k}.") for o in own)}
     found = {k: why for k, v in foreign.items() if (why := without_effect(k, v))}
-    found |= ignored_keys(typed, [SAME_AS.get(key, key) for key in given])
+    found |= ignored_keys(typed, [own_name(key) for key in given])
     if ignored := [f"{key} ({why})" for key, why in found.items()]:
         logger.warning("these keys have no effect in this run: %s", "; ".join(ignored))
     typed.lock()
@@ -168,7 +175,7 @@ def _override(
             problems[str(error)] = text
             continue
         name, value = override.key_or_group, override.value()
-        key = SAME_AS.get(name, name)
+        key = own_name(name)
         if key.endswith("dtype") and isinstance(value, str):
             value = DTYPES.get(value, value)
         values[name] = value

@@ -91,7 +91,7 @@ class Run:
             return f"∆L Norm, α = {alpha:g}" if alpha else "Dr. GRPO Norm"
         if self.mode == "dr-grpo":
             return "Dr. GRPO" + " Norm" * (not self.settings.get("algorithm.use_dr_grpo"))
-        return METHODS.get(self.mode or "", self.mode or self.name)
+        return METHODS.get(self.mode or "") or (self.mode or self.name).rpartition("/")[2]
 
     def series(self, key: str) -> pd.Series:
         """The steps where a metric has a value, and the values; empty without such a metric."""

@@ -17,9 +17,11 @@ from typing import Any, TextIO
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from verl.config.schema import Config
 from verl.protocol import OptimizerStep, Sample
 from verl.trainer.ppo.loggers import LOGGERS, Logger, Metrics, Run
 from verl.trainer.ppo.metrics import VAL_CORE
+from verl.utils import own_functions
 from verl.utils.samples import some_generations, write_responses
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 RUN_ID = "wandb_run_id"  # file with the id of the run that a folder belongs to
 RUN_FILES = re.compile(
     r"(global_step_\d+|latest_checkpointed_iteration\.txt|metrics\.jsonl|huggingface)(\..+)?|"
-    r"config\.yaml|wandb|tensorboard|swanlab|events\.out\.tfevents\..+|error\.log|val_only|"
+    r"config\.yaml|own_functions|wandb|tensorboard|swanlab|events\.out\.tfevents\..+|error\.log|val_only|"
     r"(skipped_step_)?\d+\.parquet"
 )
 """What a run leaves; but math_server.log, to which a server may be writing already."""
@@ -77,6 +79,10 @@ class Tracking(AbstractContextManager["Tracking"]):
         self.folders = {key: Path(f).expanduser() / part for key, f in folders.items() if f}
         run_id = claim({HOME: run_dir} | self.folders, run_id)
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(settings))
+        if isinstance(config, Config):
+            for key, (_, text) in own_functions.sources(config).items():
+                (run_dir / "own_functions").mkdir(exist_ok=True)
+                (run_dir / "own_functions" / f"{key.rpartition('.')[2]}.py").write_text(text)
         self.file = MetricsFile(run_dir / "metrics.jsonl", step)
         board = self.folders.get("TENSORBOARD_DIR", run_dir / "tensorboard")
         run = Run(config, run_dir, run_id, step, board)
