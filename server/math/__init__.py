@@ -4,6 +4,6 @@
 (the quick stages, else the cache), `pool` and `worker` (processes with limits) to `equivalence`,
 which works without a server, too: `normalise`, `phrases` and `units` give one spelling to a string,
 `tokens` and `tree` parse it, `tidy` gives one form to trees, `structures`, `regions`, `values` and
-`evaluate` compare them; `symbolic` asks math-verify. `openapi` describes the interface,
-and `metrics` what was asked of it.
+`evaluate` compare them, `constants` general solutions; `symbolic` asks math-verify. Tables hold
+the rules and words (TOML) and the interface (JSON); `metrics` counts.
 """
