@@ -149,7 +149,8 @@ def _choice(text: str) -> tuple[str, str] | None:
 
 def cache_key(gold: str, pred: str) -> tuple[str, str]:
     """The normalised pair: pairs with the same key get the same verdict."""
-    pair = normalise(_DISPLAYED.sub(r"\1", gold)), normalise(pred)
+    gold = _DISPLAYED.sub(r"\1", gold) if "$$" in gold else gold
+    pair = normalise(gold), normalise(pred)
     chosen = [_choice(text) for text in pair]
     named = [choice for choice in chosen if choice]
     clear = all(option and len(name) == 1 and not _SECOND.search(option) for name, option in named)

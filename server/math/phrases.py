@@ -50,9 +50,7 @@ def _whole(text: str) -> int | None:
 def phrase(text: str) -> str | None:
     """What a phrase in lower case stands for, or None if it has no other form."""
     bare = ARTICLE.sub("", text)
-    found = (
-        meaning for pattern, meaning in _STOCK for some in (bare, text) if pattern.fullmatch(some)
-    )
+    found = (to for pattern, to in _STOCK for some in (bare, text) if pattern.fullmatch(some))
     if stock := next(found, None) or number_in_words(bare) or number_in_words(text):
         return stock
     head, _, counted = bare.partition(" ")

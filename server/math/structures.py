@@ -52,8 +52,7 @@ def forms(gold: Node) -> list[Node]:
         return [gold, gold.args[-1]]
     first, *rest = gold.args if gold.op == "list" else (gold,)
     if name_of(first) and [(part.op, name_of(part)) for part in rest] == [("rel", None)]:
-        given = symbols(rest[0]) <= symbols(value_of(first))  # Q = 2t, 0 < t < 9
-        return [gold, first] if given else [gold]
+        return [gold, first] if symbols(rest[0]) <= symbols(value_of(first)) else [gold]
     try:
         twice = gold.op in ("list", "cup") and len(gold.args) == 2 and gold.args[0] != gold.args[1]
         return [gold.args[0] if twice and same(*gold.args) else gold]

@@ -145,7 +145,7 @@ class _Parser:
                 previous = self.peek(-1) if top[-1].op == "num" else ""
                 if token[0].isdigit() and (previous[:1].isdigit() or self._after_word()):
                     raise TooComplex("two numbers side by side, or with a word between them")
-                if all(len(word) > 2 and word.isalpha() for word in (self.peek(-1), token)):
+                if token.isalpha() and token[2:] and (last := self.peek(-1)).isalpha() and last[2:]:
                     raise ParseError("words don't commute")
                 factor = self.factor()
                 if previous.isdigit() and token == r"\frac":

@@ -58,6 +58,8 @@ _UNIT_WORDS = {unit.lower() for unit in UNITS} | _BESIDE | {*_UNIT_NAMES, *_UNIT
 def split_unit(text: str) -> tuple[str, str]:
     r"""A normalised answer without the unit at its end, and that unit ("" if there is none), such
     as ``("10", "cm^2")`` of ``10\text{cm}^2``."""
+    if text[-1:].isdigit() and "^" not in text[-4:]:
+        return text, ""
     if match := _TWO_UNITS.fullmatch(text):  # 2 min 30 s
         (large, of), (small, also) = (_measure(_singular(match[n])) for n in (2, 4))
         if (of == also and large > small) or match[2] == "°":
