@@ -65,6 +65,7 @@ check pytest "$PYTHON" -m pytest "${selection[@]}" --durations=15 "$@"
 wait
 cat "$printed/beside"
 check "pytest of vLLM" "$PYTHON" -m pytest tests/vllm
+check "pytest of the plug-ins" bash plugins/test.sh --short
 
 if [[ -f $printed/failed ]]; then
   cat "$printed/failed"

@@ -16,6 +16,7 @@ from verl.utils import own_functions
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [REPO / "README.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES += [REPO / "plugins/README.md"]
 
 
 def names(page: Path) -> str:
@@ -34,7 +35,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *sorted((REPO / "benchmarks").glob("*.md"))], ids=names)
+@pytest.mark.parametrize("page", [*PAGES, *sorted(REPO.glob("benchmarks/*.md"))], ids=names)
 def test_relative_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text()))
     for link in links:

@@ -113,3 +113,8 @@ def test_an_engine_on_two_gpus_shares_those_of_its_ranks(slots: Slots) -> None:
     first, second = engines.scatter("workers_gpus", [(each,) for each in variables])
     assert seen(first) + seen(second) == seen(actors.call("gpus"))
     assert sorted(seen(first) + seen(second)) == [0, 1, 2, 3]
+
+
+def test_an_engine_on_two_machines_leaves_the_ranks_devices_between_them(slots: Slots) -> None:
+    """Of slots that come machine by machine, the second and the fourth are for engines alone."""
+    assert pool(slots[1::2], 1.0, parallel=2).call("given") == [(1.0, [1, 3])]

@@ -41,13 +41,13 @@ class Echo:
     def where_it_joined(self) -> tuple[int, int, str, str]:
         return self.joined
 
-    def spinning(self) -> str | None:
-        return os.environ.get("OMP_WAIT_POLICY")
+    def environment(self) -> tuple[str | None, ...]:
+        return os.environ.get("OMP_WAIT_POLICY"), os.environ.get("ASKED_FOR")
 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[WorkerGroup]:
-    start_ray(2)
+    start_ray(2, runtime_env={"env_vars": {"ASKED_FOR": "this"}})
     yield WorkerGroup(Echo, reserve_devices(1, 2, "cpu"), "cpu", [(0,), (1,)])
     ray.shutdown()
 
@@ -55,7 +55,7 @@ def workers() -> Iterator[WorkerGroup]:
 def test_calls_go_to_all_and_come_back_in_order(workers: WorkerGroup) -> None:
     assert workers.call("add", 10) == [10, 11]
     assert workers.scatter("add", [(1,), (2,)]) == [1, 3]
-    assert workers.call("spinning") == ["PASSIVE", "PASSIVE"]
+    assert workers.call("environment") == [("PASSIVE", "this")] * 2
 
 
 def test_no_token_array_is_copied_more_than_once_on_its_way(workers: WorkerGroup) -> None:

@@ -48,6 +48,11 @@ class Sample:
     old_log_probs: NDArray[np.float32] | None = None  # under the policy before this step's updates
     ref_log_probs: NDArray[np.float32] | None = None  # under the reference policy, [R]
     advantage: float = 0.0  # one number per response: rewards are outcome rewards
+    # With a critic, which gives each token its own, [R] each; None: there is none.
+    token_rewards: NDArray[np.float32] | None = None  # KL terms, which `reward` includes
+    values: NDArray[np.float32] | None = None  # the critic's, of the state before each token
+    returns: NDArray[np.float32] | None = None  # what the critic is to learn
+    token_advantages: NDArray[np.float32] | None = None  # what `advantage` is the mean of
     # Tokens that the policy loss treats otherwise in one optimizer step, [R]; None: it knows none.
     selected: NDArray[np.bool_] | None = None
     # Tokens whose log-probability has no gradient in that step's policy loss, [R]; None: all have.
@@ -81,11 +86,21 @@ class Sample:
             return self
         return replace(self, loss_mask=self.trained_mask, trained_mask=None)
 
+    def spread(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The inverse of `counted`, with 0 for tokens that don't count: [L] → [R]."""
+        found = np.zeros(len(self.response_ids), values.dtype)
+        found[slice(None) if self.loss_mask is None else self.loss_mask] = values
+        return found
+
+    def advantages(self) -> NDArray[Any]:
+        """That of each token that counts, [L]."""
+        if self.token_advantages is None:
+            return np.full(self.length, self.advantage)
+        return self.counted(self.token_advantages)
+
     def marking(self, name: str, chosen: NDArray[np.bool_]) -> Self:
         """With some tokens `selected` or `frozen`; `chosen`: which of those that count, [L]."""
-        marked = np.zeros(len(self.response_ids), bool)
-        marked[slice(None) if self.loss_mask is None else self.loss_mask] = chosen
-        changes: dict[str, Any] = {name: marked, "entropies": None}  # which nobody needs any more
+        changes: dict[str, Any] = {name: self.spread(chosen)}
         return replace(self, **changes)
 
     def counted(self, values: NDArray[Any]) -> NDArray[Any]:
@@ -97,6 +112,9 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "response_ids": np.dtype(np.int64),
     **dict.fromkeys(("loss_mask", "selected", "frozen"), np.dtype(np.bool_)),
     **dict.fromkeys(("rollout_log_probs", "old_log_probs", "ref_log_probs"), np.dtype(np.float32)),
+    **dict.fromkeys(
+        ("token_rewards", "values", "returns", "token_advantages"), np.dtype(np.float32)
+    ),
 }
 """Fields of `Sample` that hold one value per token of the response."""
 
@@ -136,7 +154,8 @@ class OptimizerStep:
 
     def share(self, indices: Sequence[int]) -> Self:
         """These responses with their weights, for one rank or micro-batch."""
-        samples, chosen = SampleBatch(self.samples[i] for i in indices), list(indices)
+        chosen = list(indices)
+        samples = SampleBatch((self.samples[i] for i in chosen), omit=("entropies",))
         others = self.regularizer_weights
         return type(self)(samples, self.weights[chosen], None if others is None else others[chosen])
 

@@ -29,7 +29,7 @@ _CHOICE = re.compile(r"\(?([A-Ja-j])(?:\)|[.:](?=.)|\Z)(?![(,)] ?[A-J])(.*)")
 _SECOND = re.compile(  # another choice, or doubts, in what should be the text of the first
     r"(?<![A-Za-z\\])\(?[A-J](?:[).:]|\Z)|\b(?:or|lor|both|wrong|incorrect|false|right|correct|maybe)\b"
     r"|(?i:\b(?:yes|true|but|if|unless|perhaps)\b|[,;] ?(?:no|false)\b)"
-    r"|(?:\b(?:and|or)|[,/;]|\\l(?:and|or)) ?\(?[A-J](?![A-Za-z])|\A ?(?:no|not|is|and)\b"
+    r"|(?:\b(?:and|or)|[,/;]|\\l(?:and|or)) ?\(?[A-J](?![A-Za-z]| [a-z]{2})|\A ?(?:no|not|is|and)\b"
 )
 _DOUBT = re.compile(
     r"(?i)(?<![a-z\\])(?:not|never|wrong|incorrect|maybe|perhaps|probably|either|but|if|n't)(?![a-z])"
@@ -40,9 +40,11 @@ _LABEL = re.compile(
     r"(?:( ?\}? ?[:=]| (?:is|are|equals)\b) ?\}?|\}?) ?"
     r"(?=[-\d.(\[|]|\\(?!text)|(?(2)[a-z](?![a-z])|\Z.))"
 )
+_SEVERAL = re.compile(r"(?=.*[(,])\(?[A-H]\)?(?:,?\(?[A-H]\)?)+")  # choices, in any order
+_DISPLAYED = re.compile(r"(?s)\A[^$]*[a-z]{3}.*\$\$([^$]+)\$\$[\s.]*\Z")  # at the end of a proof
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time, not a ratio, if both sides are
 _PARITY = {"odd": r"2k+1,k\in\mathbb{Z}", "even": r"2k,k\in\mathbb{Z}"}
-_COMBINATIONS = re.compile(r"(?<![A-Za-z\\])C\((\d+), ?(\d+)\)")
+_COMBINATIONS = re.compile(r"(?<![A-Za-z\\])([CP])\((\d+), ?(\d+)\)")
 _CAPITALS = re.compile(r"(?<![a-z\\])([A-Z])(?=[A-Z]{1,3}(?![A-Za-z]))")
 _DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))")
 
@@ -93,9 +95,10 @@ def _slow(gold: str, pred: str) -> Verdict:
 
 def _named(match: re.Match[str]) -> str:
     """Words before a value as its name: "smallest: 2" as smallest = 2, and so "house number 2"."""
-    name = re.sub(r"\A(?:the|an?) ", "", match[1].lower())
+    name = re.sub(r"\A(?:the|an?) |(?<=max)imum|(?<=min)imum", "", match[1].lower())
     changed = CHANGES.search(name) or not {*re.findall("[a-z]{3,}", name)} - GREEK
-    changed = changed or not (match[2] or NAMES.search(name))
+    labels = {found[1].lower() for found in _LABEL.finditer(match.string)}
+    changed = changed or not (match[2] or NAMES.search(name) or len(labels) > 1)
     rest = re.split("[,;]", match.string[match.end() :])[0]
     if changed or (name in FUNCTIONS and rest[:1] in "([{\\"):  # \max(a, b)
         return match[0]
@@ -129,7 +132,9 @@ def quick(gold: str, pred: str) -> Verdict | None:
 
 def _tight(text: str) -> str:
     """Without spaces and text commands, except for spaces between digits."""
-    return re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
+    text = re.sub(r"(?<=[a-z]{3}):", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
+    text = re.sub(r"(?<!\d) | (?!\d)", "", text)
+    return "".join(sorted(re.findall("[A-H]", text))) if _SEVERAL.fullmatch(text) else text
 
 
 def _choice(text: str) -> tuple[str, str] | None:
@@ -144,7 +149,7 @@ def _choice(text: str) -> tuple[str, str] | None:
 
 def cache_key(gold: str, pred: str) -> tuple[str, str]:
     """The normalised pair: pairs with the same key get the same verdict."""
-    pair = normalise(gold), normalise(pred)
+    pair = normalise(_DISPLAYED.sub(r"\1", gold)), normalise(pred)
     chosen = [_choice(text) for text in pair]
     named = [choice for choice in chosen if choice]
     clear = all(option and len(name) == 1 and not _SECOND.search(option) for name, option in named)
@@ -178,13 +183,16 @@ def _numeric(gold: str, pred: str) -> Verdict | None:
 
 def _compare(gold: str, pred: str) -> Verdict:
     """The structural stages, on both readings of commas between digits."""
-    trees = structures.one_form(parse(gold)), parse(pred)
+    (first, *others), pred_tree = structures.forms(parse(gold)), parse(pred)
+    if any(structures.same(form, pred_tree) for form in others):
+        return Verdict(True, "structure")
+    trees = first, pred_tree
     how = "structure" if any(tree.op in structures.COMPOUND for tree in trees) else "symbolic"
     parts = trees[0].args if ";" in gold and trees[0].op == "list" else ()
     if parts and not {part.op for part in parts} & {*structures.COMPOUND, "sym", "pm"}:
         in_order = Node("group", ("(", ")", *parts))  # answers to several questions
         return Verdict(structures.same(in_order, trees[1]), "structure")
-    if "Z" in gold + pred or r"\pmod" in gold + pred:
+    if any(sign in gold + pred for sign in ("Z", r"\pmod", r"\pi", "°")):
         family = regions.same_families(*trees)
         if family is not None:
             return Verdict(family, "structure")
@@ -204,8 +212,12 @@ def _other_readings(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> I
     apart = [_CAPITALS.sub(r"\1 ", text) for text in (gold, pred)]
     if (apart[0] == gold) != (apart[1] == pred):  # LC as L times C
         yield tuple(map(parse, apart))
-    if "C(" in gold + pred:  # a number of combinations, if it is no point
-        yield tuple(parse(_COMBINATIONS.sub(r"\\binom{\1}{\2}", text)) for text in (gold, pred))
+    if "'" in gold and "(t)" in gold + pred:  # of time, as all may be
+        yield tuple(parse(re.sub(r"(?<=[A-Za-z'])\(t\)", "", text)) for text in (gold, pred))
+    if _COMBINATIONS.search(gold + pred):  # a number of combinations, if it is no point
+        yield tuple(parse(_COMBINATIONS.sub(
+            lambda m: rf"\binom{{{m[2]}}}{{{m[3]}}}" + (f"{m[3]}!" if m[1] == "P" else ""), text
+        )) for text in (gold, pred))  # fmt: skip
     for text, other in ((gold, pred_tree), (pred, gold_tree)):
         if _DECIMAL_COMMA.fullmatch(text) and exact(other) is not None:
             yield parse(text.replace(",", ".")), other

@@ -6,6 +6,7 @@ Work is bounded: numbers that would not fit raise :class:`Undecided` before they
 import random
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
@@ -20,7 +21,7 @@ MAX_BITS = 4_096
 MAX_EXPONENT = 1_000_000  # of two: what may come out of a power or a factorial
 DIGITS, CONFIRMING_DIGITS = 60, 1_000
 GUARD = 15  # digits that rounding errors may spoil
-MAX_KINKS, MAX_TERMS, FIRST = 16, 200, 20
+MAX_KINKS, MAX_TERMS, FIRST, MAX_STEPS = 16, 200, 20, 30
 INFINITY = Node("sym", ("oo",))
 NEGLIGIBLE = 1e-40  # next to numbers of ordinary size
 SAMPLES = 12  # positive points; three times as many of any sign follow
@@ -100,16 +101,23 @@ def has(node: Node, op: str, name: str | None = None) -> bool:
     return any(name in (None, found.args[0]) for found in find(node, op))
 
 
-def value(node: Node, point: dict | None = None, digits: int = DIGITS):
-    """The value of a tree with its variables at ``point``, an ``mpf`` or ``mpc``;
-    :class:`Undecided` if it has none (a division by zero, a set) or would be too large."""
+@contextmanager
+def _computing(digits: int = DIGITS) -> Iterator[None]:
+    """With so many digits; what can't be computed is :class:`Undecided`."""
     with _CONTEXT.workdps(digits):
         try:
-            return +_evaluate(node, point or {})
+            yield
         except Undecided:
             raise
         except _ERRORS as error:
             raise Undecided(str(error)) from error
+
+
+def value(node: Node, point: dict | None = None, digits: int = DIGITS):
+    """The value of a tree with its variables at ``point``, an ``mpf`` or ``mpc``;
+    :class:`Undecided` if it has none (a division by zero, a set) or would be too large."""
+    with _computing(digits):
+        return +_evaluate(node, point or {})
 
 
 def _evaluate(node: Node, point: dict):
@@ -118,7 +126,7 @@ def _evaluate(node: Node, point: dict):
         return _CONTEXT.mpf(args[0].numerator) / args[0].denominator
     if op == "sym":
         if args[0] in point:
-            return _CONTEXT.mpf(point[args[0]])
+            return _CONTEXT.convert(point[args[0]])
         if args[0] not in CONSTANTS:
             raise Undecided(f"no value for {args[0]}")
         return +CONSTANTS[args[0]]
@@ -220,6 +228,33 @@ def settled(node: Node, point: dict | None = None):
     return number
 
 
+def root(node: Node, point: dict, name: str):
+    """A value of one variable for which the tree is 0, the others being at ``point``."""
+    with _computing():
+        starts = map(_CONTEXT.mpmathify, (0.7, 0.8 + 0.1j, 1.1))
+        found = [(x, value(node, {**point, name: x})) for x in starts]
+        while abs(found[-1][1]) > NEGLIGIBLE and len(found) < MAX_STEPS:
+            (x, f), (y, g), (z, h) = found[-3:]  # lie on a hyperbola, or a line
+            ratio = g * (f - h) * (x - y) / (h * (f - g) * (x - z))
+            new = (y - ratio * z) / (1 - ratio)
+            found.append((new, value(node, {**point, name: new})))
+    if abs(found[-1][1]) > NEGLIGIBLE:
+        raise Undecided("no root found")
+    return found[-1][0]
+
+
+def solution(node: Node, points: list[dict], names: list[str]) -> dict:
+    """The values of ``names`` for which the tree is 0 at the points, if it is linear in several."""
+    if len(names) == 1:
+        return {names[0]: root(node, points[0], names[0])}
+    units = [dict.fromkeys(names, 0), *({n: int(n == name) for n in names} for name in names)]
+    rest, *columns = ([value(node, {**point, **unit}) for point in points] for unit in units)
+    with _computing():
+        rows = [[x - y for x, y in zip(column, rest, strict=True)] for column in columns]
+        found = _CONTEXT.lu_solve(_CONTEXT.matrix(rows).T, -_CONTEXT.matrix(rest))
+    return dict(zip(names, found, strict=True))
+
+
 def close(a, b, digits: int = DIGITS) -> bool:
     """Equal to all but the last ``GUARD`` of ``digits`` significant digits."""
     with _CONTEXT.workdps(digits):
@@ -230,7 +265,7 @@ def close(a, b, digits: int = DIGITS) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _points(names: tuple[str, ...], integers: frozenset[str] = INTEGERS) -> list[dict]:
+def _points(names: tuple, integers: frozenset[str], positive: frozenset[str]) -> list[dict]:
     """Where expressions are compared: positive points first, at several scales, then any sign.
     Names of integers get integers: cos(pi n) is (-1)^n."""
     generator, scales = random.Random("sample points"), [1, 3, 0.4, 10, 2, 0.8, 30, 5]
@@ -238,9 +273,8 @@ def _points(names: tuple[str, ...], integers: frozenset[str] = INTEGERS) -> list
     wholes = {name: generator.sample(sizes, SAMPLES) for name in names}
     points = []
     for n in range(4 * SAMPLES):
-        signs = (1,) if n < SAMPLES else (1, -1)
         points.append({
-            name: generator.choice(signs) * (
+            name: generator.choice((1,) if n < SAMPLES or name in positive else (1, -1)) * (
                 wholes[name][n % SAMPLES] if name in integers
                 else scales[n % len(scales)] * (0.1 + generator.random())
             ) for name in names
@@ -259,7 +293,10 @@ def equal(a: Node, b: Node) -> bool:
     integers = INTEGERS.union(*(symbols(Node("", part.args[:3])) for part in counting))
     complex_too = any(has(side, *part) for side in (a, b) for part in (("sym", "i"), ("fn", "cis")))
     real, apart, other, seen, too_large = 0, 0, [], set(), None
-    for n, point in enumerate(_points(names, integers)):
+    roots = [] if has(a, "abs") or has(b, "abs") else [*find(a, "root"), *find(b, "root")]
+    factors = [_factors(part.args[0]) for part in roots]  # a square root of q/s: both positive
+    positive = frozenset().union(*(some for some in factors if len(some) > 1))
+    for n, point in enumerate(_points(names, integers, positive)):
         try:
             left, right = sample(a, point), sample(b, point)
         except TooLarge as error:
@@ -286,6 +323,13 @@ def equal(a: Node, b: Node) -> bool:
     if real >= 3 or len(other) >= 3:
         return real >= 3 or all(other)
     raise too_large or Undecided("no point where both sides have a value")
+
+
+def _factors(node: Node) -> frozenset[str]:
+    """The variables that a product or quotient has as factors."""
+    if node.op in ("mul", "div", "pow"):
+        return frozenset().union(*map(_factors, node.args[: 1 if node.op == "pow" else None]))
+    return symbols(node) if node.op == "sym" else frozenset()
 
 
 def sample(node: Node, point: dict):

@@ -5,39 +5,31 @@ work is bounded by the length of the string, whatever the string holds.
 """
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
+from itertools import permutations
 from unicodedata import normalize
 
 from .phrases import ARTICLE, PARTS, VALUES, number_in_words, phrase
-from .tokens import FUNCTIONS
+from .tokens import FUNCTIONS, VOCABULARY, table
 from .units import UNITS
 
-_WORDS = {"and": r"\land ", "or": r"\lor "} | {
-    word: sign
-    for sign, words in {"%": "percent percents percentage pct", "°": "degree degrees deg",
-                        r"\infty ": "infinity infty inf oo"}.items()
-    for word in words.split()
-}  # fmt: skip
-UNIT_LETTERS = frozenset("mgshLlKNJWVCF")
 
-_GREEK = (
-    "alpha beta gamma delta varepsilon theta lambda mu rho sigma tau phi psi omega eta Delta Omega"
-)
-_SIGNS = r"""
-− - – - — - × \times · \cdot ⋅ \cdot ∗ * ÷ \div √ \sqrt π \pi ∞ \infty ≤ \le ≥ \ge ≠ \ne
-≈ \approx ∪ \cup ∩ \cap ∈ \in ± \pm ∓ \mp ∅ \emptyset ℝ \mathbb{R} º ° ’ ' ′ ' ″ '' ⟨ ( ⟩ )
-。 . … ... ⌊ \lfloor ⌋ \rfloor ⌈ \lceil ⌉ \rceil ∛ \sqrt[3] ⁻ ^{-} ∨ \lor ∧ \land
-¢ \text{cents} ˚ ° ⁄ / ⩽ \le ≦ \le ⩾ \ge ≧ \ge ∠ \angle ℤ \mathbb{Z} ℕ \mathbb{N}
-ℚ \mathbb{Q} ℂ \mathbb{C}
-"""
+def _names(table: str) -> dict[str, str]:
+    """Each name of a table of the vocabulary with what it stands for."""
+    return {name: sign for sign, names in VOCABULARY[table].items() for name in names.split()}
+
+
+_WORDS, _SYNONYMS = _names("words"), _names("commands")
+UNIT_LETTERS = frozenset("mgshLlKNJWVCFA")
+
 _CHARACTERS = {
-    sign: plain + " " * plain[1:].isalpha() for sign, plain in re.findall(r"(\S) (\S+)", _SIGNS)
-} | {
-    letter: rf"\{name} " for letter, name in zip("αβγδεθλμρστφψωηΔΩ", _GREEK.split(), strict=True)
+    sign: plain + " " * plain[1:].isalpha()
+    for sign, plain in re.findall(r"(\S) (\S+)", VOCABULARY["signs"])
 } | {
     sign: "\\frac{{{}}}{{{}}}".format(*normalize("NFKC", sign).split("⁄"))
     for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
-}  # fmt: skip
+}
 _TABLE = str.maketrans(
     _CHARACTERS
     | {digit: f"^{{{n}}}" for n, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
@@ -54,20 +46,6 @@ _BRACE = re.compile(r"\\.|[{}]")
 _UNIT_AFTER_BOX = re.compile(
     r"\s*(?:\\?%|\^|°|(?:pct|percent(?:age)?|degrees?)(?![A-Za-z])|\\text\{)"
 )
-_SYNONYMS = {
-    name: replacement
-    for names, replacement in {
-        "displaystyle textstyle scriptstyle limits nolimits hfill big Big bigg Bigg bigl Bigl "
-        "biggl Biggl bigr Bigr biggr Biggr bigm Bigm tiny small normalsize large Large LARGE huge "
-        "strut mathstrut nonumber notag": "",
-        "thinspace": " ", "dfrac tfrac cfrac nicefrac sfrac": r"\frac",
-        "dbinom tbinom": r"\binom", "leq leqslant leqq": r"\le", "geq geqslant geqq": r"\ge",
-        "neq": r"\ne", "vee": r"\lor", "wedge": r"\land", "degree": "°", "lbrace": r"\{",
-        "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "dots cdots dotsc dotsb": r"\ldots",
-        "overrightarrow": r"\vec", "colon": ":", "langle": "(", "rangle": ")",
-    }.items()
-    for name in names.split()
-}  # fmt: skip
 _OPERATORS = {"<=": r"\le ", "=<": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "+/-": r"\pm ",
               r"\not=": r"\ne ", r"\&": r" \land "}  # fmt: skip
 _CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen"}
@@ -75,12 +53,9 @@ _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|it|sf|tt|cal|scr|frak|normal)|mbox|hbox"
     r"|operatorname\*?|bm|boldsymbol|emph|underline)\s*\{([^{}]*)\}"
 )
-_ARGUMENT = r"(\{[^{}]*\}|\w)"
 _CALCULUS = {"": r"\tan", "c": r"\cot", "arc": r"\arctan", "arcc": r"\arccot"}
-_NAME = r"([A-Za-z]|\\[a-z]+) ?(_(?:\w|\{\w+\}))?"
 _IN_TEXT = r"(?:\\text\{ ?)?"
 _FOR = rf"[ ,(]*{_IN_TEXT}(?:where|for|with)?(?: ?(?:an|any|all|every|some))?"
-_WORD = "|".join(sorted(_WORDS, reverse=True))
 _POWER_OF_UNIT = re.compile(rf"({'|'.join(sorted(UNITS, reverse=True))})(\^\{{?-?\d\}}?)?")
 _CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)*\.?")
 _FORMULA = re.compile(r".?|\d.*|[-+]?[\d.,:/% ]+|(?!.*[A-Za-z]{2}).*=.*")
@@ -91,6 +66,10 @@ _ANSWER_IS = re.compile(
 )
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
 _CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
+_IDLE = re.compile(
+    rf"(?<!not) (?:{VOCABULARY['idle']})s?\Z|\blinearly (?=(?:in)?dep)"
+    r"|(?:(?<=\bodd)|(?<=\beven)) [a-z]\Z|\A[a-z] (?=odd|even)"
+)
 _SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
 _ASSIGNED, _STATEMENT = re.compile(r"[A-Za-z](?=\w*=)"), re.compile(r"[()]?(?:\\neg ?)?[p-s][()]?")
 _UNORDERED = re.compile(
@@ -111,7 +90,9 @@ def normalise(text: str) -> str:
         text = re.sub(r"\\\\(?=[A-Za-z()\[\]{}])", r"\\", text)
     text = unbox(text)
     if _ONLY_CIRCLED.fullmatch(text):  # in another answer a footnote, or nothing
-        text = _CIRCLED.sub(lambda match: f"({ord(match[0]) - 0x245F})", text)
+        text = _CIRCLED.sub(
+            lambda match: f"({ord(match[0]) - 0x245F})", re.sub(r"\\text|[{}]", "", text)
+        )
     for sign, pattern, new in _RULES:  # a pattern is searched only where its sign is
         text = pattern.sub(new, text) if sign in text else text
     text = text.lstrip(" ,;:=").rstrip(" .,;:")
@@ -161,6 +142,7 @@ def words(text: str) -> str | None:
     r"""Letters of an answer made of words only, in lower case (``\text{Even}`` → even)."""
     spelt = _in_words(text)
     bare = re.sub(r"\b(?:an?|the) (?=[a-z]{3})", "", ARTICLE.sub("", spelt or ""))
+    bare = _IDLE.sub("", bare)
     bare = re.sub(r"verges?\b", "vergent", re.sub(r"\bno such [a-z ]*", "no such", bare))
     bare = re.sub(r"\A(mon|tue|wed|thu|fri|sat|sun)(?:n?e?u?r?s?day|r?s)?\Z", r"\1", bare)
     if _UNORDERED.search(bare):
@@ -208,103 +190,51 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"\frac{{{numerator}}}{{{denominator}}}"
 
 
+def _listed(match: re.Match[str]) -> str:
+    """For which numbers there is a member: k = 0, 1, ..., 5."""
+    if match[1] not in re.sub(r"\\[a-z]+", "", match.string[: match.start()]):
+        return match[0]
+    low, dots = match[2].partition(",")[0], r"\ldots" in match[0]
+    between = map(str, range(int(low), min(int(match[3]) + 1, 99)))
+    numbers = ",".join(between) if dots else match[2] + match[3]
+    return rf",{match[1]}\in\{{{numbers}\}}"
+
+
+def _permuted(match: re.Match[str]) -> str:
+    """Tuples with all that their entries make in another order."""
+    tuples = re.findall(r"\(([^()]*)\)", match[1])[:9]
+    every = (p for some in tuples if some.count(",") < 5 for p in permutations(some.split(",")))
+    return ",".join(f"({','.join(p)})" for p in dict.fromkeys(every)) if tuples else match[0]
+
+
 def _group(match: re.Match[str]) -> str:
     """What one of the groups holds: a replacement that, unlike a template, costs nothing unused."""
     return match[match.lastindex] if match.lastindex else " "
 
 
-_RULES = [(sign, re.compile(pattern), new) for sign, pattern, new in [
-    ("}^{", r"(\^\{-?\d*)\}\^\{(?=\d)", _group),  # x¹² is x^{12}
-    # commands
-    ("\\", r"(\\\\)|\\(%)|\\(?:[()\[\],;:> ]|! *()|n(?![A-Za-z])|q?quad"
-     r"|(?:left|right|middle)(?![A-Za-z])\.?|(?:begin|end)\{(?:equation|displaymath|math|split|center)"
-     r"\*?\}|(?:[hv]space|(?:text)?color|tag|label|h?phantom)\*? *\{[^{}]*\}"
-     r"|math(?:bin|rel|open|close|ord|punct)\s*\{([^{}]*)\})", _group),
-    ("\\", r"\\([A-Za-z]+)", lambda match: _SYNONYMS.get(match[1], match[0])),
-    (r"\mathbf", r"\\mathbf ?\{([NZQR])\}", r"\\mathbb{\1}"),
-    (r"\circ", r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])", "°"),
-    # signs
-    ("{,}", r"(?<=\d)\{,\}(?=\d{3}(?!\d))", ""),
-    ("{", r"\{([,;:])\}", _group),
-    ("", r"(\\\$|[€£¥])\s*(\d++(?:[.,]\d++)*+)(?=\s*(?:[,;.)$]|\Z))|([€£¥])",
-     lambda match: rf"{match[2] or ''}\text{{{_CURRENCIES[match[1] or match[3]]}}}"),
-    ("", r"\\?\$|~", " "),
-    ("**", r"(?<![\w)\]}])\*\*([^\s*](?:[^*]*[^\s*])?)\*\*(?![\w(\\])", _group),
-    ("**", r"\*\*", "^"),
-    ("", r"<=|=<|>=|!=|\+/-|\\not=|\\&", lambda match: _OPERATORS[match[0]]),
-    ("...", r"\.\.\.+", r"\\ldots "),
-    ("10^", r"(?<=\d) ?x ?(?=10\^)", "*"),
-    # words
-    ("egrees", r"(?:\\text\{)? ?degrees (?=[CF])", "°"),
-    ("^{", r"\\(?:mathrm|text)\{([^{}]*)\^\{(-?\d)\}\}", r"\\text{\1}^{\2}"),
-    ("{", _TEXT, _plain_text),
-    ("\\", r"\\(?:mathrm|mathbf|mathit|rm|bf|it|text|operatorname)(?![A-Za-z{])\s*", ""),
-    ("and", rf"\b({'|'.join(VALUES)}) and (?=[a-z]+[ -](?:{'|'.join(PARTS)})s?\b)", r"\1 plus "),
-    ("", rf"(?<![A-Za-z\\])({_WORD})(?![A-Za-z])", lambda match: _WORDS[match[1]]),
-    ("U", r"(?<=[)\]]) *U *(?=[(\[])", r"\\cup "),
-    ("", r"\s+", " "),
-    ("", r"(?<![ .,;:\\])[ .,;:\\]+\Z", ""),
-    ("/", r"(?<![\d./])(\d{1,9}) +(\d{1,9}) ?/ ?(\d{1,9})(?![\d./])", r"\1\\frac{\2}{\3}"),
-    ("", _ANSWER_IS, ""),
-    (r"\l", r".*\\l(?:or|and)(?![a-z]).*", lambda match: _connectives(match[0])),
-    (", ", r"(\d), +(?=\d{3}(?!\d))", "\\1,\0"),  # "1, 234" is a list, "1,234" may be a number
-    (" ", r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", ""),
-    # degrees, temperatures, minutes of arc, a unit in brackets, ordinals
-    ("^", r"(?<=[\d}])\^(?:o|\{o\})(?![A-Za-z])", "°"),
-    ("prime", r"\^\{? ?\\prime ?(\\prime)? ?\}?", lambda m: "''" if m[1] else "'"),
-    ("''", r"\A(\d*\.?\d+)''\Z", r"\1\\text{sec}"),
-    ("°", r"\{ ?° ?\}", "°"),
-    ("°", r"(?<!\{)° ?(?:\\text\{ ?)?([CF])(?:elsius|ahrenheit)?(?![A-Za-z]) ?\}?", r"\\text{°\1}"),
-    ("})", r"(?<=[\d}])\((\\text\{[A-Za-z ]*\})\)\Z", r"\1"),
-    ("", rf"(?<=\d)(?:\^? ?\{{? ?{_IN_TEXT})(?:st|nd|rd|th)(?![A-Za-z]) ?\}}{{0,2}}", ""),
-    ("^{-", r"\\text\{([A-Za-z]+)(?: |\}?\\cdot ?)(?:\\text\{)?([A-Za-z]+)\}?\^\{-(\d)\}",
-     lambda m: rf"\text{{{m[1]}/{m[2]}}}" + (f"^{m[3]}" if m[3] != "1" else "")),
-    # bases, residues, numbers with a period or a rest
-    ("_", r"_\{\((\d+)\)\}", r"_{\1}"),
-    ("_", r"\A(?:\\text\{)?([0-9A-Fa-f]{2,})\}?_\{?(1[1-6])\}?\Z",
-     lambda m: f"{m[1].upper()}_{m[2]}"),
-    ("mod", r" ?(\( ?)?\\?(?:text\{ ?)?(?<![A-Za-z])[pb]?mod\b ?\}? ?(\d{1,9}|\{\d{1,9}\}|[a-z])"
-     r"(?(1) ?\))", lambda m: rf"\pmod{{{m[2].strip('{}')}}}"),
-    (".", r"(?<![\d.])(\d{0,20})\.(\d{0,20})\((\d{1,20})\)(?![\w(.^])", _repeating),
-    (".", r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar|dot)\{(\d{1,20})\}", _repeating),
-    (r"\ldots", r"(\d{0,20})\.(\d{0,6}?)(\d{1,3}?)\3{2,9} ?\\ldots", _repeating),
-    (r"\ldots", r"(\.\d+) ?\\ldots *\Z", r"\1"),
-    (" ", r"\A-?\d{1,3}(?: \d{3})+(?:\.\d+)?\Z", lambda m: m[0].replace(" ", "")),
-    ("to", r"\A(\d+) ?(?:\\text\{)?to\}? ?(\d+)\Z", r"\1:\2"),
-    # lists, matrices, systems
-    ("<", r"\A<([^<>=]*,[^<>=]*)>\Z", r"(\1)"),
-    (")(", r"\A(?:\(\d\)){2,}\Z", lambda m: m[0].replace(")(", "),(")),
-    ("[", r"\A\[([A-J](?:, ?[A-J])+)\]\Z", r"\1"),
-    ("atrix(", r"(?<![A-Za-z])[Mm]atrix(?=\()", ""),
-    ("cases", r",? ?&? ?\\text\{ ?(?:if|for|when) ?\}|, ?(?:&|(?=\\\\))", "&"),
-    ("&", r"& ?(?=[=<>]|\\[lg]e(?![A-Za-z]))", ""),
-    (r"\begin", r"\\\{ ?(?=\\begin)(?!.*\\\})", ""),
-    (":", r"\A([^:]*(?:[<>]|\\[lg]e)[^:]*):(?=[\[(])", r"\1\\lor"),
-    # functions with other names
-    ("{}", rf"\{{\}}[_^]{_ARGUMENT}([CP])_{_ARGUMENT}", r"\2_\1^\3"),
-    ("choose", r"(?<![^ {(=*])(\d+|[a-z]) ?(?:\\text\{ ?)?\\?choose ?\}? ?(\d+|[a-z])(?![^ )}=,])",
-     r"\\binom{\1}{\2}"),
-    ("C", rf"(?<![A-Za-z\\])C_{_ARGUMENT}\^{_ARGUMENT}", r"\\binom{\1}{\2}"),
-    ("_", rf"(?<![A-Za-z\\])[AP]_{_ARGUMENT}\^{_ARGUMENT}", r"\\binom{\1}{\2}{\2}!"),
-    ("tg", rf"{_IN_TEXT}\\?(?<![A-Za-z])((?:arc)?c?)tg(?![a-z]) ?\}}? ?(?=(\w?))",
-     lambda m: _CALCULUS[m[1]] + " " * len(m[2])),
-    # for which letters something holds
-    ("N", r"\A([A-Za-z](?:_\{?n\}?|\(n\))=.*?)[ ,(]*n ?\\in ?\\mathbb ?\{?N\}?[_^{}*+]*\)?\Z",
-     r"\1"),
-    ("mathbb", r"\\mathbb\{R\}[_^]\{?\+\}?", r"(0,\\infty)"),
-    ("angle", r"m?\\angle ?(?=[A-Z]|\{[A-Z])", ""),
-    ("d", rf"(?:(\\frac\{{)|(?<![A-Za-z\\]))d(\^\{{?2\}}?|) ?{_NAME}(?(1)\}}\{{|/)d ?([tx])"
-     r"(?:\^\{?2\}?)?(?(1)\})", lambda m: f"\0{m[3]}'{m[2] and chr(39)}_{m[5]}{m[4] or ''}"),
-    ("dot", rf"\\(d?)dot(?![a-z]) ?(\{{)? ?{_NAME}(?(2)\}})",
-     lambda m: f"\0{m[3]}'{m[1] and chr(39)}{m[4] or ''}"),
-    ("\0", r"(?<=[A-Za-z])\0(?=[A-Za-z])|(?<=,)\0(?=\d)|(\0)", lambda m: "" if m[1] else " "),
-    (".", r"\b(?:np|math|sympy)\.(?=[a-z])", ""),
-    (":00", r":00(?= ?\\?[a-z{]* ?(?i:[ap]\.?m))", ""),
-    ("{", r"(?<!frac\d)(?<=\d)\{ ?([a-z ]{2,})\}\Z|(?<=\})\{((?:square|cubic) ?[a-z]+)\}\Z",
-     lambda m: rf"\text{{{m[m.lastindex]}}}"),
-    ("in", rf"{_FOR} ?\}}?\b([A-Za-z])\b ?(?:\\in ?(?:\\mathbb ?)?[{{ ]?Z|{_IN_TEXT}(?:is |are )?"
-     r"(?:an? |any )?integers?)\}?\)?\Z", r",\1\\in\\mathbb{Z}"),
-    ("integer", rf"{_FOR}(?<!such) integers?[ }}]+([a-z])\)?\}}?\Z", r",\1\\in\\mathbb{Z}"),
-    ("for", rf"[ ,]*{_IN_TEXT}for (?:all|any|every)(?: real)?(?: numbers?| values of)? ?\}}?[a-z]"
-     r"(?:\\in ?\\mathbb\{R\})?\}?\Z", ""),
-]]  # fmt: skip
+_MAKERS: dict[str, Callable[[re.Match[str]], str]] = {
+    "group": _group, "text": _plain_text, "repeating": _repeating, "listed": _listed,
+    "permuted": _permuted, "connectives": lambda m: _connectives(m[0]),
+    "parts": lambda m: ";".join(filter(None, m.groups())),
+    "command": lambda m: _SYNONYMS.get(m[1], m[0]), "word": lambda m: _WORDS[m[1]],
+    "operator": lambda m: _OPERATORS[m[0]], "primes": lambda m: "''" if m[1] else "'",
+    "currency": lambda m: rf"{m[2] or ''}\text{{{_CURRENCIES[m[1] or m[3]]}}}",
+    "base": lambda m: f"{m[1].upper()}_{m[2]}", "joined": lambda m: m[0].replace(" ", ""),
+    "residue": lambda m: rf"\pmod{{{m[2].strip('{}')}}}", "unmarked": lambda m: "" if m[1] else " ",
+    "pairs": lambda m: m[0].replace(")(", "),("), "braced": lambda m: rf"\text{{{m[m.lastindex]}}}",
+    "tangent": lambda m: _CALCULUS[m[1]] + " " * len(m[2]),
+    "derivative": lambda m: f"\0{m[3]}'{m[2] and chr(39)}_{m[5]}{m[4] or ''}",
+    "dots": lambda m: f"\0{m[3]}'{m[1] and chr(39)}{m[4] or ''}",
+}  # fmt: skip
+_NAMED = {
+    "TEXT": _TEXT.pattern, "ANSWER_IS": f"(?i:{_ANSWER_IS.pattern})",
+    "ARGUMENT": r"(\{[^{}]*\}|\w)", "FOR": _FOR, "IN_TEXT": _IN_TEXT,
+    "NAME": r"([A-Za-z]|\\[a-z]+) ?(_(?:\w|\{\w+\}))?",
+    "WORD": "|".join(sorted(_WORDS, reverse=True)),
+    "VALUES": "|".join(VALUES), "PARTS": "|".join(PARTS),
+}  # fmt: skip
+_RULES = [
+    (sign, re.compile(re.sub("<([A-Z_]+)>", lambda m: _NAMED[m[1]], pattern)),
+     _MAKERS[new[1:]] if new[:1] == "@" else new)
+    for sign, pattern, new in table("rules.toml")["rules"]
+]  # fmt: skip

@@ -2,43 +2,24 @@ r"""Answers in words: numbers spelt out, and stock phrases for what has a symbol
 
 import re
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen nineteen"
-)
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-VALUES = {word: n for n, word in enumerate(_ONES.split())} | {
-    word: 20 + 10 * n for n, word in enumerate(_TENS.split())
-}
+from .tokens import VOCABULARY
+
+_ONES, _TENS, _ORDINALS = (text.split() for text in VOCABULARY["numbers"].values())
+VALUES = dict(zip((*_ONES, *_TENS), (*range(20), *range(20, 100, 10)), strict=True))
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_ORDINALS = (
-    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
-    "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
-)
-PARTS = {"half": 2, "halve": 2, "quarter": 4} | {
-    word: n for n, word in enumerate(_ORDINALS.split(), 1) if n > 2
-}
+PARTS = {"half": 2, "halve": 2, "quarter": 4} | {w: n for n, w in enumerate(_ORDINALS, 1) if n > 2}
 _SMALL = VALUES | {
     f"{tens} {ones}": VALUES[tens] + n
-    for tens in _TENS.split() for n, ones in enumerate(_ONES.split()[1:10], 1)
+    for tens in _TENS for n, ones in enumerate(_ONES[1:10], 1)
 }  # fmt: skip
 # What a phrase may begin with, up to its article: it is, the series, n is, all.
 ARTICLE = re.compile(
-    r"\A(?:yes ?, (?=(?:it|this) )|no ?, (?=\w+ (?:is|does) not ))?(?:(?:the (?:function|series"
+    r"\A(?:yes ?, (?=(?:it|this) )|no ?, ?(?=\w+ (?:is|does) not ))?(?:(?:the (?:function|series"
     r"|sequence|integral|system|[a-z]+(?= (?:is|are|has|does)\b))|it|this|there|on|all"
-    r"|[a-z](?= is)) (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
+    r"|they|these|[a-z](?= is)) (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
     r"|(?:(?<=odd)|(?<=even)) (?:integer|number)s?\Z"
 )
-_STOCK = {
-    text: meaning
-    for meaning, texts in {
-        r"\text{infinitely many}": "infinitely many solutions|infinite number of solutions"
-        "|infinite solutions", r"\infty": "infinity|positive infinity", "undefined": "not defined",
-        r"-\infty": "negative infinity|minus infinity", "dne": "does not exist", "yes": "true",
-        r"\emptyset": "empty set|no solution|no solutions|no real solution|no real solutions",
-        "no": "false", r"\mathbb{R}": "reals|real numbers|real values",
-    }.items() for text in texts.split("|")
-}  # fmt: skip
+_STOCK = [(re.compile(text), meaning) for meaning, text in VOCABULARY["phrases"].items()]
 
 
 def number_in_words(text: str) -> str | None:
@@ -69,9 +50,12 @@ def _whole(text: str) -> int | None:
 def phrase(text: str) -> str | None:
     """What a phrase in lower case stands for, or None if it has no other form."""
     bare = ARTICLE.sub("", text)
-    if found := _STOCK.get(bare) or number_in_words(bare) or number_in_words(text):
-        return found
-    head, _, counted = bare.rpartition(" ")
-    if counted[-1:] == "s" and (number := number_in_words(head)):
+    found = (
+        meaning for pattern, meaning in _STOCK for some in (bare, text) if pattern.fullmatch(some)
+    )
+    if stock := next(found, None) or number_in_words(bare) or number_in_words(text):
+        return stock
+    head, _, counted = bare.partition(" ")
+    if counted and (number := number_in_words(head)):
         return f"{number} {counted}"  # eight weeks
-    return str(_ORDINALS.split().index(bare) + 1) if bare in _ORDINALS.split() else None
+    return str(_ORDINALS.index(bare) + 1) if bare in _ORDINALS else None

@@ -128,7 +128,10 @@ def same_families(gold: Node, pred: Node) -> bool | None:
     letters, names = (set(), set()), (set(), set())  # those that stand for integers; of either side
     forms = [[*_members(side, letters[n], names[n])] for n, side in enumerate((gold, pred))]
     used = [frozenset().union(*map(symbols, side)) for side in forms]
-    if not any(letters) or not (letters[0] or names[0] or has(gold, "sym", "pi")):
+    turns = has(gold, "sym", "pi") or has(gold, "degree")
+    if not (any(letters) or (turns and used[0] != used[1])) or not (
+        letters[0] or names[0] or turns
+    ):
         return None
     if any(len(used[n]) != 1 or used[n] - letters[n] - INTEGERS for n in (0, 1)):
         return None
@@ -165,6 +168,11 @@ def _members(node: Node, letters: set[str], names: set[Node]) -> Iterator[Node]:
             yield Node("add", (form, Node("mul", (node.args[1], Node("sym", ("k",))))))
     elif node.op == "rel" and node.args[0] == ("in",) and node.args[2] == _INTEGERS:
         letters |= symbols(node.args[1])
+    elif node.op == "rel" and len(node.args) == 4 and {*node.args[0]} <= {"<", "<="}:
+        low, name, high = node.args[1:]
+        names.add(name)
+        ends = ("[" if node.args[0][0] == "<=" else "(", "]" if node.args[0][1] == "<=" else ")")
+        yield Node("group", (*ends, low, high))
     elif node.op == "rel" and (name := name_of(node)):
         names.add(name)
         yield value_of(node)

@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -32,12 +33,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from . import openapi
 from .judge import Judge
 from .metrics import Metrics
 from .pool import Pool, PoolClosed, PoolFull
 
 log = logging.getLogger("uvicorn.error")
+FOLDER = Path(__file__).parent
 BODY_TIMEOUT_S = 30.0
 DRAINED = 16  # times the limit are read and thrown away: who still sends doesn't see the 413
 FAILURES = (HTTPException, ClientDisconnect, ConnectionAbortedError, PoolFull, PoolClosed)
@@ -174,8 +175,11 @@ class Service:
         """GET /metrics: Prometheus text; /openapi.json: the interface; /docs: the same to read."""
         if request.url.path == "/metrics":
             return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-        as_json = request.url.path == "/openapi.json"
-        return JSONResponse(openapi.DOCUMENT) if as_json else HTMLResponse(openapi.page())
+        document = (FOLDER / "openapi.json").read_text(encoding="utf-8")
+        if request.url.path == "/openapi.json":
+            return Response(document, media_type="application/json")
+        page = (FOLDER / "docs.html").read_text(encoding="utf-8")
+        return HTMLResponse(page.replace("DOCUMENT", document))
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:

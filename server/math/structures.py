@@ -6,13 +6,14 @@ r"""Two trees, compared part by part: lists, tuples, intervals, sets, matrices, 
 * Names matter where both sides have them, order where a name is missing and they differ.
 """
 
+import re
 from collections.abc import Sequence
 from math import log2
 
-from . import regions
+from . import constants, regions
 from .evaluate import Undecided, equal, sample, symbols, value
-from .tidy import COLLECTIONS, entries, is_numbered, name_of, tidy, value_of
-from .tree import Node, rewritten
+from .tidy import COLLECTIONS, entries, is_numbered, is_rounded, name_of, tidy, value_of
+from .tree import Node, number, rewritten
 from .values import same_values
 
 MAX_ITEMS, MAX_PARTS = 64, 12
@@ -38,18 +39,26 @@ def same(a: Node, b: Node) -> bool:
     if regions.is_region(a) or regions.is_region(b):
         return _same_regions(a, b)
     ops = {a.op, b.op}
+    if ops & {*COMPOUND} == {"matrix"}:
+        a, b = _scalar(a, b), _scalar(b, a)
     compare = _same_matrices if "matrix" in ops else same_values
     compare = _same_groups if "group" in ops else compare
     return (_same_lists if ops & {"list", "set"} else compare)(a, b)
 
 
-def one_form(gold: Node) -> Node:
-    """A reference that is given in two forms, as the first: 1/2 or 0.5."""
+def forms(gold: Node) -> list[Node]:
+    """A reference that is given in two forms, as these: 1/2 or 0.5, 5/7 = 0.714, 5/7 ≈ 0.7."""
+    if gold.op == "rel" and is_rounded(*gold.args[-2:]):
+        return [gold, gold.args[-1]]
+    first, *rest = gold.args if gold.op == "list" else (gold,)
+    if name_of(first) and [(part.op, name_of(part)) for part in rest] == [("rel", None)]:
+        given = symbols(rest[0]) <= symbols(value_of(first))  # Q = 2t, 0 < t < 9
+        return [gold, first] if given else [gold]
     try:
         twice = gold.op in ("list", "cup") and len(gold.args) == 2 and gold.args[0] != gold.args[1]
-        return gold.args[0] if twice and same(*gold.args) else gold
+        return [gold.args[0] if twice and same(*gold.args) else gold]
     except Undecided:
-        return gold
+        return [gold]
 
 
 def _same_lists(a: Node, b: Node) -> bool:
@@ -62,7 +71,8 @@ def _same_lists(a: Node, b: Node) -> bool:
             return _same_regions(group, listed)
         names = [name_of(item) for item in listed.args]
         if None not in names and len(set(names)) < len(names):
-            return False  # x = 1 or x = 2 is no point
+            unordered = group.args[:2] == ("[", "]") and len(group.args) > 4  # a list, no interval
+            return unordered and _matched(entries(group), listed.args, as_set=False)
         shapes = _VECTORS if None not in names or len(names) > 2 else _VECTORS[:1]  # no interval
         fits = group.op == "matrix" or group.args[:2] in shapes
         return fits and _pairwise(entries(group), listed.args)
@@ -85,6 +95,9 @@ def _same_named(sides: list, names: list) -> bool | None:
         alike = sorted(map(str, names[0])) == sorted(map(str, names[1]))
         return None if alike or any(map(is_numbered, names[0] + names[1])) else False
     side = 0 if all(names[0]) else 1
+    heads = [Node("sym", (str(name.args[0]).partition("_")[0],)) for name in names[side]]
+    if all(map(is_numbered, names[side])) and len({*heads}) > 1:  # x_1, y_1, x_2, y_2
+        names = [heads, heads]
     values = [value_of(item) for item in sides[side]]
     others = list(sides[1 - side])
     distinct = len(set(names[side])) == len(values)
@@ -124,6 +137,8 @@ def _same_groups(a: Node, b: Node) -> bool:
         items = group.args[2:]
         if other.op == "matrix":
             return bool(items) and group.args[:2] in _VECTORS and _pairwise(items, entries(other))
+        if other.op == "fn" and other.args[0] == "floor":  # Gauss's brackets
+            return group.args[0] == "[" and _pairwise(items, other.args[1:])
         terms = (Node("mul", (x, Node("sym", (c,)))) for x, c in zip(items, "ijk", strict=False))
         unit_vectors = symbols(other) - symbols(group) in _UNIT_VECTORS  # 2i + 3j
         return unit_vectors and 1 < len(items) < 4 and equal(other, Node("add", tuple(terms)))
@@ -138,12 +153,26 @@ def _same_matrices(a: Node, b: Node) -> bool:
     return alike and all(_pairwise(x.args, y.args) for x, y in zip(a.args, b.args, strict=True))
 
 
+def _scalar(node: Node, other: Node) -> Node:
+    """2I_3 or 0 as a matrix, if the other one is a square matrix."""
+    size = len(other.args)
+    unit = Node("sym", ("I",)), Node("sym", (f"I_{size}",))
+    if node.op == "matrix" or not all(len(row.args) == size for row in other.args):
+        return node
+    on, off = (rewritten(node, lambda part, x=x: number(x) if part in unit else part) for x in "10")
+    cells = [[on if i == j else off for j in range(size)] for i in range(size)]
+    return Node("matrix", tuple(Node("row", tuple(row)) for row in cells))
+
+
 def _same_relations(a: Node, b: Node) -> bool:
     name_a, name_b = name_of(a), name_of(b)
     if a.op != b.op:
         relation, other, name = (a, b, name_a) if a.op == "rel" else (b, a, name_b)
         if name is not None:
-            return same(value_of(a), b) if a is relation else same(a, value_of(b))
+            if all(re.fullmatch("[a-z]{2,3}", str(side.args[0])) for side in relation.args[1:]):
+                return False  # AB = CD isn't CD
+            other = other.args[0] if other.op == "set" and len(other.args) == 1 else other
+            return same(value_of(a), other) if a is relation else same(other, value_of(b))
         if relation.args[0] == ("in",) and relation.args[1].op == "sym":
             return same(relation.args[2], other)
         if set(relation.args[0]) == {"="}:
@@ -163,7 +192,9 @@ def _same_relations(a: Node, b: Node) -> bool:
         if new.op == old.op == "sym" and not symbols(new) & symbols(value_of(b)):
             return same(value_of(a), rewritten(value_of(b), lambda p: new if p == old else p))
     if name_a is not None and name_b is not None and _compatible(name_a, name_b):
-        return same(value_of(a), value_of(b))
+        return same(value_of(a), value_of(b)) or constants.same(
+            a.args[1], b.args[1], a.args[2], b.args[2]
+        )
     if set(a.args[0]) == set(b.args[0]) == {"="} and len(a.args) == len(b.args) == 3:
         return _same_equations(a.args[1:], b.args[1:])
     return _same_inequalities(a, b) or _same_regions(a, b)
@@ -184,9 +215,10 @@ def _same_equations(a: tuple[Node, Node], b: tuple[Node, Node]) -> bool:
     if not symbols(a[0]) | symbols(a[1]):  # f(3) = 10
         return all(map(same, a, b))
     if symbols(a[0]) | symbols(a[1]) != symbols(b[0]) | symbols(b[1]):
-        return False
+        return constants.same(a[0], b[0], a[1], b[1])
     alike = all(map(same, a, b)) or all(map(same, a, reversed(b)))  # of identities, too
-    return alike or _proportional(a, b) is not None or _multiplied(a, b)
+    alike = alike or _proportional(a, b) is not None or _multiplied(a, b)
+    return alike or constants.same(a[0], b[0], a[1], b[1])
 
 
 def _multiplied(a: Sequence[Node], b: Sequence[Node]) -> bool:

@@ -6,7 +6,6 @@ need the signals of the main thread, are off: they are the caller's.
 
 import logging
 import re
-from collections import Counter
 
 from .tokens import FUNCTIONS, NAMES, word_set
 
@@ -29,7 +28,7 @@ def readable(gold: str, pred: str) -> bool:
     """Whether math-verify may be trusted with a pair: short, no prose, as many
     ellipses and derivatives, letters alike in case."""
     pair = gold, pred
-    prose = [Counter(re.findall(rf"{_PROSE.pattern}|\\ldots|\\partial|'", text)) for text in pair]
+    prose = [re.findall(rf"{_PROSE.pattern}|\\ldots|\\partial|'", text) for text in pair]
     letters = [{*_LETTER.findall(text)} for text in pair]
     lowered = [{letter.lower() for letter in own} for own in letters]
     alike = prose[0] == prose[1] and (letters[0] == letters[1] or lowered[0] != lowered[1])

@@ -7,6 +7,7 @@ from .tokens import word_set
 from .tree import Node, rewritten
 
 COLLECTIONS = ("list", "set", "group", "matrix", "det")
+_TRANSPOSED = Node("sym", ("T",)), Node("sym", (r"\top",)), Node("sym", ("t",))
 _POINTED = ("pow", "apply")
 _NAMES = word_set("apply fn abs div ratio degree pow mul matrix row cap cup")
 
@@ -14,8 +15,16 @@ _NAMES = word_set("apply fn abs div ratio degree pow mul matrix row cap cup")
 def tidy(node: Node) -> Node:
     r"""Without what doesn't change an answer: approximations of exact values, ``\pm`` written
     out as a list, matrices with arithmetic left to do, one layer of a list of one."""
-    if node.op == "rel" and "~" in node.args[0]:
+    if node.op == "rel" and not {"~", "="}.isdisjoint(node.args[0]):
         node = _approximated(node)
+    if node.op == "list" and (which := node.args[-1]).op == "rel" and which.args[0] == ("in",):
+        node = _written_out(*node.args[:-1], which=which)
+    if node.op == "rel" and node.args[0] == ("in",) and node.args[2].op == "set":
+        node = Node("set", node.args[2].args)  # x in {1, 2}
+    if node.op == "pow" and node.args[0].op in ("group", "matrix") and node.args[1] in _TRANSPOSED:
+        base = node.args[0]
+        rows = [row.args for row in base.args] if base.op == "matrix" else [base.args[2:]]
+        node = Node("matrix", tuple(Node("row", cells) for cells in zip(*rows, strict=True)))
     if node.op == "group" and all(name_of(item) for item in node.args[2:]) and node.args[2:]:
         node = Node("list", node.args[2:])  # [x = 1, y = 2]
     if node.op == "rel" and len(node.args) > 3 and set(node.args[0]) == {"="}:
@@ -63,6 +72,8 @@ def _approximated(node: Node) -> Node:
     r"""Without ``\approx`` and what follows it, if that is near what stands before; else with an
     equals sign: of ``x \approx 1.31`` the number is the answer, ``\sqrt{3} \approx 5`` is none."""
     operators, sides = list(node.args[0]), list(node.args[1:])
+    if operators[-1] == "=" and is_rounded(*sides[-2:]):  # 5/7 = 0.714
+        operators[-1] = "~"
     while "~" in operators:
         at = operators.index("~")
         try:
@@ -75,6 +86,28 @@ def _approximated(node: Node) -> Node:
         else:
             operators[at] = "="
     return Node("rel", (tuple(operators), *sides)) if operators else sides[0]
+
+
+def _written_out(*forms: Node, which: Node) -> Node:
+    r"""A list of members: k\pi, k \in {0, 1} as 0, \pi."""
+    name, numbers = which.args[1:]
+    if numbers.op != "set" or not all({*name.args} <= symbols(form) for form in forms):
+        return Node("list", (*forms, which))
+    return Node("list", tuple(
+        rewritten(form, lambda part, n=n: n if part == name else part)
+        for n in numbers.args for form in forms
+    ))  # fmt: skip
+
+
+def is_rounded(exact: Node, decimal: Node) -> bool:
+    """Whether the second of two numbers is the first, with some digits after the point."""
+    numeral = decimal.args[0] if decimal.op == "neg" else decimal
+    if numeral.op != "num" or not numeral.args[1] or symbols(exact) or has(exact, "apply"):
+        return False
+    try:
+        return abs(value(exact) - value(decimal)) < 0.50001 / 10 ** numeral.args[1]
+    except Undecided:
+        return False
 
 
 def entries(node: Node) -> tuple[Node, ...]:
@@ -125,7 +158,8 @@ def _share_names(items: tuple[Node, ...]) -> tuple[Node, ...]:
     if not items or items[0].op != "rel" or any(item.op == "rel" for item in items[1:]):
         return items
     operators, name, _ = items[0].args[:3]
-    if operators == ("!=",) or (operators == ("=",) and name_of(items[0])):
+    formulas = is_numbered(name) and any(map(symbols, items[1:]))  # a_n = 2n, n^2
+    if operators == ("!=",) or (operators == ("=",) and name_of(items[0]) and not formulas):
         return (items[0], *(Node("rel", (operators, name, item)) for item in items[1:]))
     return items
 
@@ -149,7 +183,8 @@ def _is_name(node: Node) -> bool:
         return node.args[0] not in ("log", "ln", "exp") and bool(symbols(node))
     if node.op in _NAMES:
         return (bool(symbols(node)) or has(node, "apply")) and all(
-            _is_name(arg) or arg.op == "rel" or (node.op in _POINTED and not symbols(arg))
+            _is_name(arg) or arg.op == "rel" or (node.op, arg.op) == ("apply", "group")
+            or (node.op in _POINTED and not symbols(arg))
             for arg in node.args if isinstance(arg, Node)
         )  # fmt: skip
     return False

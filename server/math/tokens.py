@@ -1,6 +1,9 @@
 """An answer as a list of tokens, and the words and signs that answers are made of."""
 
 import re
+import tomllib
+from pathlib import Path
+from typing import Any
 
 
 def word_set(text: str) -> frozenset[str]:
@@ -8,19 +11,15 @@ def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-FUNCTIONS = word_set(
-    "sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos arctan arccot arcsec "
-    "arccsc arsinh arcosh artanh asin acos atan arcsinh arccosh arctanh ln log lg exp "
-    "cis sqrt cbrt abs Abs factorial binomial max min gcd lcm Re Im arg"
-)
-GREEK = word_set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
-    "rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega"
-)
-NAMES = GREEK | word_set("ell hbar prime angle triangle square star circ det dim")
-ACCENTS = frozenset(
-    map("\\{}".format, word_set("vec hat bar overline tilde ddot overrightarrow widehat dot"))
-)
+def table(name: str) -> dict[str, Any]:
+    """A TOML file beside this module."""
+    return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+
+
+VOCABULARY = table("vocabulary.toml")
+FUNCTIONS, GREEK = word_set(VOCABULARY["functions"]), word_set(VOCABULARY["greek"])
+NAMES = GREEK | word_set(VOCABULARY["names"])
+ACCENTS = frozenset(map("\\{}".format, VOCABULARY["accents"].split()))
 SYMBOLS = {r"\infty": "oo", r"\pi": "pi", r"\imath": "i"}
 RELATIONS = {"=": "=", "<": "<", ">": ">", r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\ge": ">=",
               r"\ne": "!=", r"\in": "in", r"\notin": "notin", r"\approx": "~", r"\equiv": "=",
@@ -30,12 +29,7 @@ TIMES = frozenset(["*", r"\cdot", r"\times", r"\ast", r"\div", "/"])
 CLOSERS = {"(": ")]", "[": "])[", "]": "[])", r"\{": (r"\}",), "{": "}", 
             r"\lfloor": (r"\rfloor",), r"\lceil": (r"\rceil",), r"\lvert": (r"\rvert",),
             r"\|": (r"\|",), "|": "|"}  # fmt: skip
-NOT_A_FACTOR = word_set(
-    r"\cup \cap \setminus \backslash \pm \mp \} \\ \rfloor \rceil \rvert \mid \end \| "
-    r"\to \lor \land \rightarrow \Rightarrow \implies \iff \subset \subseteq \ldots \dots \cdots "
-    r"\int \iint \oint \lim \partial \sim \pmod \bmod \mod \perp \parallel \forall "
-    r"\exists"
-) | frozenset(RELATIONS) | (TIMES)  # fmt: skip
+NOT_A_FACTOR = word_set(VOCABULARY["not_a_factor"]) | {*RELATIONS} | TIMES
 MAX_TOKENS = 4_000
 _TOKEN = re.compile(
     r"(?P<num>\d+\.?\d*(?:[eE][+-]?\d+(?![\d.A-Za-z\\(]))?|\.\d+)"
@@ -76,7 +70,7 @@ def split(text: str, thousands: bool) -> list[str]:
             token = token.replace(",", "")
         if kind == "word" and token not in _WORDS:
             found += _letters(token, alone)
-            if _SUBSCRIPT.match(text, position) and found[-2:-1] != [r"\frac"]:
+            if _SUBSCRIPT.match(text, position) and found[-2:-1] not in ([r"\frac"], [r"\binom"]):
                 found.append("_")  # x1 is x_1, but n2^n a product
         elif kind != "space":
             found.append("\\" + token if kind == "word" else token)

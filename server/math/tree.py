@@ -18,7 +18,10 @@ from .tokens import CLOSERS, FUNCTIONS, NOT_A_FACTOR, RELATIONS, ParseError, Too
 MAX_DEPTH = 30
 _OTHERWISE = (("otherwise",), ("else",), ("elsewhere",))
 MAX_DIGITS = 400
-_CALL = re.compile(r"\((?:0\)|(?:[xtnkz]|(?:[-\d./{}]|\\frac)+)\)=)")  # of y(0), h(2/3) = 7
+# of y(0), h(2/3) = 7, u(x, t) = 2x
+_CALL = re.compile(
+    r"\((?:0\)|(?:[xyztnkrs]|[\da-z]+(?:,[\da-z]+)+|(?:[-\d./{}]|\\(?:frac|sqrt|pi))+)\)=)"
+)
 
 
 class Node(NamedTuple):
@@ -142,6 +145,8 @@ class _Parser:
                 previous = self.peek(-1) if top[-1].op == "num" else ""
                 if token[0].isdigit() and (previous[:1].isdigit() or self._after_word()):
                     raise TooComplex("two numbers side by side, or with a word between them")
+                if all(len(word) > 2 and word.isalpha() for word in (self.peek(-1), token)):
+                    raise ParseError("words don't commute")
                 factor = self.factor()
                 if previous.isdigit() and token == r"\frac":
                     factor = _mixed(top, factor)

@@ -1,75 +1,57 @@
 """The unit at the end of an answer: taken off, and compared by name."""
 
 import re
+from collections import Counter
 from fractions import Fraction
+from functools import lru_cache
 
 from .phrases import PARTS, POWERS, VALUES
-from .tokens import word_set
+from .tokens import VOCABULARY, word_set
 
-UNITS = word_set(
-    "mm cm dm km kg mg lb lbs oz ft mi yd hr hrs min mins sec secs ms mph kmh km/h m/s "
-    "cents weeks days hours minutes seconds years months meters metres feet inches miles grams "
-    "units dollars am pm a.m p.m AM PM mL Pa kPa MPa Hz kHz MHz W kW MW kN kJ eV "
-    "keV MeV erg ergs cal kcal mol rad atm bar nm AU pc ly ohm ohms"
-)
-# Words after a number that change its value, so that they are no unit.
+_TABLES = VOCABULARY["units"]
+UNITS = word_set(_TABLES["known"])
 _FRACTIONS = "|".join((*PARTS, "hundredth", "thousandth", "millionth", "billionth"))
-CHANGES = re.compile(
-    r"\b(?:plus|minus|squared|cubed|dozens?|pi|base|below|under|over|above|less|more|fewer|not|wrong"
-    r"|except|without|other|than|least|most|bound|opposite|negation|neither|either|if|or|no|never|but"
-    r"|reciprocal|inverse|complement|conjugate|twice|thrice|double|triple|guess|up|about|around|almost"
-    r"|nearly|roughly|approx\w*"
-    r"|incorrect|false|negative|factorial|divided|multiplied"
-    rf"|times (?:[b-z]|{'|'.join(VALUES)})|(?:{_FRACTIONS})s?)\b"
+CHANGES = re.compile(  # words after a number that change its value, so that they are no unit
+    rf"\b(?:{'|'.join(_TABLES['changes'].split())}|times (?:[b-z]|{'|'.join(VALUES)})"
+    rf"|(?:{_FRACTIONS})s?)\b"
 )
-NAMES = re.compile(  # the last of words that name the number after them
-    r"\b(?:number|year|day|distance|room|page|locker|cent(?:er|re)|vertex|radius|point|width|length"
-    r"|height|side|area|perimeter|volume|value|total|mean|m(?:in|ax)(?:imum)?|quotient|remainder)\Z"
-)
-# Words with an s that count nothing, and words without one that stand beside what is counted.
-_NO_PLURALS = word_set(
-    "less minus plus thus this perhaps always does was has yes unless equals exceeds gross tens "
-    "dozens lakhs crores myriads googols inverts doubles triples halves squares negatives opposites"
-) | {f"{word}s" for word in (*VALUES, *POWERS, *PARTS)}
-_BESIDE = word_set(
-    "a an the of in per each every different possible distinct total real square sq cubic old long "
-    "tall wide high deep red blue green white black whole way people person children men women day "
-    "student degree c f solution unit point pair year week month increase decrease mol simplified"
-)
+NAMES = re.compile(rf"\b(?:{'|'.join(_TABLES['named'].split())})\Z")
+_NO_PLURALS = word_set(_TABLES["no_plurals"]) | {f"{word}s" for word in (*VALUES, *POWERS, *PARTS)}
+_BESIDE, _IDLE = word_set(_TABLES["beside"]), word_set(_TABLES["idle"])
 _ANGLES = ("", "rad", "°c", "°f")
 _KNOWN = "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
-_ATOM = rf"(?:\\text\{{[A-Za-z. ]+\}}|(?:{_KNOWN}|in(?=\^)|(?![A-Z]/[A-Z])[smhgJNLK])(?![A-Za-z]))"
-_PRODUCT = rf"{_ATOM}(?: ?\\cdot ?{_ATOM})?"
-_QUOTIENT = re.compile(
-    rf"(?:(?<=[\d)}}\]])|(?<=\\pi)) ?(?:\\frac\{{)?({_PRODUCT}(?:\^\{{?\d\}}?)?) ?(?:\}}\{{|/"
-    rf"| per ) ?(\({_PRODUCT}\)|{_PRODUCT}|(?<=per )[a-z]{{3,}})\}}?(?=(?:\^\{{?-?\d\}}?)?\Z)"
+_ATOM = (
+    rf"\(?(?:\\text\{{(?:[A-Za-z./ -]|\^-?\d)+\}}|(?:{_KNOWN}|in(?=\^)"
+    rf"|(?<=[ {{(/*-])(?![A-Z]/[A-Z])[smhgJNLKVWCA])(?![A-Za-z]))(?:\^\{{?-?\d\}}?)?\)?"
+)
+_BETWEEN = (  # factors; after a letter that may be a variable, no space and no minus
+    r"(?: ?(?:\\cdot|\*|/|\bper\b) ?|(?<=[A-Z}tbn])-"
+    r"|(?:(?<=[A-Z}])|(?<=[a-z]{2})|(?= [a-z]+\^\{-)) )"
+)
+_PRODUCT = rf"{_ATOM}(?:{_BETWEEN}(?:{_ATOM}|(?<=per )[a-z]{{3,}}))"
+_COMPOUND = re.compile(
+    rf"(?:(?<=[\d)}}\]])|(?<=\\pi)) ?"
+    rf"(?:\\frac\{{({_PRODUCT}*)\}}\{{({_PRODUCT}*)\}}|({_PRODUCT}+))\Z"
 )
 _UNIT = re.compile(
     r"(?:(?<=[\d})\]!a-z%]) ?\\text\{(?P<text>[^{}]*)\}"
     r"|(?:(?<=[\d})]) ?|(?<=\\pi) )(?P<known>" + _KNOWN + r"|in(?=\^))"
-    r"|(?:(?<=[\d})])|(?<=\\pi)) (?P<words>[A-Za-z]{3,}(?: [A-Za-z]+){0,4})"
+    r"|(?:(?<=[\d})])|(?<=\\pi)) (?P<words>(?:[A-Za-z]{3,}|sq|cu)(?: [A-Za-z]+){0,6})"
     r")(?P<power>\^\{?-?\d\}?)?\Z"
 )
 _COMMA = re.compile(r"(?:(?<!\d),|,(?!\d{3}(?!\d)))(?![^()\[\]{}]*[)\]}])")
-_WRAPPING = re.compile(r"\\text\{|[(){} ]")
+_WRAPPING = re.compile(r"\\text\{|[(){}]")
+_TIMES = re.compile(r" ?\\cdot ?|(?:[ *]|(?<!\^)-)+")
 _TWO_UNITS = re.compile(
     r"(\d+) ?(?:\\text\{)?([a-z]+|°|')\}? ?,? ?(\d+(?:\.\d+)?) ?(?:\\text\{)?([a-z]+|''?)\}?"
     r"(?:(?<=°\d'|\d\d') ?(\d+)'')?"
 )
-_SIZES = {  # a unit's dimension and size; feet have a sign of their own
-    unit: (dimension, Fraction(size))
-    for dimension, sizes in enumerate((
-        "km 1000 m 1 dm 1/10 cm 1/100 mm 1/1000", "mi 63360 yd 36 ft 12 ' 12 in 1 '' 1",
-        "week 604800 day 86400 h 3600 min 60 s 1", "kg 1000 g 1 mg 1/1000", "dollar 100 cent 1",
-        "l 1000 ml 1", "km/h 5/18 m/s 1", "lb 16 oz 1"))
-    for unit, size in zip(sizes.split()[::2], sizes.split()[1::2], strict=True)
-}  # fmt: skip
-_BARE_LETTER = re.compile(r"([-\d.,/]*\d)( ?)[smhgJNLKVWC]")
-_UNIT_NAMES = dict(re.findall(r"(\w+):(\S*)", """centimeter:cm centimetre:cm millimeter:mm
-millimetre:mm meter:m metre:m kilometer:km kilometre:km inche:in inch:in feet:ft foot:ft mile:mi
-gram:g kilogram:kg second:s sec:s minute:min hour:h hr:h unit: liter:l litre:l pound:lb yard:yd
-usd:dollar buck:dollar mph:mi/h kmh:km/h kph:km/h newton:n joule:j watt:w volt:v radian:rad
-milliliter:ml millilitre:ml ounce:oz mole:mol eur:euro"""))  # fmt: skip
+_DEFINED = {
+    unit: (Fraction(size), base)
+    for unit, size, base in re.findall(r"([^|=]+)=(\S+) (\S+?)(?=\s*(?:\||\Z))", _TABLES["defined"])
+}
+_BARE_LETTER = re.compile(r"([-\d.,/]*\d)( ?)([smhgJNLKVWCA])(\^\{?-?\d\}?)?")
+_UNIT_NAMES = dict(re.findall(r"(\w+):(\S*)", _TABLES["spelt"]))
 _UNIT_WORDS = {unit.lower() for unit in UNITS} | _BESIDE | {*_UNIT_NAMES, *_UNIT_NAMES.values()}
 
 
@@ -77,33 +59,61 @@ def split_unit(text: str) -> tuple[str, str]:
     r"""A normalised answer without the unit at its end, and that unit ("" if there is none), such
     as ``("10", "cm^2")`` of ``10\text{cm}^2``."""
     if match := _TWO_UNITS.fullmatch(text):  # 2 min 30 s
-        large, small = (_SIZES.get(_singular(match[n]), (match[n], 1)) for n in (2, 4))
-        if (large[0] == small[0] and large[1] > small[1]) or match[2] == "°":
-            ratio = large[1] / small[1] if match[2] != "°" else 60
+        (large, of), (small, also) = (_measure(_singular(match[n])) for n in (2, 4))
+        if (of == also and large > small) or match[2] == "°":
+            ratio = large / small if match[2] != "°" else 60
             unit = _singular(match[4]).replace("''", "in")
             seconds = Fraction(match[5] or 0) / 60
             return str(int(match[1]) * ratio + Fraction(match[3]) + seconds), unit
-    text = _QUOTIENT.sub(lambda m: rf"\text{{{re.sub(_WRAPPING, '', f'{m[1]}/{m[2]}')}}}", text)
+    text = _COMPOUND.sub(_compound, text)
     match = _UNIT.search(text[-80:]) if len(text) > 1 else None
     if not match:
         return text, ""
     body = text[: len(text) - len(match[0])].replace(f"{match[0]},", ",").strip()
-    if body.endswith(r"}\cdot") and (factor := split_unit(body[:-5]))[1]:  # N \cdot m
-        return factor[0], factor[1] + match[0].strip().lower()
     name = (match["text"] or match["known"] or match["words"] or "").lower()
-    name = name.replace(r"\cdot", " ").strip(" ()")
+    name = _TIMES.sub("*", name.strip(" ()").replace(" per ", "/")) if name[:1] != "-" else "2"
     bare = body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body)
-    if bare or CHANGES.search(name) or re.search(r"[^a-z°. /^()\d]|(?<![\^a-z])\d", name):
+    if bare or CHANGES.search(name) or re.search(r"[^a-z°.*'/^()\d-]|(?<![\^a-z-])\d", name):
         return text, ""
-    power = (match["power"] or "").strip("^{}")
-    name = re.sub(r" (?:old|long|tall|wide|high|deep|each|away|apart|in total)\Z", "", name)
-    if square := re.match(r"(sq(?:uare)?|cubic|cu)(?: |\. ?|(?=[a-z]{4}))", name):
-        power, name = ("2" if square[1][0] == "s" else "3"), name[square.end() :]
-    power_word, _, rest = name.partition(" ")
+    power_word, _, rest = name.partition("*")
     if power_word in POWERS:  # 5 million people
         body, name = rf"{body}\cdot10^{{{POWERS[power_word]}}}", rest
-    name = "/".join(map(_singular, re.sub(r"[\s.]", "", name.replace(" per ", "/")).split("/")))
-    return body, f"{name}^{power}" if power else name
+    power = (match["power"] or "").strip("^{}")
+    return body, _canonical(f"{name}^{power}" if power else name)
+
+
+def _compound(match: re.Match[str]) -> str:
+    """A product or quotient of units in one text."""
+    text = f"{match[1]}/{match[2]}" if match[1] else match[3]
+    return rf"\text{{{_TIMES.sub('*', _WRAPPING.sub('', text).strip().replace(' per ', '/'))}}}"
+
+
+def _canonical(name: str) -> str:
+    """The units of a product or quotient with their powers, in order: g*m^-3."""
+    name = re.sub(r"\b(sq(?:uare)?|cubic|cu)(?:\*|\.\*?|(?=[a-z]{4}))([a-z]+)",
+                  lambda m: f"{m[2]}^{2 if m[1][0] == 's' else 3}", name)  # fmt: skip
+    powers: Counter[str] = Counter()
+    name = name.replace("in*total", "")
+    for before, word, power in re.findall(r"([/*]*)([a-z°'.]+)(?:\^(-?\d))?", name):
+        if word not in _IDLE:
+            sign = -1 if "/" in name[: name.index(before + word) + len(before)] else 1
+            powers[_singular(word.replace(".", ""))] += sign * int(power or 1)
+    return "*".join(f"{unit}^{n}" if n != 1 else unit for unit, n in sorted(powers.items()) if n)
+
+
+@lru_cache
+def _measure(unit: str) -> tuple[Fraction, tuple]:
+    """The size of a unit, and the powers of those that it is defined by."""
+    size, powers = Fraction(1), Counter[str]()
+    for factor in unit.split("*"):
+        name, _, exponent = factor.partition("^")
+        power = int(exponent or 1)
+        own, base = _DEFINED.get(name, (Fraction(1), ""))
+        more, inner = _measure(base) if base else (Fraction(1), ((name, 1),))
+        size *= (own * more) ** power
+        for name, n in inner:
+            powers[name] += n * power
+    return size, tuple(sorted(item for item in powers.items() if item[1]))
 
 
 def _singular(name: str) -> str:
@@ -121,6 +131,10 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
     gold = own[1] if own and own[2] and not re.search("[A-Za-z]", pred) else gold
     pred = its[1] if its and not re.search("[A-Za-z]", gold) else pred
     (gold_body, gold_unit), (pred_body, pred_unit) = split_unit(gold), split_unit(pred)
+    if its and its[2] and gold_unit:  # 0.15 m for 15 cm
+        pred_body, pred_unit = its[1], re.sub("[{}]", "", its[3].lower() + (its[4] or ""))
+    if own and own[2] and pred_unit:
+        gold_body, gold_unit = own[1], re.sub("[{}]", "", own[3].lower() + (own[4] or ""))
     if pred_unit and not gold_unit and not _is_unit(pred):
         return gold, pred, False
     if gold_unit and not pred_unit:
@@ -128,15 +142,12 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
     elif pred_unit and not gold_unit:
         gold_body = _without(gold_body, pred_unit)
     if gold_unit and pred_unit:
-        sizes = [_SIZES.get(unit, (unit, 0)) for unit in (gold_unit, pred_unit)]
-        if gold_unit != pred_unit and sizes[0][0] == sizes[1][0]:  # 4 ft is 48 in
-            bodies = (re.sub(r",(?=\d{3})", "", body) for body in (gold_body, pred_body))
-            gold, pred = (
-                rf"({body})\cdot{size}" for body, (_, size) in zip(bodies, sizes, strict=True)
-            )
-            return gold, pred, False
-        (name, _, power), (other, _, its_power) = gold_unit.partition("^"), pred_unit.partition("^")
-        return gold_body, pred_body, power != its_power or "" != name != other != ""
+        (size, of), (its_size, also) = map(_measure, (gold_unit, pred_unit))
+        if of == also and size != its_size:  # 4 ft is 48 in
+            gold, pred = (re.sub(r",(?=\d{3})", "", body) for body in (gold_body, pred_body))
+            return rf"({gold})\cdot{size}", rf"({pred})\cdot{its_size}", False
+        (name, _, power), (other, _, its) = gold_unit.partition("^"), pred_unit.partition("^")
+        return gold_body, pred_body, of != also if name and other else power != its  # units^2
     signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in (gold_body, pred_body)]
     return gold_body, pred_body, signs[0] != signs[1] and gold_unit + pred_unit not in _ANGLES
 

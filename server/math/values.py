@@ -5,17 +5,14 @@
   one less than one unit in its last place away. So 0.333333 is 1/3, and 0.33 isn't.
 """
 
-import re
 from collections.abc import Iterator
 from fractions import Fraction
-from itertools import permutations
 
+from . import constants
 from .evaluate import INFINITY, Undecided, equal, exact, find, has, symbols, value
 from .tree import Node, number, rewritten
 
 MIN_SIGNIFICANT, MIN_PLACES = 6, 4
-# One of integration on either side, or several of which one is a c.
-_CONSTANTS = re.compile(r"[Cc](_\w+)? [Cc](_\w+)?|(?=.*[Cc])[A-Dc](_\w+)?( [A-Dc](_\w+)?){3,5}")
 FLOAT_DIGITS = 16  # the last one of a printed float is rounding
 
 
@@ -31,27 +28,15 @@ def same_values(a: Node, b: Node) -> bool:
         return alike
     if has(a, "sym", "oo") or has(b, "sym", "oo"):
         return a == b
-    return any(_same(*sides) for sides in _readings(a, b))
+    return any(_same(*sides) for sides in _readings(a, b)) or constants.same(a, b)
 
 
 def _readings(a: Node, b: Node) -> Iterator[tuple[Node, Node]]:
-    r"""Both sides without a degree or per cent sign that only one of them has, with other letters
-    for constants of integration, as antiderivatives, with \log to the base 10, and as they are."""
+    r"""Both sides without a degree or per cent sign that only one of them has, with
+    \log to the base 10, and as they are."""
     for op in ("degree", "percent"):
         if has(a, op) != has(b, op):
             yield _without(a, op), _without(b, op)
-    names, others = symbols(a), symbols(b)
-    alike = len(names) == len(others) and names & others
-    if alike and _CONSTANTS.fullmatch(" ".join(names ^ others)):
-        own, its = ([(name,) for name in some] for some in (names - others, others - names))
-        for order in permutations(own):
-            to = dict(zip(its, order, strict=True))
-            yield a, rewritten(b, lambda part, to=to: Node(part.op, to.get(part.args, part.args)))
-    constant = Node("sym", ("C",))  # antiderivatives may differ by a number
-    if a.op == b.op == "add" and constant in a.args and constant in b.args and len(names) == 2:
-        point = dict.fromkeys(names | others, 0.7)
-        starts = [Node("neg", (Node("known", (value(side, point),)),)) for side in (a, b)]
-        yield Node("add", (a, starts[0])), Node("add", (b, starts[1]))
     logarithms = has(a, "fn", "log") or has(b, "fn", "log")
     if logarithms and not (has(a, "fn", "ln") or has(b, "fn", "ln")):
         yield rewritten(a, _common_logarithm), rewritten(b, _common_logarithm)
@@ -93,7 +78,9 @@ def _abbreviates(a: Node, b: Node) -> bool:
     if len(decimals) != 1:
         return False
     _, places, significant = decimals[0]
-    if significant < MIN_SIGNIFICANT or places < MIN_PLACES:
+    rounded = numerals[0].args == decimals[0] and significant >= 4 and places >= 3
+    if not rounded and (significant < MIN_SIGNIFICANT or places < MIN_PLACES):
         return False
-    unit = Fraction(999_999 * (10 if significant >= FLOAT_DIGITS else 1), 10 ** (places + 6))
-    return bool(abs(value(a) - value(b)) < value(Node("num", (unit, 0, 1))))
+    last = Fraction(999_999 * (10 if significant >= FLOAT_DIGITS else 1), 10 ** (places + 6))
+    near = max(last, Fraction(5001 * rounded, 10 ** (places + 4)))  # a reference is rounded
+    return bool(abs(value(a) - value(b)) < value(Node("num", (near, 0, 1))))

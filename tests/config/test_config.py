@@ -306,9 +306,9 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
         f"give one, or one for each of {CORRECTION}rollout_rs=token,geometric",
     ),
     "an estimator of verl's": (
-        ["algorithm.adv_estimator=gae"],
-        "algorithm.adv_estimator=gae is known in verl, but not supported here: there is no critic; "
-        "choose from grpo, ",
+        ["algorithm.adv_estimator=optimal_token_baseline"],
+        "algorithm.adv_estimator=optimal_token_baseline is known in verl, but not supported here: "
+        "its baseline differs from token to token; opo has one for a response; choose from grpo, ",
     ),
     "gdpo without rewards": (
         ["algorithm.adv_estimator=gdpo"],
@@ -378,6 +378,16 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
             "trainer.n_gpus_per_node=8",
         ],
         f"{ROLLOUT}tensor_model_parallel_size=3 must divide the 8 devices",
+    ),
+    "engines over two of three machines": (
+        [
+            f"{ROLLOUT}name=vllm",
+            f"{ROLLOUT}tensor_model_parallel_size=16",
+            "trainer.n_gpus_per_node=8",
+            "trainer.nnodes=3",
+        ],
+        f"{ROLLOUT}tensor_model_parallel_size=16 must divide the 8 devices for engines of a "
+        "machine, or be all of several of the trainer.nnodes=3",
     ),
     "sequences over three of eight ranks": (
         [f"{ACTOR}ulysses_sequence_parallel_size=3", "trainer.n_gpus_per_node=8"],
@@ -551,14 +561,16 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("name", "key"), NUMBERS)
 def test_every_number_is_finite(name: str, key: str) -> None:
+    given = ["algorithm.adv_estimator=gae"] if key.startswith("critic.") else []
     for value in ("inf", "-inf", "nan"):
         with pytest.raises(ConfigError, match=re.escape(f"{key}={value}: must be ")):
-            loader.load_config([f"{key}={value}"], name)
+            loader.load_config([*given, f"{key}={value}"], name)
 
 
 def test_keys_of_verl_without_effect_take_any_value() -> None:
     for value in ("0", "1e-6", "null", "fast"):
-        assert load(f"critic.optim.lr={value}", f"trainer.default_hdfs_dir={value}") == load()
+        assert load(f"trainer.default_hdfs_dir={value}") == load()
+    assert load("critic.optim.lr=0").critic.optim.lr == 0  # no critic: it needn't be possible
 
 
 def test_every_condition_of_a_key_names_other_keys() -> None:
@@ -622,7 +634,7 @@ def test_keys_without_effect_are_named_once(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING, loader.__name__):
         load("critic.optim.lr=1e-6", f"{ACTOR}kl_loss_coef=0.0", "data.train_batch_size=512")
     (message,) = caplog.messages
-    assert message.count("critic.optim.lr (there is no critic)") == 1
+    assert message.count("critic.optim.lr (adv_estimator!=gae)") == 1
     assert message.count(f"{ACTOR}kl_loss_coef (use_kl_loss=False)") == 1
     assert "train_batch_size" not in message
 
@@ -823,7 +835,7 @@ def test_entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
 
 
-SECTIONS = "schema.py", "base.py", "rollout_correction.py"
+SECTIONS = "schema.py", "base.py", "critic.py", "rollout_correction.py"
 
 
 @pytest.mark.parametrize("name", SECTIONS)

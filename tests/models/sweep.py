@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import free_address, make_samples, make_step
 from tests.models.families import FAMILIES, make_family
 from verl.algorithms.losses import LossConfig
+from verl.config.base import MixedPrecisionConfig
 from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
 from verl.models.folder import check_model
 from verl.models.policy import MicroBatchLimit, PolicyWorker
@@ -56,12 +57,13 @@ def plain_log_probs(folder: Path, samples: list[Sample]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def build(folder: Path, packed: bool = True) -> PolicyWorker:
+def build(folder: Path, packed: bool = True, dtype: str = "float32") -> PolicyWorker:
     """An actor of one rank. Raises: ValueError for a model that is refused."""
     model = ModelConfig(path=str(folder), use_remove_padding=packed)
+    precision = MixedPrecisionConfig(param_dtype=dtype)
     check_model(model, 64, export=True)
     worker = PolicyWorker("cpu")
-    worker.build(model, FSDPConfig(), OptimConfig(lr=3e-3), 10)
+    worker.build(model, FSDPConfig(mixed_precision=precision), OptimConfig(lr=3e-3), 10)
     return worker
 
 

@@ -28,6 +28,7 @@ from verl.models import packing
 from verl.models.folder import check_model, skeleton
 from verl.models.logprobs import scale_and_cap
 from verl.rollout.hf import HFEngine
+from verl.rollout.vllm import VLLMEngine
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,12 +79,13 @@ def test_a_head_of_another_kind_is_refused(tmp_path: Path) -> None:
         scale_and_cap(lm)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_start_ends_where_the_attention_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequences that see each other, and a window that isn't there."""
     right, folder = packing.packed_attention, make_family("Mistral", tmp_path)
-    build(folder)
+    build(folder, dtype=dtype)
 
     def mixes(*args: torch.Tensor, **options: object) -> object:
         return right(*args, **options | {"sequence_lengths": [sum(options["sequence_lengths"])]})
@@ -94,7 +96,7 @@ def test_a_start_ends_where_the_attention_is_wrong(
     for wrong in (mixes, sees_all):
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "packed_attention", wrong)
         with pytest.raises(ValueError, match=r"packed, .* mistral model differ by 0\.\d+ nats"):
-            build(folder)
+            build(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +107,10 @@ def test_a_start_ends_where_the_attention_is_wrong(
         ("Falcon-H1", True, r"falcon_h1 model .*\(hybrid\): set .*use_remove_padding=False"),
         ("BLOOM", True, "bloom model .*an attention of its own.*use_remove_padding=False"),
         ("StableLM", True, "stablelm model can't run packed .*: set .*use_remove_padding=False"),
-        ("Doge", True, "doge model can't run packed"),
+        ("Doge", False, "doge model chooses the tokens it sees by the whole batch"),
         ("Mamba", False, "mamba model has no attention"),
+        ("Mamba 2", False, "mamba2 model has no attention"),
+        ("RWKV", False, "rwkv model has no attention"),
         ("Llama 4", False, "llama4_text model does not name its decoder"),
         ("Qwen2.5-VL", False, "qwen2_5_vl model is none of text alone"),
     ],
@@ -124,6 +128,12 @@ def test_what_is_refused_in_one_line(
 def test_the_hf_engine_refuses_recurrent_layers(family: str, kind: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"\({kind}\): set .*rollout\.name=vllm"):
         HFEngine.check(ModelConfig(path=str(make_family(family, tmp_path))))
+
+
+def test_vllm_is_refused_where_it_keeps_old_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gpt_oss model's experts .*: set .*rollout\.name=hf"):
+        VLLMEngine.check(ModelConfig(path=str(make_family("GPT-OSS", tmp_path / "sinks"))))
+    VLLMEngine.check(ModelConfig(path=str(make_family("Mixtral", tmp_path / "none"))))
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "DeepSeek-V3", "Apertus", "GPT-OSS"])

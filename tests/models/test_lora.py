@@ -14,10 +14,13 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import VOCABULARY, free_address, make_samples, make_step, make_tiny_model
+from tests.models.families import make_family
+from tests.models.sweep import send_weights
 from verl.algorithms.losses import LossConfig
 from verl.config.base import FSDPConfig, ModelConfig, OptimConfig
 from verl.config.base import LoraConfig as LoraKeys
@@ -49,7 +52,7 @@ def build(folder: Path, fsdp: FSDPConfig | None = None, moved: bool = True, **mo
     """A worker whose products B·A are not 0, if they are to be `moved`."""
     worker = PolicyWorker("cpu")
     config = ModelConfig(path=str(folder), **(LORA | model))
-    worker.build(config, fsdp or FSDPConfig(), OptimConfig(lr=1e-2), 10, FSDPConfig())
+    worker.build(config, fsdp or FSDPConfig(), OptimConfig(lr=1e-2), 10)
     torch.manual_seed(1)
     for name, parameter in adapters(worker.model.lm).items() if moved else ():
         if ".lora_B." in name:
@@ -73,10 +76,10 @@ def gradients(worker: PolicyWorker, step: OptimizerStep) -> dict[str, torch.Tens
     return {name: p.grad.full_tensor() for name, p in found if p.grad is not None}
 
 
-def exported(worker: PolicyWorker) -> dict[str, torch.Tensor]:
+def exported(worker: PolicyWorker, stored: bool = False) -> dict[str, torch.Tensor]:
     """What engines get."""
     weights = {}
-    for chunk in worker.plan_export(None, 40_000)[1]:
+    for chunk in worker.plan_export(None, 40_000, stored)[1]:
         weights |= dict(zip(chunk.names, worker.export(chunk, "host").tensors, strict=True))
     worker.finish_export()
     return weights
@@ -168,13 +171,40 @@ def test_an_engine_is_the_actor_before_and_after_updates(tiny_model: Path) -> No
     for seed in range(3):
         worker.update([step_of(seed)], LOSS, LIMIT, 1.0)
     assert difference() > 1e-2
-    version, chunks = worker.plan_export(None, 40_000)
-    engine.start_update()
-    for chunk in chunks:
-        engine.load_weights(worker.export(chunk, "host"))
-    worker.finish_export()
-    engine.finish_update(version)
+    send_weights(worker, engine)
     assert difference() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("Gemma 3", 14), ("Qwen3-MoE", 8), ("DeepSeek-V3", 10), ("PhiMoE", 8)],
+)
+def test_what_belongs_to_images_and_experts_stays_as_it_is(
+    family: str, layers: int, tmp_path: Path
+) -> None:
+    """Adapters stand beside the decoder's linear layers alone, and PEFT reads them."""
+    folder = make_family(family, tmp_path / "base")
+    worker, engine = build(folder), HFEngine()
+    before = {name: p.full_tensor().clone() for name, p in worker.model.lm.named_parameters()}
+    worker.update([step_of()], LOSS, LIMIT, 1.0)
+    for name, parameter in worker.model.lm.named_parameters():
+        assert torch.equal(parameter.full_tensor(), before[name]) != (".lora_" in name), name
+    assert len(adapters(worker.model.lm)) == 2 * layers
+    merged(worker, tmp_path / "adapter").save_pretrained(tmp_path / "merged")
+    expected, sent = load_file(tmp_path / "merged/model.safetensors"), exported(worker, stored=True)
+    assert sent.keys() == expected.keys()
+    for name, value in sent.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+    engine.build(ModelConfig(path=str(folder)), RolloutConfig(max_num_seqs=8), "cpu", 60)
+    send_weights(worker, engine)
+    prompts = [s.prompt for s in make_samples(LENGTHS)]
+    samples = engine.generate_all(prompts, range(len(prompts)), SamplingParams(2, 20))
+    ours = np.concatenate([s.rollout_log_probs for s in samples])
+    assert np.abs(ours - worker.log_probs(samples, 1.0, LIMIT)).max() < 1e-4
+    worker.save(tmp_path / "actor")
+    resumed = build(folder, moved=False)
+    resumed.load(tmp_path / "actor")
+    assert losses(resumed) == losses(worker)
 
 
 def test_the_reference_is_the_model_without_adapters(tiny_model: Path) -> None:
@@ -232,11 +262,23 @@ def test_a_checkpoint_of_other_adapters_is_refused(
     other: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     targets = {"target_modules": ["k_proj", "v_proj"]}
-    build(tiny_model, **targets).save(tmp_path / "actor")
+    build(tiny_model, **targets).save(tmp_path / "actor", ["model", "hf_model"])
     worker = build(tiny_model, moved=False, **(targets | other))
-    with pytest.raises(ValueError, match="lora_rank and target_modules that it was") as refused:
-        worker.load(tmp_path / "actor")
-    assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 500
+    for contents in (["model"], ["hf_model"]):
+        with pytest.raises(ValueError, match="lora_rank and target_modules that it was") as refused:
+            worker.load(tmp_path / "actor", contents)
+        assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_broken_file_is_no_other_adapter(lora: bool, tiny_model: Path, tmp_path: Path) -> None:
+    worker = build(tiny_model, **({} if lora else {"lora_rank": 0}))
+    worker.save(tmp_path / "actor", ["hf_model"])
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    os.truncate(tmp_path / "actor/huggingface" / name, 100)
+    with pytest.raises(ValueError, match="actor/huggingface: ") as refused:
+        worker.load(tmp_path / "actor", ["hf_model"])
+    assert "lora_rank" not in str(refused.value)
 
 
 def _rank(rank: int, world: int, address: str, model: Path, folder: Path) -> None:

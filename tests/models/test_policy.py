@@ -238,7 +238,9 @@ def test_parameters_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
     of its own."""
     half, whole = FSDPConfig(model_dtype="bfloat16"), FSDPConfig()
     worker = PolicyWorker("cpu")
-    worker.build(ModelConfig(path=str(tiny_model)), half, OptimConfig(lr=1e-2), 10, whole)
+    model = ModelConfig(path=str(tiny_model))
+    worker.build(model, half, OptimConfig(lr=1e-2), 10)
+    worker.build_beside("ref", model, whole)
     step = weighted_step("delta-l")
     before = [p.full_tensor().clone() for p in worker.model.parameters()]
     exact = worker.ref_log_probs(step.samples, 1.0, LIMITS["all"])
@@ -250,7 +252,7 @@ def test_parameters_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
         types = {p.dtype, old.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype}
         assert types == {torch.bfloat16}
         assert not torch.equal(old, p.full_tensor())
-    assert {p.dtype for p in worker.ref.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in worker.beside["ref"].model.parameters()} == {torch.float32}
     worker.save(tmp_path / "actor")
     again = build(tiny_model, fsdp=half)
     again.load(tmp_path / "actor")
@@ -384,8 +386,9 @@ def _rank_splits(rank: int, address: str, folder: Path, out: Path) -> None:
     for split, ref_split, recompute, fsdp_size in ((4, 2, True, -1), (2, 1, False, 2)):
         policy = PolicyWorker("cpu")
         model = ModelConfig(str(folder), enable_gradient_checkpointing=recompute)
-        settings = FSDPConfig(fsdp_size=fsdp_size), OptimConfig(lr=1e-3), 10, FSDPConfig()
-        policy.build(model, *settings, sequence_parallel=(split, ref_split))
+        settings = FSDPConfig(fsdp_size=fsdp_size), OptimConfig(lr=1e-3), 10
+        policy.build(model, *settings, sequence_parallel=split)
+        policy.build_beside("ref", model, FSDPConfig(), None, 0, ref_split)
         widths: list[int] = []
         layer = policy.model.lm.get_decoder().layers[0]
         layer.register_forward_pre_hook(lambda _, args, to=widths: to.append(args[0].shape[1]))
@@ -397,7 +400,8 @@ def _rank_splits(rank: int, address: str, folder: Path, out: Path) -> None:
             seen = set(widths)
             known = dict(zip(share, log_probs_of(policy, mine.samples, 0.9, limit), strict=True))
             ref = step.share(ref_share).samples
-            ref_known = dict(zip(ref_share, log_probs_of(policy.ref, ref, 0.9, limit), strict=True))
+            of_ref = log_probs_of(policy.beside["ref"], ref, 0.9, limit)
+            ref_known = dict(zip(ref_share, of_ref, strict=True))
             passes = len(policy.micro_batches(mine.samples, limit))
             by_rank: list[Any] = [None] * 4
             dist.all_gather_object(by_rank, (found[1], known, ref_known, seen, passes))
@@ -631,7 +635,9 @@ def test_offloading_and_mixed_precision_run(tiny_model: Path) -> None:
     worker = PolicyWorker("cpu")
     half = MixedPrecisionConfig(param_dtype="bfloat16")
     fsdp = FSDPConfig(param_offload=True, optimizer_offload=True, mixed_precision=half)
-    worker.build(ModelConfig(path=str(tiny_model)), fsdp, OptimConfig(lr=1e-3), 10, FSDPConfig())
+    model = ModelConfig(path=str(tiny_model))
+    worker.build(model, fsdp, OptimConfig(lr=1e-3), 10)
+    worker.build_beside("ref", model, FSDPConfig())
     step = weighted_step("delta-l")
     exact = worker.ref_log_probs(step.samples, 1.0, LIMITS["all"])
     rounded = worker.log_probs(step.samples, 1.0, LIMITS["all"])
@@ -639,6 +645,25 @@ def test_offloading_and_mixed_precision_run(tiny_model: Path) -> None:
     results = worker.update([step, step], LOSS, LIMITS["four"], 1.0)
     assert all(np.isfinite(list(r.values())).all() for r in results)
     assert next(worker.model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_layers_stay_gathered_and_gradients_are_rounded_on_request(
+    reshard: bool, tiny_model: Path
+) -> None:
+    rounded = MixedPrecisionConfig(reduce_dtype="float32" if reshard else "bfloat16")
+    fsdp = FSDPConfig(reshard_after_forward=reshard, mixed_precision=rounded)
+    worker = PolicyWorker("cpu")
+    worker.build(ModelConfig(path=str(tiny_model)), fsdp, OptimConfig(lr=1e-3), 10)
+    step = weighted_step("delta-l")
+    worker.model(worker.pack(step.samples), 1.0)
+    layer = next(p for n, p in worker.model.lm.named_parameters() if "layers.0" in n)
+    assert isinstance(layer, DTensor) == reshard
+    worker.model.reshard()
+    worker.accumulate_gradient(step, LOSS, LIMITS["all"])
+    named = worker.model.lm.named_parameters()
+    gradient = next(p.grad for name, p in named if "layers.0" in name).full_tensor()
+    assert torch.equal(gradient, gradient.bfloat16().float()) != reshard
 
 
 def test_exported_weights_rebuild_the_model(worker: PolicyWorker, tiny_model: Path) -> None:

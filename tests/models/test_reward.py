@@ -19,7 +19,7 @@ from tests.helpers import free_address, make_tiny_model, make_tiny_reward_model
 from verl.config.base import ClassifierConfig, FSDPConfig, MixedPrecisionConfig
 from verl.config.schema import RewardModelModelConfig
 from verl.models.policy import MicroBatchLimit, PolicyWorker
-from verl.models.reward import check_reward_model
+from verl.models.score import check_score_model
 from verl.protocol import Prompt, Sample
 
 LENGTHS = [3, 9, 1, 20, 7, 12, 2]
@@ -62,12 +62,15 @@ def plain_scores(folder: Path) -> np.ndarray:
 
 def build(folder: Path, packed: bool = True, fsdp: FSDPConfig | None = None) -> PolicyWorker:
     """The part of an actor rank that scores."""
-    worker, policy = PolicyWorker("cpu"), PolicyWorker("cpu")
-    policy.build(
-        ClassifierConfig(path=str(folder), use_remove_padding=packed), fsdp or FSDPConfig()
-    )
-    worker.reward_model = policy
+    worker = PolicyWorker("cpu")
+    model = ClassifierConfig(path=str(folder), use_remove_padding=packed)
+    worker.build_beside("reward_model", model, fsdp or FSDPConfig())
     return worker
+
+
+def scores_of(worker: PolicyWorker, samples: list[Sample], limit: MicroBatchLimit) -> np.ndarray:
+    found: np.ndarray = worker.ask("reward_model", "log_probs", samples, 1.0, limit)
+    return found
 
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
@@ -77,7 +80,7 @@ def test_scores_are_those_of_transformers(kind: str, packed: bool, tmp_path: Pat
     expected = plain_scores(tmp_path)
     assert np.ptp(expected) > 0.1
     for limit in LIMITS:
-        found = worker.reward_scores(conversations(), limit)
+        found = scores_of(worker, conversations(), limit)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -91,7 +94,7 @@ def _rank_scores(rank: int, world: int, address: str, folder: Path, out: Path) -
         for i, limit in enumerate(LIMITS):
             for name, share in ("shared", rank), ("lonely", 0 if rank == 0 else len(LENGTHS)):
                 step = world if name == "shared" else 1
-                found = worker.reward_scores(conversations()[share::step], limit)
+                found = scores_of(worker, conversations()[share::step], limit)
                 results[f"{packed} {i} {name}"] = torch.tensor(found)
     torch.save(results, out / f"{rank}.pt")
     dist.barrier()
@@ -122,18 +125,19 @@ def test_the_shards_settings_are_the_reward_models_own(tmp_path: Path) -> None:
     folder = make_tiny_reward_model(tmp_path / "reward")
     policy = ClassifierConfig(path=str(make_tiny_reward_model(tmp_path / "policy", "Qwen2")))
     worker = PolicyWorker("cpu")
-    worker.build(policy, FSDPConfig(), reward_model=(ClassifierConfig(path=str(folder)), fsdp))
-    scores = [worker.reward_scores(conversations(), limit) for limit in (LIMITS[0], LIMITS[0])]
+    worker.build(policy, FSDPConfig())
+    worker.build_beside("reward_model", ClassifierConfig(path=str(folder)), fsdp)
+    scores = [scores_of(worker, conversations(), limit) for limit in (LIMITS[0], LIMITS[0])]
     assert np.array_equal(*scores)  # also after it came back from the host
     assert 0 < np.abs(scores[0] - plain_scores(folder)).max() < 0.2
-    assert worker.reward_model.host.places and not worker.host.places
+    assert worker.beside["reward_model"].host.places and not worker.host.places
 
 
 def test_models_that_are_none_are_named(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def check(path: Path, **options: Any) -> None:
-        check_reward_model(ClassifierConfig(path=str(path), **options), 513)
+        check_score_model(ClassifierConfig(path=str(path), **options), 513)
 
     check(folder)
     assert "513 tokens are longer than the 512 positions" in caplog.text
@@ -162,9 +166,8 @@ def test_values_of_the_configuration_can_be_replaced(folder: Path) -> None:
     rope = config["rope_parameters"] | {"rope_theta": 10.0}
     worker = PolicyWorker("cpu")
     model = ClassifierConfig(path=str(folder), override_config={"rope_parameters": rope})
-    worker.build(model, FSDPConfig())
-    worker.reward_model = worker
-    found = worker.reward_scores(conversations(), LIMITS[0])
+    worker.build_beside("reward_model", model, FSDPConfig())
+    found = scores_of(worker, conversations(), LIMITS[0])
     assert np.abs(found - plain_scores(folder)).max() > 1e-3
 
 
@@ -181,11 +184,10 @@ def test_code_that_the_model_brings_along_runs_if_it_may(
     settings = RewardModelModelConfig(
         path=str(tmp_path), use_remove_padding=trust, trust_remote_code=trust
     )
-    check_reward_model(settings.classifier(), 9)
+    check_score_model(settings.classifier(), 9)
     worker = PolicyWorker("cpu")
-    worker.build(settings.classifier(), FSDPConfig())
-    worker.reward_model = worker
-    attention = worker.model.lm.config._attn_implementation
+    worker.build_beside("reward_model", settings.classifier(), FSDPConfig())
+    attention = worker.beside["reward_model"].model.lm.config._attn_implementation
     assert attention == ("packed_attention" if trust else "decode")
-    found = worker.reward_scores(conversations(), LIMITS[1])
+    found = scores_of(worker, conversations(), LIMITS[1])
     np.testing.assert_allclose(found, (1 + trust) * plain_scores(folder), atol=1e-5)

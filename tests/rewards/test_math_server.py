@@ -86,6 +86,13 @@ def test_scores(server, monkeypatch, source, response, truth, extra_info, score)
     assert (result["score"], result["acc"], result["undecided"]) == (score, score, 0)
 
 
+@pytest.mark.parametrize(("rule", "score"), [("standard", 0), ("published", 1)])
+def test_the_rule_of_answers_is_that_of_the_key(server, rule, score):
+    arguments = "math500", r"\boxed{5} <answer>6</answer>", "5", None
+    found = ask(config(server, answer_rule=rule), lambda client: client.compute_score(*arguments))
+    assert found["score"] == score
+
+
 def test_compute_score_may_be_called_from_an_event_loop(server, monkeypatch):
     monkeypatch.setenv("MATH_SERVER_URL", server.url)
 

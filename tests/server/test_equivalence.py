@@ -94,6 +94,13 @@ def test_hostile_answers_are_wrong_at_once(gold: str, text: str) -> None:
     assert time.perf_counter() - start < 2
 
 
+def test_what_a_proof_ends_with_is_the_reference() -> None:
+    proof = "Since the function is even, it is\n\n$$\nf(x)=x^2+1\n$$"
+    assert equivalence.judge(proof, "x^2+1").equal
+    assert not equivalence.judge(proof, "x^2").equal
+    assert not equivalence.judge("x^2+1", "It is not $$x^2+1$$").equal  # of an answer all counts
+
+
 def test_unreadable_answers() -> None:
     for text in ("", " ", "5)", r"\frac{1", "{" * 500):
         assert equivalence.judge("7", text).status == "unparsable"
@@ -175,7 +182,8 @@ def test_split_unit() -> None:
     assert split_unit("5 apples") == ("5", "apple")
     assert split_unit(r"3\text{square meters}") == ("3", "m^2")
     assert split_unit("x+1") == ("x+1", "")
-    assert split_unit("60 miles per hour") == ("60", "mi/h") == split_unit(r"60\text{mph}")
+    assert split_unit("60 miles per hour") == ("60", "h^-1*mi")
+    assert split_unit(r"60\text{mph}") == ("60", "mph")
     assert split_unit("5 million people") == (r"5\cdot10^{6}", "people")
 
 

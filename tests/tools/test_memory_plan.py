@@ -98,8 +98,8 @@ def test_a_reward_model_is_counted() -> None:
     model, on = "reward_model.model", ["reward_model.enable=True", "reward_model.model.path=x"]
     config = load_config([*BASE, *OFFLOAD, *on, "reward_model.micro_batch_size_per_gpu=2"])
     away = load_config([*BASE, *OFFLOAD, *on, f"{model}.fsdp_config.param_offload=True"])
-    here = Plan(config, QWEN_7B, "cuda", 79 * GIB, 999 * GIB, QWEN_7B)
-    offloaded = Plan(away, QWEN_7B, "cuda", 79 * GIB, 999 * GIB, QWEN_7B)
+    here = Plan(config, QWEN_7B, "cuda", 79 * GIB, 999 * GIB, {"reward model": QWEN_7B})
+    offloaded = Plan(away, QWEN_7B, "cuda", 79 * GIB, 999 * GIB, {"reward model": QWEN_7B})
     shard = here.parameters - 152064 * 3584  # of four ranks, 4 bytes a number; without a head
     assert here.resting()["reward model"] == pytest.approx(shard, rel=1e-6)
     assert offloaded.resting()["reward model"] == 0
@@ -111,7 +111,9 @@ def test_a_reward_model_is_counted() -> None:
     assert score["activations"] == 2 * 9216 * width and other["activations"] == 16384 * width
     with_, without = here.phases()["train"], plan(*OFFLOAD).phases()["train"]
     assert sum(with_.values()) - sum(without.values()) == here.resting()["reward model"]
-    keys = next(Plan(config, QWEN_7B, "cuda", 45 * GIB, math.inf, QWEN_7B).remedies())
+    keys = next(
+        Plan(config, QWEN_7B, "cuda", 45 * GIB, math.inf, {"reward model": QWEN_7B}).remedies()
+    )
     assert keys == {f"{model}.fsdp_config.param_offload": True}
 
 

@@ -791,7 +791,7 @@ def test_a_prefetched_batch_outlives_engines_that_take_no_weights():
 def whole_groups(config: Config, samples: list[Sample], step: int) -> list[list[int]]:
     """The groups of each mini-batch; every group must be whole and in one piece."""
     result = []
-    for batch in mini_batches(config, samples, step):
+    for batch in mini_batches(config.actor_rollout_ref.actor, samples, (config.data.seed, step)):
         groups = split_groups(batch)
         assert all(len(group) == 2 for group in groups)
         result.append([group[0].group for group in groups])
@@ -811,7 +811,7 @@ def test_mini_batches_in_order():
     assert whole_groups(mini_batch_config(), samples, 1) == [[0, 1], [2, 3], [4, 5]]
     twice = whole_groups(mini_batch_config(ppo_epochs=2), samples, 1)
     assert twice == [[0, 1], [2, 3], [4, 5]] * 2
-    batches = list(mini_batches(mini_batch_config(), samples, 1))
+    batches = list(mini_batches(mini_batch_config().actor_rollout_ref.actor, samples, (1, 1)))
     assert all(a is b for a, b in zip(chain(*batches), samples, strict=True))
 
 

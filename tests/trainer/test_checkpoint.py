@@ -39,8 +39,8 @@ def state(step: int, **fields) -> TrainState:
 
 def save_actor(content: str = "weights"):
     def save(path: Path) -> None:
-        path.mkdir()
-        (path / "shard").write_text(content)
+        (path / "actor").mkdir()
+        (path / "actor" / "shard").write_text(content)
 
     return save
 
@@ -277,7 +277,7 @@ DAMAGE = {
 def test_a_damaged_one_is_recognised_and_the_one_before_it_taken(tmp_path, name, caplog):
     def write(path):
         save_actor("a shard's bytes")(path)
-        (path / "big").write_bytes(b"x" * 6 * 2**20)
+        (path / "actor" / "big").write_bytes(b"x" * 6 * 2**20)
 
     checkpoints = folder(tmp_path)
     for step in (8, 9, 10):
@@ -319,7 +319,11 @@ def test_the_whole_state_comes_back(tmp_path):
         prefetched=TrainBatch(samples[4:], {"train/num_gen_batches": 2.0}),
     )
     saved = state(
-        7, batches=batches, skipped_in_a_row=2, validation_due=True, best={"val-core/best_acc": 0.5}
+        7,
+        batches=batches,
+        skipped_in_a_row={"actor": 2},
+        validation_due=True,
+        best={"val-core/best_acc": 0.5},
     )
     checkpoints = folder(tmp_path)
     prompts = [samples[i].prompt for i in (0, 2, 4)]

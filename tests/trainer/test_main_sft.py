@@ -76,3 +76,21 @@ def test_rows_that_are_too_long_are_named(
         )
     assert stopped.value.code == 2
     assert "data.max_length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.path=/nowhere", "error: model.path=/nowhere: no Hugging Face model there"),
+        ("model.external_lib=nowhere", "error: model.external_lib=nowhere: No module"),
+        ("model.target_modules=[lm_head]", "error: model.target_modules=['lm_head']: lm_head"),
+    ],
+)
+def test_messages_name_the_keys_of_the_warm_up(
+    override: str, message: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    overrides = settings(tiny_model, tmp_path, "model.lora_rank=4", override)
+    with pytest.raises(SystemExit):
+        main_sft.run(load_config(overrides, "sft_trainer"))
+    said = capsys.readouterr().err
+    assert said.startswith(message) and "actor_rollout_ref" not in said and "MODEL_" not in said

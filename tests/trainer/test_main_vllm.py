@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.models.families import make_family
 from tests.trainer.test_main_ppo import read, run, settings  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.skipif(
@@ -64,3 +65,18 @@ def test_split_and_one_step_ahead(
     run(settings, *SPLIT, f"trainer.default_local_dir={tmp_path}")
     for before, after in zip(steps, read(tmp_path), strict=True):
         assert after == pytest.approx(before, rel=1e-3, abs=1e-4)
+
+
+def test_a_start_ends_where_vllm_computes_another_model(
+    settings: list[str],  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It has no windows for Qwen2-MoE, whatever the configuration says."""
+    model = make_family("Qwen2-MoE, windows", tmp_path / "model")
+    one = (f"actor_rollout_ref.model.path={model}", "trainer.n_gpus_per_node=1")
+    with pytest.raises(SystemExit) as stopped:
+        run(settings, *VLLM[:2], *one, f"trainer.default_local_dir={tmp_path}/run")
+    assert stopped.value.code == 2
+    assert "error: engine 0 is not the actor's model" in capsys.readouterr().err
+    assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -274,16 +274,20 @@ def test_gdpo_takes_the_components_and_their_weights(tiny_model: Path, tmp_path:
     np.testing.assert_allclose([s.advantage for s in samples], expected, atol=1e-6)
 
 
-def test_kl_is_subtracted_from_the_reward(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("penalty", "first"), [("kl", 0.5), ("mse", 0.125)])
+def test_kl_is_subtracted_from_the_reward(
+    penalty: str, first: float, tiny_model: Path, tmp_path: Path
+) -> None:
     overrides = ["algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.kl_coef=0.5"]
+    overrides += [f"algorithm.kl_penalty={penalty}"]
     trainer = make_trainer(tiny_model, tmp_path, *overrides)
     samples = make_samples([2, 4], reward=1.0)
     samples[0].old_log_probs = np.array([-1.0, -2.0], np.float32)
     samples[0].ref_log_probs = np.array([-1.5, -2.5], np.float32)
     samples[1].old_log_probs = samples[1].ref_log_probs
     metrics = trainer.subtract_kl(samples)
-    assert [s.reward for s in samples] == [0.5, 1.0]  # 1 − 0.5·(0.5 + 0.5), 1 − 0
-    assert metrics["actor/reward_kl_penalty"] == 0.25  # means over tokens of 0.5 and 0
+    assert [s.reward for s in samples] == [1 - first, 1.0]  # 1 − 0.5·(first + first), 1 − 0
+    assert metrics["actor/reward_kl_penalty"] == first / 2  # means over tokens of `first` and 0
     assert metrics["actor/reward_kl_penalty_coeff"] == 0.5
 
 
@@ -315,6 +319,9 @@ def test_clip_ratio_stands_in_for_the_bounds(tiny_model: Path, tmp_path: Path) -
     )
     loss = loss_config(trainer.config)
     assert (loss.clip_ratio_low, loss.clip_ratio_high, loss.kl_coef) == (0.1, 0.3, 0.0)
+    kl = ("use_kl_loss=True", "kl_loss_coef=0.5", "kl_loss_type=mse", "entropy_coeff=0.25")
+    loss = loss_config(load_config([f"actor_rollout_ref.actor.{text}" for text in kl]))
+    assert (loss.kl_coef, loss.kl_type, loss.entropy_coeff) == (0.5, "mse", 0.25)
 
 
 def test_engines_are_compared_over_the_tokens_that_tell() -> None:
@@ -412,6 +419,69 @@ def test_ranks_that_split_sequences_get_the_same_responses(
     assert sent["log_probs"] == sent["update"] == [whole, whole]
     first, second = sent["ref_log_probs"]
     assert first and second and sorted(first + second) == sorted(whole)
+
+
+SIZES = "log_prob_micro_batch_size_per_gpu=", "log_prob_max_token_len_per_gpu="
+
+
+@pytest.mark.parametrize(
+    ("overrides", "limits"),
+    [
+        (["actor.ppo_micro_batch_size_per_gpu=4"], [4, 4, 4]),  # the others follow
+        (["actor.ppo_micro_batch_size_per_gpu=4", f"rollout.{SIZES[0]}3"], [3, 3, 4]),
+        ([f"rollout.{SIZES[0]}3", f"ref.{SIZES[0]}5"], [3, 5, 4]),
+        (["actor.use_dynamic_bsz=True", f"rollout.{SIZES[1]}900", f"ref.{SIZES[1]}800"], "auto"),
+        (["rollout.log_prob_use_dynamic_bsz=True", "ref.log_prob_use_dynamic_bsz=False"], "mixed"),
+    ],
+)
+def test_sizes_of_passes_go_to_the_ranks(
+    overrides: list[str], limits: Any, worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    keys = [f"actor_rollout_ref.{text}" for text in overrides]
+    clip = "actor_rollout_ref.actor.grad_clip=0.125"
+    trainer = make_trainer(tiny_model, tmp_path, *keys, clip)
+    workers, sent = in_process(trainer.config, worker), dict[str, Any]()
+
+    def scatter(method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        sent[method] = arguments[0][2]
+        if method == "update":
+            assert arguments[0][3] == 0.125
+            return []
+        return [np.zeros(sum(len(s.response_ids) for s in args[0])) for args in arguments]
+
+    workers.actor.scatter = scatter  # type: ignore[method-assign]
+    samples = make_samples([9, 2, 3, 4])
+    for role in ("actor", "ref"):
+        workers.add_log_probs(samples, role)
+    workers.update([make_step(samples)])
+    found = [sent[method] for method in ("log_probs", "ref_log_probs", "update")]
+    if limits == "auto":
+        assert [(m.size, m.max_tokens) for m in found] == [(None, n) for n in (900, 800, 16384)]
+    elif limits == "mixed":
+        assert [m.size for m in found] == [None, 4, 4]
+    else:
+        assert [m.size for m in found] == limits
+
+
+def test_what_workers_are_built_and_saved_with(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    keys = ["actor_rollout_ref.nccl_timeout=77", "trainer.hf_model_dtype=float16"]
+    trainer = make_trainer(tiny_model, tmp_path, *keys, "trainer.total_epochs=3")
+    assert trainer.total_steps == 3  # of one step each
+    workers, calls = in_process(trainer.config, worker), list[tuple[Any, ...]]()
+
+    def call(method: str, *args: Any) -> list[Any]:
+        calls.append((method, *args))
+        return [(None, None)]
+
+    workers.actor.call, workers.actor.connect = call, lambda *args: calls.append(args)
+    workers.engines = SimpleNamespace(wait_ready=lambda: None, sleep=lambda: None)
+    workers.colocated, workers.update_engines = True, lambda: None
+    workers.build(trainer.total_steps, None)
+    workers.save_hf_model(tmp_path / "hf")
+    assert calls[0] == (77,) and calls[1][0] == "build" and calls[1][4] == 3
+    assert calls[2] == ("save_hf", tmp_path / "hf", "float16")
 
 
 def test_fresh_responses_beside_them_get_the_actors(

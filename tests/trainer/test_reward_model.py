@@ -90,7 +90,7 @@ def test_a_policy_learns_from_a_reward_model(
     limits = []
 
     def scatter(self: WorkerGroup, method: str, arguments: list) -> list:
-        limits.extend(of_rank[1] for of_rank in arguments if method == "reward_scores")
+        limits.extend(of_rank[-1] for of_rank in arguments if method == "ask")
         return original(self, method, arguments)
 
     original = WorkerGroup.scatter

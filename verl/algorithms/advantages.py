@@ -136,6 +136,26 @@ def gdpo_advantages(
     return whitened(total, lengths)
 
 
+def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalized advantage estimation (arXiv 1506.02438, eq. 16), [T] of N responses one after
+    another as `rewards` and `values` are, with `lengths` [N]:
+
+        A_t = δ_t + γ·λ·A_{t+1},  δ_t = r_t + γ·V_{t+1} − V_t
+
+    V and A are 0 after a response's last token, a truncated one's, too. A + V is the return that
+    the critic learns. Example: ``gae([0, 1], [0.5, 0.25], [2], 1, 1)`` is ``[0.5, 0.75]``."""
+    found = torch.zeros_like(values)
+    ends = lengths.cumsum(0)[lengths.argsort(descending=True)]
+    last, next_value = values.new_zeros(len(ends)), values.new_zeros(len(ends))
+    for back in range(int(lengths.max()) if len(lengths) else 0):
+        active = int((lengths > back).sum())  # those that are long enough come first
+        at = ends[:active] - 1 - back
+        delta = rewards[at] + gamma * next_value[:active] - values[at]
+        found[at] = last[:active] = delta + gamma * lam * last[:active]
+        next_value[:active] = values[at]
+    return found
+
+
 ADVANTAGES: dict[str, Callable[..., Tensor]] = {
     **dict.fromkeys(("grpo", "grpo_vectorized"), grpo_advantages),
     **dict.fromkeys(("rloo", "rloo_vectorized"), rloo_advantages),

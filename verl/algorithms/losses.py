@@ -22,22 +22,26 @@ class LossConfig(Constants):
     kl_type: str = "low_var_kl"  # a key of KL_ESTIMATORS
     rollout_is: str | None = None  # the level of rollout_is_weights; None: no correction
     rollout_is_threshold: float = 2.0
+    cliprange_value: float = 0.5  # of the critic's loss
 
 
 @dataclass(slots=True)
 class LossInputs:
     """All that a loss may see of N responses, one after another, with T counted tokens in all."""
 
-    log_probs: Tensor  # under the policy that is trained, with gradient, [T]
+    # Under the policy that is trained, with gradient, [T]; of a critic its values.
+    log_probs: Tensor
     entropy: Tensor  # of the distribution at each token, with gradient, [T]
     lengths: Tensor  # counted tokens of each response, [N]
     weights: Tensor  # w_i of the policy loss, repeated for each token, [T]
     regularizer_weights: Tensor  # those of KL loss and entropy bonus, [T]
-    advantages: Tensor  # A_i, repeated for each token, [T]
+    advantages: Tensor  # A_i, repeated for each token; with a critic the token's own, [T]
     old_log_probs: Tensor | None = None  # before the step; None: the same as log_probs, [T]
     ref_log_probs: Tensor | None = None  # under the reference policy, [T]
     rollout_log_probs: Tensor | None = None  # as the engine reported them, [T]
     selected: Tensor | None = None  # 1 where `SELECTIONS` chose the token, else 0, [T]
+    values: Tensor | None = None  # the critic's before the step, [T]
+    returns: Tensor | None = None  # what it is to learn, [T]
     frozen: Tensor | None = None  # 1 where the policy loss has no gradient, else 0, [T]
 
 
@@ -116,9 +120,21 @@ def nll_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
     return loss, {"w/nll_loss": loss, "entropy": x.entropy.sum()}
 
 
+def value_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, Sums]:
+    """½ Σ_i w_i Σ_t max((V − R)², (V_clip − R)²) with returns R, and V_clip: V, but at most
+    `cliprange_value` away from the value before the step (arXiv 2005.12729, section 3)."""
+    assert x.values is not None and x.returns is not None
+    bound, V = config.cliprange_value, x.log_probs
+    plain = (V - x.returns) ** 2
+    clipped = (x.values + (V - x.values).clamp(-bound, bound) - x.returns) ** 2
+    loss = (x.weights * torch.maximum(plain, clipped)).sum() / 2
+    return loss, {"w/vf_loss": loss, "vf_clipfrac": (clipped > plain).sum(), "vpred_mean": V.sum()}
+
+
 LOSSES: dict[str, Callable[..., tuple[Tensor, Sums]]] = {
     "ppo": ppo_loss,
     "reinforce": reinforce_loss,
     "nll": nll_loss,
+    "value": value_loss,
 }
 """Kind → the loss of a micro-batch and what it reports."""

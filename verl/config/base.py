@@ -92,18 +92,21 @@ class Section:
             else:
                 yield prefix + f.name, value, rules
 
-    def ending(self, name: str) -> dict[str, Any]:
-        """The keys that `name` is an end of, and their values. At least one."""
+    def ending(self, name: str, near: str = "") -> dict[str, Any]:
+        """The keys that `name` is an end of, and their values. At least one; only that one which is
+        in the same section as the key `near`, if there is one."""
         found = {k: value for k, value, _ in self.walk() if f".{k}".endswith(f".{name}")}
         assert found, f"no key ends in {name}"
-        return found
+        own = f"{near.rpartition('.')[0]}.{name}"
+        return {own: found[own]} if own in found else found
 
-    def holds(self, condition: str) -> bool:
-        """Whether ``end.of.key=word``, with `!=` or ` lacks ` too, all joined by ` and `. Where a
-        function of the user's is the value, no `!=` holds: it may read any key."""
+    def holds(self, condition: str, near: str = "") -> bool:
+        """Whether ``end.of.key=word``, with `!=` or ` lacks ` too, all joined by ` and `; of keys
+        with the same end the one that is `near`. Where a function of the user's is the value, no
+        `!=` holds: it may read any key."""
         for part in condition.split(" and "):
             name, sign, word = re.split("(!=|=| lacks )", part)
-            values = self.ending(name).values()
+            values = self.ending(name, near).values()
             same = [word in v if sign == " lacks " else word == shown(v) for v in values]
             own = sign == "!=" and any(OWN.fullmatch(str(v)) for v in values)
             if own or (sign == "=") not in same:
@@ -151,9 +154,10 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    """`actor_rollout_ref.model`, and `model` of the warm-up."""
+    """`actor_rollout_ref.model`."""
 
     section = "actor_rollout_ref.model"  # what messages call it
+    new_weights = frozenset[str]()  # what the files may lack, and is 0 then
     path: str = "Qwen/Qwen2.5-3B"
     """Hugging Face model: a folder or a name on the hub."""
     override_config: dict[str, Any] = key(dict)
@@ -194,10 +198,23 @@ class ModelConfig(Section):
         return self.lora_rank > 0 or self.lora_adapter_path is not None
 
 
+class SFTModelConfig(ModelConfig):
+    """`model` of the warm-up."""
+
+    section = "model"
+
+
 class ClassifierConfig(ModelConfig):
     """A sequence classifier with one label: what `reward_model.model` stands for."""
 
     section = "reward_model.model"
+
+
+class CriticModelConfig(ClassifierConfig):
+    """The same of `critic.model`, which may be a language model without that head."""
+
+    section = "critic.model"
+    new_weights = frozenset({"score.weight"})
 
 
 class OptimConfig(Section):
@@ -339,7 +356,7 @@ class SFTConfig(Section):
     """All keys of `verl.trainer.main_sft`."""
 
     data: SFTDataConfig = key(SFTDataConfig)
-    model: ModelConfig = key(lambda: ModelConfig(tokenizer_path="${data.tokenizer}"))
+    model: SFTModelConfig = key(lambda: SFTModelConfig(tokenizer_path="${data.tokenizer}"))
     optim: OptimConfig = key(OptimConfig)
     fsdp_config: FSDPConfig = key(FSDPConfig)
     trainer: RunConfig = key(RunConfig)

@@ -31,7 +31,7 @@ from verl.config.base import (
 )
 from verl.config.schema import Config
 from verl.config.validate import ignored_keys, validate
-from verl.config.verl_keys import OF_ALL_RANKS, SAME_AS, refusal, without_effect
+from verl.config.verl_keys import OF_ALL_RANKS, own_name, refusal, without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def load_config(
     own = tuple(f"{key}." for key, _, _ in typed.walk())
     foreign = {k: v for k, v in given.items() if not any(o.startswith(f"{k}.") for o in own)}
     found = {k: why for k, v in foreign.items() if (why := without_effect(k, v))}
-    found |= ignored_keys(typed, [SAME_AS.get(key, key) for key in given])
+    found |= ignored_keys(typed, [own_name(key) for key in given])
     if ignored := [f"{key} ({why})" for key, why in found.items()]:
         logger.warning("these keys have no effect in this run: %s", "; ".join(ignored))
     typed.lock()
@@ -175,7 +175,7 @@ def _override(
             problems[str(error)] = text
             continue
         name, value = override.key_or_group, override.value()
-        key = SAME_AS.get(name, name)
+        key = own_name(name)
         if key.endswith("dtype") and isinstance(value, str):
             value = DTYPES.get(value, value)
         values[name] = value

@@ -14,6 +14,7 @@ from verl.config.base import (
     TrainFilesConfig,
     key,
 )
+from verl.config.critic import CriticConfig
 from verl.config.rollout_correction import RolloutCorrectionConfig
 
 LOSS_AGG_MODES = (
@@ -28,7 +29,7 @@ LOSS_AGG_MODES = (
     "dr-grpo",
     "delta-l",
 )
-WITHOUT_GROUPS = ("reinforce_plus_plus", "remax")
+WITHOUT_GROUPS = ("reinforce_plus_plus", "remax", "gae")
 """Estimators that compare no responses to the same prompt, so that one is enough."""
 BY_STD = ("grpo", "grpo_vectorized", "grpo_passk", "gdpo")
 ADV_ESTIMATORS = (
@@ -315,7 +316,7 @@ class RolloutConfig(SamplingConfig):
     max_model_len: int | None = key(None, low=1, **VLLM)
     """vLLM: longest sequence; null: max_prompt_length + max_response_length."""
     tensor_model_parallel_size: int = key(1, low=1, **VLLM)
-    """vLLM: devices of one engine."""
+    """vLLM: devices of one engine, of one machine or all of several."""
     gpu_memory_utilization: float = key(0.5, high=1, above=0, **VLLM)
     """vLLM: share of a GPU's memory for weights and KV cache. On a CPU the KV cache takes up to
     5 % of the memory, or what engine_kwargs.vllm.kv_cache_memory_bytes says."""
@@ -339,10 +340,17 @@ class RolloutConfig(SamplingConfig):
     """vLLM: free the memory of weights and KV cache while the actor trains."""
     weight_transfer: str | None = key(None, choices=("host", "ipc", "nccl"), **FREE)
     """How engines get weights; null: host for hf and on CPUs, else ipc, or nccl between GPUs."""
-    verify_weights: bool = key(False, **FREE)
-    """After each transfer compare log-probabilities with the actor: rollout/verify_logprob_diff."""
-    verify_weights_tolerance: float = key(0.05, above=0, **FREE, idle_if="verify_weights=False")
-    """Largest mean difference, in nats a token; more is an error at start and a warning later."""
+    verify_weights: bool | None = key(None, **FREE)
+    """Compare log-probabilities of each engine with the actor's. True: after each transfer, as
+    rollout/verify_logprob_diff. null: at the start alone, and only vLLM's."""
+    verify_weights_tolerance: float | None = key(
+        None,
+        above=0,
+        **FREE,
+        idle_if=("verify_weights=False", "verify_weights=null and rollout.name=hf"),
+    )
+    """Largest mean difference, in nats a token; more is an error at start and a warning later.
+    null: 0.05, or 1e-3 where engines and actor compute in float32."""
     engine_kwargs: EngineKwargs = key(EngineKwargs, on_resume="warn", idle_if="rollout.name=hf")
     val_kwargs: SamplingConfig = key(
         lambda: SamplingConfig(n=1, do_sample=False, temperature=0.0), on_resume="validation"
@@ -528,6 +536,10 @@ class AlgorithmConfig(Section):
     )
     """Follows the functions of your own: which they are, and how the SHA-256 of their files begin,
     so that a run doesn't resume with another text."""
+    gamma: float = key(1.0, above=0, high=1, idle_if="adv_estimator!=gae")
+    """gae: what a reward counts for one token earlier."""
+    lam: float = key(1.0, low=0, high=1, idle_if="adv_estimator!=gae")
+    """gae: its λ. 1: what followed minus the value; 0: what the next token's value says."""
     norm_adv_by_std_in_grpo: Any = key(
         True,
         choices=(True, False, "batch"),
@@ -565,6 +577,8 @@ class TrainerConfig(RunConfig):
     """GPUs of each machine for engines alone, beside n_gpus_per_node; null: they share those."""
     async_rollout: bool = key(False, on_resume="warn")
     """Draw the next step's batch while this one trains; needs rollout_gpus_per_node."""
+    critic_warmup: int = key(0, low=0, idle_if="adv_estimator!=gae", on_resume="warn")
+    """gae: the actor rests in the steps before this one; 0: in none."""
     balance_batch: bool = True
     """Give every rank about the same number of tokens; False: the same number of responses."""
     val_before_train: bool = True
@@ -603,6 +617,7 @@ class Config(Section):
 
     data: DataConfig = key(DataConfig)
     actor_rollout_ref: ActorRolloutRefConfig = key(ActorRolloutRefConfig)
+    critic: CriticConfig = key(CriticConfig, idle_if="adv_estimator!=gae")
     reward_model: RewardModelConfig = key(RewardModelConfig)
     custom_reward_function: CustomRewardConfig = key(CustomRewardConfig)
     algorithm: AlgorithmConfig = key(AlgorithmConfig)

@@ -14,7 +14,7 @@ from typing import Any
 from verl.config.base import OWN, Section, SFTConfig
 from verl.config.rollout_correction import rejections
 from verl.config.schema import WITHOUT_GROUPS, Config
-from verl.config.verl_keys import refusal
+from verl.config.verl_keys import WITHOUT_EFFECT, refusal
 
 LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "low": (operator.ge, "at least"),
@@ -38,11 +38,11 @@ def validate(config: Config | SFTConfig, wrong: Collection[str] = ()) -> list[st
 def ignored_keys(config: Section, given: Collection[str]) -> dict[str, str]:
     """Those of the overridden keys that can't matter in this run, each with its reason."""
     conditions = {key: rules.idle_if for key, _, rules in config.walk()}
-    found: dict[str, str] = {}
+    found = {key: WITHOUT_EFFECT[key] for key in given if key in WITHOUT_EFFECT}
     for key in given:
         for condition in conditions.get(key, ()):
             switch = condition.partition("=")[0]  # one that is off is not idle
-            if not f".{key}".endswith(f".{switch}") and config.holds(condition):
+            if not f".{key}".endswith(f".{switch}") and config.holds(condition, key):
                 found.setdefault(key, condition)
     return found
 
@@ -56,8 +56,8 @@ def changed_keys(saved: Mapping[str, Any], config: Config) -> dict[str, list[str
             old = reduce(operator.getitem, key.split("."), saved)
             if old != (new := json.loads(json.dumps(value))):
                 on_resume, _, condition = rules.on_resume.partition(" unless ")
-                matters = not on_resume or (condition and config.holds(condition))
-                if not (matters and ignored_keys(config, [key])):
+                matters = not on_resume or (condition and config.holds(condition, key))
+                if not ignored_keys(config, [key]):
                     found["error" if matters else on_resume].append(f"{key}: {old} → {new}")
     return found
 
@@ -66,6 +66,8 @@ def _values(config: Section) -> Iterator[tuple[str, str]]:
     """Key and line for each value out of its range."""
     for key, value, rules in config.walk():
         if value is None or ".actor.grpopp_config." in key:  # copies of the algorithm's
+            continue
+        if key.startswith("critic.") and config.holds("adv_estimator!=gae"):  # there is none
             continue
         chosen = value if isinstance(value, list) else [value]
         if not all(math.isfinite(one) for one in chosen if isinstance(one, float)):
@@ -106,7 +108,12 @@ def _common(config: Any) -> Iterator[str]:
     own = (Path(trainer.default_local_dir).expanduser() / "huggingface").resolve()
     read = config.ending("model.path") | config.ending("lora_adapter_path")
     for key, path in (read | config.ending("data.tokenizer")).items():
-        if trains and path and Path(path).expanduser().resolve().is_relative_to(own):
+        if (
+            trains
+            and path
+            and not ignored_keys(config, [key])
+            and Path(path).expanduser().resolve().is_relative_to(own)
+        ):
             yield f"{key}={path} is where the run writes its model: change {{experiment_name}}"
     ranks = trainer.nnodes * trainer.n_gpus_per_node
     for key, size in config.ending("fsdp_config.fsdp_size").items():
@@ -120,9 +127,9 @@ def _common(config: Any) -> Iterator[str]:
                 yield f"{name}={value}: give names of layers as a list, or a regular expression"
     if trainer.logger is None:
         yield "{trainer.logger=}: give a name or a list of names"
-    (betas,) = config.ending("optim.betas").values()
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        yield "{optim.betas=}: give two numbers from 0 to below 1"
+    for key, betas in config.ending("optim.betas").items():
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            yield f"{{{key}=}}: give two numbers from 0 to below 1"
 
 
 def _is_text(value: Any) -> bool:
@@ -177,6 +184,8 @@ def _advantages(config: Config) -> Iterator[str]:
     algorithm, buffer = config.algorithm, config.reward_model.overlong_buffer
     if config.actor_rollout_ref.rollout.n == 1 and algorithm.filter_groups.enable:
         yield "{filter_groups.enable=} compares a prompt's responses: set {rollout.n} to 2 or more"
+    if algorithm.adv_estimator == "reinforce_plus_plus" and algorithm.gamma != 1:
+        yield "{algorithm.gamma=}: a response has one advantage under {adv_estimator=}: set it to 1"
     if algorithm.adv_estimator != "gdpo":
         return
     keys, weights = algorithm.gdpo_reward_keys or [], algorithm.gdpo_reward_weights
@@ -191,6 +200,19 @@ def _advantages(config: Config) -> Iterator[str]:
     if buffer.enable and not (buffer.log and "overlong_reward" in keys):
         remedy = "add overlong_reward to {gdpo_reward_keys}, and set {overlong_buffer.log}=True"
         yield "{overlong_buffer.enable=} is no part of gdpo's rewards: " + remedy
+
+
+def _critic(config: Config) -> Iterator[str]:
+    critic, data = config.critic, config.data
+    split = max(1, critic.ulysses_sequence_parallel_size)
+    if data.train_batch_size % max(1, critic.ppo_mini_batch_size):
+        yield "{critic.ppo_mini_batch_size=} must divide {train_batch_size=} (both count prompts)"
+    if critic.ppo_micro_batch_size_per_gpu is None and not critic.use_dynamic_bsz:
+        yield "{critic.use_dynamic_bsz=}: set {critic.ppo_micro_batch_size_per_gpu}, or drop it"
+    longest = data.max_prompt_length + data.max_response_length
+    for key in ("ppo_max_token_len_per_gpu", "forward_max_token_len_per_gpu"):
+        if critic.use_dynamic_bsz and getattr(critic, key) * split < longest:
+            yield f"{{critic.{key}=}} can't hold one sequence of {longest} tokens"
 
 
 def _reward_model(config: Config) -> Iterator[str]:
@@ -222,6 +244,8 @@ def _training(config: Config) -> Iterator[str]:
         yield "{ppo_mini_batch_size=} must divide {train_batch_size=} (both count prompts)"
     yield from _advantages(config)
     estimator = config.algorithm.adv_estimator
+    if estimator == "gae":
+        yield from _critic(config)
     if rollout.n == 1 and estimator not in WITHOUT_GROUPS and not OWN.fullmatch(estimator):
         yield (
             "{rollout.n=}: advantages compare a prompt's responses, so n must be at least 2, or "
@@ -250,13 +274,18 @@ def _training(config: Config) -> Iterator[str]:
 
 def _ranks(config: Config) -> Iterator[str]:
     ranks, models = config.trainer.nnodes * config.trainer.n_gpus_per_node, config.actor_rollout_ref
+    parts = []
     for name, split in zip(("actor", "ref"), models.splits, strict=True):
-        if name == "ref" and split == models.splits[0]:
-            continue  # it follows
+        if name == "actor" or split != models.splits[0]:  # else it follows
+            parts.append((name, split, "actor_rollout_ref.model", models.model.use_remove_padding))
+    if config.algorithm.adv_estimator == "gae":
+        split, model = max(1, config.critic.ulysses_sequence_parallel_size), config.critic.model
+        parts.append(("critic", split, "critic.model", model.use_remove_padding))
+    for name, split, model_name, packed in parts:
         if ranks % split:
             yield f"{{{name}.ulysses_sequence_parallel_size=}} must divide the {ranks} ranks"
-        if split > 1 and not models.model.use_remove_padding:
-            remedy = "splits packed sequences: set {use_remove_padding}=True"
+        if split > 1 and not packed:
+            remedy = f"splits packed sequences: set {{{model_name}.use_remove_padding}}=True"
             yield f"{{{name}.ulysses_sequence_parallel_size=}} {remedy}"
 
 
@@ -286,8 +315,11 @@ def _engines(config: Config) -> Iterator[str]:
     if rollout.name == "hf":
         return
     devices = split or trainer.n_gpus_per_node
-    if devices % max(1, rollout.tensor_model_parallel_size):
-        yield f"{{tensor_model_parallel_size=}} must divide the {devices} devices for engines"
+    size = max(1, rollout.tensor_model_parallel_size)
+    if devices % size and (size % devices or trainer.nnodes * devices % size):  # whole machines
+        other = ", or be all of several of the {trainer.nnodes=}" * (trainer.nnodes > 1)
+        text = f"{{tensor_model_parallel_size=}} must divide the {devices} devices for engines"
+        yield f"{text}{' of a machine' * bool(other)}{other}"
     if trainer.device == "cpu" and rollout.tensor_model_parallel_size != 1:
         yield "{tensor_model_parallel_size=}: vLLM has one process per engine on a CPU"
     if trainer.device == "cpu" and transfer == "ipc":

@@ -17,6 +17,14 @@ SAME_AS, OF_ALL_RANKS, WITHOUT_EFFECT, NOT_SUPPORTED = (
 )
 
 
+def own_name(name: str) -> str:
+    """The key that a name of verl's stands for, also below a section of another name."""
+    above = name
+    while above and above not in SAME_AS:
+        above = above.rpartition(".")[0]
+    return SAME_AS[above] + name[len(above) :] if above else name
+
+
 def without_effect(key: str, value: Any) -> str | None:
     """Why an override of verl's changes nothing here; None if it is none of those."""
     text = f"{value:g}" if type(value) in (int, float) else shown(value)

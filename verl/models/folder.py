@@ -142,8 +142,8 @@ def check_weights(model: ModelConfig) -> None:
             raise ValueError(f"{place}: {name} has the shape {shape}, but config.json says {size}")
         else:
             there.add(parameter)
-    missing = [name for name, parameter in lm.named_parameters() if parameter not in there]
-    check_names(missing, others, lm, model.path)
+    missing = {name for name, parameter in lm.named_parameters() if parameter not in there}
+    check_names(missing - model.new_weights, others, lm, model.path)
 
 
 def write_folder(

@@ -20,14 +20,14 @@ from verl.models.kv_cache import DECODE_ATTENTION
 from verl.models.logprobs import PolicyModel
 from verl.models.lora import add_adapters
 from verl.models.packing import Batch, packed_attention
-from verl.models.reward import RewardModel
+from verl.models.score import ScoreModel
 from verl.utils.device import default_dtype, default_packed_attention, saved_on_host
 
 
 def build_policy(
     model: ModelConfig, fsdp: FSDPConfig, device: torch.device, packer: Callable[..., Batch]
 ) -> Any:
-    """A `PolicyModel`, or the `RewardModel` of a classifier: every rank shards an empty skeleton,
+    """A `PolicyModel`, or the `ScoreModel` of a classifier: every rank shards an empty skeleton,
     and gets its part of what rank 0 loads. Raises: ValueError for a model whose passes over batches
     of `packer` are not those of transformers."""
     precision = fsdp.mixed_precision
@@ -41,7 +41,7 @@ def build_policy(
     if model.enable_gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     if isinstance(model, ClassifierConfig):
-        policy: Any = RewardModel(lm)
+        policy: Any = ScoreModel(lm)
     else:
         trained = {*lm.get_decoder().parameters(), *lm.get_output_embeddings().parameters()}
         for parameter in lm.parameters():  # the others belong to images, and are never used
@@ -72,7 +72,7 @@ def build_policy(
 def load_weights(policy: Any, model: ModelConfig, dtype: torch.dtype) -> None:
     """Every rank gets its part of what rank 0 loads from the model's folder, as `dtype`, and of
     LoRA's adapters."""
-    wrap: Any = RewardModel if isinstance(model, ClassifierConfig) else PolicyModel
+    wrap: Any = ScoreModel if isinstance(model, ClassifierConfig) else PolicyModel
     loaded = None
     if dist.get_rank() == 0:
         loaded = wrap(load_hf_model(model, dtype))

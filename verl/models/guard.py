@@ -39,10 +39,13 @@ def check_family(lm: Any, model: ModelConfig) -> None:
     """`lm`: the model without memory for its weights. Raises: ValueError for one that has no
     attention or, where sequences are packed, one whose layers would mix them."""
     name = f"{model.path}: a {lm.config.model_type} model"
-    if lm._is_stateful and not any("Attention" in type(m).__name__ for m in lm.modules()):
+    kinds = {type(m).__name__ for m in lm.modules()} - {"RwkvSelfAttention"}  # which is recurrent
+    if lm._is_stateful and not any("Attention" in kind for kind in kinds):
         raise ValueError(f"{name} has no attention, and no engine that gets its weights")
     if lm.get_decoder() is lm or not decoder_layers(lm):
         raise ValueError(f"{name} does not name its decoder, or that one's layers: not supported")
+    if hasattr(lm.config, "keep_window_size"):  # Doge
+        raise ValueError(f"{name} chooses the tokens it sees by the whole batch: not supported")
     if model.enable_gradient_checkpointing and not lm.supports_gradient_checkpointing:
         off = f"set {model.section}.enable_gradient_checkpointing=False"
         raise ValueError(f"{name} has no gradient checkpointing: {off}")
@@ -50,8 +53,8 @@ def check_family(lm: Any, model: ModelConfig) -> None:
         return
     unpack = f"set {model.section}.use_remove_padding=False"
     own = set() if lm._can_set_attn_implementation() else {"an attention of its own"}
-    if kinds := other_layers(lm) | own:  # Jamba, BLOOM, …
-        text = ", ".join(sorted(kinds))
+    if others := other_layers(lm) | own:  # Jamba, BLOOM, …
+        text = ", ".join(sorted(others))
         raise ValueError(f"{name} has layers that mix packed sequences ({text}): {unpack}")
     lm.set_attn_implementation(packed_attention.__name__)
     ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")

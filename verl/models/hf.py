@@ -54,9 +54,8 @@ def import_libraries(model: ModelConfig) -> None:
         try:
             import_module(name)
         except ImportError as error:
-            key = "actor_rollout_ref.model.external_lib"
             remedy = "name a module of the environment or of a folder in PYTHONPATH"
-            raise ValueError(f"{key}={name}: {error}; {remedy}") from error
+            raise ValueError(f"{model.section}.external_lib={name}: {error}; {remedy}") from error
 
 
 def load_hf_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
@@ -64,7 +63,10 @@ def load_hf_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     options = {"config": load_hf_config(model), "trust_remote_code": model.trust_remote_code}
     options |= {"dtype": dtype, "output_loading_info": True}
     lm, info = _load(architecture(model), model.path, f"{model.section}.path", **options)
-    check_names(info["missing_keys"], info["unexpected_keys"], lm, model.path)
+    missing = {*info["missing_keys"]}
+    for name in model.new_weights & missing:
+        nn.init.zeros_(lm.get_parameter(name))
+    check_names(missing - model.new_weights, info["unexpected_keys"], lm, model.path)
     return lm
 
 
@@ -99,8 +101,7 @@ def check_split(config: Any, ranks: int, name: str) -> None:
 def load_tokenizer(model: ModelConfig) -> Any:
     """What decides prompts, texts and stopping. Raises: ValueError if there is none."""
     import_libraries(model)
-    path = model.tokenizer_path or model.path
-    key = "data.tokenizer" if model.tokenizer_path else f"{model.section}.path"
+    path, key = _tokenizer(model)
     found = _load(AutoTokenizer, path, key, trust_remote_code=model.trust_remote_code)
     if not found.get_vocab().keys() - {*found.all_special_tokens}:  # made up from nothing
         classifier = isinstance(model, ClassifierConfig)
@@ -109,7 +110,13 @@ def load_tokenizer(model: ModelConfig) -> Any:
     return found
 
 
-def _load(kind: Any, path: str, key: str = "actor_rollout_ref.model.path", **options: Any) -> Any:
+def _tokenizer(model: ModelConfig) -> tuple[str, str]:
+    """Where it is, and the key that says so."""
+    own = model.path, f"{model.section}.path"
+    return (model.tokenizer_path, "data.tokenizer") if model.tokenizer_path else own
+
+
+def _load(kind: Any, path: str, key: str, **options: Any) -> Any:
     """`kind.from_pretrained`. Raises: ValueError, of one line, if there is none at `path`."""
     folder = expanduser(path)
     if not isdir(folder):
@@ -135,9 +142,9 @@ def num_embeddings(model: ModelConfig) -> int:
 
 def stop_token_ids(model: ModelConfig) -> list[int]:
     """What ends a response, by tokenizer or generation_config.json. Raises: ValueError if none."""
-    path = model.tokenizer_path or model.path
+    path, key = _tokenizer(model)
     try:
-        named = _load(GenerationConfig, path).eos_token_id
+        named = _load(GenerationConfig, path, key).eos_token_id
     except ValueError:
         if isfile(join(expanduser(path), "generation_config.json")):
             raise  # there is one, but it is broken
@@ -153,12 +160,14 @@ def stop_token_ids(model: ModelConfig) -> list[int]:
 
 def model_size(lm: Any) -> ModelSize | None:
     """The model's matrix products; None for experts, and without `nn.Linear` or heads."""
-    config = lm.config.get_text_config()
+    config, output = lm.config.get_text_config(), lm.get_output_embeddings()
     linears = [m for m in lm.get_decoder().modules() if isinstance(m, nn.Linear)]
     heads = getattr(config, "num_attention_heads", None)
-    if not (linears and heads) or any("expert" in name for name, _ in lm.named_parameters()):
+    if not (linears and heads and output) or any(
+        "expert" in name for name, _ in lm.named_parameters()
+    ):
         return None
-    head = lm.get_output_embeddings().weight
+    head = output.weight
     return ModelSize(
         decoder=sum(m.weight.numel() for m in linears),
         head=head.numel(),

@@ -60,21 +60,21 @@ def add_adapters(lm: Any, model: ModelConfig) -> Any:
     if (config := lora_config(model)) is None:
         return lm
     device = next(lm.parameters()).device
-    if config.target_modules == "all-linear":  # of the decoder, not of what sees images
-        inside = {*lm.get_decoder().modules()} - {lm.get_output_embeddings()}
-        named = [(name, m) for name, m in lm.named_modules() if m in inside]
-        config.target_modules = [name for name, m in named if isinstance(m, nn.Linear | Conv1D)]
+    if config.target_modules == "all-linear":
+        config.target_modules = _all_linear(lm)
     with torch.random.fork_rng(devices=[]), device:
         torch.manual_seed(0)
         try:
             inject_adapter_in_model(config, lm)
         except ValueError as error:
-            raise ValueError(f"{model.section}.target_modules: {error}") from error
+            keys = f"{model.section}.target_modules or exclude_modules"
+            raise ValueError(f"{keys}: {error}") from error
     for parameter in adapters(lm).values():
         parameter.data = parameter.data.float()
     head = lm.get_output_embeddings()
     for name, module in lm.named_modules():
-        if isinstance(module, LoraLayer) and (type(module) is not Linear or module is head):
+        fits = type(module) is Linear and module is not head
+        if isinstance(module, LoraLayer) and not (fits and _is_linear(module.get_base_layer())):
             problem = f"{name} can't have an adapter; name linear layers of the decoder, such as "
             problem += "[q_proj,k_proj,v_proj,o_proj]"
             raise ValueError(f"{model.section}.target_modules={model.target_modules}: {problem}")
@@ -87,6 +87,21 @@ def add_adapters(lm: Any, model: ModelConfig) -> Any:
         for name, parameter in own.items():
             parameter.data.copy_(saved[name])
     return lm
+
+
+def _all_linear(lm: Any) -> list[str]:
+    """Linear layers of the decoder, not of what sees images. Beside experts, whose weights are
+    stacked, without those that PEFT would take for theirs, as they have the same names."""
+    inside = {*lm.get_decoder().modules()} - {lm.get_output_embeddings()}
+    experts = any("experts" in name and p.dim() == 3 for name, p in lm.named_parameters())
+    taken = (".gate_proj", ".up_proj", ".down_proj") if experts else ()
+    named = [name for name, m in lm.named_modules() if m in inside and _is_linear(m)]
+    return [name for name in named if not name.endswith(taken)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it returns a product; routers of experts do more."""
+    return isinstance(module, nn.Linear | Conv1D) and "Router" not in type(module).__name__
 
 
 def adapters(lm: nn.Module) -> dict[str, nn.Parameter]:

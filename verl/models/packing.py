@@ -107,9 +107,9 @@ def loss_inputs(step: OptimizerStep, log_probs: Tensor, entropy: Tensor) -> Loss
     def of_response(values: Sequence[float] | np.ndarray) -> Tensor:
         return torch.as_tensor(np.repeat(np.asarray(values, np.float32), lengths), device=device)
 
-    def of_token(name: str) -> Tensor | None:
+    def of_token(name: str, otherwise: Tensor | None = None) -> Any:
         if any(getattr(s, name) is None for s in samples):
-            return None
+            return otherwise
         counted = [s.counted(getattr(s, name)) for s in samples]
         return torch.as_tensor(np.concatenate([np.zeros(0, np.float32), *counted]), device=device)
 
@@ -121,11 +121,13 @@ def loss_inputs(step: OptimizerStep, log_probs: Tensor, entropy: Tensor) -> Loss
         regularizer_weights=of_response(
             step.weights if step.regularizer_weights is None else step.regularizer_weights
         ),
-        advantages=of_response([s.advantage for s in samples]),
+        advantages=of_token("token_advantages", of_response([s.advantage for s in samples])),
         old_log_probs=of_token("old_log_probs"),
         ref_log_probs=of_token("ref_log_probs"),
         rollout_log_probs=of_token("rollout_log_probs"),
         selected=of_token("selected"),
+        values=of_token("values"),
+        returns=of_token("returns"),
         frozen=of_token("frozen"),
     )
 
@@ -134,11 +136,7 @@ def per_token_of_response(values: Tensor, samples: Sequence[Sample]) -> list[np.
     """Results for `Batch.targets`, [T] → one float32 array [R] per sample, 0 for other tokens."""
     ends = np.cumsum([s.length for s in samples])
     arrays = np.split(values.detach().float().cpu().numpy(), ends)[:-1]
-    for i, s in enumerate(samples):
-        if s.loss_mask is not None:
-            counted, arrays[i] = arrays[i], np.zeros(len(s.response_ids), np.float32)
-            arrays[i][s.loss_mask] = counted
-    return arrays
+    return [s.spread(array) for s, array in zip(samples, arrays, strict=True)]
 
 
 def packed_attention(

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft.helpers import rescale_adapter_scale
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
@@ -22,7 +23,6 @@ from torch.multiprocessing.reductions import reduce_tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from verl.algorithms.losses import LOSSES, LossConfig
-from verl.config.base import ClassifierConfig
 from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig
 from verl.models.folder import write_folder
 from verl.models.fsdp import build_policy, load_weights
@@ -99,8 +99,7 @@ class PolicyWorker:
         self.device = devices.get_device(device)
         self.host = HostMemory()
         self.version = 0  # training steps
-        self.ref: PolicyWorker  # the policy that KL terms compare with
-        self.reward_model: PolicyWorker  # what scores responses, if it is a model
+        self.beside: dict[str, PolicyWorker] = {}  # other models on the same device, by role
         self.engines_group: Any = None
         self.timeout = timeout  # of process groups
         self.shared: Sequence[Tensor] = ()
@@ -120,18 +119,13 @@ class PolicyWorker:
         fsdp_config: FSDPConfig,
         optim: OptimConfig | None = None,
         total_steps: int = 0,
-        ref_fsdp_config: FSDPConfig | None = None,
-        reward_model: tuple[ClassifierConfig, FSDPConfig] | None = None,
-        sequence_parallel: tuple[int, int] = (1, 1),
+        sequence_parallel: int = 1,
     ) -> tuple[ModelSize | None, float | None]:
-        """Loads and shards the model, to be trained by AdamW as `optim` says and, with
-        `ref_fsdp_config`, the reference beside it (LoRA's is the model without its adapters); with
-        `reward_model`, that one, too. `sequence_parallel`: ranks in a row that get the same samples
-        and split them, of policy and reference. Returns the model's matrix products, and the
-        device's peak in operations a second, if known."""
+        """Loads and shards the model, to be trained by AdamW as `optim` says. `sequence_parallel`:
+        ranks in a row that get the same samples and split them. Returns the model's matrix
+        products, and the device's peak in operations a second, if known."""
         self.model_config, self.config = model, fsdp_config
-        self.optim, self.total_steps = optim, total_steps
-        self.split, ref_split = sequence_parallel
+        self.optim, self.total_steps, self.split = optim, total_steps, sequence_parallel
         group = dist.new_subgroups(self.split, timeout=self.timeout)[0] if self.split > 1 else None
         self.pack = partial(
             pack, device=self.device, remove_padding=model.use_remove_padding, group=group
@@ -146,13 +140,17 @@ class PolicyWorker:
         adamw = partial(devices.adamw, parameters, device=self.device)
         self.optimizers = [adamw(optim.lr, optim.eps)] if optim else []
         self.move(HOST)
-        if ref_fsdp_config is not None and not model.uses_lora:
-            self.ref = PolicyWorker(self.device.type, timeout=self.timeout)
-            self.ref.build(model, ref_fsdp_config, sequence_parallel=(ref_split, 1))
-        if reward_model is not None:
-            self.reward_model = PolicyWorker(self.device.type, timeout=self.timeout)
-            self.reward_model.build(*reward_model)
         return model_size(self.model.lm) if optim else None, devices.peak_flops(self.device)
+
+    def build_beside(self, role: str, *args: Any) -> None:
+        """`build` of another model on the same device, such as `ref`, the policy that KL terms
+        compare with (LoRA's is the policy itself without adapters), `critic` or `reward_model`."""
+        self.beside[role] = PolicyWorker(self.device.type, timeout=self.timeout)
+        self.beside[role].build(*args)
+
+    def ask(self, role: str, method: str, *args: Any) -> Any:
+        """`method(*args)` of a model beside this one."""
+        return getattr(self.beside[role], method)(*args)
 
     def move(self, device: torch.device, optimizer: bool = False, changed: bool = True) -> None:
         """Brings to the device, or back, parameters (and states) that are kept in host memory;
@@ -191,7 +189,7 @@ class PolicyWorker:
         entropies: bool = False,
     ) -> np.ndarray:
         """Of all response tokens, float32 [ΣR], which travels fast; 0 where one doesn't count. With
-        `entropies` those, too, [2, ΣR]. Of a `RewardModel`: what it returns instead."""
+        `entropies` those, too, [2, ΣR]. Of a `ScoreModel`: what it returns instead."""
         self.move(self.device)
         results = [[np.zeros(0, np.float32)] * len(samples) for _ in range(1 + entropies)]
         for indices in self.micro_batches(samples, limit):
@@ -207,14 +205,10 @@ class PolicyWorker:
 
     def ref_log_probs(self, *args: Any) -> np.ndarray:
         """`log_probs` under the reference policy."""
-        if not self.model_config.uses_lora:
-            return self.ref.log_probs(*args)
+        if "ref" in self.beside:
+            return self.beside["ref"].log_probs(*args)
         with rescale_adapter_scale(self.model, 0.0):
             return self.log_probs(*args)
-
-    def reward_scores(self, conversations: Sequence[Sample], limit: MicroBatchLimit) -> np.ndarray:
-        """The reward model's scores, float32 [N], of `verl.rewards.model.Conversations`."""
-        return self.reward_model.log_probs(conversations, 1.0, limit)
 
     def define_loss(self, name: str, source: str) -> None:
         """Makes a policy loss of the user's known to this process (`own_functions.define`)."""
@@ -269,7 +263,8 @@ class PolicyWorker:
             results.append(sums | {"grad_norm": norm.item(), "lr": lr, "skipped": skipped.item()})
         self.version += 1
         self.move(HOST, optimizer=True)
-        results[-1] |= devices.memory_metrics(self.device)
+        if results:  # the critic may be trained alone at first
+            results[-1] |= devices.memory_metrics(self.device)
         return results
 
     def save(
@@ -317,20 +312,29 @@ class PolicyWorker:
             options = states.StateDictOptions(strict=False)  # what is frozen is in no checkpoint
             states.set_model_state_dict(self.model, state["model"], options=options)
         else:
-            model = replace(self.model_config, path=str(hf_folder), override_config={})
-            if self.model_config.uses_lora:
-                place = hf_folder / ADAPTER
-                place = place if place.is_dir() else hf_folder
-                model = replace(self.model_config, lora_adapter_path=str(place))
-            try:
-                load_weights(self.model, model, getattr(torch, self.config.model_dtype))
-            except (ValueError, RuntimeError) as error:  # of another rank, or of none
-                raise ValueError(f"{hf_folder}: {error}: {OTHER_LORA}") from None
+            self._load_hf(hf_folder)
         if "optimizer" in state:
             states.set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
         self.version = state["training_steps"]
         self.move(HOST, optimizer=True)
         return found
+
+    def _load_hf(self, folder: Path) -> None:
+        """Loads what `save_hf` wrote to a checkpoint. Raises: ValueError if it can't."""
+        lora, merged = self.model_config.uses_lora, (folder / ADAPTER).is_dir()
+        place = str(folder / ADAPTER if lora and merged else folder)
+        changes: Any = {"path": place, "override_config": {}}
+        model = replace(self.model_config, **{"lora_adapter_path": place} if lora else changes)
+        if Path(place, "adapter_config.json").is_file() != lora:
+            held = "no adapter" if lora else "an adapter"
+            raise ValueError(f"{folder} holds {held}: {OTHER_LORA}")
+        try:
+            load_weights(self.model, model, getattr(torch, self.config.model_dtype))
+        except (ValueError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            if lora and isinstance(error, RuntimeError):  # which names all weights
+                reason = f"its adapter has another rank or other layers: {OTHER_LORA}"
+            raise ValueError(f"{folder}: {reason}") from error
 
     def _state(self, contents: Collection[str]) -> dict[str, Any]:
         state: dict[str, Any] = {"training_steps": self.version}

@@ -39,7 +39,9 @@ class EnginePool(WorkerGroup):
         self.ranks = rollout.tensor_model_parallel_size if cls.parallel else 1
         first = slots[:: self.ranks]
         self.settings = model, rollout, device, max_model_len
-        arguments = [(share, range(bundle, bundle + self.ranks)) for _, bundle in first]
+        bundles = [bundle for _, bundle in slots]
+        parts = [bundles[i : i + self.ranks] for i in range(0, len(slots), self.ranks)]
+        arguments = [(share, part) for part in parts]
         own = share if self.ranks == 1 else 0  # else the engine's own workers take the devices
         super().__init__(cls, first, device, arguments, own, max_restarts=-1)
         self.on_restart: Callable[[int | None], Any] = lambda engine: None

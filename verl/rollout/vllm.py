@@ -17,6 +17,8 @@ from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import RolloutEngine, Row, SamplingParams, rows_of
 from verl.utils.device import default_dtype, kv_cache_bytes
 
+KEEPS_WEIGHTS = {"gpt_oss": "experts and sinks"}  # it copies them past its own weight loaders
+
 
 class VLLMEngine(RolloutEngine):
     """`actor_rollout_ref.rollout.name=vllm`: vLLM in this process, stepped by `generate`. With
@@ -25,6 +27,13 @@ class VLLMEngine(RolloutEngine):
     needs = "vllm"
     parallel = stored = True
     transfers = ("host", "ipc", "nccl")
+
+    @classmethod
+    def check(cls, model: ModelConfig) -> None:
+        """See `RolloutEngine.check`. Others are found by `vllm_worker.check_update`, later."""
+        if (kind := load_hf_config(model).model_type) in KEEPS_WEIGHTS:
+            problem = f"vLLM takes no new weights of a {kind} model's {KEEPS_WEIGHTS[kind]}"
+            raise ValueError(f"{model.path}: {problem}: set actor_rollout_ref.rollout.name=hf")
 
     def build(
         self, model: ModelConfig, rollout: RolloutConfig, device: str, max_model_len: int

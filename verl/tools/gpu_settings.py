@@ -70,14 +70,14 @@ def gpu_settings(config: Config, given: set[str]) -> Settings:
 
 
 def fits(
-    config: Config, settings: Settings, models: list[dict[str, Any]], memory: float, host: float
+    config: Config, settings: Settings, models: tuple[Any, Any], memory: float, host: float
 ) -> bool:
     """Whether the estimate says that a run with these settings does, with a margin. Raises:
     ValueError if there is none."""
     for key, value in settings.items():
         config = changed(config, key, value)
-    model, *scorer = models
-    return Plan(config, model, "cuda", MARGIN * memory, MARGIN * host, *scorer).fits()
+    model, beside = models
+    return Plan(config, model, "cuda", MARGIN * memory, MARGIN * host, beside).fits()
 
 
 def main() -> None:

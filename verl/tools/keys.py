@@ -15,7 +15,7 @@ from verl.config.base import Rules, Section, SFTConfig, shown
 from verl.config.load import compose_config
 from verl.config.schema import Config
 from verl.config.validate import LIMITS
-from verl.config.verl_keys import TABLES
+from verl.config.verl_keys import TABLES, WITHOUT_EFFECT
 
 FILE = Path(__file__).parents[2] / "docs" / "keys.md"
 VERL_FILE = FILE.with_name("from-verl.md")
@@ -88,7 +88,7 @@ def _section(
             below.append((value, f"{key}.", defaults[f.name]))
         else:
             yield _entry(f.name, inspect.formatannotation(f.type), defaults[f.name], rules[key])
-            more = [texts[f.name], _on_resume(rules[key]), _idle(rules[key])]
+            more = [texts[f.name], _on_resume(rules[key]), _idle(key, rules[key])]
             yield textwrap.indent(_wrapped(" ".join(filter(None, more)), 98), "  ")
     if len(below) < len(fields(section)):
         yield ""
@@ -124,7 +124,9 @@ def _on_resume(rules: Rules) -> str:
     return f"{text[:-1]}, except with `{condition}`." if condition else text
 
 
-def _idle(rules: Rules) -> str:
+def _idle(key: str, rules: Rules) -> str:
+    if reason := WITHOUT_EFFECT.get(key):
+        return f"No effect: {reason}."
     conditions = " or ".join(f"`{condition}`" for condition in rules.idle_if)
     return f"No effect with {conditions.replace(' and ', '` and `')}." if conditions else ""
 

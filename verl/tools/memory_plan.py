@@ -13,11 +13,12 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from verl.config.schema import Config
@@ -61,10 +62,10 @@ class Plan:
         device: str,
         memory: float,
         host_memory: float = math.inf,
-        scorer: dict[str, Any] | None = None,
+        beside: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     ) -> None:
         """`model`: the content of config.json; `host_memory`: bytes of a machine, where `memory` is
-        a GPU's; `scorer`: config.json of the reward model, if there is one.
+        a GPU's; `beside`: config.json of the `reward model` and of the `critic`, if there are any.
 
         Raises: ValueError for a model whose layers are not known here.
         """
@@ -111,13 +112,14 @@ class Plan:
         size = size if size > 0 else self.trainer.nnodes * self.ranks
         self.shard = self._count(size)
         """The model's parameters of a rank, padding included."""
-        fsdp = config.reward_model.model.fsdp_config
-        self.offloads_scorer = fsdp.param_offload
-        self.scorer: Plan | None = None
-        if scorer is not None:
-            own = changed(without_lora(config), "actor_rollout_ref.actor.fsdp_config", fsdp)
-            headless = scorer | {"tie_word_embeddings": True}  # its head has one row
-            self.scorer = Plan(own, headless, device, memory)
+        self.has_head = True
+        self.beside = {
+            name: Plan(as_policy(config, name), other | HEADLESS, device, memory)
+            for name, other in beside.items()
+        }
+        self.scorer, self.critic = (self.beside.get(n) for n in ("reward model", "critic"))
+        for other in self.beside.values():
+            other.has_head = False
         dtypes = self.fsdp.model_dtype, models.ref.fsdp_config.model_dtype
         self.master, of_reference = (4.0 if dtype == "float32" else 2.0 for dtype in dtypes)
         self.weights, self.reference_weights = self.master * self.shard, of_reference * self.shard
@@ -152,11 +154,12 @@ class Plan:
         kept += T * (4 + 4 * c) * H  # final norm, and the hidden states that predict
         # The backward pass is fullest in the head, in the first layer after it, or at its end.
         # Frozen weights have no gradients.
-        head = self.vocab * H
+        head = self.vocab * H * self.has_head
         if self.lora:
             head, root, layer = 0, 0, adapter
         of_logit = 10 if c == 2 else 8
-        in_head = min(LOGITS[self.device], T * self.vocab) * of_logit + (4 + c) * head
+        logits = min(LOGITS[self.device], T * self.vocab) * self.has_head
+        in_head = logits * of_logit + (4 + c) * head
         in_layer = 3 * c * T * self.inner + c * head + (c + self.reduce) * layer
         in_layer += one if self.checkpointing else 0
         return max(kept + max(in_head, in_layer), (c + self.reduce) * root)
@@ -167,15 +170,17 @@ class Plan:
 
     def resting(self) -> Parts:
         """Bytes that a rank keeps on its device while an engine works there."""
-        scorer = self.scorer.weights if self.scorer and not self.offloads_scorer else 0
         resident = self.reference and not self.offloads_reference
-        return {
+        parts = {
             "parameters": 0 if self.fsdp.param_offload else self.weights,
             "optimizer": 0 if self.fsdp.optimizer_offload else 2 * self.trained,
             "reference": self.reference_weights if resident else 0,
-            "reward model": scorer,
-            "process": CONTEXT,
         }
+        for name, plan in self.beside.items():
+            parts[name] = 0 if plan.fsdp.param_offload else plan.weights
+        if self.critic and not self.critic.fsdp.optimizer_offload:
+            parts["critic's optimizer"] = 2 * self.critic.trained
+        return parts | {"process": CONTEXT}
 
     def updating(self) -> Parts:
         """Bytes that a rank keeps on its device all through an update."""
@@ -197,6 +202,13 @@ class Plan:
         """Peak bytes of a rank in the passes of an update."""
         gathered = self.compute * (numbers(self.root) + 2 * numbers(self.layer))
         return self.updating() | {"gathered": gathered, "activations": self.activations()}
+
+    def training_critic(self, critic: "Plan") -> Parts:
+        """Peak bytes of a rank while the critic is updated."""
+        own = critic.training()
+        names = {"parameters": "critic", "optimizer": "critic's optimizer"}
+        names |= {k: f"critic's {k}" for k in ("gradients", "gathered", "activations")}
+        return self.resting() | {name: own[part] for part, name in names.items()}
 
     def resuming(self) -> Parts:
         """Peak bytes of a rank that loads a checkpoint: its states are made, with gradients, and
@@ -225,12 +237,17 @@ class Plan:
         graphs = GRAPHS if self.vllm and not self.rollout.enforce_eager else 0
         asleep = {"engine's process": float(ASLEEP), "CUDA graphs": graphs}
         if not self.cuda:  # nothing sleeps
+            if self.critic:
+                own = self.training_critic(self.critic)
+                training = max(training, own, key=lambda parts: sum(parts.values()))
             ranks = {f"ranks' {k}": v * self.ranks for k, v in training.items()}
             return {"machine": ranks | {k: v * self.engines for k, v in generating.items()}}
         widest = max(CHUNK, self.master * self.vocab * self.hidden)  # a large tensor stands alone
         weights = {"engine's weights": generating["engine's weights"]}
         sync = self.resting() | {"parameters": self.weights, "chunk": 1.5 * widest}
         score = {"score": self.scoring(self.scorer)} if self.scorer else {}
+        if self.critic:
+            score["train critic"] = self.training_critic(self.critic)
         if self.engine_gpus:
             engine = {"generate, engine": generating | asleep}
             return engine | score | {"resume": resuming, "train": training, "new weights": sync}
@@ -244,14 +261,13 @@ class Plan:
     def host(self) -> Parts:
         """Bytes of the first node's memory, for devices other than the CPU, when it is fullest: at
         the start, or from the first optimizer step on."""
-        largest = self.master * self.parameters
-        if self.scorer:
-            largest = max(largest, self.scorer.master * self.scorer.parameters)
+        largest = max(p.master * p.parameters for p in (self, *self.beside.values()))
         loading = {"rank 0 loads the model": largest}
         if not self.vllm:
             loading["engines load it"] = self.compute * self.parameters * self.engines
-        states = 2 * self.trained * self.ranks
-        trained = {"offloaded optimizer": states} if self.fsdp.optimizer_offload else {}
+        offloading = [p for p in (self, self.critic) if p and p.fsdp.optimizer_offload]
+        states = sum(2 * p.trained * self.ranks for p in offloading)
+        trained = {"offloaded optimizer": states} if offloading else {}
         parts = {"processes": 2.0 * GIB * (self.ranks + self.engines)}
         if self.fsdp.param_offload:
             parts["offloaded parameters"] = self.weights * self.ranks
@@ -259,8 +275,9 @@ class Plan:
             parts["offloaded activations"] = self.inputs() * self.ranks
         if self.reference and self.offloads_reference:
             parts["offloaded reference"] = self.reference_weights * self.ranks
-        if self.scorer and self.offloads_scorer:
-            parts["offloaded reward model"] = self.scorer.weights * self.ranks
+        for name, plan in self.beside.items():
+            if plan.fsdp.param_offload:
+                parts[f"offloaded {name}"] = plan.weights * self.ranks
         return parts | max(loading, trained, key=lambda phase: sum(phase.values()))
 
     def fits(self) -> bool:
@@ -284,9 +301,9 @@ class Plan:
                 if factor > 1:
                     keys = {"trainer.nnodes": factor * self.trainer.nnodes} | keys
                 config = reduce(lambda c, item: changed(c, *item), keys.items(), self.config)
-                scorer = self.scorer.model if self.scorer else None
+                beside = {name: plan.model for name, plan in self.beside.items()}
                 place = self.device, self.memory, self.host_memory
-                if Plan(config, self.model, *place, scorer).fits():
+                if Plan(config, self.model, *place, beside).fits():
                     yield keys
 
     def _changes(self) -> list[tuple[str, Any]]:
@@ -298,6 +315,8 @@ class Plan:
         on = ["actor.fsdp_config.optimizer_offload", "actor.fsdp_config.param_offload"]
         on += ["ref.fsdp_config.param_offload"] * self.reference
         on += ["reward_model.model.fsdp_config.param_offload"] * (self.scorer is not None)
+        offloads = ("optimizer_offload", "param_offload") if self.critic else ()
+        on += [f"critic.model.fsdp_config.{name}" for name in offloads]
         on += ["model.enable_gradient_checkpointing", "rollout.free_cache_engine"]
         changes: list[tuple[str, Any]] = [(key, True) for key in on]
         splits = [s for s in sizes(self.trainer.nnodes * self.ranks) if s > self.split]
@@ -305,6 +324,8 @@ class Plan:
         if self.by_budget:
             budgets = [-(-self.longest // split) for split in (self.split, *splits)]
             changes += [("actor.ppo_max_token_len_per_gpu", tokens) for tokens in budgets]
+            if self.critic and self.critic.by_budget:
+                changes.append(("critic.ppo_max_token_len_per_gpu", self.longest))
         else:
             fewer = [n for n in (2, 1) if n * self.longest < self.split * self.tokens]
             changes += [("actor.ppo_micro_batch_size_per_gpu", n) for n in fewer]
@@ -313,7 +334,7 @@ class Plan:
             gpus, shares = self.engine_gpus or self.ranks, (0.8, 0.7, 0.6, 0.5, 0.4)
             changes += [("rollout.gpu_memory_utilization", share) for share in shares]
             changes += [("rollout.tensor_model_parallel_size", size) for size in sizes(gpus)]
-        others = "reward_model."
+        others = "reward_model.", "critic."
         return [(k if k.startswith(others) else f"actor_rollout_ref.{k}", v) for k, v in changes]
 
     def __str__(self) -> str:
@@ -345,6 +366,38 @@ class Plan:
         return f"it does not fit ({largest}); it would with {changes}"
 
 
+HEADLESS = {"tie_word_embeddings": True}
+"""In config.json of a model whose head is one row."""
+
+
+def as_policy(config: Config, name: str) -> Config:
+    """The run with the settings of its `reward model` or `critic` as those of the policy."""
+    models, own = without_lora(config).actor_rollout_ref, config.reward_model.model
+    actor = replace(models.actor, fsdp_config=own.fsdp_config)
+    model = models.model
+    if name == "critic":
+        critic = config.critic
+        actor = replace(
+            models.actor,
+            fsdp_config=critic.model.fsdp_config,
+            ppo_micro_batch_size_per_gpu=critic.ppo_micro_batch_size_per_gpu,
+            use_dynamic_bsz=critic.use_dynamic_bsz,
+            ppo_max_token_len_per_gpu=critic.ppo_max_token_len_per_gpu,
+            ulysses_sequence_parallel_size=critic.ulysses_sequence_parallel_size,
+        )
+        packed, again = (
+            critic.model.use_remove_padding,
+            critic.model.enable_gradient_checkpointing,
+        )
+        model = replace(
+            model,
+            use_remove_padding=packed,
+            enable_gradient_checkpointing=again,
+            enable_activation_offload=False,
+        )
+    return replace(config, actor_rollout_ref=replace(models, actor=actor, model=model))
+
+
 def padded(shapes: Shapes, ranks: int) -> Shapes:
     """What one of so many ranks holds of tensors of these (rows, columns)."""
     return [(-(-rows // ranks), columns) for rows, columns in shapes]
@@ -370,34 +423,38 @@ def machine(device: str) -> tuple[float, float, str]:
     return usable(80), math.inf, "no GPU is visible: 80 GB are assumed; GPU_GB=N says otherwise"
 
 
-def read_models(config: Config) -> list[dict[str, Any]]:
-    """config.json of the policy and, if there is one, of the reward model. Raises: ValueError if
-    one is not on this machine."""
-    parts: list[Any] = [config.actor_rollout_ref.model]
-    parts += [config.reward_model.model] if config.reward_model.enable else []
-    found = []
-    for path, override in ((str(part.path), part.override_config) for part in parts):
+def read_models(config: Config) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """config.json of the policy, and of the `reward model` and the `critic`, if there are any.
+    Raises: ValueError if one is not on this machine."""
+    parts: dict[str, Any] = {"": config.actor_rollout_ref.model}
+    if config.reward_model.enable:
+        parts["reward model"] = config.reward_model.model
+    if config.algorithm.adv_estimator == "gae":
+        parts["critic"] = config.critic.model
+    found = {}
+    for role, part in parts.items():
+        path, override = str(part.path), part.override_config
         if (model := read_model(path)) is None:
             line = f"it needs config.json of {path}, which is not on this machine"
             on_hub = path.count("/") == 1 and path[0] not in "/.~"
             hf = Path(sys.executable).with_name("hf")
             raise ValueError(f"{line}: {hf} download {path} config.json" if on_hub else line)
-        found.append(model | override)
-    return found
+        found[role] = model | override
+    return found.pop(""), found
 
 
 def estimate(config: Config) -> str:
     """What DRY_RUN=1 says about memory; takes neither torch nor the network."""
     device = config.trainer.device or "cuda"
     try:
-        model, *scorer = read_models(config)
+        model, beside = read_models(config)
         memory, host, origin = machine(device)
-        plan = Plan(config, model, device, memory, host, *scorer)
+        plan = Plan(config, model, device, memory, host, beside)
     except ValueError as error:
         return f"memory estimate: {error}"
     size = f"{plan.parameters / 1e9:.3g} billion parameters, {memory / GIB:.0f} GiB ({origin})"
     if plan.lora:
-        dense = Plan(without_lora(config), model, device, memory, host, *scorer)
+        dense = Plan(without_lora(config), model, device, memory, host, beside)
         need = [sum(p.training().values()) / GIB for p in (plan, dense)]
         size += f"\n  LoRA trains {plan.trainable / 1e6:.3g} million of them: a rank's training"
         size += f" takes {need[0]:.1f} GiB, and would take {need[1]:.1f} for all"

@@ -11,11 +11,10 @@ from omegaconf import OmegaConf
 
 from verl.config.schema import Config
 from verl.tools.memory_plan import GIB, Plan, machine, read_models
+from verl.trainer.ppo.checks import ordinary_difference
 
 Records = Sequence[dict[str, Any]]
 
-DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.05}
-"""Nats a token by which engine and actor may differ (`verl.trainer.ppo.checks` warns above it)."""
 MARGIN, BESIDE = 1.2, 1.0
 """Memory may be so many times the estimate, and so many GiB for what libraries take."""
 LOW_MFU = 0.1
@@ -65,20 +64,12 @@ def read_config(file: Path) -> Config:
     return config
 
 
-def largest_difference(config: Config, cpu: bool) -> float:
-    """Nats a token that the types of actor and engine explain."""
-    usual = "float32" if cpu else "bfloat16"
-    actor = config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype
-    types = {config.actor_rollout_ref.rollout.dtype or usual, actor or usual}
-    return DIFFERENCE["float32" if types == {"float32"} else "bfloat16"]
-
-
 def memory_estimate(config: Config) -> float | None:
     """GiB that PyTorch allocates on a rank's GPU at most, by `verl.tools.memory_plan`: that of an
     update, or of resuming; without what CUDA takes for the process. None: the model isn't known."""
     try:
-        model, *scorer = read_models(config)
-        plan = Plan(config, model, "cuda", *machine("cuda")[:2], *scorer)
+        model, beside = read_models(config)
+        plan = Plan(config, model, "cuda", *machine("cuda")[:2], beside)
     except ValueError:
         return None
     phases = (plan.training(), plan.resuming())
@@ -110,9 +101,11 @@ def judge_metrics(
     has made some of them at most. `estimate`: of memory, in GiB."""
     problems = [] if last is None else list(wrong_steps(records, last))
     problems += not_finite(records)
+    tolerance = config.actor_rollout_ref.rollout.verify_weights_tolerance
+    largest, _ = ordinary_difference(config, "cpu" if cpu else "cuda")
     limits = {
-        "rollout/verify_logprob_diff": config.actor_rollout_ref.rollout.verify_weights_tolerance,
-        "rollout/logprob_diff_mean": largest_difference(config, cpu),
+        "rollout/verify_logprob_diff": tolerance or largest,
+        "rollout/logprob_diff_mean": largest,
     }
     for key, limit in limits.items():
         problems += too_large(records, key, limit)

@@ -45,11 +45,12 @@ def run(config: Config) -> None:
 def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
     """A trainer whose input is good; nothing is started."""
     from verl.models.folder import check_model
-    from verl.models.hf import load_tokenizer
-    from verl.models.reward import check_reward_model
+    from verl.models.hf import load_tokenizer, vocabulary_size
+    from verl.models.score import check_score_model
     from verl.rollout.engine import engine_class
     from verl.trainer.ppo.loggers import check_packages
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+    from verl.trainer.ppo.workers import needs_critic
 
     model = config.actor_rollout_ref.model
     try:
@@ -58,12 +59,17 @@ def _trainer(config: Config, latest: Path | None) -> "RayPPOTrainer":
         length = config.data.max_prompt_length + config.data.max_response_length
         contents = config.actor_rollout_ref.actor.checkpoint.save_contents
         exports = config.trainer.save_hf_model or "hf_model" in contents
-        keys = config.ending("ulysses_sequence_parallel_size")
-        split = dict(zip(keys, config.actor_rollout_ref.splits, strict=True))
+        ends = (
+            f"actor_rollout_ref.{name}.ulysses_sequence_parallel_size" for name in ("actor", "ref")
+        )
+        split = dict(zip(ends, config.actor_rollout_ref.splits, strict=True))
         check_model(model, length, exports and not config.trainer.val_only, split)
         engine.check(model)
         if (reward := config.reward_model).enable:
-            check_reward_model(reward.model.classifier(), reward.max_length or length)
+            check_score_model(reward.model.classifier(), reward.max_length or length)
+        if needs_critic(config):
+            critic, ranks = config.critic, config.critic.ulysses_sequence_parallel_size
+            check_score_model(critic.model.classifier(), length, ranks, vocabulary_size(model))
         return RayPPOTrainer(config, load_tokenizer(model), latest)
     except (ValueError, OSError) as error:
         exit_with(2, f"error: {error}")

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from verl.config.schema import Config
+from verl.config.critic import CriticConfig
+from verl.config.schema import ActorConfig, Config
 from verl.data.dataset import PromptOrder, load_prompts
 from verl.models.hf import num_embeddings
 from verl.protocol import Prompt, Sample
@@ -279,16 +280,17 @@ def has_spread(group: Sequence[Sample], metric: str) -> bool:
     return not math.isclose(min(values), max(values), rel_tol=1e-6, abs_tol=1e-9)
 
 
-def mini_batches(config: Config, samples: list[Sample], step: int) -> Iterator[list[Sample]]:
+def mini_batches(
+    part: ActorConfig | CriticConfig, samples: list[Sample], seed: Sequence[int]
+) -> Iterator[list[Sample]]:
     """The samples of each optimizer step: all responses to `ppo_mini_batch_size` prompts."""
-    actor = config.actor_rollout_ref.actor
     groups = split_groups(samples)
-    for epoch in range(actor.ppo_epochs):
+    for epoch in range(part.ppo_epochs):
         order = np.arange(len(groups))
-        if actor.shuffle:
-            np.random.default_rng([config.data.seed, step, epoch]).shuffle(order)
-        for start in range(0, len(groups), actor.ppo_mini_batch_size):
-            chosen = order[start : start + actor.ppo_mini_batch_size]
+        if part.shuffle:
+            np.random.default_rng([*seed, epoch]).shuffle(order)
+        for start in range(0, len(groups), part.ppo_mini_batch_size):
+            chosen = order[start : start + part.ppo_mini_batch_size]
             yield [sample for i in chosen for sample in groups[i]]
 
 

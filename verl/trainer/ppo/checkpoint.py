@@ -1,6 +1,7 @@
-"""Checkpoints. `global_step_N` holds `actor/` (as `PolicyWorker.save` writes it), trainer.json (the
-rest of `TrainState`, and the resolved configuration), the responses that wait for the next step
-(carried.parquet, prefetched.parquet), and manifest.json (size and checksum of all these)."""
+"""Checkpoints. `global_step_N` holds `actor/` and, where there is a critic, `critic/` (as
+`PolicyWorker.save` writes them), trainer.json (the rest of `TrainState`, and the resolved
+configuration), the responses that wait for the next step (carried.parquet, prefetched.parquet), and
+manifest.json (size and checksum of all these)."""
 
 import errno
 import hashlib
@@ -34,7 +35,8 @@ class TrainState:
     batches: BatchesState  # position in the data, responses that wait for the next step
     step: int = 0  # training steps made
     kl_coef: float = 0.0  # of the KL term in the reward
-    skipped_in_a_row: int = 0  # optimizer steps up to now that were not finite
+    # Optimizer steps up to now that were not finite, of `actor` and `critic`.
+    skipped_in_a_row: dict[str, int] = field(default_factory=dict)
     validation_due: bool = False  # the one after `step` was postponed
     best: dict[str, float] = field(default_factory=dict)  # metrics of the best validation so far
 
@@ -54,15 +56,16 @@ class CheckpointFolder:
         self.latest: Path | None = None  # the last that was written or, before that, resumed from
         self.saved_step = 0
 
-    def save(self, state: TrainState, save_policy: Callable[[Path], Any]) -> Path:
-        """Writes a checkpoint, whose `actor` is made by `save_policy`; until its last rename, the
-        one before it is the latest. Raises: OSError if the disk is full, or the like."""
+    def save(self, state: TrainState, save_models: Callable[[Path], Any]) -> Path:
+        """Writes a checkpoint, to which `save_models` adds `actor` and `critic`; until its last
+        rename, the one before it is the latest. Raises: OSError if the disk is full, or the like.
+        """
         final, aside = (self.root / f"global_step_{state.step}{end}" for end in ("", ".tmp"))
         for rest in self.root.glob("global_step_*.*"):
             shutil.rmtree(rest, ignore_errors=True)
         try:
             aside.mkdir(parents=True)
-            save_policy(aside / "actor")
+            save_models(aside)
             batches, prefetched = state.batches, state.batches.prefetched
             write_samples(aside / CARRIED, [s for group in batches.carried for s in group])
             if prefetched is not None:
@@ -89,14 +92,14 @@ class CheckpointFolder:
         return final
 
     def try_to_save(
-        self, state: TrainState, save_policy: Callable[[Path], Any], metrics_written: bool
+        self, state: TrainState, save_models: Callable[[Path], Any], metrics_written: bool
     ) -> None:
         """`save`, if all metrics are written; what prevents it is logged, and costs no more."""
         logger.info("writing a checkpoint of step %d", state.step)
         try:
             if not metrics_written:
                 raise OSError("metrics.jsonl can't be written")
-            self.save(state, save_policy)
+            self.save(state, save_models)
         except OSError as error:
             cause = getattr(error, "cause", error)  # of a worker's error, without its traceback
             text = "NO CHECKPOINT OF STEP %d: %s. The latest one is %s; make room in %s"

@@ -64,11 +64,7 @@ def warn_of_disagreement(config: Config, metrics: Mapping[str, Any], device: str
     rollout, found = config.actor_rollout_ref.rollout, metrics.get("rollout/logprob_diff_mean")
     if found is None or rollout.top_p < 1 or rollout.top_k > 0:  # which the actor knows nothing of
         return
-    usual = default_dtype(device)
-    precision = config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype
-    types = {rollout.dtype or usual, precision or usual}
-    # Nats a token. Rounding alone makes about 1e-6 in float32, 1e-2 in bfloat16.
-    limit = 1e-3 if types == {"float32"} else 0.05
+    limit, types = ordinary_difference(config, device)
     if not found <= limit:
         text = (
             "the engines' log-probabilities differ from the actor's by %.3g nats a token "
@@ -77,3 +73,12 @@ def warn_of_disagreement(config: Config, metrics: Mapping[str, Any], device: str
             "for it with algorithm.rollout_correction.rollout_is=token"
         )
         logger.warning(text, found, limit, " and ".join(sorted(types)))
+
+
+def ordinary_difference(config: Config, device: str) -> tuple[float, set[str]]:
+    """Mean difference of log-probabilities, in nats a token, that the types of engines and actor
+    explain, and these types. Rounding alone makes about 1e-6 in float32, 1e-2 in bfloat16."""
+    usual, models = default_dtype(device), config.actor_rollout_ref
+    precision = models.actor.fsdp_config.mixed_precision.param_dtype
+    types = {models.rollout.dtype or usual, precision or usual}
+    return 1e-3 if types == {"float32"} else 0.05, types

@@ -18,12 +18,20 @@ from verl.utils.flops import ModelSize, update_flops
 VAL_CORE = re.compile(r"val-core/(.+)/(acc|reward)/((?:mean|best|maj)@\d+)(?:/mean)?")
 """Data source, `acc` or (where a reward model scores) `reward`, and figure of a validation."""
 
-TOKEN_PHASES = ("ref", "old_log_prob", "adv", "update_actor")  # `gen` counts responses only
+TOKEN_PHASES = (
+    "ref",
+    "old_log_prob",
+    "values",
+    "adv",
+    "update_critic",
+    "update_actor",
+)  # `gen` counts responses only
 SHARED = ("grad_norm", "lr", "skipped")  # of an optimizer step, the same on all ranks
 
 
 def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, float]:
-    """Statistics of a train batch, lengths in tokens. A return is the advantage."""
+    """Statistics of a train batch, lengths in tokens. Advantages, and a critic's values and
+    returns, are those of all tokens; without a critic a response has one advantage, its return."""
     lengths, cut = response_lengths(samples), np.array([s.truncated for s in samples])
     prompt_lengths = np.array([len(s.prompt.token_ids) for s in samples])
     values: dict[str, NDArray[Any]] = {
@@ -39,6 +47,14 @@ def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, flo
     for name, value in chain(*(s.extras.items() for s in samples)):
         if name != "pred" and isinstance(value, Real | np.bool_):  # an answer is no score
             extras[f"reward/{name}"].append(float(value))
+    if lengths.any() and samples[0].values is not None:
+        V, R = (
+            np.concatenate([s.counted(np.asarray(getattr(s, name))) for s in samples])
+            for name in ("values", "returns")
+        )
+        values |= {"critic/values": V, "critic/returns": R}
+        values["critic/advantages"] = np.concatenate([s.advantages() for s in samples])
+        extras["critic/vf_explained_var"] = [1 - np.var(R - V) / (np.var(R) + 1e-5)]
     if lengths.any():
         values["response_length_non_aborted"] = lengths[lengths > 0]
         extras["response_length_non_aborted/clip_ratio"] = cut[lengths > 0].tolist()
@@ -169,8 +185,8 @@ def validation_scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {m[1]: v for m, v in matches if m and m[2] == "acc" and m[3].startswith("mean@")}
 
 
-def update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, float]:
-    """Ranks' sums of each mini-batch → means over mini-batches; `actor/skipped_steps`. Sums `w/…`
+def update_metrics(by_rank: list[list[dict[str, float]]], role: str = "actor") -> dict[str, float]:
+    """Ranks' sums of each mini-batch → means over mini-batches; `role/skipped_steps`. Sums `w/…`
     carry the loss's weights; of `perf/…`, `…_max` and what ranks share the largest counts; others
     become means over tokens, those named `rollout/…` over `rollout/tokens`."""
     by_name: dict[str, list[float]] = defaultdict(list)
@@ -187,7 +203,7 @@ def update_metrics(by_rank: list[list[dict[str, float]]]) -> dict[str, float]:
                 value = max(values)
             else:
                 value = sum(values) / max(1.0, compared if section == "rollout" else tokens)
-            by_name[name if section in ("rollout", "perf") else f"actor/{rest}"].append(value)
-    skipped = by_name.pop("actor/skipped", None)
+            by_name[name if section in ("rollout", "perf") else f"{role}/{rest}"].append(value)
+    skipped = by_name.pop(f"{role}/skipped", None)
     means = {name: float(np.mean(values)) for name, values in by_name.items()}
-    return means | ({"actor/skipped_steps": sum(skipped)} if skipped else {})
+    return means | ({f"{role}/skipped_steps": sum(skipped)} if skipped else {})

@@ -15,7 +15,7 @@ from verl.trainer.ppo import checks, metrics
 from verl.trainer.ppo.batches import Batches, component, mini_batches, reward_components
 from verl.trainer.ppo.checkpoint import CheckpointFolder, TrainState
 from verl.trainer.ppo.tracking import Tracking
-from verl.trainer.ppo.workers import Workers, loss_config, needs_reference
+from verl.trainer.ppo.workers import Workers, loss_config, needs_critic, needs_reference
 from verl.utils import own_functions
 from verl.utils.signals import StopSignals
 from verl.utils.timer import Timer
@@ -33,6 +33,7 @@ class RayPPOTrainer:
         self.config, self.tokenizer = config, tokenizer
         self.aggregation, self.loss = weights.resolve_aggregation(config), loss_config(config)
         own_functions.check(config, self.loss)
+        self.critic = needs_critic(config)
         self.batches = Batches.from_config(config, tokenizer)
         self.total_steps = self.batches.total_steps
         self.checkpoints = CheckpointFolder(config)
@@ -79,10 +80,17 @@ class RayPPOTrainer:
                     checks.warn_of_equal_scores(samples, self.batches.rewards)
                 self.workers.free_devices()
                 record = batch.metrics | self.add_log_probs(samples, timer)
+                if self.critic:
+                    with timer("values"):
+                        self.workers.add_values(samples)
                 with timer("adv"):
                     record |= self.add_advantages(samples)
                     mean_factor = record.get("rollout_corr/rollout_is_batch_norm_factor", 1.0)
-                    steps = self.optimizer_steps(samples, mean_factor)
+                    rests = self.critic and state.step < trainer.critic_warmup
+                    steps = [] if rests else self.optimizer_steps(samples, mean_factor)
+                if self.critic:
+                    with timer("update_critic"):
+                        record |= self.update_critic(samples)
                 with timer("update_actor"):
                     record |= self.update_actor(steps)
                 with timer("update_weights"):
@@ -160,6 +168,7 @@ class RayPPOTrainer:
             kl_t = kl.kl_divergence(torch.tensor(old), torch.tensor(ref), config.kl_penalty)
             divergences.append(kl_t.double().sum().item())
             s.reward -= beta * divergences[-1]
+            s.token_rewards = s.spread(-beta * kl_t.float().numpy()) if self.critic else None
         per_token = float(np.mean(divergences / response_lengths(samples).clip(min=1)))
         if config.kl_ctrl.type == "adaptive":
             horizon, target = config.kl_ctrl.horizon, config.kl_ctrl.target_kl
@@ -167,7 +176,41 @@ class RayPPOTrainer:
         return {"actor/reward_kl_penalty": per_token, "actor/reward_kl_penalty_coeff": beta}
 
     def add_advantages(self, samples: list[Sample]) -> dict[str, float]:
-        """One advantage per response; metrics of the aggregation."""
+        """One advantage per response, with a critic one per token; metrics of the aggregation."""
+        if self.critic:
+            self.add_token_advantages(samples)
+        else:
+            self.add_response_advantages(samples)
+        counting = self.trained(samples)
+        lengths, groups = response_lengths(counting), [s.group for s in counting]
+        modes = dict.fromkeys((*COMPARED_WEIGHTS, self.aggregation.mode))
+        by_method = {mode: self.aggregation.weights(lengths, groups, mode=mode) for mode in modes}
+        return metrics.loss_agg_metrics(lengths, by_method, self.aggregation.mode)
+
+    def add_token_advantages(self, samples: list[Sample]) -> None:
+        """By the critic's values: the reward belongs to a response's last token, KL terms to their
+        own. Returns, which the critic learns, come from advantages that are not whitened yet."""
+        lengths, algorithm = response_lengths(samples), self.config.algorithm
+        rewards, values = [], []
+        for s in samples:
+            assert s.values is not None
+            values.append(s.counted(s.values).astype(np.float64))
+            rewards.append(np.zeros(s.length))
+            if s.token_rewards is not None:
+                rewards[-1] += s.counted(s.token_rewards)
+            rewards[-1][-1:] += s.reward - rewards[-1].sum()
+        r, V = (torch.tensor(np.concatenate(x)) for x in (rewards, values))
+        found = advantages.gae(r, V, torch.tensor(lengths), algorithm.gamma, algorithm.lam)
+        white = advantages.whitened(found, torch.ones_like(found))
+        ends = lengths.cumsum()[:-1]
+        parts = (np.split(x.float().numpy(), ends) for x in (found, white))
+        for s, value, own, whitened in zip(samples, values, *parts, strict=True):
+            s.returns = s.spread(own + value.astype(np.float32))
+            s.token_advantages = s.spread(whitened)
+            s.advantage = float(whitened.mean()) if s.length else 0.0
+
+    def add_response_advantages(self, samples: list[Sample]) -> None:
+        """By the rewards of a prompt's responses, or of the batch."""
         rewards, groups = [s.reward for s in samples], [s.group for s in samples]
         estimator, by_std = self.config.algorithm.adv_estimator, self.aggregation.norm_by_std
         lengths = response_lengths(s.trained() for s in samples)
@@ -184,20 +227,18 @@ class RayPPOTrainer:
         )
         for sample, value in zip(samples, values.tolist(), strict=True):
             sample.advantage = value
-        counting = self.trained(samples)
-        lengths, groups = response_lengths(counting), [s.group for s in counting]
-        modes = dict.fromkeys((*COMPARED_WEIGHTS, self.aggregation.mode))
-        by_method = {mode: self.aggregation.weights(lengths, groups, mode=mode) for mode in modes}
-        return metrics.loss_agg_metrics(lengths, by_method, self.aggregation.mode)
 
     def optimizer_steps(
-        self, samples: list[Sample], mean_factor: float = 1.0
+        self, samples: list[Sample], mean_factor: float = 1.0, of_critic: bool = False
     ) -> list[OptimizerStep]:
         """The responses of each optimizer step that have a part in its loss, with their weights.
         Those of the policy loss are divided by `mean_factor`."""
         rollout_lengths, steps = response_lengths(self.trained(samples)), []
-        for number, mini_batch in enumerate(mini_batches(self.config, samples, self.state.step)):
-            counting = self.select_tokens(self.trained(mini_batch), number)
+        part = self.config.critic if of_critic else self.config.actor_rollout_ref.actor
+        seed = self.config.data.seed, self.state.step
+        for number, mini_batch in enumerate(mini_batches(part, samples, seed)):
+            counting = self.trained(mini_batch)
+            counting = counting if of_critic else self.select_tokens(counting, number)
             given = response_lengths(counting), [s.group for s in counting], rollout_lengths
             w = others = self.aggregation.weights(*given)
             if mode := self.aggregation.regularizer_mode:
@@ -218,7 +259,7 @@ class RayPPOTrainer:
         if not samples or not (select := SELECTIONS.get(self.loss.loss_mode)):
             return samples
         old = np.concatenate([s.counted(np.asarray(s.old_log_probs)) for s in samples])
-        each = torch.tensor(np.repeat([s.advantage for s in samples], lengths))
+        each = torch.tensor(np.concatenate([s.advantages() for s in samples]))
         random = np.random.default_rng([self.config.data.seed, self.state.step, number, 1])
         chosen = select(torch.tensor(old).double(), each, self.loss, random).bool().numpy()
         parts = np.split(chosen, lengths.cumsum()[:-1])
@@ -233,14 +274,24 @@ class RayPPOTrainer:
 
     def update_actor(self, steps: list[OptimizerStep]) -> dict[str, float]:
         """Makes the optimizer steps; returns means over them. Raises: as `count_skipped`."""
-        by_rank, state = self.workers.update(steps), self.state
-        dump = self.checkpoints.root / f"skipped_step_{state.step}.parquet"
-        state.skipped_in_a_row = checks.count_skipped(
-            by_rank, state.skipped_in_a_row, self.config.trainer.max_skipped_steps, steps, dump
-        )
-        record = metrics.update_metrics(by_rank)
+        record = self.count_skipped(self.workers.update(steps), steps, "actor")
         checks.warn_of_disagreement(self.config, record, self.workers.device)
         return record
+
+    def count_skipped(
+        self, by_rank: list[list[dict[str, float]]], steps: list[OptimizerStep], role: str
+    ) -> dict[str, float]:
+        """Means over optimizer steps of the model `role`. Raises: as `checks.count_skipped`."""
+        before, limit = self.state.skipped_in_a_row, self.config.trainer.max_skipped_steps
+        dump = self.checkpoints.root / f"skipped_step_{self.state.step}.parquet"
+        so_far = before.get(role, 0)
+        before[role] = checks.count_skipped(by_rank, so_far, limit, steps, dump)
+        return metrics.update_metrics(by_rank, role)
+
+    def update_critic(self, samples: list[Sample]) -> dict[str, float]:
+        """The critic's optimizer steps; returns means over them. Raises: as `count_skipped`."""
+        steps = self.optimizer_steps(samples, of_critic=True)
+        return self.count_skipped(self.workers.update_critic(steps), steps, "critic")
 
     def update_engines(self) -> None:
         """Gives the engines the policy's weights and, on request, checks that they have them."""

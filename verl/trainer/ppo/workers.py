@@ -6,16 +6,19 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from verl.algorithms.losses import LossConfig
 from verl.cluster import WORKERS_PER_DEVICE, WorkerGroup, reserve_devices, start_ray
-from verl.config.schema import Config, RefConfig, RolloutConfig
+from verl.config.critic import CriticConfig
+from verl.config.schema import ActorConfig, Config, RefConfig, RolloutConfig
 from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import ARRAYS, OptimizerStep, Prompt, Sample, SampleBatch
 from verl.rollout.engine import SamplingParams, engine_class
 from verl.rollout.pool import EnginePool
+from verl.trainer.ppo.checks import ordinary_difference
 from verl.utils import own_functions
 from verl.utils.device import cluster_device, default_weight_transfer
 from verl.utils.seqlen_balancing import balanced_partitions
@@ -64,20 +67,30 @@ class Workers:
         self.engines.on_restart = self.update_engines
 
     def build(self, total_steps: int, checkpoint: Path | None) -> None:
-        """Loads the policy, the reference if a KL term needs it, and the reward model if there is
-        one, onto the actor ranks; with `checkpoint`, the folder to resume from, its weights onto
-        ranks and engines."""
-        model = self.config.actor_rollout_ref
+        """Loads the policy, and the reference, reward model and critic that the run needs, onto the
+        actor ranks; with `checkpoint`, the folder to resume from, its weights onto ranks and
+        engines."""
+        model, reward, critic = (
+            getattr(self.config, name) for name in ("actor_rollout_ref", "reward_model", "critic")
+        )
         self.engines.wait_ready()  # now: vLLM measures how much memory is free
         self.free_devices()  # which building and loading need
         self.actor.connect(model.nccl_timeout)
-        actor, ref = model.actor, model.ref.fsdp_config if needs_reference(self.config) else None
-        reward = self.config.reward_model
-        scorer = (reward.model.classifier(), reward.model.fsdp_config) if reward.enable else None
-        settings = model.model, actor.fsdp_config, actor.optim, total_steps
-        arguments = *settings, ref, scorer, model.splits
-        sizes, peaks = zip(*self.actor.call("build", *arguments), strict=True)
+        actor, (split, ref_split) = model.actor, model.splits
+        settings = model.model, actor.fsdp_config, actor.optim, total_steps, split
+        sizes, peaks = zip(*self.actor.call("build", *settings), strict=True)
         self.model_size, self.peak_flops = sizes[0], sum(peaks) if all(peaks) else None
+        beside: dict[str, tuple[Any, ...]] = {}
+        if needs_reference(self.config) and not model.model.uses_lora:
+            beside["ref"] = model.model, model.ref.fsdp_config, None, 0, ref_split
+        if reward.enable:
+            beside["reward_model"] = reward.model.classifier(), reward.model.fsdp_config
+        if needs_critic(self.config):
+            loaded, of_critic = critic.model.classifier(), critic.model.fsdp_config
+            parts = critic.ulysses_sequence_parallel_size
+            beside["critic"] = loaded, of_critic, critic.optim, total_steps, parts
+        for role, arguments in beside.items():
+            self.actor.call("build_beside", role, *arguments)
         if own := own_functions.sources(self.config).get(own_functions.LOSS):
             self.actor.call("define_loss", *own)
         if self.config.trainer.val_only:
@@ -88,6 +101,10 @@ class Workers:
             read = self.actor.call("load", str(checkpoint / "actor"), wanted)[0]
             for name in NOT_RESUMED.keys() - read if not self.config.trainer.val_only else ():
                 logger.warning(NOT_RESUMED[name])
+            if needs_critic(self.config) and (checkpoint / "critic").is_dir():
+                self.actor.call("ask", "critic", "load", str(checkpoint / "critic"))
+            elif needs_critic(self.config):
+                logger.warning("the critic begins anew: the checkpoint holds none")
         self.update_engines()  # those that sleep have none
         # What is here now stays: walking it again for garbage takes longer than a step's samples.
         gc.freeze()
@@ -104,11 +121,13 @@ class Workers:
         size = None if reward.use_dynamic_bsz else reward.micro_batch_size_per_gpu
         limit = MicroBatchLimit(size, reward.forward_max_token_len_per_gpu)
         shares = self._shares(conversations)
-        parts = [(SampleBatch(conversations[i] for i in share), limit) for share in shares]
+        asked = "reward_model", "log_probs"
+        batches = [SampleBatch(conversations[i] for i in share) for share in shares]
+        parts = [(*asked, batch, 1.0, limit) for batch in batches]
         scores = np.zeros(len(conversations))
         self.free_devices()
         with self.actor.exclusive:
-            by_rank = self.actor.scatter("reward_scores", parts)
+            by_rank = self.actor.scatter("ask", parts)
         scores[list(chain(*shares))] = np.concatenate(by_rank)
         return scores.tolist()
 
@@ -126,14 +145,25 @@ class Workers:
             split = ref_split
         dynamic, most = sizes.log_prob_use_dynamic_bsz, sizes.log_prob_max_token_len_per_gpu
         limit = MicroBatchLimit(None if dynamic else size, most)
-        parts = [[samples[i] for i in share] for share in self._shares(samples, split)]
-        unread = [
-            "trained_mask",
-            "entropies",
-            *(name for name in ARRAYS if name.endswith("log_probs")),
-        ]
         more = (True,) if entropies else ()
-        arguments = [(SampleBatch(p, unread), rollout.temperature, limit, *more) for p in parts]
+        self._add(field, samples, split, (method,), rollout.temperature, limit, *more)
+
+    def add_values(self, samples: list[Sample]) -> None:
+        """Gives samples the critic's `values`."""
+        critic = self.config.critic
+        size = None if critic.use_dynamic_bsz else critic.forward_micro_batch_size_per_gpu
+        limit = MicroBatchLimit(size, critic.forward_max_token_len_per_gpu)
+        split, call = critic.ulysses_sequence_parallel_size, ("ask", "critic", "log_probs")
+        self._add("values", samples, split, call, 1.0, limit)
+
+    def _add(
+        self, field: str, samples: list[Sample], split: int, call: tuple[str, ...], *others: Any
+    ) -> None:
+        """Sets `field` of samples to what ranks return for their shares of them."""
+        parts = [[samples[i] for i in share] for share in self._shares(samples, split)]
+        omit = ["trained_mask", "entropies", *ARRAYS.keys() - {"response_ids", "loss_mask"}]
+        method, *roles = call
+        arguments = [(*roles, SampleBatch(part, omit), *others) for part in parts]
         for part, found in zip(parts, self.actor.scatter(method, arguments), strict=True):
             ends = np.cumsum([len(s.response_ids) for s in part])
             for name, values in zip((field, "entropies"), np.atleast_2d(found), strict=False):
@@ -141,23 +171,42 @@ class Workers:
                     setattr(sample, name, of_sample)
 
     def update(self, steps: list[OptimizerStep]) -> list[list[dict[str, float]]]:
-        """Makes optimizer steps; what each rank reports about each of them, [ranks][steps]."""
-        actor, loss = self.config.actor_rollout_ref.actor, loss_config(self.config)
-        size = None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu
-        limit = MicroBatchLimit(size, actor.ppo_max_token_len_per_gpu)
-        split = actor.ulysses_sequence_parallel_size
+        """Makes the actor's optimizer steps (see `_update`)."""
+        actor = self.config.actor_rollout_ref.actor
+        return self._update(actor, steps, loss_config(self.config), "update")
+
+    def update_critic(self, steps: list[OptimizerStep]) -> list[list[dict[str, float]]]:
+        """Makes the critic's optimizer steps (see `_update`)."""
+        critic = self.config.critic
+        loss = LossConfig(kind="value", cliprange_value=critic.cliprange_value)
+        return self._update(critic, steps, loss, "ask", "critic", "update")
+
+    def _update(
+        self,
+        part: ActorConfig | CriticConfig,
+        steps: list[OptimizerStep],
+        loss: LossConfig,
+        method: str,
+        *roles: str,
+    ) -> list[list[dict[str, float]]]:
+        """What each rank reports about each step, [ranks][steps]."""
+        size = None if part.use_dynamic_bsz else part.ppo_micro_batch_size_per_gpu
+        limit = MicroBatchLimit(size, part.ppo_max_token_len_per_gpu)
+        split = part.ulysses_sequence_parallel_size
         shares = [[step.share(p) for p in self._shares(step.samples, split)] for step in steps]
         arguments = [
-            (list(of_rank), loss, limit, actor.grad_clip) for of_rank in zip(*shares, strict=True)
+            (*roles, [of_step[rank] for of_step in shares], loss, limit, part.grad_clip)
+            for rank in range(len(self.actor))
         ]
         with self.actor.exclusive:  # else an engine that starts again could get half an update
-            return self.actor.scatter("update", arguments)
+            return self.actor.scatter(method, arguments)
 
     def verify_engines(self, prompt: Prompt, step: int, strict: bool = False) -> dict[str, float]:
         """With `verify_weights` compares the log-probabilities of `VERIFIED` tokens of each engine
         with the actor's. More than the tolerance is a warning or, if `strict`, a ValueError."""
         rollout = self.config.actor_rollout_ref.rollout
-        if not rollout.verify_weights:
+        at_start = strict and rollout.verify_weights is None and rollout.name == "vllm"
+        if not (rollout.verify_weights or at_start):
             return {}
         n, length = VERIFIED[0], min(VERIFIED[1], self.config.data.max_response_length)
         params = SamplingParams(n, length, rollout.temperature, ignore_eos=True)
@@ -168,21 +217,26 @@ class Workers:
             float(np.mean([np.abs(s.rollout_log_probs - s.old_log_probs).mean() for s in found]))
             for found in by_engine
         ]
-        worst, limit = max(means), rollout.verify_weights_tolerance
-        if worst > limit:
-            text = f"engine {means.index(worst)} is not the actor's model: their log-probabilities "
-            text += f"differ by {worst:.3g} nats a token (verify_weights_tolerance={limit:g})"
+        engine = int(np.argmax(means))  # that of a NaN, if there is one
+        worst, limit = means[engine], rollout.verify_weights_tolerance
+        limit = limit or ordinary_difference(self.config, self.device)[0]
+        if not worst <= limit:
+            text = f"engine {engine} is not the actor's model: their log-probabilities "
+            text += f"differ by {worst:.3g} nats a token, more than {limit:g} "
+            text += "(actor_rollout_ref.rollout.verify_weights_tolerance)"
             if strict:
                 raise ValueError(text)
             logger.warning(text)
         return {"rollout/verify_logprob_diff": worst}
 
     def save(self, folder: Path) -> None:
-        """Writes the policy's part of a checkpoint."""
+        """Writes the models' parts of a checkpoint, `actor` and `critic`."""
         contents = self.config.actor_rollout_ref.actor.checkpoint.save_contents
         if "hf_model" in contents:  # which gathers all weights
             self.free_devices()
-        self.actor.call("save", folder, contents, self.config.trainer.hf_model_dtype)
+        self.actor.call("save", folder / "actor", contents, self.config.trainer.hf_model_dtype)
+        if needs_critic(self.config):
+            self.actor.call("ask", "critic", "save", folder / "critic")
 
     def save_hf_model(self, folder: Path) -> None:
         """Writes the policy in Hugging Face format."""
@@ -208,6 +262,11 @@ def needs_reference(config: Config) -> bool:
     """Whether a KL term needs the reference policy."""
     in_loss = config.actor_rollout_ref.actor.use_kl_loss
     return not config.trainer.val_only and (in_loss or config.algorithm.use_kl_in_reward)
+
+
+def needs_critic(config: Config) -> bool:
+    """Whether a value model is trained."""
+    return not config.trainer.val_only and config.algorithm.adv_estimator == "gae"
 
 
 def loss_config(config: Config) -> LossConfig:
