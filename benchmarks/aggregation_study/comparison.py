@@ -58,13 +58,13 @@ def figures(run: Run, base: Run) -> list[float]:
 def compare(out: Path, folders: Mapping[tuple[str, int], Path]) -> None:
     """Writes table.txt and report.html to `out`. Folders of runs by method and seed; leads are over
     the first method's run with the same seed."""
-    runs, rows = {key: read_run(path) for key, path in folders.items()}, [["", "seeds", *FIGURES]]
+    runs, rows = {key: read_run(path) for key, path in folders.items()}, [["", *FIGURES]]
     first = next(iter(runs))[0]
     for method in dict.fromkeys(name for name, _ in runs):
         seeds = [seed for name, seed in runs if name == method]
         values = [figures(runs[method, seed], runs[first, seed]) for seed in seeds]
         cells = map(_spread, zip(*values, strict=True), FIGURES.values())
-        rows.append([method, str(len(values)), *cells])
+        rows.append([method, *cells])
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.txt").write_text(align(rows) + "\n")
     page = str(out / "report.html")
