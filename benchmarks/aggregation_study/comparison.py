@@ -6,16 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean, stdev
 
+import pandas as pd
+
 from examples.tiny_run import METHODS
 from verl.config.schema import ADV_ESTIMATORS, LOSS_MODES, Config
 from verl.tools.runs import Run, accuracy_columns, read_run
 from verl.trainer.ppo.tracking import align
 
-FIGURES = {
-    "accuracy, mean": "{:.1f}",
-    "accuracy at the end": "{:.1f}",
-    "length at the end": "{:.0f}",
-}
+FIGURES = {"accuracy": "{:.1f}", "lead": "{:+.1f}", "last": "{:.1f}", "length": "{:.0f}"}
 
 
 def arguments_of(words: str) -> tuple[str, ...]:
@@ -42,32 +40,40 @@ def arguments_of(words: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def figures(run: Run) -> list[float]:
-    """`FIGURES` of a run: validation accuracies in per cent, the mean without that before training,
-    and the mean length of the last step's responses, in tokens."""
-    (column,) = accuracy_columns(run.frame).values()
-    accuracies = 100 * run.series(column)
-    trained = accuracies[accuracies.index > 0]
-    return [trained.mean(), trained.iloc[-1], run.series("response_length/mean").iloc[-1]]
+def figures(run: Run, base: Run) -> list[float]:
+    """`FIGURES` of a run: the mean accuracy of the validations after training began, in per cent,
+    how much more that is than in `base`, the last accuracy, and the mean length of the last step's
+    responses, in tokens."""
+
+    def accuracies(of: Run) -> pd.Series:
+        (column,) = accuracy_columns(of.frame).values()
+        values = 100 * of.series(column)
+        return values[values.index > 0]
+
+    mine = accuracies(run)
+    lead = mine.mean() - accuracies(base).mean()
+    return [mine.mean(), lead, mine.iloc[-1], run.series("response_length/mean").iloc[-1]]
 
 
 def compare(out: Path, folders: Mapping[tuple[str, int], Path]) -> None:
-    """Writes table.txt and report.html to `out`. Folders of runs by method and seed."""
-    rows = [["", "seeds", *FIGURES]]
-    for method in dict.fromkeys(name for name, _ in folders):
-        values = [figures(read_run(path)) for (name, _), path in folders.items() if name == method]
+    """Writes table.txt and report.html to `out`. Folders of runs by method and seed; leads are over
+    the first method's run with the same seed."""
+    runs, rows = {key: read_run(path) for key, path in folders.items()}, [["", *FIGURES]]
+    first = next(iter(runs))[0]
+    for method in dict.fromkeys(name for name, _ in runs):
+        seeds = [seed for name, seed in runs if name == method]
+        values = [figures(runs[method, seed], runs[first, seed]) for seed in seeds]
         cells = map(_spread, zip(*values, strict=True), FIGURES.values())
-        rows.append([method, str(len(values)), *cells])
+        rows.append([method, *cells])
     out.mkdir(parents=True, exist_ok=True)
     (out / "table.txt").write_text(align(rows) + "\n")
-    command = [sys.executable, "-m", "verl.tools.report", *map(str, folders.values())]
-    subprocess.run(
-        [*command, "-o", str(out / "report.html")], check=True, stdout=subprocess.DEVNULL
-    )
-    print(f"{align(rows)}\n  {out / 'report.html'}", flush=True)
+    page = str(out / "report.html")
+    command = [sys.executable, "-m", "verl.tools.report", *map(str, folders.values()), "-o", page]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    print(f"{align(rows)}\n  {page}", flush=True)
 
 
 def _spread(values: Iterable[float], form: str) -> str:
     numbers = [*values]
-    spread = f" ± {form.format(stdev(numbers))}" if len(numbers) > 1 else ""
+    spread = f" ± {stdev(numbers):.{form[-3]}f}" if len(numbers) > 1 else ""
     return form.format(fmean(numbers)) + spread

@@ -835,7 +835,14 @@ def test_entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
 
 
-SECTIONS = "schema.py", "base.py", "critic.py", "rollout_correction.py"
+SECTIONS = (
+    "schema.py",
+    "base.py",
+    "critic.py",
+    "rewards.py",
+    "rollout.py",
+    "rollout_correction.py",
+)
 
 
 @pytest.mark.parametrize("name", SECTIONS)

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.helpers import free_address, make_tiny_model, make_tiny_reward_model
 from verl.config.base import ClassifierConfig, FSDPConfig, MixedPrecisionConfig
-from verl.config.schema import RewardModelModelConfig
+from verl.config.rewards import RewardModelModelConfig
 from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.models.score import check_score_model
 from verl.protocol import Prompt, Sample

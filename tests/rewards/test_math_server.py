@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.helpers import ROOT, LatexServer, free_address, server_python
-from verl.config.schema import MathServerConfig
+from verl.config.rewards import MathServerConfig
 from verl.rewards import RewardServerError, compute_score, math
 from verl.rewards.math import MathClient, server_url
 

@@ -171,6 +171,16 @@ def test_names_of_methods(tmp_path, change, label):
     assert make(tmp_path / "a", config=settings(algorithm=change)).method == label
 
 
+def test_losses_and_estimators_name_their_methods(tmp_path):
+    config = settings(algorithm={"adv_estimator": "/home/me/own.py:mine"})
+    config["actor_rollout_ref"]["actor"]["policy_loss"] = {"loss_mode": "gspo"}
+    found = make(tmp_path / "a", config=config).method
+    assert found == "∆L Norm, α = 0.75, gspo, own.py:mine"
+    config["actor_rollout_ref"]["actor"]["policy_loss"]["loss_mode"] = "vanilla"
+    config["algorithm"]["adv_estimator"] = "grpo"
+    assert make(tmp_path / "b", config=config).method == "∆L Norm, α = 0.75"
+
+
 def test_a_function_of_the_users_names_its_method(tmp_path):
     config = settings(alpha=None)
     config["actor_rollout_ref"]["actor"]["loss_agg_mode"] = "/home/me/own.py:sqrt_length"

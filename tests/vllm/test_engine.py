@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers import VOCABULARY, make_samples, make_tiny_model
 from verl.algorithms.losses import LossConfig
-from verl.config.base import MixedPrecisionConfig
-from verl.config.schema import EngineKwargs, FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
+from verl.config.base import FSDPConfig, MixedPrecisionConfig, ModelConfig, OptimConfig
+from verl.config.rollout import EngineKwargs, RolloutConfig
 from verl.models.lora import merged_weight, plain_parameters
 from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import OptimizerStep, Prompt, Sample

@@ -29,6 +29,8 @@ class Rules:
 
 
 ANY = Rules()
+FREE: dict[str, Any] = {"on_resume": "free"}
+SIZE = FREE | {"low": 1}  # of speed and memory alone
 NO_LORA = "lora_rank=0 and lora_adapter_path=null"
 OWN_LORA = (NO_LORA, "lora_adapter_path!=null")
 

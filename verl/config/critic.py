@@ -2,10 +2,15 @@
 
 from typing import Any
 
-from verl.config.base import CriticModelConfig, FSDPConfig, OptimConfig, Section, key
-
-FREE: Any = {"on_resume": "free"}
-SIZE: Any = FREE | {"low": 1}
+from verl.config.base import (
+    FREE,
+    SIZE,
+    CriticModelConfig,
+    FSDPConfig,
+    OptimConfig,
+    Section,
+    key,
+)
 
 
 class CriticModelSection(Section):

@@ -3,8 +3,9 @@
 from typing import Any
 
 from verl.config.base import (
+    FREE,
     OTHER_LOGGERS,
-    ClassifierConfig,
+    SIZE,
     FSDPConfig,
     ModelConfig,
     OptimConfig,
@@ -15,6 +16,8 @@ from verl.config.base import (
     key,
 )
 from verl.config.critic import CriticConfig
+from verl.config.rewards import CustomRewardConfig, RewardModelConfig
+from verl.config.rollout import RolloutConfig
 from verl.config.rollout_correction import RolloutCorrectionConfig
 
 LOSS_AGG_MODES = (
@@ -60,9 +63,6 @@ GRPOPP: Any = ("${algorithm.grpopp_config.alpha}", "${algorithm.grpopp_config.sc
 NO_ALPHA = "use_grpopp=False and loss_agg_mode!=delta-l and loss_agg_mode!=lambda-grpo"
 KL_ESTIMATORS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 SHOW_GENERATIONS = ("wandb", "tensorboard", *OTHER_LOGGERS[:-1])
-FREE: dict[str, Any] = {"on_resume": "free"}
-SIZE = FREE | {"low": 1}  # of speed and memory alone
-VLLM = FREE | {"idle_if": "rollout.name=hf"}
 CONTENTS = ("model", "optimizer", "extra", "hf_model")
 
 
@@ -268,95 +268,6 @@ class RefConfig(Section):
     fsdp_config: FSDPConfig = key(FSDPConfig, idle_if=("lora_rank!=0", "lora_adapter_path!=null"))
 
 
-class SamplingConfig(Section):
-    """`rollout.val_kwargs`: sampling during validation."""
-
-    n: int = key(8, low=1)
-    """Responses per prompt."""
-    do_sample: bool = True
-    """False: greedy."""
-    temperature: float = key(1.0, low=0)
-    """Sampling temperature; 0 is greedy. The actor's probabilities are those at the rollout's."""
-    top_p: float = key(1.0, high=1, above=0)
-    """Sample from the smallest set of tokens with this probability mass."""
-    top_k: int = key(-1, low=-1)
-    """Sample from this many most probable tokens; -1 or 0: all."""
-
-
-class EngineKwargs(Section):
-    """`rollout.engine_kwargs`."""
-
-    vllm: dict[str, Any] = key(dict)
-    """Any of vLLM's engine arguments; these win over what the keys above say."""
-
-
-class RolloutConfig(SamplingConfig):
-    """`actor_rollout_ref.rollout`: the generation engines."""
-
-    name: str = key("hf", choices=("hf", "vllm"), on_resume="warn")
-    """Engine: vLLM, or `hf`: any Hugging Face causal model with this project's sampler."""
-    ignore_eos: bool = False
-    """Go on to the length limit after an end-of-sequence token."""
-    seed: int = key(0, low=0)
-    """Seed of the sampling."""
-    dtype: str | None = key(None, choices=("float32", "bfloat16", "float16"), on_resume="warn")
-    """Type of the engine's weights; null: bfloat16 on a GPU, float32 on a CPU."""
-    max_num_seqs: int = key(1024, **SIZE)
-    """Sequences that one engine holds at a time."""
-    log_prob_micro_batch_size_per_gpu: int | None = key(
-        None, **SIZE, idle_if="log_prob_use_dynamic_bsz=True"
-    )
-    """Responses of one forward pass that computes log-probabilities; null: the actor's."""
-    log_prob_use_dynamic_bsz: bool = key("${..actor.use_dynamic_bsz}", **FREE)
-    """Follows actor.use_dynamic_bsz."""
-    log_prob_max_token_len_per_gpu: int = key(
-        "${..actor.ppo_max_token_len_per_gpu}", **SIZE, idle_if="log_prob_use_dynamic_bsz=False"
-    )
-    """Follows actor.ppo_max_token_len_per_gpu."""
-    max_model_len: int | None = key(None, low=1, **VLLM)
-    """vLLM: longest sequence; null: max_prompt_length + max_response_length."""
-    tensor_model_parallel_size: int = key(1, low=1, **VLLM)
-    """vLLM: devices of one engine, of one machine or all of several."""
-    gpu_memory_utilization: float = key(0.5, high=1, above=0, **VLLM)
-    """vLLM: share of a GPU's memory for weights and KV cache. On a CPU the KV cache takes up to
-    5 % of the memory, or what engine_kwargs.vllm.kv_cache_memory_bytes says."""
-    max_num_batched_tokens: int = key(8192, low=1, **VLLM)
-    """vLLM: tokens of one engine step."""
-    enable_chunked_prefill: bool = key(True, **VLLM)
-    """vLLM: split long prompts over engine steps."""
-    enable_prefix_caching: bool = key(True, **VLLM)
-    """vLLM: compute the beginnings that prompts share once."""
-    enforce_eager: bool = key(True, **VLLM)
-    """vLLM: no CUDA graphs."""
-    cudagraph_capture_sizes: list[int] | None = key(
-        None, **FREE, idle_if=("rollout.name=hf", "enforce_eager=True")
-    )
-    """vLLM: numbers of tokens for which a CUDA graph is made; null: vLLM's own."""
-    disable_log_stats: bool = key(True, **VLLM)
-    """vLLM: don't log its speed and the use of its cache every ten seconds."""
-    fp32_lm_head: bool = key(False, **VLLM)
-    """vLLM: logits in float32, as the actor's are: slower, and nearer to the actor's."""
-    free_cache_engine: bool = key(True, **VLLM)
-    """vLLM: free the memory of weights and KV cache while the actor trains."""
-    weight_transfer: str | None = key(None, choices=("host", "ipc", "nccl"), **FREE)
-    """How engines get weights; null: host for hf and on CPUs, else ipc, or nccl between GPUs."""
-    verify_weights: bool | None = key(None, **FREE)
-    """Compare log-probabilities of each engine with the actor's. True: after each transfer, as
-    rollout/verify_logprob_diff. null: at the start alone, and only vLLM's."""
-    verify_weights_tolerance: float | None = key(
-        None,
-        above=0,
-        **FREE,
-        idle_if=("verify_weights=False", "verify_weights=null and rollout.name=hf"),
-    )
-    """Largest mean difference, in nats a token; more is an error at start and a warning later.
-    null: 0.05, or 1e-3 where engines and actor compute in float32."""
-    engine_kwargs: EngineKwargs = key(EngineKwargs, on_resume="warn", idle_if="rollout.name=hf")
-    val_kwargs: SamplingConfig = key(
-        lambda: SamplingConfig(n=1, do_sample=False, temperature=0.0), on_resume="validation"
-    )
-
-
 class ActorRolloutRefConfig(Section):
     """`actor_rollout_ref`."""
 
@@ -373,123 +284,6 @@ class ActorRolloutRefConfig(Section):
         actor's own model."""
         actor, ref = (max(1, s.ulysses_sequence_parallel_size) for s in (self.actor, self.ref))
         return actor, actor if self.model.uses_lora else ref
-
-
-class OverlongBufferConfig(Section):
-    """`reward_model.overlong_buffer`: soft overlong punishment (arXiv 2503.14476, eq. 13)."""
-
-    enable: bool = False
-    """Punish long responses (reward_manager=dapo)."""
-    len: int = key(0, low=0)
-    """Length of the ramp in tokens, which ends at max_response_length."""
-    penalty_factor: float = key(0.0, low=0)
-    """Punishment at the end of the ramp."""
-    log: bool = False
-    """Report the mean punishment as reward/overlong_reward."""
-
-
-class MathServerConfig(Section):
-    """`reward_model.math_server`: the LaTeX server (`server/math`), which math data sources ask."""
-
-    url: str | None = key(None, **FREE)
-    """null: MATH_SERVER_URL of the environment, else http://127.0.0.1:6284."""
-    autostart: bool = key(False, **FREE)
-    """Start the server where none answers at `url`, and again should it end; stop it at the end."""
-    max_wait_s: float = key(600.0, above=0, **FREE)
-    """Seconds to wait for a server that went away; then the run stops, with a checkpoint."""
-    answer_rule: str = key("standard", choices=("standard", "published"))
-    """What a response answers. `standard`: the last box or answer tag after the thinking.
-    `published` (arXiv 2509.07558): the last innermost box of all."""
-    max_answer_length: int = key(30, low=0)
-    """Characters; a longer answer is wrong unless it is identical to the reference. By the standard
-    rule spaces don't count, and 20 more than the reference has are never too many."""
-    batch_size: int = key(64, low=1, high=2048, **FREE)
-    """Pairs of one request, at most; the server takes 2,048 unless it is told otherwise."""
-    max_connections: int = key(8, **SIZE)
-    """Requests that are under way at the same time."""
-
-
-class RewardModelModelConfig(Section):
-    """`reward_model.model`: a sequence classifier with one label. It reads the conversation with
-    the response, and its output at the last token is the score."""
-
-    path: str | None = None
-    """Hugging Face model with a `score` head, and its tokenizer: a folder or a name on the hub."""
-    input_tokenizer: str | None = "policy"
-    """The policy's tokenizer (`policy`, or its path): responses are decoded, and the conversation
-    is rendered and tokenized by the reward model's own. null: the model reads the policy's
-    tokens as they are."""
-    override_config: dict[str, Any] = key(dict)
-    """Values that replace those of the model's config.json."""
-    use_remove_padding: bool = key("${actor_rollout_ref.model.use_remove_padding}", **FREE)
-    """Packed forward pass; null: as the policy's."""
-    trust_remote_code: bool = False
-    """Run Python code that the model's folder brings along."""
-    fsdp_config: FSDPConfig = key(FSDPConfig)
-
-    def classifier(self) -> ClassifierConfig:
-        """The model as `verl.models` takes it."""
-        assert self.path is not None
-        return ClassifierConfig(
-            path=self.path,
-            override_config=self.override_config,
-            enable_gradient_checkpointing=False,
-            use_remove_padding=self.use_remove_padding,
-            trust_remote_code=self.trust_remote_code,
-        )
-
-
-class RewardModelConfig(Section):
-    """`reward_model`."""
-
-    enable: bool = False
-    """Let a model score the responses, instead of a function. In validations it scores rows whose
-    `reward_model.style` is `model`; functions score the others."""
-    model: RewardModelModelConfig = key(RewardModelModelConfig, idle_if="reward_model.enable=False")
-    micro_batch_size_per_gpu: int | None = key(
-        None, **SIZE, idle_if=("reward_model.enable=False", "reward_model.use_dynamic_bsz=True")
-    )
-    """Conversations of one forward pass of the reward model on a rank; null: a token budget."""
-    use_dynamic_bsz: bool = key(
-        "${verl.is_null:${.micro_batch_size_per_gpu}}", **FREE, idle_if="reward_model.enable=False"
-    )
-    """Micro-batches by token budget instead of by count; null: where no count is given."""
-    forward_max_token_len_per_gpu: int = key(
-        "${verl.token_budget:${data.max_prompt_length},${data.max_response_length}}",
-        **SIZE,
-        idle_if=("reward_model.enable=False", "reward_model.use_dynamic_bsz=False"),
-    )
-    """That budget (a longer conversation stands alone); null: 16384, or max_prompt_length +
-    max_response_length if that is more."""
-    max_length: int | None = key(None, low=1, idle_if="reward_model.enable=False")
-    """Longer conversations are cut on the right, in tokens of the reward model, with a warning;
-    null: max_prompt_length + max_response_length."""
-    reward_manager: str = key("naive", choices=("naive", "dapo", "gdpo"))
-    """`dapo` adds the overlong punishment to the score. `gdpo` is another name of `naive`."""
-    skip_special_tokens: bool = False
-    """Leave all special tokens out of the text that is scored, not only the one that ended it."""
-    num_workers: int = key(8, **SIZE, idle_if="custom_reward_function.path=null")
-    """Calls of a custom reward function at a time, in threads (`async` ones: tasks of a thread)."""
-    overlong_buffer: OverlongBufferConfig = key(
-        OverlongBufferConfig, idle_if="overlong_buffer.enable=False"
-    )
-    math_server: MathServerConfig = key(
-        MathServerConfig, idle_if="custom_reward_function.path!=null"
-    )
-
-
-class CustomRewardConfig(Section):
-    """`custom_reward_function`: called by name, with those of `data_source`, `solution_str`,
-    `ground_truth` and `extra_info` that it takes."""
-
-    path: str | None = None
-    """Python file; null: `verl.rewards.compute_score`."""
-    name: str = "compute_score"
-    """Function in that file; returns a number, or a dict with `score`."""
-    reward_kwargs: dict[str, Any] = key(dict, idle_if="custom_reward_function.path=null")
-    """More arguments of it, always the same."""
-    timeout_s: float = key(300.0, above=0, **FREE, idle_if="custom_reward_function.path=null")
-    """Seconds of one call; then the run stops, with a checkpoint unless it holds Python's lock."""
 
 
 class KLControlConfig(Section):

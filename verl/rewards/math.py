@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from verl.config.schema import MathServerConfig
+from verl.config.rewards import MathServerConfig
 from verl.rewards.answers import compare
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from verl.config.schema import Config, OverlongBufferConfig
+from verl.config.rewards import OverlongBufferConfig
+from verl.config.schema import Config
 from verl.protocol import Prompt, Sample
 from verl.rewards import MATH_SOURCES, RewardError, RewardServerError, compute_score, rule
 from verl.rewards.answers import reference

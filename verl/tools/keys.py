@@ -23,7 +23,7 @@ WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 INTRODUCTION = """\
 # Configuration keys
 
-`python -m verl.tools.keys` writes this page from `verl/config/schema.py`.
+`python -m verl.tools.keys` writes this page from `verl/config`.
 
 A command takes `key=value`. `DRY_RUN=1` before it prints the value of every key.
 A default of `null` means that the value follows from other keys, or that there is none.

@@ -97,21 +97,7 @@ class Plan:
         half = self.cuda and precision.param_dtype in (None, "bfloat16")
         self.compute = 2 if half else 4  # bytes of a number
         self.reduce = 4 if precision.reduce_dtype == "float32" else 2
-
-        self.root, self.layer = weight_shapes(model)
-        self.heads, self.layers = model["num_attention_heads"], model["num_hidden_layers"]
-        self.hidden, self.vocab = model["hidden_size"], model["vocab_size"]
-        (self.wide, _), (self.narrow, _), _, _, (self.inner, _), *_ = self.layer
-        head = self.wide // self.heads
-        kv_heads = max(1, self.narrow // head // self.parallel)  # of an engine's device
-        self.repeated = self.split // math.gcd(self.split, self.narrow // head)
-        self.norms = model["model_type"] == "qwen3"  # of queries and keys
-        self.kv_token = 2 * self.layers * kv_heads * head * self.compute
-        self.parameters = self._count(1)
-        size = self.fsdp.fsdp_size
-        size = size if size > 0 else self.trainer.nnodes * self.ranks
-        self.shard = self._count(size)
-        """The model's parameters of a rank, padding included."""
+        self._read_shapes()
         self.has_head = True
         self.beside = {
             name: Plan(as_policy(config, name), other | HEADLESS, device, memory)
@@ -120,6 +106,26 @@ class Plan:
         self.scorer, self.critic = (self.beside.get(n) for n in ("reward model", "critic"))
         for other in self.beside.values():
             other.has_head = False
+
+    def _read_shapes(self) -> None:
+        """What the model is made of, and how much of it a rank has."""
+        self.root, self.layer = weight_shapes(self.model)
+        self.heads, self.layers = (
+            self.model[f"num_{x}"] for x in ("attention_heads", "hidden_layers")
+        )
+        self.hidden, self.vocab = self.model["hidden_size"], self.model["vocab_size"]
+        (self.wide, _), (self.narrow, _), _, _, (self.inner, _), *_ = self.layer
+        head = self.wide // self.heads
+        kv_heads = max(1, self.narrow // head // self.parallel)  # of an engine's device
+        self.repeated = self.split // math.gcd(self.split, self.narrow // head)
+        self.norms = self.model["model_type"] == "qwen3"  # of queries and keys
+        self.kv_token = 2 * self.layers * kv_heads * head * self.compute
+        self.parameters = self._count(1)
+        size = self.fsdp.fsdp_size
+        self.sharers = size if size > 0 else self.trainer.nnodes * self.ranks
+        self.shard = self._count(self.sharers)
+        """The model's parameters of a rank, padding included."""
+        models = self.config.actor_rollout_ref
         dtypes = self.fsdp.model_dtype, models.ref.fsdp_config.model_dtype
         self.master, of_reference = (4.0 if dtype == "float32" else 2.0 for dtype in dtypes)
         self.weights, self.reference_weights = self.master * self.shard, of_reference * self.shard
@@ -129,7 +135,8 @@ class Plan:
         if self.lora:
             adapters = adapter_shapes(models.model, self.layer, self.layers)
             self.trainable = numbers(adapters)
-            self.trained = 4.0 * numbers(padded(adapters, size))  # fp32 whatever the model is
+            held = padded(adapters, self.sharers)  # fp32 whatever the model is
+            self.trained = 4.0 * numbers(held)
             self.weights += self.trained
 
     def _count(self, ranks: int) -> int:

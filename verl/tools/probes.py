@@ -170,7 +170,8 @@ def vllm_engine(device: str) -> str:
     """vLLM generates, sleeps, takes its weights again, and generates the same with the same
     seeds. Raises: RuntimeError if it doesn't, or frees less than half of its KV cache."""
 
-    from verl.config.schema import EngineKwargs, ModelConfig, RolloutConfig
+    from verl.config.base import ModelConfig
+    from verl.config.rollout import EngineKwargs, RolloutConfig
     from verl.protocol import Prompt, WeightChunk
     from verl.rollout.engine import SamplingParams
     from verl.rollout.vllm import VLLMEngine

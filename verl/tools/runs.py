@@ -83,6 +83,15 @@ class Run:
 
     @property
     def method(self) -> str:
+        """The loss aggregation in words, with the policy loss and the estimator if those aren't the
+        usual ones."""
+        loss = "actor_rollout_ref.actor.policy_loss.loss_mode"
+        others = (self.settings.get(loss), self.settings.get("algorithm.adv_estimator"))
+        named = [str(x).rpartition("/")[2] for x in others if x not in (None, "vanilla", "grpo")]
+        return ", ".join([self.aggregation, *named])
+
+    @property
+    def aggregation(self) -> str:
         """The loss aggregation in words; the run's name if the settings don't tell."""
         alpha = self.settings.get("algorithm.grpopp_config.alpha", 0)
         if self.mode == "lambda-grpo":
