@@ -18,7 +18,9 @@ from delta_l.weights import advantage_scales
 def register(alpha: float = 0.75, base: str = "grpo", name: str = "delta_l") -> None:
     """Registers `name`: the advantages of SkyRL's estimator `base`, times N·M·w_i with ∆L's weights
     for the exponent `alpha`, and its returns. Lengths are those of the whole rollout batch. Raises:
-    ValueError for a `base` that isn't there, or a `name` that is."""
+    ValueError for a `base` that isn't there, a `name` that is, or a negative alpha."""
+    if not alpha >= 0:
+        raise ValueError(f"alpha={alpha}: choose 0 or more; the paper's are 0.75 and 1")
     estimator = AdvantageEstimatorRegistry.get(base)
 
     def delta_l(

@@ -41,14 +41,14 @@ class DeltaLGRPOTrainer(GRPOTrainer):
     }
 
     def __init__(self, *args: Any, alpha: float = 0.75, **kwargs: Any) -> None:
+        if not alpha >= 0:
+            raise ValueError(f"alpha={alpha}: choose 0 or more; the paper's are 0.75 and 1")
         super().__init__(*args, **kwargs)
         known = CLIPPED + TOKEN_MEANS + SEQUENCE_MEANS
         if self.loss_type not in known:
             raise ValueError(f"loss_type={self.loss_type!r}: ∆L knows {', '.join(known)}")
         if self.max_completion_length is None:
             raise ValueError("∆L needs max_completion_length, the M that it divides by")
-        if not alpha >= 0:
-            raise ValueError(f"alpha={alpha}: choose 0 or more; the paper's are 0.75 and 1")
         self.alpha = alpha
         if self.loss_type in CLIPPED:
             self.loss_type = "dr_grpo"  # averages over N·M cells

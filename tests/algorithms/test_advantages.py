@@ -14,7 +14,12 @@ from tests.helpers import close
 from verl.algorithms.advantages import gae, whitened
 from verl.algorithms.losses import LOSSES, LossConfig, LossInputs
 from verl.config.schema import ADV_ESTIMATORS
-from verl.trainer.ppo.core_algos import ADVANTAGES, advantages
+from verl.trainer.ppo.core_algos import (
+    ADVANTAGES,
+    advantages,
+    compute_gae_advantage_return,
+    compute_value_loss,
+)
 
 quick = settings(deadline=None, max_examples=50, derandomize=True)
 
@@ -172,6 +177,19 @@ def test_gae_and_the_value_loss_agree_with_verls_own(case):
     loss, sums = LOSSES["value"](x, LossConfig(cliprange_value=0.2))
     assert loss.item() == pytest.approx(case["vf_loss"], abs=1e-4)
     assert sums["vf_clipfrac"].item() / len(values) == pytest.approx(case["vf_clipfrac"], abs=1e-6)
+
+
+@pytest.mark.parametrize("case", GAE["cases"], ids=lambda c: f"{c['gamma']}-{c['lam']}")
+def test_verls_names_of_gae_and_the_value_loss(case):
+    mask, values, new = (torch.tensor(GAE[k]) for k in ("mask", "values", "new_values"))
+    rewards = torch.tensor(GAE["kl_rewards"])
+    rewards[range(4), [n - 1 for n in GAE["lengths"]]] += torch.tensor(GAE["scores"])
+    given = rewards, values, mask, case["gamma"], case["lam"]
+    advantages_, returns = compute_gae_advantage_return(*given)
+    close(advantages_[mask.bool()], list(chain(*case["advantages"])), atol=2e-4)
+    loss, clipped = compute_value_loss(new, returns, values, mask, 0.2)
+    assert loss.item() == pytest.approx(case["vf_loss"], abs=1e-4)
+    assert clipped.item() == pytest.approx(case["vf_clipfrac"], abs=1e-6)
 
 
 def test_gae_by_hand():

@@ -120,7 +120,7 @@ def test_a_key_that_the_checkpoint_does_not_know_is_no_change() -> None:
 def saved_by(trainer: RayPPOTrainer) -> Path:
     """A checkpoint without an actor."""
     best = {"val-core/best_acc": 0.5, "val-core/best_step": 2}
-    state = replace(trainer.state, step=3, kl_coef=0.25, skipped_in_a_row={"actor": 1}, best=best)
+    state = replace(trainer.state, step=3, kl_coef=0.25, skipped_by_model={"actor": 1}, best=best)
     return trainer.checkpoints.save(state, lambda folder: None)
 
 
@@ -130,7 +130,7 @@ def test_another_method_is_an_error_and_may_be_taken_over(
     folder = saved_by(make_trainer(tiny_model, tmp_path))
     resumed = make_trainer(tiny_model, tmp_path)
     state = resumed.state
-    assert (state.step, state.kl_coef, state.skipped_in_a_row) == (3, 0.25, {"actor": 1})
+    assert (state.step, state.kl_coef, state.skipped_by_model) == (3, 0.25, {"actor": 1})
     assert state.best["val-core/best_acc"] == 0.5
     assert resumed.how_to_resume == f"the same command goes on from {folder}"
     other = ["algorithm.use_grpopp=True", "actor_rollout_ref.actor.clip_ratio=0.1"]

@@ -321,14 +321,14 @@ def test_the_whole_state_comes_back(tmp_path):
     saved = state(
         7,
         batches=batches,
-        skipped_in_a_row={"actor": 2},
+        skipped_by_model={"actor": 2},
         validation_due=True,
         best={"val-core/best_acc": 0.5},
     )
     checkpoints = folder(tmp_path)
     prompts = [samples[i].prompt for i in (0, 2, 4)]
     loaded = folder(tmp_path).load(checkpoints.save(saved, save_actor()), prompts)
-    for name in ("step", "kl_coef", "skipped_in_a_row", "validation_due", "best"):
+    for name in ("step", "kl_coef", "skipped_by_model", "validation_due", "best"):
         assert getattr(loaded, name) == getattr(saved, name), name
     assert loaded.batches.order == batches.order
     assert loaded.batches.prefetched.metrics == batches.prefetched.metrics

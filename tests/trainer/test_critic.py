@@ -8,10 +8,11 @@ import pytest
 from tests.helpers import make_samples
 from tests.trainer.test_main_ppo import read, run, settings  # noqa: F401  a fixture
 from tests.trainer.test_ray_trainer import LENGTHS, make_trainer
-from verl.config.load import ConfigError, compose_config
+from verl.config.load import ConfigError, compose_config, load_config
 from verl.trainer.ppo.metrics import data_metrics
 
 GAE = "algorithm.adv_estimator=gae"
+VALUES = "values", "returns"
 KL = "algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.kl_coef=0.1"
 
 
@@ -23,9 +24,11 @@ def test_advantages_of_tokens(tiny_model: Path, tmp_path: Path) -> None:
     for s in samples:
         s.values = np.full(len(s.response_ids), 0.5, np.float32)
         s.reward = 1.0
+    samples[2].reject(np.arange(5) < 2)  # its other tokens' values would be far off
+    samples[2].values[2:] = 40
     trainer.subtract_kl(samples)
     trainer.add_advantages(samples)
-    everywhere = np.concatenate([s.advantages() for s in samples])
+    everywhere = np.concatenate([s.trained().advantages() for s in samples])
     assert everywhere.mean() == pytest.approx(0, abs=1e-6)
     assert everywhere.std(ddof=1) == pytest.approx(1, rel=1e-5)
     for s in samples:
@@ -38,8 +41,12 @@ def test_advantages_of_tokens(tiny_model: Path, tmp_path: Path) -> None:
         assert s.advantage == pytest.approx(s.advantages().mean(), rel=1e-5)
     assert not samples[3].returns[6:].any() and not samples[3].token_advantages[6:].any()
     reported = data_metrics(samples, 100)
-    assert reported["critic/values/mean"] == 0.5
-    assert reported["critic/vf_explained_var"] == pytest.approx(0, abs=1e-2)  # one value for all
+    assert reported["critic/values/max"] == 40 and reported["critic/values/min"] == 0.5
+    values, returns = (
+        np.concatenate([s.counted(getattr(s, name)) for s in samples]) for name in VALUES
+    )
+    share = 1 - (returns - values).var() / (returns.var() + 1e-5)
+    assert reported["critic/vf_explained_var"] == pytest.approx(share, rel=1e-5)
 
 
 def test_the_critics_steps_have_its_own_sizes_and_the_actors_weights(
@@ -75,6 +82,21 @@ def test_what_cannot_be_is_one_line(override: str, text: str) -> None:
     assert any(text in line for line in lines) and len(lines) <= 2
 
 
+def test_what_a_critic_cannot_have_is_no_matter_without_one(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    others = ["critic.model.lora_rank=32", "critic.megatron.x=1", "critic.strategy=megatron"]
+    others += ["critic.optim.lr=0", "critic.unknown=1"]
+    load_config(others)
+    assert caplog.text.count("critic.megatron.x (there is no critic)") == 1
+    with pytest.raises(ConfigError) as error:
+        compose_config([GAE, *others])
+    assert len(str(error.value).splitlines()) == 5
+    with pytest.raises(ValueError, match=r"critic_warmup=9: the actor would rest in all 3 steps"):
+        steps = "trainer.total_training_steps=3"
+        make_trainer(tiny_model, tmp_path, GAE, "trainer.critic_warmup=9", steps)
+
+
 def test_a_run_with_a_critic_learns_and_resumes_exactly(
     settings: list[str],  # noqa: F811
     tmp_path: Path,
@@ -85,6 +107,8 @@ def test_a_run_with_a_critic_learns_and_resumes_exactly(
     options += ["actor_rollout_ref.actor.use_kl_loss=False", "algorithm.use_kl_in_reward=True"]
     options += ["trainer.save_hf_model=False", "trainer.test_freq=-1"]
     options += ["trainer.val_before_train=False"]
+    offload = ("param_offload", "optimizer_offload")
+    options += [f"critic.model.fsdp_config.{name}=True" for name in offload]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run(settings, *options, f"trainer.default_local_dir={whole}")
     steps = read(whole)

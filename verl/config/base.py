@@ -105,12 +105,12 @@ class Section:
     def holds(self, condition: str, near: str = "") -> bool:
         """Whether ``end.of.key=word``, with `!=` or ` lacks ` too, all joined by ` and `; of keys
         with the same end the one that is `near`. Where a function of the user's is the value, no
-        `!=` holds: it may read any key."""
+        `!=` holds: it may read any key, but those of a critic."""
         for part in condition.split(" and "):
             name, sign, word = re.split("(!=|=| lacks )", part)
             values = self.ending(name, near).values()
             same = [word in v if sign == " lacks " else word == shown(v) for v in values]
-            own = sign == "!=" and any(OWN.fullmatch(str(v)) for v in values)
+            own = sign == "!=" and word != "gae" and any(OWN.fullmatch(str(v)) for v in values)
             if own or (sign == "=") not in same:
                 return False
         return True

@@ -94,6 +94,9 @@ def load_config(
     own = tuple(f"{key}." for key, _, _ in typed.walk())
     foreign = {k: v for k, v in given.items() if not any(o.startswith(f"{k}.") for o in own)}
     found = {k: why for k, v in foreign.items() if (why := without_effect(k, v))}
+    found |= {
+        k: "there is no critic" for k in foreign if k.startswith("critic.") and k not in found
+    }
     found |= ignored_keys(typed, [own_name(key) for key in given])
     if ignored := [f"{key} ({why})" for key, why in found.items()]:
         logger.warning("these keys have no effect in this run: %s", "; ".join(ignored))
@@ -168,6 +171,7 @@ def _override(
     problems: dict[str, str] = {}
     given, values, written = [], dict[str, Any](), dict[str, tuple[str, Any]]()
     totals: dict[str, tuple[str, int]] = {}  # counts of all ranks, by the key of one rank's
+    of_critic: list[str] = []  # problems that matter where there is one
     for text in filter(str.strip, overrides):
         try:
             override = parse_override(text)
@@ -193,7 +197,10 @@ def _override(
             problems[f"{name}={value}: must be a whole number"] = one_rank
         elif not (one_rank or without_effect(key, value) or key.startswith("hydra.")):
             refused = refusal(key)
-            problems.update([(refused, key) if refused else unknown_key(known, key)])
+            problem, near = (refused, key) if refused else unknown_key(known, key)
+            problems[problem] = near
+            if key.startswith("critic."):
+                of_critic.append(problem)
     for key, value, written_as in given:
         try:
             OmegaConf.update(config, key, value, force_add=f"{key}.".startswith(free))
@@ -203,6 +210,9 @@ def _override(
             key, text = _explain(error)
             unknown = isinstance(error, ConfigKeyError | ConfigAttributeError)
             problems.update([unknown_key(known, key) if unknown else (text, key)])
+    if OmegaConf.select(config, "algorithm.adv_estimator") not in (None, "gae"):
+        for problem in of_critic:
+            problems.pop(problem, None)
     for key, (name, count) in totals.items():
         models = config.actor_rollout_ref
         split = models["ref" if ".ref." in key else "actor"].ulysses_sequence_parallel_size

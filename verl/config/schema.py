@@ -372,7 +372,7 @@ class TrainerConfig(RunConfig):
     async_rollout: bool = key(False, on_resume="warn")
     """Draw the next step's batch while this one trains; needs rollout_gpus_per_node."""
     critic_warmup: int = key(0, low=0, idle_if="adv_estimator!=gae", on_resume="warn")
-    """gae: the actor rests in the steps before this one; 0: in none."""
+    """gae: the actor rests in the steps before this one, while its schedule goes on; 0: in none."""
     balance_batch: bool = True
     """Give every rank about the same number of tokens; False: the same number of responses."""
     val_before_train: bool = True

@@ -241,6 +241,9 @@ class PolicyWorker:
         """One training step: makes optimizer steps, of each this rank's share. Returns of each
         this rank's sums, and the global `grad_norm`, `lr` and `skipped`: 1 if the loss of a rank or
         the gradient was not finite, and no step was made; in the last one `memory_metrics`."""
+        if not steps:  # the critic may be trained alone at first
+            self.version += 1
+            return []
         self.move(self.device, optimizer=True)
         optim, (optimizer,) = self.optim, self.optimizers
         assert optim is not None
@@ -263,8 +266,7 @@ class PolicyWorker:
             results.append(sums | {"grad_norm": norm.item(), "lr": lr, "skipped": skipped.item()})
         self.version += 1
         self.move(HOST, optimizer=True)
-        if results:  # the critic may be trained alone at first
-            results[-1] |= devices.memory_metrics(self.device)
+        results[-1] |= devices.memory_metrics(self.device)
         return results
 
     def save(

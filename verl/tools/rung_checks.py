@@ -72,7 +72,8 @@ def memory_estimate(config: Config) -> float | None:
         plan = Plan(config, model, "cuda", *machine("cuda")[:2], beside)
     except ValueError:
         return None
-    phases = (plan.training(), plan.resuming())
+    phases = [plan.training(), plan.resuming()]
+    phases += [plan.training_critic(plan.critic)] if plan.critic else []
     return max(sum(parts.values()) - parts["process"] for parts in phases) / GIB
 
 

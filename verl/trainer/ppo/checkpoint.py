@@ -35,8 +35,8 @@ class TrainState:
     batches: BatchesState  # position in the data, responses that wait for the next step
     step: int = 0  # training steps made
     kl_coef: float = 0.0  # of the KL term in the reward
-    # Optimizer steps up to now that were not finite, of `actor` and `critic`.
-    skipped_in_a_row: dict[str, int] = field(default_factory=dict)
+    # Optimizer steps up to now that were not finite, in a row, of `actor` and `critic`.
+    skipped_by_model: dict[str, int] = field(default_factory=dict)
     validation_due: bool = False  # the one after `step` was postponed
     best: dict[str, float] = field(default_factory=dict)  # metrics of the best validation so far
 

@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from verl.algorithms.advantages import ADVANTAGES, advantages
+from verl.algorithms.advantages import ADVANTAGES, advantages, gae, whitened
 from verl.algorithms.kl import KL_ESTIMATORS, adapted_kl_coef, kl_divergence
+from verl.algorithms.losses import LossConfig, LossInputs, value_loss
 from verl.algorithms.policy_losses import POLICY_LOSSES, policy_loss
 from verl.algorithms.rollout_correction import rollout_is_weights
 from verl.algorithms.weights import WEIGHTS, response_weights
@@ -30,7 +32,8 @@ def _register(table: dict[str, Any], name: str) -> Callable[[Any], Any]:
 
 
 register_adv_est = partial(_register, ADVANTAGES)
-"""`@register_adv_est(name)` puts a function with the arguments of those there into `ADVANTAGES`."""
+"""`@register_adv_est(name)` puts a function with the arguments of those there into `ADVANTAGES`,
+for code that reads it. A run's key takes `path/to/file.py:function` (docs/your_own_method.md)."""
 register_policy_loss = partial(_register, POLICY_LOSSES)
 """The same for `POLICY_LOSSES`."""
 
@@ -46,7 +49,9 @@ def compute_outcome_advantage(
 ) -> tuple[Tensor, Tensor]:
     """An estimator of `ADVANTAGES` on tensors [batch, time]: the advantages, twice, as verl returns
     two tensors. `index`, [batch]: equal for responses to the same prompt; `options`: what the
-    estimator takes beside; `config` has no effect."""
+    estimator takes beside; `config` has no effect. Raises: TypeError for other options."""
+    if unknown := options.keys() - {"baselines", "components", "component_weights"}:
+        raise TypeError(f"{estimator} takes no {', '.join(sorted(unknown))}")
     rewards = token_level_rewards.sum(-1)
     groups = np.zeros(len(rewards)) if index is None else np.unique(index, return_inverse=True)[1]
     lengths, by_std = response_mask.sum(-1), norm_adv_by_std_in_grpo
@@ -135,6 +140,36 @@ def compute_policy_loss(
     means = (masked_mean(reported[name], response_mask) for name in names)
     clipped, kl, clipped_lower = means
     return agg_loss(losses, response_mask, mode), clipped, kl, clipped_lower
+
+
+def compute_gae_advantage_return(
+    token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """`gae` of tensors [batch, time]: advantages, `whitened`, and returns, 0 where masked."""
+    mask = response_mask.bool()
+    found = gae(token_level_rewards[mask], values[mask], mask.sum(-1), float(gamma), float(lam))
+    columns = whitened(found, torch.ones_like(found)), found + values[mask]
+    white, returns = (torch.zeros_like(values).masked_scatter(mask, x) for x in columns)
+    return white, returns
+
+
+def compute_value_loss(
+    vpreds: Tensor,
+    returns: Tensor,
+    values: Tensor,
+    response_mask: Tensor,
+    cliprange_value: float,
+    loss_agg_mode: str = "token-mean",
+) -> tuple[Tensor, Tensor]:
+    """`value_loss` of tensors [batch, time] as if they were a whole optimizer step, and the share
+    of tokens where the clip raised it, [] each."""
+    mask = response_mask.bool()
+    new, lengths = vpreds[mask], mask.sum(-1)
+    weights = response_weights(lengths, loss_agg_mode, mask.shape[-1]).to(new)
+    each = weights.repeat_interleave(lengths)
+    x = LossInputs(new, new, lengths, each, each, each, values=values[mask], returns=returns[mask])
+    loss, sums = value_loss(x, LossConfig(cliprange_value=cliprange_value))
+    return loss, sums["vf_clipfrac"] / mask.sum()
 
 
 def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:

@@ -36,6 +36,11 @@ class RayPPOTrainer:
         self.critic = needs_critic(config)
         self.batches = Batches.from_config(config, tokenizer)
         self.total_steps = self.batches.total_steps
+        if self.critic and config.trainer.critic_warmup > self.total_steps:
+            key = f"trainer.critic_warmup={config.trainer.critic_warmup}"
+            raise ValueError(
+                f"{key}: the actor would rest in all {self.total_steps} steps; lower it"
+            )
         self.checkpoints = CheckpointFolder(config)
         self.state = TrainState(self.batches.state(), kl_coef=config.algorithm.kl_ctrl.kl_coef)
         self.resumed = latest or self.checkpoints.find()
@@ -201,7 +206,11 @@ class RayPPOTrainer:
             rewards[-1][-1:] += s.reward - rewards[-1].sum()
         r, V = (torch.tensor(np.concatenate(x)) for x in (rewards, values))
         found = advantages.gae(r, V, torch.tensor(lengths), algorithm.gamma, algorithm.lam)
-        white = advantages.whitened(found, torch.ones_like(found))
+        kept = [
+            s.counted(m) if (m := s.trained_mask) is not None else np.ones(s.length)
+            for s in samples
+        ]
+        white = advantages.whitened(found, torch.tensor(np.concatenate(kept)))
         ends = lengths.cumsum()[:-1]
         parts = (np.split(x.float().numpy(), ends) for x in (found, white))
         for s, value, own, whitened in zip(samples, values, *parts, strict=True):
@@ -282,7 +291,7 @@ class RayPPOTrainer:
         self, by_rank: list[list[dict[str, float]]], steps: list[OptimizerStep], role: str
     ) -> dict[str, float]:
         """Means over optimizer steps of the model `role`. Raises: as `checks.count_skipped`."""
-        before, limit = self.state.skipped_in_a_row, self.config.trainer.max_skipped_steps
+        before, limit = self.state.skipped_by_model, self.config.trainer.max_skipped_steps
         dump = self.checkpoints.root / f"skipped_step_{self.state.step}.parquet"
         so_far = before.get(role, 0)
         before[role] = checks.count_skipped(by_rank, so_far, limit, steps, dump)

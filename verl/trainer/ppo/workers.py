@@ -131,9 +131,15 @@ class Workers:
         scores[list(chain(*shares))] = np.concatenate(by_rank)
         return scores.tolist()
 
-    def add_log_probs(self, samples: list[Sample], role: str, entropies: bool = False) -> None:
+    def add_log_probs(
+        self,
+        samples: list[Sample],
+        role: str,
+        entropies: bool = False,
+        temperature: float | None = None,
+    ) -> None:
         """Gives samples their `old_log_probs` (`role="actor"`; `entropies`: and these) or
-        `ref_log_probs` (`"ref"`)."""
+        `ref_log_probs` (`"ref"`), at the rollout's temperature or another."""
         model = self.config.actor_rollout_ref
         rollout, field, method = model.rollout, "old_log_probs", "log_probs"
         size = rollout.log_prob_micro_batch_size_per_gpu or model.actor.ppo_micro_batch_size_per_gpu
@@ -146,7 +152,8 @@ class Workers:
         dynamic, most = sizes.log_prob_use_dynamic_bsz, sizes.log_prob_max_token_len_per_gpu
         limit = MicroBatchLimit(None if dynamic else size, most)
         more = (True,) if entropies else ()
-        self._add(field, samples, split, (method,), rollout.temperature, limit, *more)
+        temperature = rollout.temperature if temperature is None else temperature
+        self._add(field, samples, split, (method,), temperature, limit, *more)
 
     def add_values(self, samples: list[Sample]) -> None:
         """Gives samples the critic's `values`."""
@@ -203,16 +210,19 @@ class Workers:
 
     def verify_engines(self, prompt: Prompt, step: int, strict: bool = False) -> dict[str, float]:
         """With `verify_weights` compares the log-probabilities of `VERIFIED` tokens of each engine
-        with the actor's. More than the tolerance is a warning or, if `strict`, a ValueError."""
+        with the actor's. More than the tolerance is a warning or, if `strict`, a ValueError.
+        Engines on the actor's devices sleep afterwards, and get weights when they generate."""
         rollout = self.config.actor_rollout_ref.rollout
         at_start = strict and rollout.verify_weights is None and rollout.name == "vllm"
         if not (rollout.verify_weights or at_start):
             return {}
         n, length = VERIFIED[0], min(VERIFIED[1], self.config.data.max_response_length)
-        params = SamplingParams(n, length, rollout.temperature, ignore_eos=True)
+        temperature = rollout.temperature or 1.0  # a validation alone may be greedy
+        params = SamplingParams(n, length, temperature, ignore_eos=True)
         params = replace(params, seed=(rollout.seed, 2, step))
         by_engine = self.engines.call("generate_all", [prompt], [0], params)
-        self.add_log_probs([sample for found in by_engine for sample in found], "actor")
+        self.free_devices()
+        self.add_log_probs(list(chain(*by_engine)), "actor", temperature=temperature)
         means = [
             float(np.mean([np.abs(s.rollout_log_probs - s.old_log_probs).mean() for s in found]))
             for found in by_engine
