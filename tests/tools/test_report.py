@@ -172,7 +172,8 @@ def test_names_of_methods(tmp_path, change, label):
 
 
 def test_losses_and_estimators_name_their_methods(tmp_path):
-    config = settings(algorithm={"adv_estimator": "/home/me/own.py:mine"})
+    config = settings()
+    config["algorithm"]["adv_estimator"] = "/home/me/own.py:mine"
     config["actor_rollout_ref"]["actor"]["policy_loss"] = {"loss_mode": "gspo"}
     found = make(tmp_path / "a", config=config).method
     assert found == "∆L Norm, α = 0.75, gspo, own.py:mine"
