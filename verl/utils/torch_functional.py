@@ -35,8 +35,7 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """(v − mean) / sqrt(variance + 1e-8), as `whitened`, where a masked value counts as 0; + mean
-    without `shift_mean`. Of one value the variance is 0."""
-    values = torch.where(mask.bool(), values, 0.0)
+    """(v − mean) / sqrt(variance + 1e-8) everywhere, as `whitened`; + mean without `shift_mean`. Of
+    one value the variance is 0. No value may be NaN."""
     white = whitened(values.flatten(), mask.flatten()).view_as(values)
     return white if shift_mean else white + masked_mean(values, mask)
