@@ -221,11 +221,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if "=" not in override:
             die(f"{override} is neither an option nor an override (key=value); see --help")
         if any(key in override for key in OF_METHODS):
-            value = override.partition("=")[2]
-            other = f": --method {value}" if ".py:" in value else ""
-            die(
-                f"{override}: here --method and --alpha choose the aggregation, and name the run{other}"
-            )
+            name = override.partition("=")[2]
+            remedy = f": --method {name}" * (".py:" in name)
+            text = "here --method and --alpha choose the aggregation, and name the run"
+            die(f"{override}: {text}{remedy}")
     if args.seed < 0:
         die(f"--seed {args.seed}: a whole number, 0 or more")
     if args.method not in METHODS and ".py:" not in args.method:

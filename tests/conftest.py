@@ -9,12 +9,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.helpers import make_tiny_model
+from verl.algorithms.advantages import ADVANTAGES
+from verl.algorithms.policy_losses import POLICY_LOSSES
+from verl.algorithms.weights import WEIGHTS
 
 # The files that take longest, for the workers of pytest-xdist to start with: a long one that comes
 # last would keep one busy and the others idle.
@@ -60,6 +65,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts by file alone; within each, and among the others, the order stays."""
     places = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(autouse=True)
+def _own_functions_end() -> Iterator[None]:
+    """Functions of the user's that a test makes known are unknown to the next one."""
+    tables: Any = ADVANTAGES, POLICY_LOSSES, WEIGHTS
+    built_in = [dict(table) for table in tables]
+    yield
+    for table, content in zip(tables, built_in, strict=True):
+        table.clear()
+        table.update(content)
 
 
 @pytest.fixture(scope="session")
