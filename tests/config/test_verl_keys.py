@@ -130,7 +130,7 @@ def test_a_count_of_all_ranks_is_shared_out(
 
 
 def test_no_name_stands_twice_and_none_is_a_key_here() -> None:
-    names = Counter([*SAME_AS, *OF_ALL_RANKS, *(n.partition("=")[0] for n in WITHOUT_EFFECT)])
+    names = Counter([*SAME_AS, *OF_ALL_RANKS, *{n.partition("=")[0] for n in WITHOUT_EFFECT}])
     assert set(names.values()) == {1}
     untrained = "actor_rollout_ref.ref", "reward_model.model"
     idle = "optimizer_offload", "mixed_precision.reduce_dtype"

@@ -7,12 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from verl.config.schema import (
-    Config,
-    CustomRewardConfig,
-    OverlongBufferConfig,
-    RewardModelConfig,
-)
+from verl.config.rewards import CustomRewardConfig, OverlongBufferConfig, RewardModelConfig
+from verl.config.schema import Config
 from verl.protocol import Prompt, Sample
 from verl.rewards import RewardError, compute_score
 from verl.rewards.scorer import RewardManager, overlong_penalty

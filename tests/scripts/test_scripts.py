@@ -133,7 +133,7 @@ def resolved(result: Result) -> dict[str, Any]:
     """The configuration on standard output, which must hold nothing else, with dotted keys."""
     assert result.returncode == 0, result.stderr
     config = yaml.safe_load(result.stdout)
-    sections = ["data", "actor_rollout_ref", "reward_model"]
+    sections = ["data", "actor_rollout_ref", "critic"]
     assert list(config)[:3] == sections and result.stdout.startswith("data:\n")
     return dict(_flatten(config))
 

@@ -707,6 +707,7 @@ def test_tokens_are_selected_once_for_a_whole_optimizer_step(
 def test_loss_constants_are_those_of_the_configuration() -> None:
     given = {
         "policy_loss.loss_mode": "vespo",
+        "policy_loss.top_entropy_quantile": 0.2,
         "policy_loss.clip_cov_ratio": 0.1,
         "policy_loss.clip_cov_lb": 0.5,
         "policy_loss.clip_cov_ub": 7.0,
