@@ -61,7 +61,9 @@ def test_calls_go_to_all_and_come_back_in_order(workers: WorkerGroup) -> None:
 def test_no_token_array_is_copied_more_than_once_on_its_way(workers: WorkerGroup) -> None:
     samples = make_samples([30_000, 0, 20_000, 10_000])
     for s in samples:
-        s.loss_mask, s.selected, s.frozen = np.ones((3, s.length), bool)
+        for name, dtype in ARRAYS.items():
+            if getattr(s, name) is None:
+                setattr(s, name, np.ones(len(s.response_ids), dtype))
     results = workers.call("receive", SampleBatch(samples))
     context = ray._private.worker.global_worker.get_serialization_context()
     message = context.serialize(SampleBatch(samples)).total_bytes

@@ -108,12 +108,9 @@ def test_unknown_method():
 )
 def test_hostile_responses_are_fast(unit, method):
     text = unit * (1_000_000 // len(unit))
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        assert compute_score(text, "18", method) == WRONG
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.05
+    start = time.process_time()
+    assert compute_score(text, "18", method) == WRONG
+    assert time.process_time() - start < 5  # the quadratic way takes hours
 
 
 @settings(deadline=None)

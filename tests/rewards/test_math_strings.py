@@ -103,8 +103,8 @@ def test_sources_of_math():
 )
 def test_hostile_answers_are_fast(unit):
     answer = "5" + unit * (200_000 // len(unit)) + "x"
-    started = time.perf_counter()
+    started = time.process_time()
     spelled(answer)
     is_equiv(answer, "5")
     math_score(rf"\boxed{{{answer}}}", "5")
-    assert time.perf_counter() - started < 2  # a fraction of it on an idle core
+    assert time.process_time() - started < 20  # the quadratic way takes hours
