@@ -19,8 +19,9 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import free_address, make_samples, make_step
-from tests.models.test_policy import distance, gradient, log_probs_of
-from verl.algorithms.policy_losses import Constants
+from tests.models.test_policy import distance, gradient, gradient_and_sums, log_probs_of
+from verl.algorithms.losses import LossConfig
+from verl.algorithms.policy_losses import MULTIPLES_OF_ADVANTAGE, SELECTIONS, Constants
 from verl.algorithms.weights import response_weights
 from verl.config.load import load_config
 from verl.config.schema import LOSS_AGG_MODES, Config, FSDPConfig, ModelConfig, OptimConfig
@@ -518,6 +519,7 @@ def judged(
     samples = make_samples(LENGTHS, old_log_probs=None)
     own = log_probs_of(worker, samples, 1.0, MicroBatchLimit(4))
     for i, (s, values) in enumerate(zip(samples, own, strict=True)):
+        s.reward = float(i % 2)
         s.rollout_log_probs = values + np.float32(np.log(0.9))
         s.rollout_log_probs[REJECTED.get(i, [])] += np.float32(np.log(0.25 / 0.9))
     return trainer, samples, trainer.add_log_probs(samples, Timer())
@@ -659,6 +661,134 @@ def test_the_entropies_of_a_whole_optimizer_step_choose_who_has_a_gradient(
     assert max(distance(x, found[0]) for x in found) < 1e-6
     step.samples = [replace(s, frozen=None) for s in step.samples]
     assert distance(gradient(worker, step, MicroBatchLimit(8), loss), found[0]) > 1e-2
+
+
+LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
+REWARDS = [1, 1, 1, 0, 0, 0, 0, 1]  # no advantage for the first and the third prompt
+
+
+def rewarded(trainer: RayPPOTrainer) -> list[Sample]:
+    samples = make_samples(LENGTHS)
+    for s, reward in zip(samples, REWARDS, strict=True):
+        s.reward = reward
+    return samples
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("mode", sorted(MULTIPLES_OF_ADVANTAGE))
+def test_responses_without_advantage_leave_the_passes_but_not_the_denominators(
+    mode: str, name: str, worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_model, tmp_path, *METHODS[name], f"{LOSS_MODE}={mode}")
+    samples = rewarded(trainer)
+    trainer.add_advantages(samples)
+    a = trainer.aggregation
+    for number, step in enumerate(trainer.optimizer_steps(samples)):
+        half = samples[4 * number :][:4]
+        taken = [id(s.response_ids) for s in half if s.advantage]
+        assert [id(s.response_ids) for s in step.samples] == taken
+        lengths, groups = [s.length for s in half], [s.group for s in half]
+        everywhere = LENGTHS if a.scope == "batch" else None
+        w = response_weights(lengths, a.mode, 10, a.alpha, everywhere, a.group_size, groups)
+        whole = OptimizerStep(half, w.numpy())
+        if mode in SELECTIONS:
+            step, whole = (
+                replace(
+                    x, samples=[s.marking("selected", np.arange(s.length) == 0) for s in x.samples]
+                )
+                for x in (step, whole)
+            )
+        found, expected = (
+            gradient(worker, x, MicroBatchLimit(3), trainer.loss) for x in (step, whole)
+        )
+        assert distance(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        "actor_rollout_ref.actor.entropy_coeff=0.01",
+        "actor_rollout_ref.actor.use_kl_loss=True",
+        f"{LOSS_MODE}=kl_cov",
+    ],
+)
+def test_other_terms_keep_responses_without_advantage(
+    term: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_model, tmp_path, term)
+    samples = rewarded(trainer)
+    trainer.add_advantages(samples)
+    steps = trainer.optimizer_steps(samples)
+    assert [len(step.samples) for step in steps] == [4, 4]
+    assert all((s.advantage == 0) == (s.group in (0, 2)) for step in steps for s in step.samples)
+
+
+def test_log_probs_before_the_update_only_where_the_loss_compares_with_them(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The first step takes those of its own pass, for the same loss, gradient and sums."""
+    trainer = make_trainer(tiny_model, tmp_path, "trainer.n_gpus_per_node=2")
+    trainer.state.step, trainer.workers = 1, in_process(trainer.config, worker)
+    samples = rewarded(trainer)
+    for s in samples:
+        s.old_log_probs = None
+    record = trainer.add_log_probs(samples, Timer())
+    assert [s.old_log_probs is not None for s in samples] == [False] * 6 + [True] * 2
+    assert record["rollout_corr/kl"] == pytest.approx(
+        np.concatenate([s.rollout_log_probs - s.old_log_probs for s in samples[6:]]).mean(),
+        rel=1e-4,
+    )
+    trainer.add_advantages(samples)
+    first, second = trainer.optimizer_steps(samples)
+    assert [s.group for step in (first, second) for s in step.samples] == [1, 1, 3, 3]
+    known = replace(first, samples=[replace(s) for s in first.samples])
+    own = log_probs_of(worker, known.samples, 1.0, MicroBatchLimit(1))
+    for s, values in zip(known.samples, own, strict=True):
+        s.old_log_probs = values
+    (a, sums), (b, others) = (
+        gradient_and_sums(worker, step, MicroBatchLimit(2), trainer.loss) for step in (first, known)
+    )
+    assert distance(a, b) < 1e-6
+    assert sums == pytest.approx(others, abs=1e-5)
+
+
+def test_two_epochs_compare_all_with_the_policy_before(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = ["trainer.n_gpus_per_node=2", "actor_rollout_ref.actor.ppo_epochs=2"]
+    trainer = make_trainer(tiny_model, tmp_path, *settings)
+    trainer.state.step, trainer.workers = 1, in_process(trainer.config, worker)
+    samples = rewarded(trainer)
+    for s in samples:
+        s.old_log_probs = None
+    trainer.add_log_probs(samples, Timer())
+    assert [s.old_log_probs is not None for s in samples] == [bool(s.advantage) for s in samples]
+
+
+def test_a_step_of_responses_without_advantage_is_one_with_gradient_zero(
+    worker: PolicyWorker, tiny_model: Path
+) -> None:
+    """The optimizer's momentum moves on; means over tokens leave it out."""
+    parameters, reports = [], []
+    for skipping in (False, True):
+        policy = PolicyWorker("cpu")  # in the process group of `worker`
+        build(policy, tiny_model)
+        first, idle = (
+            make_step(make_samples([3, 4])),
+            make_step(make_samples([5, 2], advantage=0.0)),
+        )
+        if skipping:
+            idle = idle.share([])
+        loss = LossConfig()
+        reports.append(policy.update([first, idle], loss, MicroBatchLimit(2), 1.0))
+        parameters.append(
+            torch.cat([p.full_tensor().flatten().clone() for p in policy.model.parameters()])
+        )
+    assert torch.equal(*parameters)
+    assert reports[1][1]["grad_norm"] == reports[0][1]["grad_norm"] == 0
+    means = update_metrics([reports[1]])
+    assert means["actor/entropy"] == pytest.approx(reports[1][0]["entropy"] / 7)
+    assert means["actor/grad_norm"] == pytest.approx(reports[1][0]["grad_norm"] / 2)
 
 
 @pytest.mark.parametrize("mode", ["kl_cov", "clip_cov"])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from verl.algorithms.kl import kl_divergence
-from verl.algorithms.policy_losses import POLICY_LOSSES, Constants
+from verl.algorithms.policy_losses import MULTIPLES_OF_ADVANTAGE, POLICY_LOSSES, Constants
 from verl.algorithms.rollout_correction import response_of_token, rollout_is_weights
 
 
@@ -23,6 +23,12 @@ class LossConfig(Constants):
     rollout_is: str | None = None  # the level of rollout_is_weights; None: no correction
     rollout_is_threshold: float = 2.0
     cliprange_value: float = 0.5  # of the critic's loss
+
+    @property
+    def scales_with_advantage(self) -> bool:
+        """Whether a response whose advantage is 0 has no gradient."""
+        other_terms = self.entropy_coeff or self.kl_coef
+        return self.loss_mode in MULTIPLES_OF_ADVANTAGE and not other_terms
 
 
 @dataclass(slots=True)

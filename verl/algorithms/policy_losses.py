@@ -229,6 +229,8 @@ POLICY_LOSSES: dict[str, Callable[..., Loss]] = {
     "dppo_kl": dppo_kl,
     "vespo": vespo,
 }
+MULTIPLES_OF_ADVANTAGE = POLICY_LOSSES.keys() - {"kl_cov"}
+"""Losses without a gradient where the advantage is 0. Nothing is known of a user's own."""
 
 
 def _covariance(old_log_probs: Tensor, advantages: Tensor, share: float) -> tuple[Tensor, int]:

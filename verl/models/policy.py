@@ -173,10 +173,11 @@ class PolicyWorker:
             devices.empty_cache(self.device)
 
     def micro_batches(self, samples: Sequence[Sample], limit: MicroBatchLimit) -> list[list[int]]:
-        """Which samples go through each pass: as many passes on every rank, the last ones empty."""
+        """Which samples go through each pass: as many passes on every rank, at least one, the last
+        ones empty. Without samples a gradient is 0, and the optimizer's step a step."""
         tokens = limit.max_tokens * self.split
         parts = micro_batches([s.num_tokens for s in samples], limit.size, tokens)
-        count = torch.tensor(len(parts))
+        count = torch.tensor(max(1, len(parts)))
         dist.all_reduce(count, dist.ReduceOp.MAX)
         return parts + [[] for _ in range(int(count) - len(parts))]
 

@@ -197,6 +197,8 @@ def update_metrics(by_rank: list[list[dict[str, float]]], role: str = "actor") -
             section, _, rest = name.rpartition("/")
             if section == "rollout" and not compared:
                 continue
+            if not (tokens or section in ("w", "perf") or name in SHARED):
+                continue  # no response of this mini-batch went through the model
             if section == "w":
                 value = sum(values)
             elif section == "perf" or name in SHARED or name.endswith("_max"):

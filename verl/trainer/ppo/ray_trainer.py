@@ -113,27 +113,26 @@ class RayPPOTrainer:
 
     def add_log_probs(self, samples: list[Sample], timer: Timer) -> dict[str, float]:
         """Log-probabilities under the reference, and before the update: those that old responses
-        were sampled with; None, for the loss to take its own, if one step on fresh ones follows."""
-        config, actor = self.config.algorithm, self.config.actor_rollout_ref.actor
-        correction, before = config.rollout_correction, self.state.step - 1  # the policy's version
+        were sampled with; None where the loss takes its own or has no gradient."""
+        config, correction = self.config.algorithm, self.config.algorithm.rollout_correction
+        before, reinforce = self.state.step - 1, self.loss.kind == "reinforce"
         old = [config.bypass_old_log_prob or s.policy_version < before for s in samples]
-        fresh = [s for s, is_old in zip(samples, old, strict=True) if not is_old]
-        one_step = actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
-        several_steps = len(samples) > one_step or actor.ppo_epochs > 1
-        reinforce, selects = self.loss.kind == "reinforce", self.loss.loss_mode in SELECTIONS
-        weighted = [reinforce or not is_old for is_old in old]  # by the factors of rollout_is
+        weighted = {id(s): reinforce or not o for s, o in zip(samples, old, strict=True)}
         normalized = correction.rollout_is and correction.rollout_is_batch_normalize
         judged = correction.rollout_rs or correction.rollout_token_veto_threshold
-        compared = several_steps or any(old) or selects or config.use_kl_in_reward
-        needed = fresh if compared else []
         masked = not reinforce and self.loss.top_entropy_quantile < 1
         # Of the whole batch where the actor's word decides: who is judged, who has a gradient.
-        if masked or judged or (normalized and any(weighted)):
+        if masked or judged or (normalized and any(weighted.values())):
             needed = samples
+        elif any(old) or self.loss.loss_mode in SELECTIONS or config.use_kl_in_reward:
+            needed = [s for s, is_old in zip(samples, old, strict=True) if not is_old]
+        else:
+            needed = self.after_first_step(samples)
+        record: dict[str, float] = {}
         if needed:
             with timer("old_log_prob"):
                 self.workers.add_log_probs(needed, "actor", masked)
-        record = self.correct_rollout(samples, weighted) if len(needed) == len(samples) else {}
+            record = self.correct_rollout(needed, [weighted[id(s)] for s in needed])
         for sample, is_old in zip(samples, old, strict=True):
             if is_old:
                 sample.old_log_probs = sample.rollout_log_probs
@@ -141,6 +140,16 @@ class RayPPOTrainer:
             with timer("ref"):
                 self.workers.add_log_probs(samples, "ref")
         return record | (self.subtract_kl(samples) if config.use_kl_in_reward else {})
+
+    def after_first_step(self, samples: list[Sample]) -> list[Sample]:
+        """Those with a gradient in optimizer steps after the first one, in which the policy is
+        still the old one: its own forward pass gives what they are compared with."""
+        actor = self.config.actor_rollout_ref.actor
+        if not self.critic:
+            self.add_response_advantages(samples)
+        steps = [*mini_batches(actor, samples, self.mini_batch_seed)]
+        later = {id(s) for mini_batch in steps[1:] for s in mini_batch}
+        return [s for s in samples if id(s) in later and self.has_gradient(s)]
 
     def correct_rollout(self, samples: list[Sample], weighted: list[bool]) -> dict[str, float]:
         """Takes the tokens that `algorithm.rollout_correction` rejects out of the loss; says how
@@ -244,8 +253,7 @@ class RayPPOTrainer:
         Those of the policy loss are divided by `mean_factor`."""
         rollout_lengths, steps = response_lengths(self.trained(samples)), []
         part = self.config.critic if of_critic else self.config.actor_rollout_ref.actor
-        seed = self.config.data.seed, self.state.step
-        for number, mini_batch in enumerate(mini_batches(part, samples, seed)):
+        for number, mini_batch in enumerate(mini_batches(part, samples, self.mini_batch_seed)):
             counting = self.trained(mini_batch)
             counting = counting if of_critic else self.select_tokens(counting, number)
             given = response_lengths(counting), [s.group for s in counting], rollout_lengths
@@ -253,8 +261,19 @@ class RayPPOTrainer:
             if mode := self.aggregation.regularizer_mode:
                 others = self.aggregation.weights(*given, mode)
             step = OptimizerStep(counting, w / np.float32(mean_factor), others)
-            steps.append(step.share(np.flatnonzero(w).tolist()))
+            taken = [of_critic or self.has_gradient(s) for s in counting]
+            steps.append(step.share(np.flatnonzero(w * taken).tolist()))
         return steps
+
+    @property
+    def mini_batch_seed(self) -> tuple[int, int]:
+        """Of the order in which mini-batches take the prompts of this step."""
+        return self.config.data.seed, self.state.step
+
+    def has_gradient(self, sample: Sample) -> bool:
+        """Whether the actor's loss may have one there: a response whose advantage is 0 counts in
+        denominators, but need not go through the model where all terms are multiples of it."""
+        return self.critic or sample.advantage != 0 or not self.loss.scales_with_advantage
 
     def select_tokens(self, samples: list[Sample], number: int) -> list[Sample]:
         """With the tokens that the policy loss treats otherwise in optimizer step `number`, if any;
