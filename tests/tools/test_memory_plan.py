@@ -117,6 +117,35 @@ def test_a_reward_model_is_counted() -> None:
     assert keys == {f"{model}.fsdp_config.param_offload": True}
 
 
+def test_a_critic_is_counted() -> None:
+    """One of the policy's size, without its head: 4 bytes a parameter, 8 more of states, and in its
+    own update 4 of gradients. What is offloaded lies on the host."""
+    on = ["algorithm.adv_estimator=gae", "critic.model.path=x"]
+    on += ["critic.ppo_micro_batch_size_per_gpu=1"]
+    fsdp = "critic.model.fsdp_config"
+    off = [f"{fsdp}.param_offload=True", f"{fsdp}.optimizer_offload=True"]
+    here, away = (
+        Plan(load_config([*BASE, *on, *more]), QWEN_7B, "cuda", 79 * GIB, 9999 * GIB, beside)
+        for more in ([], off)
+        for beside in [{"critic": QWEN_7B}]
+    )
+    shard = (here.parameters - 152064 * 3584) / 4
+    rests = here.resting()
+    assert rests["critic"] == pytest.approx(4 * shard, rel=1e-6)
+    assert rests["critic's optimizer"] == 2 * rests["critic"]
+    assert away.resting()["critic"] == 0 and "critic's optimizer" not in away.resting()
+    for a_plan in (here, away):
+        update = a_plan.phases()["train critic"]
+        assert update["critic's gradients"] == update["critic"] == rests["critic"]
+        assert update["critic's optimizer"] == 2 * rests["critic"]
+        # No logits, and no head: less than the policy's of as many tokens.
+        assert 0 < update["critic's activations"] < a_plan.training()["activations"]
+    extra = sum(here.phases()["train"].values()) - sum(plan().phases()["train"].values())
+    assert extra == 3 * rests["critic"]
+    assert away.host()["offloaded critic"] == 4 * rests["critic"]
+    assert away.host()["offloaded optimizer"] == 4 * 2 * rests["critic"]
+
+
 def test_parameters_in_bfloat16_take_half() -> None:
     """Bytes of the actor's: parameters 2, states 4, gradients 2. The reference's are its own."""
     key, kl = "fsdp_config.model_dtype=bf16", "actor_rollout_ref.actor.use_kl_loss=True"

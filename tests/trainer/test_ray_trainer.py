@@ -674,8 +674,11 @@ def rewarded(trainer: RayPPOTrainer) -> list[Sample]:
     return samples
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("mode", sorted(MULTIPLES_OF_ADVANTAGE))
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [("vanilla", name) for name in METHODS]
+    + [(mode, "delta-l over batch") for mode in sorted(MULTIPLES_OF_ADVANTAGE - {"vanilla"})],
+)
 def test_responses_without_advantage_leave_the_passes_but_not_the_denominators(
     mode: str, name: str, worker: PolicyWorker, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -23,9 +23,11 @@ def count_skipped(
     limit: int,
     steps: Sequence[OptimizerStep],
     dump: Path,
+    role: str = "model",
 ) -> int:
-    """How many optimizer steps up to now were skipped in a row, as loss or gradient was not finite;
-    `by_rank`: [ranks][steps]. Raises: FloatingPointError after `limit`, with `steps` in `dump`."""
+    """How many optimizer steps of the model `role` up to now were skipped in a row, as loss or
+    gradient was not finite; `by_rank`: [ranks][steps]. Raises: FloatingPointError after `limit`,
+    with `steps` in `dump`."""
     flags = [max(rank["skipped"] for rank in ranks) for ranks in zip(*by_rank, strict=True)]
     for skipped in flags:
         in_a_row = in_a_row + 1 if skipped else 0
@@ -38,14 +40,14 @@ def count_skipped(
             except Exception as error:  # which must not hide what is worse
                 outcome = f"could not be written to {dump} ({type(error).__name__}: {error})"
             raise FloatingPointError(
-                f"the loss or the gradient of {in_a_row} optimizer steps in a row was not finite "
-                f"(trainer.max_skipped_steps={limit}), so none was made. The batch {outcome}: look "
+                f"the loss or the gradient of {in_a_row} optimizer steps of the {role} in a row was "
+                f"not finite (trainer.max_skipped_steps={limit}), so none was made. The batch {outcome}: look "
                 "there for numbers that are not finite. Else lower the optimizer's lr or raise its "
                 "warm-up, and resume from before the trouble with trainer.resume_mode=resume_path"
             )
     if count := int(sum(flags)):
-        text = "%d of %d optimizer steps skipped: their loss or gradient was not finite"
-        logger.warning(text, count, len(flags))
+        text = "%d of %d optimizer steps of the %s skipped: their loss or gradient was not finite"
+        logger.warning(text, count, len(flags), role)
     return in_a_row
 
 

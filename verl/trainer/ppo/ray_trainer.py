@@ -313,7 +313,7 @@ class RayPPOTrainer:
         before, limit = self.state.skipped_by_model, self.config.trainer.max_skipped_steps
         dump = self.checkpoints.root / f"skipped_step_{self.state.step}.parquet"
         so_far = before.get(role, 0)
-        before[role] = checks.count_skipped(by_rank, so_far, limit, steps, dump)
+        before[role] = checks.count_skipped(by_rank, so_far, limit, steps, dump, role)
         return metrics.update_metrics(by_rank, role)
 
     def update_critic(self, samples: list[Sample]) -> dict[str, float]:
