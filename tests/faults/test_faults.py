@@ -16,7 +16,7 @@ def test_a_dead_actor_rank_ends_the_run_and_ctrl_c_after_the_step(
     settings: list[str], finished: Path, tmp_path: Path
 ) -> None:
     """First an actor rank is killed. Then Ctrl-C comes, for all processes of the group, as a
-    terminal sends it, while the responses of step 3 are drawn."""
+    terminal sends it, while responses are drawn: of step 3 or, on a busy machine, of the last."""
     folder = tmp_path / "run"
     with job(settings, folder) as running:
         running.until(lambda: (folder / LATEST).exists())
@@ -33,9 +33,9 @@ def test_a_dead_actor_rank_ends_the_run_and_ctrl_c_after_the_step(
         log = running.end(130)
     assert f"resuming from {folder}/global_step_2" in log
     assert "stopping after this step, with a checkpoint" in log
-    assert f"stopped; the same command goes on from {folder}/global_step_3\n" in log
+    assert (step := (folder / LATEST).read_text()) in ("3", "4")
+    assert f"stopped; the same command goes on from {folder}/global_step_{step}" in log
     assert "Traceback" not in log
-    assert (folder / LATEST).read_text() == "3"
     with job(settings, folder) as running:
         running.end()
     assert_same(folder, finished)

@@ -121,6 +121,24 @@ def test_gradients_are_the_dense_ones_in_the_adapters_subspace(
             assert difference.norm() < 1e-5 * value.norm()
 
 
+def test_gradients_are_finite_differences(tiny_model: Path) -> None:
+    """Central ones of a smooth loss: of each adapter along its gradient."""
+    worker, step, loss = build(tiny_model), step_of(), LossConfig(loss_mode="gpg")
+    worker.accumulate_gradient(step, loss, LIMIT)
+    trained = [p for p in worker.model.lm.parameters() if p.grad is not None]
+    gradient = [p.grad.full_tensor().clone() for p in trained]
+    assert len(trained) == 28
+    for p, g in zip(trained, gradient, strict=True):
+        place, found = p.full_tensor().clone(), []
+        for distance in (0.01, -0.01):
+            with torch.no_grad():
+                p.to_local().copy_(place + distance * g / g.norm())
+            found.append(worker.accumulate_gradient(step, loss, LIMIT)["w/pg_loss"])
+        with torch.no_grad():
+            p.to_local().copy_(place)
+        assert (found[0] - found[1]) / 0.02 == pytest.approx(g.norm().item(), rel=0.01)
+
+
 def test_adapters_are_float32_beside_any_model(tiny_model: Path) -> None:
     config = ModelConfig(str(tiny_model), **LORA)
     lm = add_adapters(load_hf_model(config, torch.bfloat16), config)

@@ -346,7 +346,9 @@ def test_ranks_do_not_change_the_gradient(
     for (mode, weighting, _), value in results.items():
         step, loss = pair(mode, weighting)
         expected = gradient(worker, step, LIMITS["all"], loss)
-        assert distance(value, expected) < 1e-6, (mode, weighting)
+        # A product over the response raises e to a sum, and so multiplies its rounding.
+        limit = 3e-6 if mode == "vespo" else 1e-6
+        assert distance(value, expected) < limit, (mode, weighting)
 
 
 SPLITS = {4: [range(8)], 2: [range(5), range(5, 8)], 1: [range(2 * i, 2 * i + 2) for i in range(4)]}
