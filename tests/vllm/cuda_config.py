@@ -56,6 +56,10 @@ def pretend() -> Any:
     assert platform.is_cuda() and platform.is_sleep_mode_available()
     # That of sleep mode is compiled, and loads the driver.
     type(platform).is_cumem_allocator_available = classmethod(lambda _: True)
+    from vllm.model_executor.models.registry import _LazyRegisteredModel
+
+    # What it learns of a model would be kept by code that loads CUDA's attention.
+    _LazyRegisteredModel._save_modelinfo_to_cache = lambda *_: None
     return library
 
 

@@ -72,7 +72,7 @@ def engines(request: pytest.FixtureRequest, configurations: dict[str, Path], tmp
     env = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     env.pop("VLLM_TARGET_DEVICE", None)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     return dict(zip(configurations, found, strict=True))
 

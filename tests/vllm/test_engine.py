@@ -271,7 +271,10 @@ def test_logits_of_the_engine_in_float32(actor: PolicyWorker, tmp_path: Path) ->
     make_tiny_model(tmp_path, tie_word_embeddings=False, initializer_range=0.1)
     large = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
-        large.lm_head.weight.mul_(20)  # the larger a logit, the coarser in bfloat16
+        large.lm_head.weight.mul_(4)  # the larger a logit, the coarser in bfloat16
+        for name, weight in large.named_parameters():  # layers that add nothing have no noise
+            if "o_proj" in name or "down_proj" in name:
+                weight.zero_()
     large.save_pretrained(tmp_path)
     model, exact, found = ModelConfig(path=str(tmp_path)), PolicyWorker("cpu"), []
     exact.build(model, FSDPConfig(mixed_precision=MixedPrecisionConfig("bfloat16")))
@@ -295,7 +298,7 @@ def test_logits_of_the_engine_in_float32(actor: PolicyWorker, tmp_path: Path) ->
         found.append(float(np.abs(ours - actual).mean()))
         del engine.engine
         gc.collect()
-    assert found[1] < 0.95 * found[0], found
+    assert found[1] < 0.01 * found[0], found
 
 
 def test_an_unknown_argument_is_named(tmp_path: Path) -> None:
