@@ -142,7 +142,7 @@ def test_gradient_is_ours(case: str, runs: tuple[Path, int], policy: PolicyWorke
         assert norm > 0.1 or records[0] is not parts[0][0]
         assert torch.cat([d.flatten() for d in difference]).norm() <= 1e-5 * norm
         if not loss.kl_coef:
-            assert float(records[0]["loss"]) == pytest.approx(sums["w/pg_loss"], abs=2e-6, rel=1e-5)
+            assert float(records[0]["loss"]) == pytest.approx(sums["w/pg_loss"], abs=2e-6, rel=5e-5)
 
 
 def test_cases_are_about_something(runs: tuple[Path, int]) -> None:
