@@ -91,6 +91,26 @@ def test_remax_filters_and_kl_in_reward(
     assert second["actor/reward_kl_penalty_coeff"] != first["actor/reward_kl_penalty_coeff"]
 
 
+def test_alpha_that_follows_the_measured_exponent_resumes_exactly(
+    settings: list[str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """From the third step on, when enough responses are measured; of whom the checkpoint knows."""
+    options = ["algorithm.grpopp_config.alpha=auto", "trainer.save_hf_model=False"]
+    options += ["trainer.val_before_train=False", "trainer.test_freq=-1"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(settings, *options, f"trainer.default_local_dir={whole}")
+    steps = read(whole)
+    alphas = [line["loss_agg/alpha"] for line in steps]
+    exponents = [line.get("loss_agg/length_exponent") for line in steps]
+    assert alphas[:2] == [0.75, 0.75] and exponents[:2] == [None, None]
+    assert alphas[2:] == [min(max(b, 0), 2) for b in exponents[2:]] and alphas[2] != alphas[3]
+    path = f"trainer.resume_from_path={whole}/global_step_2"
+    more = ["trainer.resume_mode=resume_path", path, f"trainer.default_local_dir={resumed}"]
+    run(settings, *options, *more)
+    assert read(resumed) == steps[2:]
+
+
 def test_lora_against_its_own_base(
     settings: list[str],  # noqa: F811
     tiny_model: Path,
