@@ -278,6 +278,7 @@ def test_gradients_are_measured_of_responses_with_an_advantage(
     for s in samples[::2]:
         s.advantage = 0.0
     trainer.state.step = 3
+    worker.model.zero_grad()  # other tests leave one
     for _ in range(2):
         trainer.measure_gradients(trainer.optimizer_steps(samples))
     first, again = trainer.state.measured[:16], trainer.state.measured[16:]
