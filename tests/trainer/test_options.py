@@ -95,16 +95,18 @@ def test_alpha_that_follows_the_measured_exponent_resumes_exactly(
     settings: list[str],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """From the third step on, when enough responses are measured; of whom the checkpoint knows."""
+    """From the fifth step on, when enough responses are measured; of whom the checkpoint knows."""
     options = ["algorithm.grpopp_config.alpha=auto", "trainer.save_hf_model=False"]
     options += ["trainer.val_before_train=False", "trainer.test_freq=-1"]
+    options += ["trainer.total_training_steps=6"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run(settings, *options, f"trainer.default_local_dir={whole}")
     steps = read(whole)
     alphas = [line["loss_agg/alpha"] for line in steps]
     exponents = [line.get("loss_agg/length_exponent") for line in steps]
-    assert alphas[:2] == [0.75, 0.75] and exponents[:2] == [None, None]
-    assert alphas[2:] == [min(max(b, 0), 2) for b in exponents[2:]] and alphas[2] != alphas[3]
+    assert alphas[:4] == [0.75] * 4 and exponents[:4] == [None] * 4
+    assert alphas[4:] == [min(max(b, 0), 2) for b in exponents[4:]]
+    assert exponents[4] != exponents[5]
     path = f"trainer.resume_from_path={whole}/global_step_2"
     more = ["trainer.resume_mode=resume_path", path, f"trainer.default_local_dir={resumed}"]
     run(settings, *options, *more)

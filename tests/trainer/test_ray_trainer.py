@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import free_address, make_samples, make_step
 from tests.models.test_policy import distance, gradient, log_probs_of
+from verl.algorithms import exponent
 from verl.algorithms.losses import LossConfig
 from verl.algorithms.policy_losses import Constants
 from verl.algorithms.weights import response_weights
@@ -281,21 +282,22 @@ def test_gradients_are_measured_of_responses_with_an_advantage(
     worker.model.zero_grad()  # other tests leave one
     for _ in range(2):
         trainer.measure_gradients(trainer.optimizer_steps(samples))
-    first, again = trainer.state.measured[:16], trainer.state.measured[16:]
-    assert first == again and len(first) == 16
+    first, again = np.split(np.array(trainer.state.measured), 2)
+    assert len(first) == exponent.PER_STEP and (first == again).all()
     alone = {}
     for s in samples[1::2]:
         step = OptimizerStep([s], np.ones(1, np.float32))
         alone[gradient(worker, step, MicroBatchLimit(1), LossConfig()).norm().item()] = s
     worker.model.zero_grad()
     found = [min(alone, key=lambda x: abs(x - square**0.5)) for _, square in first]
-    assert len({*found}) == 16  # all different
+    assert len({*found}) == len(first)  # all different
     for norm, (length, square) in zip(found, first, strict=True):
         assert square == pytest.approx(norm**2, rel=1e-4) and length == alone[norm].length
     trainer.state.step = 4
-    for _ in range(10):
+    for _ in range(20):
         trainer.measure_gradients(trainer.optimizer_steps(samples))
-    assert len(trainer.state.measured) == 160 and trainer.state.measured[:16] != first
+    assert len(trainer.state.measured) == exponent.WINDOW
+    assert trainer.state.measured[0] != [*first[0]]
     assert workers.gradient_norms([]) == []
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-PER_STEP = 16  # responses whose gradient is measured in a step
-WINDOW = 10 * PER_STEP  # the latest of them, which the exponent is of
+PER_STEP = 8  # responses whose gradient is measured in a step
+WINDOW = 20 * PER_STEP  # the latest of them, which the exponent is of
 FEWEST = 32  # before there are so many, α is UNTIL_THEN
 UNTIL_THEN = 0.75  # the published default
 LOWEST, HIGHEST = 0.0, 2.0
