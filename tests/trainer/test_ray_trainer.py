@@ -255,7 +255,7 @@ AUTO = "algorithm.use_grpopp=True", "algorithm.grpopp_config.alpha=auto"
 def test_alpha_follows_the_exponent_of_earlier_steps(tiny_model: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model, tmp_path, *AUTO)
     L, samples = np.array(LENGTHS, float), make_samples(LENGTHS)
-    for measured, alpha in ([], 0.75), ([[x, 2 * x**1.25] for x in LENGTHS * 4], 1.25):
+    for measured, alpha in ([], 0.75), ([[x, 2 * x**1.25] for x in LENGTHS * 8], 1.25):
         trainer.state.measured = measured
         found = trainer.add_advantages(samples)
         assert found["loss_agg/alpha"] == pytest.approx(alpha)

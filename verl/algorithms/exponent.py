@@ -7,7 +7,8 @@ from numpy.typing import ArrayLike
 
 PER_STEP = 8  # responses whose gradient is measured in a step
 WINDOW = 20 * PER_STEP  # the latest of them, which the exponent is of
-FEWEST = 32  # before there are so many, α is UNTIL_THEN
+TOGETHER = 8  # of which one mean is taken
+FEWEST = 64  # before there are so many, α is UNTIL_THEN
 UNTIL_THEN = 0.75  # the published default
 LOWEST, HIGHEST = 0.0, 2.0
 """Bounds of α. Where the gradients of a response's tokens are independent b is 1, and 2 where they
@@ -23,23 +24,18 @@ def spread(lengths: ArrayLike, count: int, random: np.random.Generator) -> list[
 
 
 def length_exponent(points: Sequence[Sequence[float]]) -> float | None:
-    """b of E‖g‖² = c·L^b, by gamma quasi-likelihood with a logarithmic link: ‖g‖²/L^b, as weights,
-    leave the mean of log L as it is (McCullagh and Nelder, 1989, chapter 8). Unlike a line through
-    the logarithms it is about the mean of ‖g‖², whatever its spread at each length, and takes 0.
-    `points`: L, in tokens, and ‖g‖², [N][2]. None for fewer than `FEWEST`, lengths that are all the
-    same, or nothing but 0."""
+    """b of E‖g‖² ∝ L^b: least squares through the logarithms of the means of parts with `TOGETHER`
+    responses of similar lengths. It is about the mean of ‖g‖², which a line through the logarithms
+    of single responses isn't where short ones' vary more; and one huge gradient moves one part.
+    `points`: L, in tokens, and ‖g‖², [N][2]. None for fewer than `FEWEST`, and where parts don't
+    differ in length; those without a gradient are left out."""
     if len(points) < FEWEST:
         return None
-    L, squares = np.array(points, np.float64).T
-    x = np.log(L) - np.log(L).mean()
-    if np.ptp(L) == 0 or not squares.any():
-        return None
-    low, high = -10.0, 10.0
-    while high - low > 1e-9:
-        b = (low + high) / 2
-        powers = -b * x
-        low, high = (b, high) if squares * np.exp(powers - powers.max()) @ x > 0 else (low, b)
-    return low
+    pairs = np.array(points, np.float64)
+    parts = np.array_split(np.argsort(pairs[:, 0], kind="stable"), len(pairs) // TOGETHER)
+    means = np.array([pairs[part].mean(0) for part in parts])
+    x, y = np.log(means[means[:, 1] > 0]).T
+    return None if not len(x) or np.ptp(x) == 0 else float(np.polyfit(x, y, 1)[0])
 
 
 def chosen_alpha(exponent: float | None) -> float:
