@@ -209,7 +209,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         add = tasks.add_parser(name, help=task.about, **options).add_argument
         methods = f"{', '.join(METHODS)}, or {OWN_METHOD} [{task.method}]"
         add("--method", default=task.method, metavar="METHOD", help=methods)
-        add("--alpha", help=f"exponent of delta-l-norm [{task.alpha}]")
+        add("--alpha", help=f"exponent of delta-l-norm, or auto [{task.alpha}]")
         add("--lora", action="store_true", help="train adapters of rank 8 beside a frozen model")
         add("--seed", type=int, default=0, help="of the problems, the weights and the sampling [0]")
         add("--out", default=REPO / "outputs" / task.project, help="for all files [%(default)s]")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks.aggregation_study.comparison import arguments_of
 from benchmarks.aggregation_study.findings import paired, power_law
 from benchmarks.aggregation_study.gradients import METHODS, Measurement
 from benchmarks.aggregation_study.noise import (
@@ -67,6 +68,13 @@ def test_the_least_noise_is_named_with_what_is_not_told_apart(rng: np.random.Gen
     reference = NAMES.index(REFERENCE)
     assert row["predicted_relative"] == pytest.approx(3.0 / cvs[reference])
     assert row["relative_low"] == row["relative_high"] == pytest.approx(1)  # the same gradients
+
+
+@pytest.mark.parametrize("word", ["auto", "0.5", "1"])
+def test_an_alpha_is_a_word_of_a_method(word: str) -> None:
+    expected = "--method", "delta-l-norm", "--alpha", word
+    assert arguments_of(f"delta-l-norm {word}") == arguments_of(f"delta-l-norm alpha={word}")
+    assert arguments_of(f"delta-l-norm {word}") == expected
 
 
 def test_power_law_of_exact_squares() -> None:

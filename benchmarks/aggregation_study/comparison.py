@@ -23,8 +23,8 @@ def arguments_of(words: str) -> tuple[str, ...]:
         key, is_override, value = word.partition("=")
         if word in METHODS or (".py:" in word and not is_override):
             found += ["--method", word]
-        elif word.replace(".", "").isdecimal():
-            found += ["--alpha", word]
+        elif key == "alpha" or word == "auto" or word.replace(".", "").isdecimal():
+            found += ["--alpha", value or word]
         elif word in LOSS_MODES:
             found.append(f"actor_rollout_ref.actor.policy_loss.loss_mode={word}")
         elif word in ADV_ESTIMATORS:

@@ -11,9 +11,10 @@ Any other methods can be compared, too, by what they learn alone:
     .venv/bin/python benchmarks/aggregation_study/study.py --small --seeds 2 --methods \
         grpo-norm "delta-l-norm 0.75" "grpo-norm gspo" "own.py:weights loss_mode=own.py:loss"
 
-A method is a few words, in any order: a METHOD of the quick start and its alpha, a policy loss, an
-advantage estimator, and `key=value`, where the end of a key is enough. What all of them share can
-be given after `--`. `--small` takes ten steps of 128 responses on one process: quick, and coarse.
+A method is a few words, in any order: a METHOD of the quick start and its alpha (`0.75`, or
+`alpha=auto`), a policy loss, an advantage estimator, and `key=value`, where the end of a key is
+enough. What all of them share can be given after `--`. `--small` takes ten steps of 128 responses
+on one process: quick, and coarse.
 """
 
 import argparse

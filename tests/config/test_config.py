@@ -141,6 +141,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(key: str, nearest: str) -> 
         "data.shuffle=often",
         f"{ACTOR}optim.betas=0.9",
         f"{ACTOR}optim.lr=fast",
+        "algorithm.grpopp_config.alpha=[1]",
     ],
 )
 def test_a_value_of_the_wrong_type(override: str) -> None:
@@ -152,6 +153,8 @@ def test_a_value_of_the_wrong_type(override: str) -> None:
     [
         ("data.max_prompt_length=0", "data.max_prompt_length=0: must be at least 1"),
         ("algorithm.grpopp_config.alpha=-1", "grpopp_config.alpha=-1.0: must be at least 0"),
+        ("algorithm.grpopp_config.alpha=fast", "alpha=fast: give a number, or auto"),
+        ("algorithm.grpopp_config.alpha=null", "alpha=null: give a number, or auto"),
         (f"{ROLLOUT}gpu_memory_utilization=1.1", "gpu_memory_utilization=1.1: must be at most 1"),
         (f"{ROLLOUT}val_kwargs.top_p=-0.5", f"{ROLLOUT}val_kwargs.top_p=-0.5: must be more than 0"),
         (f"{ACTOR}loss_agg_mode=mean", f"{ACTOR}loss_agg_mode=mean: choose from token-mean, "),
@@ -342,6 +345,10 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     "an exponent below 0": (
         ["algorithm.use_grpopp=True", "algorithm.grpopp_config.alpha=-1"],
         "algorithm.grpopp_config.alpha=-1.0: must be at least 0, but for lambda-grpo",
+    ),
+    "an exponent that is measured, of another aggregation": (
+        [f"{ACTOR}loss_agg_mode=lambda-grpo", "algorithm.grpopp_config.alpha=auto"],
+        f"alpha=auto is for ∆L alone: give {ACTOR}loss_agg_mode=lambda-grpo a number",
     ),
     "the other flag's mode": (
         ["algorithm.use_grpopp=True", f"{ACTOR}loss_agg_mode=dr-grpo"],
@@ -651,6 +658,7 @@ def test_a_mode_beside_the_flag_that_chooses_one(
     ("overrides", "key"),
     [
         (["algorithm.grpopp_config.alpha=1"], "algorithm.grpopp_config.alpha"),
+        (["algorithm.grpopp_config.alpha=auto"], "algorithm.grpopp_config.alpha"),
         (["algorithm.kl_ctrl.kl_coef=0.1"], "algorithm.kl_ctrl.kl_coef"),
         (["actor_rollout_ref.ref.fsdp_config.param_offload=True"], "actor_rollout_ref.ref."),
         (["reward_model.overlong_buffer.len=8"], "reward_model.overlong_buffer.len"),
@@ -703,6 +711,11 @@ def test_when_a_key_has_no_effect(
             LossAggregation("dr-grpo", 512, norm_by_std=False, alpha=0.75),
         ),
         (["algorithm.use_grpopp=True"], LossAggregation("delta-l", 512, alpha=0.75)),
+        (
+            ["algorithm.use_grpopp=True", "algorithm.grpopp_config.alpha=auto"],
+            LossAggregation("delta-l", 512, alpha=0.75, auto=True),
+        ),
+        (["algorithm.grpopp_config.alpha=auto"], LossAggregation("token-mean", 512, alpha=0.75)),
         (
             [f"{ACTOR}loss_agg_mode=delta-l", "algorithm.grpopp_config.alpha=1"],
             LossAggregation("delta-l", 512, alpha=1.0),

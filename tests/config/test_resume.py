@@ -28,6 +28,7 @@ def changes(*overrides: str) -> tuple[list[str], list[str]]:
     ("override", "text"),
     [
         ("algorithm.grpopp_config.alpha=1", "algorithm.grpopp_config.alpha: 0.75 → 1.0"),
+        ("algorithm.grpopp_config.alpha=auto", "algorithm.grpopp_config.alpha: 0.75 → auto"),
         ("data.seed=2", "data.seed: 1 → 2"),
         ("data.train_files=[a,b]", "data.train_files: ~/data/countdown_nochat/train.parquet → "),
         ("actor_rollout_ref.model.path=x", "actor_rollout_ref.model.path: Qwen/Qwen2.5-3B → x"),

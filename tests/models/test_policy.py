@@ -351,6 +351,90 @@ def test_ranks_do_not_change_the_gradient(
         assert distance(value, expected) < limit, (mode, weighting)
 
 
+ALONE = replace(LOSS, entropy_coeff=0.0, kl_coef=0.0)
+
+
+def alone(sample: Sample) -> OptimizerStep:
+    return OptimizerStep([sample], np.ones(1, np.float32))
+
+
+def norm_by_autograd(folder: Path, s: Sample) -> float:
+    """‖Σ_t A_t ∇ log π(a_t)‖ of one response, in float64 on the plain model."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    ids = torch.tensor(np.concatenate([s.prompt.token_ids, s.response_ids]))
+    logits = model(ids[None]).logits[0, len(s.prompt.token_ids) - 1 : -1] / ALONE.temperature
+    taken = logits.log_softmax(-1).gather(-1, torch.tensor(s.response_ids)[:, None])[:, 0]
+    loss = (
+        torch.tensor(s.advantages()) * taken[slice(None) if s.loss_mask is None else s.loss_mask]
+    ).sum()
+    return (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        .norm()
+        .item()
+    )
+
+
+def unlike_samples() -> list[Sample]:
+    """Before the first update; one with a mask, one with an advantage for each token."""
+    samples = make_samples(LENGTHS, old_log_probs=None)
+    samples[4].loss_mask = np.arange(LENGTHS[4]) % 3 > 0
+    samples[5].token_advantages = np.linspace(-1, 2, LENGTHS[5], dtype=np.float32)
+    return samples
+
+
+def test_gradient_norms_of_single_responses(tiny_model: Path) -> None:
+    """Whatever the micro-batches. Weights and the next update are as if nothing had happened."""
+    worker, other = build(tiny_model, fsdp=FSDPConfig(param_offload=True)), build(tiny_model)
+    samples = unlike_samples()
+    for limit in LIMITS.values():
+        found = worker.gradient_norms([alone(s) for s in samples], ALONE, limit)
+        for s, norm in zip(samples, found, strict=True):
+            expected = norm_by_autograd(tiny_model, s) if s.length else 0
+            assert norm == pytest.approx(expected, rel=1e-5)
+    step = weighted_step("delta-l")
+    results = [w.update([step], LOSS, LIMITS["all"], 1.0) for w in (worker, other)]
+    assert results[0][0]["grad_norm"] == results[1][0]["grad_norm"]
+    for a, b in zip(worker.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a.full_tensor(), b.full_tensor())
+
+
+def _rank_norms(rank: int, address: str, folder: Path, out: Path) -> None:
+    """One of two: each response on one rank alone, or split over both; and of LoRA's adapters."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    results = {}
+    for split, lora_rank in ((1, 0), (2, 0), (1, 4), (2, 4)):
+        policy = PolicyWorker("cpu")
+        model = ModelConfig(str(folder), lora_rank=lora_rank)
+        policy.build(model, FSDPConfig(), OptimConfig(lr=1e-3), 10, split)
+        mine = [
+            alone(s).share([0] if split == 2 or i % 2 == rank else [])
+            for i, s in enumerate(make_samples(LENGTHS, old_log_probs=None))
+        ]
+        results[split, lora_rank] = policy.gradient_norms(mine, ALONE, LIMITS["four"])
+    by_rank: list[Any] = [None, None]
+    dist.all_gather_object(by_rank, results)
+    assert by_rank[0] == by_rank[1]
+    if rank == 0:
+        out.write_bytes(pickle.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as above
+
+
+def test_two_ranks_find_the_norms_that_one_finds(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "norms"
+    mp.spawn(_rank_norms, (free_address(), tiny_model, out), nprocs=2)
+    steps = [alone(s) for s in make_samples(LENGTHS, old_log_probs=None)]
+    for (_, lora_rank), found in pickle.loads(out.read_bytes()).items():
+        worker = build(tiny_model, lora_rank=lora_rank)
+        expected = worker.gradient_norms(steps, ALONE, LIMITS["all"])
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert [norm > 0 for norm in found] == [length > 0 for length in LENGTHS]
+
+
 SPLITS = {4: [range(8)], 2: [range(5), range(5, 8)], 1: [range(2 * i, 2 * i + 2) for i in range(4)]}
 """Ranks that split sequences → the samples of each such group of four ranks."""
 SEQUENCE_LOSS = replace(LOSS, rollout_is="sequence", loss_mode="geo_mean")

@@ -163,6 +163,7 @@ def test_runs_without_settings_stay_apart(tmp_path):
     [
         ({"use_grpopp": True, "grpopp_config": {"alpha": 0.0}}, "Dr. GRPO Norm"),
         ({"use_grpopp": True, "grpopp_config": {"alpha": 1.0}}, "∆L Norm, α = 1"),
+        ({"use_grpopp": True, "grpopp_config": {"alpha": "auto"}}, "∆L Norm, α = auto"),
         ({"use_dr_grpo": True}, "Dr. GRPO"),
         ({}, "DAPO Norm"),
     ],

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.test_main_ppo import finished, read, run, settings  # noqa: F401  fixtures
+from verl.algorithms import exponent
 from verl.trainer.main_export import export
 
 
@@ -89,6 +90,29 @@ def test_remax_filters_and_kl_in_reward(
     assert first["actor/reward_kl_penalty"] == 0  # the policy is still the reference
     assert second["actor/reward_kl_penalty"] != 0
     assert second["actor/reward_kl_penalty_coeff"] != first["actor/reward_kl_penalty_coeff"]
+
+
+def test_alpha_that_follows_the_measured_exponent_resumes_exactly(
+    settings: list[str],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the third step on, when enough responses are measured; of whom the checkpoint knows."""
+    options = ["algorithm.grpopp_config.alpha=auto", "trainer.save_hf_model=False"]
+    options += ["trainer.val_before_train=False", "trainer.test_freq=-1"]
+    monkeypatch.setattr(exponent, "FEWEST", 2 * exponent.PER_STEP)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(settings, *options, f"trainer.default_local_dir={whole}")
+    steps = read(whole)
+    alphas = [line["loss_agg/alpha"] for line in steps]
+    exponents = [line.get("loss_agg/length_exponent") for line in steps]
+    assert alphas[:2] == [0.75] * 2 and exponents[:2] == [None] * 2
+    assert alphas[2:] == [min(max(b, 0), 2) for b in exponents[2:]]
+    assert exponents[2] != exponents[3]
+    path = f"trainer.resume_from_path={whole}/global_step_2"
+    more = ["trainer.resume_mode=resume_path", path, f"trainer.default_local_dir={resumed}"]
+    run(settings, *options, *more)
+    assert read(resumed) == steps[2:]
 
 
 def test_lora_against_its_own_base(

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import free_address, make_samples, make_step
 from tests.models.test_policy import distance, gradient, gradient_and_sums, log_probs_of
+from verl.algorithms import exponent
 from verl.algorithms.losses import LossConfig
 from verl.algorithms.policy_losses import MULTIPLES_OF_ADVANTAGE, SELECTIONS, Constants
 from verl.algorithms.weights import response_weights
@@ -246,6 +247,60 @@ def test_every_method_is_compared_with_its_own_exponent(tiny_model: Path, tmp_pa
     }.items():
         assert found[key] == pytest.approx(np.sqrt((w**2 * L).sum()) / w.sum()), key
     assert found["loss_agg/effective_batch"] == pytest.approx(8)
+
+
+AUTO = "algorithm.use_grpopp=True", "algorithm.grpopp_config.alpha=auto"
+
+
+def test_alpha_follows_the_exponent_of_earlier_steps(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_model, tmp_path, *AUTO)
+    L, samples = np.array(LENGTHS, float), make_samples(LENGTHS)
+    for s in samples[::2]:
+        s.reward = 1.0
+    for measured, alpha in ([], 0.75), ([[x, 2 * x**1.25] for x in LENGTHS * 8], 1.25):
+        trainer.state.measured = measured
+        found = trainer.add_advantages(samples)
+        assert found["loss_agg/alpha"] == pytest.approx(alpha)
+        assert found.get("loss_agg/length_exponent", 0.75) == pytest.approx(alpha)
+        w = np.concatenate([step.weights for step in trainer.optimizer_steps(samples)])
+        assert w == pytest.approx(L**-alpha / (L**-alpha).mean() / 40, rel=1e-6)
+        assert found["loss_agg/cv"] == pytest.approx(np.sqrt((w**2 * L).sum()) / w.sum())
+    assert "loss_agg/alpha" not in make_trainer(tiny_model, tmp_path).add_advantages(samples)
+
+
+def test_gradients_are_measured_of_responses_with_an_advantage(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Each once, though two epochs train on it; the same ones for the same seed and step; and no
+    more than the window holds."""
+    two_epochs = "actor_rollout_ref.actor.ppo_epochs=2"
+    kl_term = "actor_rollout_ref.actor.use_kl_loss=True"
+    trainer = make_trainer(tiny_model, tmp_path, *AUTO, two_epochs, kl_term)
+    workers = trainer.workers = in_process(trainer.config, worker)
+    samples = make_samples(LENGTHS * 5, old_log_probs=None)
+    for s in samples[::2]:
+        s.advantage = 0.0
+    trainer.state.step = 3
+    worker.model.zero_grad()  # other tests leave one
+    for _ in range(2):
+        trainer.measure_gradients(trainer.optimizer_steps(samples))
+    first, again = np.split(np.array(trainer.state.measured), 2)
+    assert len(first) == exponent.PER_STEP and (first == again).all()
+    alone = {}
+    for s in samples[1::2]:
+        step = OptimizerStep([s], np.ones(1, np.float32))
+        alone[gradient(worker, step, MicroBatchLimit(1), LossConfig()).norm().item()] = s
+    worker.model.zero_grad()
+    found = [min(alone, key=lambda x: abs(x - square**0.5)) for _, square in first]
+    assert len({*found}) == len(first)  # all different
+    for norm, (length, square) in zip(found, first, strict=True):
+        assert square == pytest.approx(norm**2, rel=1e-4) and length == alone[norm].length
+    trainer.state.step = 4
+    for _ in range(20):
+        trainer.measure_gradients(trainer.optimizer_steps(samples))
+    assert len(trainer.state.measured) == exponent.WINDOW
+    assert trainer.state.measured[0] != [*first[0]]
+    assert workers.gradient_norms([]) == []
 
 
 def test_advantages_compare_responses_to_one_prompt(tiny_model: Path, tmp_path: Path) -> None:

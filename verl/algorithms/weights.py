@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from verl.algorithms.advantages import group_max, group_statistics
+from verl.algorithms.exponent import UNTIL_THEN
 from verl.config.schema import Config
 
 Lengths = Sequence[int] | NDArray[Any] | Tensor
@@ -134,6 +135,7 @@ class LossAggregation:
     mode: str  # a key of WEIGHTS
     max_response_length: int  # M, in tokens
     alpha: float = 0.0  # exponent of ∆L, also where ∆L is only compared with, and of λ-GRPO
+    auto: bool = False  # whether each step chooses that anew, by measured gradients
     scope: str = "batch"  # lengths that ∆L averages over: batch (rollout batch) or mini_batch
     # Whether grpo's advantages are divided by the group's standard deviation; `batch`: the batch's.
     norm_by_std: bool | str = True
@@ -159,10 +161,12 @@ def resolve_aggregation(config: Config) -> LossAggregation:
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
     mode = "dr-grpo" if algorithm.use_dr_grpo else actor.loss_agg_mode
     mode = "delta-l" if algorithm.use_grpopp else mode
+    auto = algorithm.grpopp_config.alpha == "auto"
     return LossAggregation(
         mode=mode,
         max_response_length=config.data.max_response_length,
-        alpha=algorithm.grpopp_config.alpha,
+        alpha=UNTIL_THEN if auto else algorithm.grpopp_config.alpha,
+        auto=auto and mode == "delta-l",
         scope=algorithm.grpopp_config.scope,
         norm_by_std=not algorithm.use_dr_grpo and algorithm.norm_adv_by_std_in_grpo,
         group_size=actor.ppo_micro_batch_size_per_gpu if mode == "token-mean-legacy" else None,

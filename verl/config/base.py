@@ -20,6 +20,7 @@ class Rules:
     above: float | None = None  # more than this
     choices: tuple[Any, ...] = ()  # one of these, or a list of them; empty: any
     own: bool = False  # or a function of the user's (`OWN`)
+    auto: bool = False  # a number, or the word `auto`
     on_resume: str = ""
     """What a change means for a run that resumes. `error`, the default: another training. `warn`:
     changed on purpose. `free`: only speed, memory, place or rounding. `validation`: free, but

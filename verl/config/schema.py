@@ -1,5 +1,6 @@
 """Every key of `verl.trainer.main_ppo`, and its `Rules`; docs/keys.md is made from this."""
 
+from contextlib import suppress
 from typing import Any
 
 from verl.config.base import (
@@ -96,11 +97,16 @@ class DataConfig(TrainFilesConfig):
 class GrpoppConfig(Section):
     """`grpopp_config`: ∆L Normalization (arXiv 2509.07558)."""
 
-    alpha: float = key(0.75, low=-10, high=10)
-    """Exponent α ≥ 0: w_i ∝ L_i^(−α). 0 is Dr. GRPO Norm. Of loss_agg_mode=lambda-grpo it is −λ,
-    and may be negative."""
+    alpha: Any = key(0.75, low=-10, high=10, auto=True)
+    """Exponent α ≥ 0: w_i ∝ L_i^(−α). 0 is Dr. GRPO Norm. `auto`: each step takes the exponent that
+    the gradients of earlier ones had (docs/methods.md). Of loss_agg_mode=lambda-grpo it is −λ, and
+    may be negative."""
     scope: str = key("batch", choices=("batch", "mini_batch"), idle_if="loss_agg_mode=lambda-grpo")
     """Average L_i^(−α) over the rollout batch (published code) or the mini-batch (paper)."""
+
+    def __post_init__(self) -> None:
+        with suppress(TypeError, ValueError):  # then it is a word
+            self.alpha = float(self.alpha)
 
 
 class PolicyLossConfig(Section):

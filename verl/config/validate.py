@@ -11,7 +11,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from verl.config.base import OWN, Section, SFTConfig
+from verl.config.base import OWN, Section, SFTConfig, shown
 from verl.config.rollout_correction import rejections
 from verl.config.schema import WITHOUT_GROUPS, Config
 from verl.config.verl_keys import WITHOUT_EFFECT, refusal
@@ -65,7 +65,11 @@ def changed_keys(saved: Mapping[str, Any], config: Config) -> dict[str, list[str
 def _values(config: Section) -> Iterator[tuple[str, str]]:
     """Key and line for each value out of its range."""
     for key, value, rules in config.walk():
-        if value is None or ".actor.grpopp_config." in key:  # copies of the algorithm's
+        if ".actor.grpopp_config." in key or (value is None and not rules.auto):  # copies
+            continue
+        if rules.auto and not isinstance(value, float):
+            if value != "auto":
+                yield key, f"{key}={shown(value)}: give a number, or auto"
             continue
         if key.startswith("critic.") and config.holds("adv_estimator!=gae"):  # there is none
             continue
@@ -153,8 +157,11 @@ def _method(config: Config) -> Iterator[str]:
         yield f"{{algorithm.{methods[0]}=}} chooses the loss aggregation: drop {{loss_agg_mode=}}"
     if actor.policy_loss.clip_cov_lb >= actor.policy_loss.clip_cov_ub:
         yield "{clip_cov_lb=} must be less than {clip_cov_ub=}"
-    if algorithm.grpopp_config.alpha < 0 and actor.loss_agg_mode != "lambda-grpo":
+    alpha, mode = algorithm.grpopp_config.alpha, actor.loss_agg_mode
+    if isinstance(alpha, float) and alpha < 0 and mode != "lambda-grpo":
         yield "{algorithm.grpopp_config.alpha=}: must be at least 0, but for lambda-grpo"
+    if alpha == "auto" and not methods and (mode == "lambda-grpo" or OWN.fullmatch(mode)):
+        yield "{algorithm.grpopp_config.alpha=} is for ∆L alone: give {loss_agg_mode=} a number"
     contents = actor.checkpoint.save_contents, actor.checkpoint.load_contents
     if not {"model", "hf_model"}.intersection(*contents):
         yield "{save_contents=} and {load_contents=} must share a policy: model or hf_model"

@@ -236,6 +236,25 @@ class PolicyWorker:
         tokens = sum(s.length for s in step.samples)
         return {name: value.item() for name, value in totals.items()} | {"tokens": tokens}
 
+    def clip_gradient(self, longest: float) -> float:
+        """Scales the gradient of all ranks down to a norm of `longest`; returns what it was."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), longest)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def gradient_norms(
+        self, steps: list[OptimizerStep], loss: LossConfig, limit: MicroBatchLimit
+    ) -> list[float]:
+        """The norm of all ranks' gradient of each optimizer step, [N], of which this is the rank's
+        share; the present weights stay as they are."""
+        self.move(self.device)
+        norms = []
+        for step in steps:
+            self.accumulate_gradient(step, loss, limit)
+            norms.append(self.clip_gradient(math.inf))
+            self.optimizers[0].zero_grad()
+        self.move(HOST, changed=False)
+        return norms
+
     def update(
         self, steps: list[OptimizerStep], loss: LossConfig, limit: MicroBatchLimit, grad_clip: float
     ) -> list[dict[str, float]]:
@@ -256,15 +275,14 @@ class PolicyWorker:
         results = []
         for step in steps:
             sums = self.accumulate_gradient(step, loss, limit)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-            numbers = [norm.item(), *(x for name, x in sums.items() if name.startswith("w/"))]
+            norm = self.clip_gradient(grad_clip)
+            numbers = [norm, *(x for name, x in sums.items() if name.startswith("w/"))]
             skipped = torch.tensor(float(not all(map(math.isfinite, numbers))))
             dist.all_reduce(skipped, dist.ReduceOp.MAX)
             if not skipped:
                 optimizer.step()
             optimizer.zero_grad()
-            results.append(sums | {"grad_norm": norm.item(), "lr": lr, "skipped": skipped.item()})
+            results.append(sums | {"grad_norm": norm, "lr": lr, "skipped": skipped.item()})
         self.version += 1
         self.move(HOST, optimizer=True)
         results[-1] |= devices.memory_metrics(self.device)

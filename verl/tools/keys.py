@@ -100,7 +100,7 @@ def _entry(name: str, kind: str, default: Any, rules: Rules) -> str:
     """The line with a key's type, default and bounds."""
     follows = isinstance(default, str) and default.startswith("${")
     facts = [
-        kind.replace("typing.", "").replace("Any", "any"),
+        "float, or `auto`" if rules.auto else kind.replace("typing.", "").replace("Any", "any"),
         f"default `{'null' if follows else shown(default)}`",
     ]
     if rules.choices:

@@ -97,7 +97,8 @@ class Run:
         if self.mode == "lambda-grpo":
             return f"λ-GRPO, λ = {0 - alpha:g}"
         if self.mode == "delta-l":
-            return f"∆L Norm, α = {alpha:g}" if alpha else "Dr. GRPO Norm"
+            shown = alpha if alpha == "auto" else f"{alpha:g}"
+            return f"∆L Norm, α = {shown}" if alpha else "Dr. GRPO Norm"
         if self.mode == "dr-grpo":
             return "Dr. GRPO" + " Norm" * (not self.settings.get("algorithm.use_dr_grpo"))
         return METHODS.get(self.mode or "") or (self.mode or self.name).rpartition("/")[2]

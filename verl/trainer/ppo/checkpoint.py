@@ -39,6 +39,8 @@ class TrainState:
     skipped_by_model: dict[str, int] = field(default_factory=dict)
     validation_due: bool = False  # the one after `step` was postponed
     best: dict[str, float] = field(default_factory=dict)  # metrics of the best validation so far
+    # Lengths and squared gradient norms of responses that `alpha=auto` has measured, latest last.
+    measured: list[list[float]] = field(default_factory=list)
 
 
 SCALARS = [f.name for f in fields(TrainState) if f.name != "batches"]  # as they are in trainer.json

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from verl.algorithms import advantages, kl, rollout_correction, weights
+from verl.algorithms import advantages, exponent, kl, rollout_correction, weights
 from verl.algorithms.policy_losses import SELECTIONS, low_entropy
 from verl.config.schema import Config
 from verl.protocol import OptimizerStep, Sample, response_lengths
@@ -93,6 +93,9 @@ class RayPPOTrainer:
                     mean_factor = record.get("rollout_corr/rollout_is_batch_norm_factor", 1.0)
                     rests = self.critic and state.step < trainer.critic_warmup
                     steps = [] if rests else self.optimizer_steps(samples, mean_factor)
+                if self.aggregation.auto and steps:
+                    with timer("gradient_norms"):
+                        self.measure_gradients(steps)
                 if self.critic:
                     with timer("update_critic"):
                         record |= self.update_critic(samples)
@@ -195,11 +198,33 @@ class RayPPOTrainer:
             self.add_token_advantages(samples)
         else:
             self.add_response_advantages(samples)
+        chosen = self.choose_alpha() if self.aggregation.auto else {}
         counting = self.trained(samples)
         lengths, groups = response_lengths(counting), [s.group for s in counting]
         modes = dict.fromkeys((*COMPARED_WEIGHTS, self.aggregation.mode))
         by_method = {mode: self.aggregation.weights(lengths, groups, mode=mode) for mode in modes}
-        return metrics.loss_agg_metrics(lengths, by_method, self.aggregation.mode)
+        return chosen | metrics.loss_agg_metrics(lengths, by_method, self.aggregation.mode)
+
+    def choose_alpha(self) -> dict[str, float]:
+        """With `alpha=auto`, the α of this step; by earlier ones' gradients alone, so that weights
+        don't depend on what they weigh."""
+        found = exponent.length_exponent(self.state.measured)
+        alpha = exponent.chosen_alpha(found)
+        self.aggregation = replace(self.aggregation, alpha=alpha)
+        return {"loss_agg/alpha": alpha} | (
+            {} if found is None else {"loss_agg/length_exponent": found}
+        )
+
+    def measure_gradients(self, steps: list[OptimizerStep]) -> None:
+        """Notes lengths and squared gradient norms of some of the responses with an advantage."""
+        once = steps[: len(steps) // self.config.actor_rollout_ref.actor.ppo_epochs]
+        samples = [s for step in once for s in step.samples if s.advantages().any()]
+        random = np.random.default_rng([self.config.data.seed, self.state.step, 0, 2])
+        chosen = exponent.spread(response_lengths(samples), exponent.PER_STEP, random)
+        norms = self.workers.gradient_norms([samples[i] for i in chosen])
+        pairs = zip(chosen, norms, strict=True)
+        new = [[samples[i].length, norm**2] for i, norm in pairs if np.isfinite(norm)]
+        self.state.measured = [*self.state.measured, *new][-exponent.WINDOW :]
 
     def add_token_advantages(self, samples: list[Sample]) -> None:
         """By the critic's values: the reward belongs to a response's last token, KL terms to their

@@ -180,29 +180,39 @@ class Workers:
     def update(self, steps: list[OptimizerStep]) -> list[list[dict[str, float]]]:
         """Makes the actor's optimizer steps (see `_update`)."""
         actor = self.config.actor_rollout_ref.actor
-        return self._update(actor, steps, loss_config(self.config), "update")
+        return self._update(actor, steps, loss_config(self.config), ("update",), actor.grad_clip)
+
+    def gradient_norms(self, samples: list[Sample]) -> list[float]:
+        """‖g_i‖ of each response, [N]: of its own policy loss Σ_t ℓ_it, without KL and entropy
+        terms, which is what w_i multiplies; by the weights before the update."""
+        actor = self.config.actor_rollout_ref.actor
+        loss = replace(loss_config(self.config), entropy_coeff=0.0, kl_coef=0.0)
+        alone = [OptimizerStep([s], np.ones(1, np.float32)) for s in samples]
+        return self._update(actor, alone, loss, ("gradient_norms",))[0]
 
     def update_critic(self, steps: list[OptimizerStep]) -> list[list[dict[str, float]]]:
         """Makes the critic's optimizer steps (see `_update`)."""
         critic = self.config.critic
         loss = LossConfig(kind="value", cliprange_value=critic.cliprange_value)
-        return self._update(critic, steps, loss, "ask", "critic", "update")
+        call = "ask", "critic", "update"
+        return self._update(critic, steps, loss, call, critic.grad_clip)
 
     def _update(
         self,
         part: ActorConfig | CriticConfig,
         steps: list[OptimizerStep],
         loss: LossConfig,
-        method: str,
-        *roles: str,
-    ) -> list[list[dict[str, float]]]:
-        """What each rank reports about each step, [ranks][steps]."""
+        call: tuple[str, ...],
+        *others: Any,
+    ) -> list[list[Any]]:
+        """What each rank reports about each step, of which it gets its share, [ranks][steps]."""
         size = None if part.use_dynamic_bsz else part.ppo_micro_batch_size_per_gpu
         limit = MicroBatchLimit(size, part.ppo_max_token_len_per_gpu)
         split = part.ulysses_sequence_parallel_size
         shares = [[step.share(p) for p in self._shares(step.samples, split)] for step in steps]
+        method, *roles = call
         arguments = [
-            (*roles, [of_step[rank] for of_step in shares], loss, limit, part.grad_clip)
+            (*roles, [of_step[rank] for of_step in shares], loss, limit, *others)
             for rank in range(len(self.actor))
         ]
         with self.actor.exclusive:  # else an engine that starts again could get half an update
