@@ -214,16 +214,22 @@ def _override(
         for problem in of_critic:
             problems.pop(problem, None)
     for key, (name, count) in totals.items():
-        models = config.actor_rollout_ref
-        split = models["ref" if ".ref." in key else "actor"].ulysses_sequence_parallel_size
-        split = 1 if key.startswith("reward_model.") else split
-        ranks = max(1, config.trainer.nnodes * config.trainer.n_gpus_per_node)
-        share = max(1, count * split // ranks)
+        share, ranks = _share_of_rank(config, key, count)
         if written.get(key, (key, share))[1] not in (None, share):
             problems[f"{name}={count} on {ranks} ranks contradicts {key}={written[key][1]}"] = key
         OmegaConf.update(config, key, share)
         logger.warning("%s=%d: %d of all %d ranks", key, share, count, ranks)
     return problems, values
+
+
+def _share_of_rank(config: DictConfig, key: str, count: int) -> tuple[int, int]:
+    """What one rank gets of a micro-batch size of all, for its `key`; the number of ranks."""
+    split = 1
+    if not key.startswith("reward_model."):
+        part = config.actor_rollout_ref["ref" if ".ref." in key else "actor"]
+        split = part.ulysses_sequence_parallel_size
+    ranks = max(1, config.trainer.nnodes * config.trainer.n_gpus_per_node)
+    return max(1, count * split // ranks), ranks
 
 
 def _explain(error: Exception) -> tuple[str, str]:
