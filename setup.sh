@@ -185,7 +185,7 @@ prepare() {
 
 # Of pip's output, the errors and a line for each larger step go to the screen.
 pip_install() {
-  local steps='s/^ +((Downloading|Using cached) .*[MG]B.*)/  \1/p; s/^(Installing .*):.*/  \1, in some minutes/p'
+  local steps='s/^ +((Downloading|Using cached) .*[MG]B.*)/  \1/p; s/^(Installing .*):.*/  \1 (takes a few minutes)/p'
   run "$venv/bin/python" -m pip install --no-warn-conflicts "$@" | sed -unE "$steps" && return
   # If pip gave up by itself (there is no network, say), the environment is as it was.
   (($? > 128)) || [[ ! -f $stamp.old ]] || mv "$stamp.old" "$stamp"

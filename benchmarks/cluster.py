@@ -313,7 +313,9 @@ def simulate(
             run.early_stop,
         )
         # The first update's own forward pass knows the policy's log-probabilities. Responses of an
-        # older policy keep those that they were drawn with (`RayPPOTrainer.add_log_probs`).
+        # older policy keep those that they were drawn with (`RayPPOTrainer.add_log_probs`). Counted
+        # in full are what the trainer skips since the tables were made: the first mini-batch's part
+        # of the pass, and responses without an advantage.
         old = 0 if carried is None else min(len(carried), run.prompts)
         fresh = 0 if run.ahead else len(batch.lengths) - old
         several = len(batch.lengths) > run.mini_batch

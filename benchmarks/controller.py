@@ -50,7 +50,7 @@ from verl.trainer.ppo.batches import BatchesState, has_spread, split_groups
 from verl.trainer.ppo.checkpoint import CheckpointFolder, TrainState
 from verl.trainer.ppo.core_algos import advantages, response_weights
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.trainer.ppo.workers import Workers
+from verl.trainer.ppo.workers import Workers, loss_config
 from verl.utils.samples import write_samples
 from verl.utils.timer import Timer
 
@@ -159,10 +159,12 @@ def make_trainer(config: Config, actor: WorkerGroup) -> RayPPOTrainer:
     """A trainer with workers, and without model and data."""
     trainer = RayPPOTrainer.__new__(RayPPOTrainer)
     trainer.config, trainer.aggregation = config, resolve_aggregation(config)
+    trainer.loss, trainer.critic = loss_config(config), False
     trainer.state, trainer.engine_metrics = TrainState(BatchesState({}), step=1), {}
     trainer.batches = SimpleNamespace(order=SimpleNamespace(epoch=0))
     trainer.checkpoints = CheckpointFolder(config)
     trainer.workers = workers = Workers.__new__(Workers)
+    workers.device = "cpu"
     workers.config, workers.actor, workers.num_devices = config, actor, len(actor)
     workers.model_size = workers.peak_flops = None
     return trainer
@@ -211,9 +213,11 @@ def step(
         "group filter",
         lambda: [group for group in split_groups(samples) if has_spread(group, "acc")],
     )
+    stages("advantages", lambda: trainer.add_advantages(samples))
     stages("old log-probs: scatter, gather", lambda: trainer.add_log_probs(samples, timer))
-    stages("advantages, loss_agg metrics", lambda: trainer.add_advantages(samples))
+    stages("loss_agg metrics", lambda: trainer.aggregation_metrics(samples))
     steps = stages("mini-batches, weights", lambda: trainer.optimizer_steps(samples))
+    steps = [trainer.with_gradient(step) for step in steps]
     with timer("update_actor"):
         stages("update: balance, scatter", lambda: trainer.update_actor(steps))
     stages("metrics", lambda: trainer.step_metrics(samples, steps, timer))
@@ -342,10 +346,11 @@ def run_bytes(samples: list[Sample]) -> None:
     total = needed = 0
     for name, fields in arrays.items():
         moved = message_bytes(SampleBatch(samples, [f for f in ARRAYS if f not in fields]))
-        own = prompts + sum(getattr(s, f).nbytes for s in samples for f in fields)
+        found = [getattr(s, f) for s in samples for f in fields]
+        own = prompts + sum(array.nbytes for array in found if array is not None)
         total, needed = total + moved, needed + own
         print(f"{name:38}{moved / 1e6:10.1f}{own / 1e6:14.1f}")
-    log_probs = np.concatenate([s.old_log_probs for s in samples])
+    log_probs = np.concatenate([s.old_log_probs for s in samples if s.old_log_probs is not None])
     moved, own = message_bytes(log_probs), log_probs.nbytes
     print(f"{'rank → driver, old log-probs':38}{moved / 1e6:10.1f}{own / 1e6:14.1f}")
     ratio = (total + moved) / (needed + own)

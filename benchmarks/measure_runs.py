@@ -120,6 +120,7 @@ def measure(
             "data.max_prompt_length=16",
             "actor_rollout_ref.model.enable_gradient_checkpointing=False",
             "actor_rollout_ref.actor.use_dynamic_bsz=True",
+            "actor_rollout_ref.actor.entropy_coeff=1e-9",  # so that all go through the update
             "actor_rollout_ref.actor.optim.lr=1e-30",  # so that lengths stay as they are
             "trainer.logger=[file]",
             "trainer.device=cpu",
@@ -155,7 +156,7 @@ def non_negative(features: list[list[float]], values: list[float]) -> NDArray[np
 
 def calibrate(runs: list[list[Record]], ranks: int) -> tuple[Engine, Trainer]:
     """Speeds from runs in which every engine had one batch a step, and each step two optimizer
-    steps with log-probabilities before them."""
+    steps, with log-probabilities before the second."""
     records = [r for run in runs for r in run]
     units = [Engine(1.0, continuous=False), Engine(0, 1.0)]
     gen, updates, log_probs = [], [], []
@@ -167,7 +168,7 @@ def calibrate(runs: list[list[Record]], ranks: int) -> tuple[Engine, Trainer]:
         gen.append(max(each, key=lambda features: features[1]))
         half = -(-len(lengths) // 2)
         updates.append([2.0, _tokens(ranks, lengths, half)])
-        log_probs.append([1.0, _tokens(ranks, lengths, len(lengths))])
+        log_probs.append([1.0, _tokens(ranks, lengths[half:], len(lengths))])
     step, sequence = non_negative(
         gen, [r["phases"]["gen"] + r["phases"].get("reward", 0) for r in records]
     )

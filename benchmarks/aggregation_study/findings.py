@@ -98,7 +98,7 @@ def _run_row(key: Key, run: Path, curve: list[tuple[int, float]]) -> dict[str, A
         "accuracy_mean": float(np.mean([accuracy for _, accuracy in curve[1:]])),
         "response_length": float(np.mean([r["response_length/mean"] for r in last])),
         "truncated": float(np.mean([r["response_length/clip_ratio"] for r in last])),
-        "entropy": float(np.mean([r["actor/entropy"] for r in last])),
+        "entropy": float(np.mean([r["actor/entropy"] for r in last if "actor/entropy" in r])),
         "grad_norm_mean": float(norms.mean()),
         "grad_norm_cv": float(norms.std() / norms.mean()),
     }

@@ -16,7 +16,7 @@ def test_a_dead_actor_rank_ends_the_run_and_ctrl_c_after_the_step(
     settings: list[str], finished: Path, tmp_path: Path
 ) -> None:
     """First an actor rank is killed. Then Ctrl-C comes, for all processes of the group, as a
-    terminal sends it, while responses are drawn: of step 3 or, on a busy machine, of the last."""
+    terminal sends it, while responses are drawn: for step 3 or, on a busy machine, for the last."""
     folder = tmp_path / "run"
     with job(settings, folder) as running:
         running.until(lambda: (folder / LATEST).exists())

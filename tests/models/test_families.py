@@ -141,10 +141,10 @@ def test_vllm_is_refused_where_it_keeps_old_weights(tmp_path: Path) -> None:
     [
         ("DBRX", r"set .*rollout\.name=hf"),
         ("MiniMax-M2", r"set .*rollout\.name=hf"),
-        ("Qwen3-Next", "with GPUs vLLM may"),
-        ("Qwen3.5, text", "with GPUs vLLM may"),
-        ("LFM2", "with GPUs vLLM may"),
-        ("Jamba", "with GPUs vLLM may"),
+        ("Qwen3-Next", "use vLLM on GPUs"),
+        ("Qwen3.5, text", "use vLLM on GPUs"),
+        ("LFM2", "use vLLM on GPUs"),
+        ("Jamba", "use vLLM on GPUs"),
     ],
 )
 def test_vllm_for_cpus_is_refused_where_it_runs_no_such_model(

@@ -93,6 +93,10 @@ def test_what_the_loss_sees_and_back():
     np.testing.assert_array_equal(x.weights, step.weights[owner])
     np.testing.assert_array_equal(x.advantages, np.float32([samples[i].advantage for i in owner]))
     samples[0].ref_log_probs = None
+    with pytest.raises(AssertionError, match=r"some responses .* have no ref_log_probs"):
+        loss_inputs(step, log_probs, entropy)
+    for s in samples:
+        s.ref_log_probs = None
     assert loss_inputs(step, log_probs, entropy).ref_log_probs is None
     empty = loss_inputs(step.share([]), log_probs[:0], entropy[:0])
     assert len(empty.weights) == len(empty.lengths) == len(empty.old_log_probs) == 0

@@ -107,4 +107,4 @@ def test_hostile_answers_are_fast(unit):
     spelled(answer)
     is_equiv(answer, "5")
     math_score(rf"\boxed{{{answer}}}", "5")
-    assert time.process_time() - started < 20  # the quadratic way takes hours
+    assert time.process_time() - started < 20  # the quadratic way takes minutes

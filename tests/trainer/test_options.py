@@ -97,7 +97,7 @@ def test_alpha_that_follows_the_measured_exponent_resumes_exactly(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """From the third step on, when enough responses are measured; of whom the checkpoint knows."""
+    """From the third step on, when enough responses are measured; which the checkpoint holds."""
     options = ["algorithm.grpopp_config.alpha=auto", "trainer.save_hf_model=False"]
     options += ["trainer.val_before_train=False", "trainer.test_freq=-1"]
     monkeypatch.setattr(exponent, "FEWEST", 2 * exponent.PER_STEP)

@@ -199,16 +199,17 @@ def test_truncated_responses_leave_every_denominator(
         assert found == pytest.approx([expected.get(i, 0) for i in range(first, first + 4)])
         assert min(expected.values()) > 0
     # The figures about the loss are those of a batch without them.
-    reported = trainer.add_advantages(samples)
+    trainer.add_advantages(samples)
+    reported = trainer.aggregation_metrics(samples)
     used_only = [s for s in samples if not s.truncated]
-    alone = make_trainer(tiny_model, tmp_path, *METHODS[name]).add_advantages(used_only)
+    alone = make_trainer(tiny_model, tmp_path, *METHODS[name]).aggregation_metrics(used_only)
     assert reported == pytest.approx(alone) and len(reported) >= 5
     # Nothing is left: nothing to report, nothing to divide by.
     for sample in samples:
         sample.finish_reason = "length"
     assert weights(trainer, samples) == [[0.0] * 4, [0.0] * 4]
     assert [step.samples for step in trainer.optimizer_steps(samples)] == [[], []]
-    assert trainer.add_advantages(samples) == {}
+    assert trainer.aggregation_metrics(samples) == {}
 
 
 def test_truncated_responses_leave_the_mean_over_tokens(tiny_model: Path, tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def test_truncated_responses_change_no_other_gradient_beyond_the_denominators(
 def test_every_method_is_compared_with_its_own_exponent(tiny_model: Path, tmp_path: Path) -> None:
     """Also where ∆L is not the method in use."""
     samples = make_samples(LENGTHS)
-    found = make_trainer(tiny_model, tmp_path).add_advantages(samples)
+    found = make_trainer(tiny_model, tmp_path).aggregation_metrics(samples)
     L = np.array(LENGTHS, float)
     for key, w in {
         "loss_agg/cv": np.ones(8),
@@ -255,17 +256,15 @@ AUTO = "algorithm.use_grpopp=True", "algorithm.grpopp_config.alpha=auto"
 def test_alpha_follows_the_exponent_of_earlier_steps(tiny_model: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_model, tmp_path, *AUTO)
     L, samples = np.array(LENGTHS, float), make_samples(LENGTHS)
-    for s in samples[::2]:
-        s.reward = 1.0
     for measured, alpha in ([], 0.75), ([[x, 2 * x**1.25] for x in LENGTHS * 8], 1.25):
         trainer.state.measured = measured
-        found = trainer.add_advantages(samples)
+        found = trainer.aggregation_metrics(samples)
         assert found["loss_agg/alpha"] == pytest.approx(alpha)
         assert found.get("loss_agg/length_exponent", 0.75) == pytest.approx(alpha)
         w = np.concatenate([step.weights for step in trainer.optimizer_steps(samples)])
         assert w == pytest.approx(L**-alpha / (L**-alpha).mean() / 40, rel=1e-6)
         assert found["loss_agg/cv"] == pytest.approx(np.sqrt((w**2 * L).sum()) / w.sum())
-    assert "loss_agg/alpha" not in make_trainer(tiny_model, tmp_path).add_advantages(samples)
+    assert "loss_agg/alpha" not in make_trainer(tiny_model, tmp_path).aggregation_metrics(samples)
 
 
 def test_gradients_are_measured_of_responses_with_an_advantage(
@@ -742,7 +741,7 @@ def test_responses_without_advantage_leave_the_passes_but_not_the_denominators(
     trainer.add_advantages(samples)
     a = trainer.aggregation
     for number, step in enumerate(trainer.optimizer_steps(samples)):
-        half = samples[4 * number :][:4]
+        step, half = trainer.with_gradient(step), samples[4 * number :][:4]
         taken = [id(s.response_ids) for s in half if s.advantage]
         assert [id(s.response_ids) for s in step.samples] == taken
         lengths, groups = [s.length for s in half], [s.group for s in half]
@@ -776,7 +775,7 @@ def test_other_terms_keep_responses_without_advantage(
     trainer = make_trainer(tiny_model, tmp_path, term)
     samples = rewarded(trainer)
     trainer.add_advantages(samples)
-    steps = trainer.optimizer_steps(samples)
+    steps = [trainer.with_gradient(step) for step in trainer.optimizer_steps(samples)]
     assert [len(step.samples) for step in steps] == [4, 4]
     assert all((s.advantage == 0) == (s.group in (0, 2)) for step in steps for s in step.samples)
 
@@ -790,14 +789,14 @@ def test_log_probs_before_the_update_only_where_the_loss_compares_with_them(
     samples = rewarded(trainer)
     for s in samples:
         s.old_log_probs = None
+    trainer.add_advantages(samples)
     record = trainer.add_log_probs(samples, Timer())
     assert [s.old_log_probs is not None for s in samples] == [False] * 6 + [True] * 2
     assert record["rollout_corr/kl"] == pytest.approx(
         np.concatenate([s.rollout_log_probs - s.old_log_probs for s in samples[6:]]).mean(),
         rel=1e-4,
     )
-    trainer.add_advantages(samples)
-    first, second = trainer.optimizer_steps(samples)
+    first, second = map(trainer.with_gradient, trainer.optimizer_steps(samples))
     assert [s.group for step in (first, second) for s in step.samples] == [1, 1, 3, 3]
     known = replace(first, samples=[replace(s) for s in first.samples])
     own = log_probs_of(worker, known.samples, 1.0, MicroBatchLimit(1))
@@ -819,6 +818,7 @@ def test_two_epochs_compare_all_with_the_policy_before(
     samples = rewarded(trainer)
     for s in samples:
         s.old_log_probs = None
+    trainer.add_advantages(samples)
     trainer.add_log_probs(samples, Timer())
     assert [s.old_log_probs is not None for s in samples] == [bool(s.advantage) for s in samples]
 

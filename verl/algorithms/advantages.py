@@ -19,10 +19,13 @@ def group_numbers(groups: Tensor) -> Tensor:
 
 def group_statistics(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, unbiased standard deviation (0 for a group of one) and size of each response's group,
-    [N] each. Equal integers in `groups`, [N], mark responses to the same prompt."""
+    [N] each; exactly the values and 0 where they are all the same. Equal integers in `groups`, [N],
+    mark responses to the same prompt."""
     index = group_numbers(groups)
     count = torch.bincount(index).to(values.dtype)
-    mean = (torch.bincount(index, values) / count).index_select(0, index)
+    largest = torch.full_like(count, -torch.inf).scatter_reduce(0, index, values, "amax")
+    below = largest.index_select(0, index) - values
+    mean = (largest - torch.bincount(index, below) / count).index_select(0, index)
     std = (torch.bincount(index, (values - mean) ** 2) / (count - 1).clamp(min=1)).sqrt()
     return mean, std.index_select(0, index), count.index_select(0, index)
 
@@ -92,9 +95,9 @@ def remax_advantages(rewards: Tensor, groups: Tensor, *, baselines: Array, **_: 
 def opo_advantages(rewards: Tensor, groups: Tensor, *, lengths: Tensor, **_: Any) -> Tensor:
     """r − Σ_j L_j·r_j / Σ_j L_j over the group: the baseline of least variance if that of a
     gradient grows like the length (arXiv 2505.23585). [N] → [N]."""
-    L = lengths.to(rewards.dtype)
-    mean = group_statistics(L * rewards, groups)[0]
-    return rewards - mean / group_statistics(L, groups)[0].clamp(min=1e-9)
+    L, centred = lengths.to(rewards.dtype), rewards - group_statistics(rewards, groups)[0]
+    mean = group_statistics(L * centred, groups)[0]
+    return centred - mean / group_statistics(L, groups)[0].clamp(min=1e-9)
 
 
 def gpg_advantages(rewards: Tensor, groups: Tensor, **_: Any) -> Tensor:

@@ -6,13 +6,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 PER_STEP = 8  # responses whose gradient is measured in a step
-WINDOW = 20 * PER_STEP  # the latest of them, which the exponent is of
-TOGETHER = 8  # of which one mean is taken
-FEWEST = 64  # before there are so many, α is UNTIL_THEN
+WINDOW = 20 * PER_STEP  # the exponent is fitted to the latest of them
+TOGETHER = 8  # averaged together
+FEWEST = 64  # with fewer than this, α is UNTIL_THEN
+NARROWEST = 0.1  # standard deviation of log L; with less, too
 UNTIL_THEN = 0.75  # the published default
 LOWEST, HIGHEST = 0.0, 2.0
 """Bounds of α. Where the gradients of a response's tokens are independent b is 1, and 2 where they
-are all the same: what lies beyond is mostly chance."""
+are all the same."""
 
 
 def spread(lengths: ArrayLike, count: int, random: np.random.Generator) -> list[int]:
@@ -27,15 +28,16 @@ def length_exponent(points: Sequence[Sequence[float]]) -> float | None:
     """b of E‖g‖² ∝ L^b: least squares through the logarithms of the means of parts with `TOGETHER`
     responses of similar lengths. It is about the mean of ‖g‖², which a line through the logarithms
     of single responses isn't where short ones' vary more; and one huge gradient moves one part.
-    `points`: L, in tokens, and ‖g‖², [N][2]. None for fewer than `FEWEST`, and where parts don't
-    differ in length; those without a gradient are left out."""
+    `points`: L, in tokens, and ‖g‖², [N][2]. None for fewer than `FEWEST`, and where lengths differ
+    by less than `NARROWEST`; parts without any gradient are left out."""
     if len(points) < FEWEST:
         return None
     pairs = np.array(points, np.float64)
     parts = np.array_split(np.argsort(pairs[:, 0], kind="stable"), len(pairs) // TOGETHER)
     means = np.array([pairs[part].mean(0) for part in parts])
     x, y = np.log(means[means[:, 1] > 0]).T
-    return None if not len(x) or np.ptp(x) == 0 else float(np.polyfit(x, y, 1)[0])
+    narrow = not len(x) or x.std() < NARROWEST
+    return None if narrow else float(np.polyfit(x, y, 1)[0])
 
 
 def chosen_alpha(exponent: float | None) -> float:

@@ -229,8 +229,9 @@ POLICY_LOSSES: dict[str, Callable[..., Loss]] = {
     "dppo_kl": dppo_kl,
     "vespo": vespo,
 }
-MULTIPLES_OF_ADVANTAGE = POLICY_LOSSES.keys() - {"kl_cov"}
-"""Losses without a gradient where the advantage is 0. Nothing is known of a user's own."""
+MULTIPLES_OF_ADVANTAGE = {"vanilla", "gspo", "gspo-token", "geo_mean", "clip_cov", "gpg", "cispo"}
+MULTIPLES_OF_ADVANTAGE |= {"sapo", "dppo_tv", "dppo_kl", "vespo"}
+"""Those without a gradient where the advantage is 0."""
 
 
 def _covariance(old_log_probs: Tensor, advantages: Tensor, share: float) -> tuple[Tensor, int]:

@@ -105,8 +105,9 @@ class GrpoppConfig(Section):
     """Average L_i^(−α) over the rollout batch (published code) or the mini-batch (paper)."""
 
     def __post_init__(self) -> None:
-        with suppress(TypeError, ValueError):  # then it is a word
-            self.alpha = float(self.alpha)
+        if isinstance(self.alpha, int | str) and not isinstance(self.alpha, bool):
+            with suppress(ValueError):  # then it is a word
+                self.alpha = float(self.alpha)
 
 
 class PolicyLossConfig(Section):

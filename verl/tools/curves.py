@@ -32,6 +32,7 @@ PHASES = {
     "old_log_prob": "old log-probabilities",
     "ref": "reference log-probabilities",
     "adv": "advantages",
+    "gradient_norms": "gradient norms",
     "update_actor": "actor update",
     "update_weights": "weight transfer",
     "testing": "validation",

@@ -142,9 +142,9 @@ def not_finite(records: Records) -> Iterator[str]:
 
 
 def too_large(records: Records, key: str, limit: float) -> Iterator[str]:
-    """The largest value above the limit; or that there is none."""
+    """The largest value above the limit; or that a step that learned something has none."""
     values = {record["step"]: record[key] for record in records if record.get(key) is not None}
-    if absent := [record["step"] for record in records if key not in record]:
+    if absent := [r["step"] for r in records if key not in r and r.get("actor/grad_norm") != 0]:
         yield f"{key} is missing in step {absent[0]}: nothing was compared"
     step = max(values, key=lambda step: values[step], default=None)
     if step is not None and values[step] > limit:

@@ -119,7 +119,8 @@ TABLE = (
         "full-length",
         "{model}, responses of full length",
         120,
-        "trainer.save_hf_model=False",
+        # Else responses without advantage, such as those cut off, leave the update's passes.
+        "trainer.save_hf_model=False actor_rollout_ref.actor.entropy_coeff=1e-6",
         f"data.max_response_length=256 {ONE_RANK}",
         (Job(2),),
         script=True,

@@ -160,7 +160,7 @@ def start_clearml(run: Run) -> Logger:
     again: Any = {"continue_last_task": 0} if run.step else {"reuse_last_task_id": False}
     # Else it would upload checkpoints, and read command lines that aren't argparse's.
     again |= {"auto_connect_frameworks": False, "auto_connect_arg_parser": False}
-    # Threads report. It would fork this process, which may make git's own end go unseen for ever.
+    # Threads report. After a fork, waiting for a finished git process may hang.
     clearml.Task._report_subprocess_enabled = False
     task: Any = clearml.Task.init(**names, **again, output_uri=False)
     task.connect_configuration(run.described["config"], name="Hyperparameters")

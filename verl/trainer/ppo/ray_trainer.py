@@ -84,15 +84,21 @@ class RayPPOTrainer:
                 if state.step == 1:
                     checks.warn_of_equal_scores(samples, self.batches.rewards)
                 self.workers.free_devices()
+                if self.advantages_first:
+                    with timer("adv"):
+                        self.add_advantages(samples)
                 record = batch.metrics | self.add_log_probs(samples, timer)
                 if self.critic:
                     with timer("values"):
                         self.workers.add_values(samples)
                 with timer("adv"):
-                    record |= self.add_advantages(samples)
+                    if not self.advantages_first:
+                        self.add_advantages(samples)
+                    record |= self.aggregation_metrics(samples)
                     mean_factor = record.get("rollout_corr/rollout_is_batch_norm_factor", 1.0)
                     rests = self.critic and state.step < trainer.critic_warmup
                     steps = [] if rests else self.optimizer_steps(samples, mean_factor)
+                    passes = [self.with_gradient(step) for step in steps]
                 if self.aggregation.auto and steps:
                     with timer("gradient_norms"):
                         self.measure_gradients(steps)
@@ -100,13 +106,13 @@ class RayPPOTrainer:
                     with timer("update_critic"):
                         record |= self.update_critic(samples)
                 with timer("update_actor"):
-                    record |= self.update_actor(steps)
+                    record |= self.update_actor(passes)
                 with timer("update_weights"):
                     self.batches.policy_updated()
                 if trainer.rollout_data_dir:
                     with timer("dump"):
                         self.tracking.dump("rollout", samples, state.step, *steps)
-                record |= self.step_metrics(samples, steps, timer)
+                record |= self.step_metrics(samples, passes, timer)
                 self.rescue(self.end_step, record)
             if trainer.save_hf_model and not self.stop.number:
                 self.rescue(self.workers.save_hf_model, root / "huggingface")
@@ -148,11 +154,9 @@ class RayPPOTrainer:
         """Those with a gradient in optimizer steps after the first one, in which the policy is
         still the old one: its own forward pass gives what they are compared with."""
         actor = self.config.actor_rollout_ref.actor
-        if not self.critic:
-            self.add_response_advantages(samples)
         steps = [*mini_batches(actor, samples, self.mini_batch_seed)]
         later = {id(s) for mini_batch in steps[1:] for s in mini_batch}
-        return [s for s in samples if id(s) in later and self.has_gradient(s)]
+        return [s for s in self.trained(samples) if id(s) in later and self.has_gradient(s)]
 
     def correct_rollout(self, samples: list[Sample], weighted: list[bool]) -> dict[str, float]:
         """Takes the tokens that `algorithm.rollout_correction` rejects out of the loss; says how
@@ -192,12 +196,23 @@ class RayPPOTrainer:
             self.state.kl_coef = kl.adapted_kl_coef(beta, per_token, len(samples), horizon, target)
         return {"actor/reward_kl_penalty": per_token, "actor/reward_kl_penalty_coeff": beta}
 
-    def add_advantages(self, samples: list[Sample]) -> dict[str, float]:
-        """One advantage per response, with a critic one per token; metrics of the aggregation."""
+    @property
+    def advantages_first(self) -> bool:
+        """Whether they depend on nothing that actor, reference or critic say of the responses."""
+        algorithm = self.config.algorithm
+        correction = algorithm.rollout_correction
+        rejects = correction.rollout_rs or correction.rollout_token_veto_threshold
+        return not (self.critic or algorithm.use_kl_in_reward or rejects)
+
+    def add_advantages(self, samples: list[Sample]) -> None:
+        """One advantage per response, with a critic one per token."""
         if self.critic:
             self.add_token_advantages(samples)
         else:
             self.add_response_advantages(samples)
+
+    def aggregation_metrics(self, samples: list[Sample]) -> dict[str, float]:
+        """Of the weights of all responses; with `alpha=auto` this step's α is chosen first."""
         chosen = self.choose_alpha() if self.aggregation.auto else {}
         counting = self.trained(samples)
         lengths, groups = response_lengths(counting), [s.group for s in counting]
@@ -286,9 +301,12 @@ class RayPPOTrainer:
             if mode := self.aggregation.regularizer_mode:
                 others = self.aggregation.weights(*given, mode)
             step = OptimizerStep(counting, w / np.float32(mean_factor), others)
-            taken = [of_critic or self.has_gradient(s) for s in counting]
-            steps.append(step.share(np.flatnonzero(w * taken).tolist()))
+            steps.append(step.share(np.flatnonzero(w).tolist()))
         return steps
+
+    def with_gradient(self, step: OptimizerStep) -> OptimizerStep:
+        """The part of an actor's step that goes through the model, with the weights as they are."""
+        return step.share([i for i, s in enumerate(step.samples) if self.has_gradient(s)])
 
     @property
     def mini_batch_seed(self) -> tuple[int, int]:
