@@ -161,7 +161,8 @@ def start_clearml(run: Run) -> Logger:
     # Else it would upload checkpoints, and read command lines that aren't argparse's.
     again |= {"auto_connect_frameworks": False, "auto_connect_arg_parser": False}
     # Threads report. After a fork, waiting for a finished git process may hang.
-    clearml.Task._report_subprocess_enabled = False
+    no_fork: Any = False
+    clearml.Task._report_subprocess_enabled = no_fork
     task: Any = clearml.Task.init(**names, **again, output_uri=False)
     task.connect_configuration(run.described["config"], name="Hyperparameters")
     to = task.get_logger()
