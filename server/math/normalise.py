@@ -12,7 +12,7 @@ from unicodedata import normalize
 
 from .phrases import ARTICLE, PARTS, VALUES, number_in_words, phrase
 from .tokens import FUNCTIONS, VOCABULARY, table
-from .units import UNITS
+from .units import CHANGES, UNITS
 
 
 def _names(table: str) -> dict[str, str]:
@@ -39,6 +39,11 @@ _TABLE = str.maketrans(
        for sign in map(chr, (*range(0xFF01, 0xFF5F), *range(0x1D400, 0x1D800)))}  # ＋, 𝑥
 )  # fmt: skip
 
+_FOREIGN = _names("foreign")
+_FOREIGN_UNIT = re.compile(  # in a text command or not, with a counter before it or not
+    r"(?<=[\d}]) ?(\\(?:text|mathrm|rm|mbox) ?\{ ?)?[个名位只本颗支棵朵]?"
+    rf"({'|'.join(sorted(_FOREIGN, key=len, reverse=True))})(?![^\x00-\x7f])(?(1) ?}})"
+)
 _CIRCLED = re.compile("[①-⑳]")
 _ONLY_CIRCLED = re.compile(r"(?:[①-⑳]|[\s,;，；、.$(){}]|\\text|\\boxed|and\b|or\b)*")
 _BOX = re.compile(r"\\(?:begin)?f?box(?:ed)?\s*\{")
@@ -48,7 +53,7 @@ _UNIT_AFTER_BOX = re.compile(
 )
 _OPERATORS = {"<=": r"\le ", "=<": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "+/-": r"\pm ",
               r"\not=": r"\ne ", r"\&": r" \land "}  # fmt: skip
-_CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen"}
+_CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees"}
 _TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|it|sf|tt|cal|scr|frak|normal)|mbox|hbox"
     r"|operatorname\*?|bm|boldsymbol|emph|underline)\s*\{([^{}]*)\}"
@@ -88,6 +93,8 @@ def normalise(text: str) -> str:
     text = text.translate(_TABLE)
     if r"\begin" not in text:  # in an environment a double backslash ends a row
         text = re.sub(r"\\\\(?=[A-Za-z()\[\]{}])", r"\\", text)
+    if not text.isascii():
+        text = _FOREIGN_UNIT.sub(lambda match: rf"\text{{{_FOREIGN[match[2]]}}}", text)
     text = unbox(text)
     if _ONLY_CIRCLED.fullmatch(text):  # in another answer a footnote, or nothing
         text = _CIRCLED.sub(
@@ -224,11 +231,12 @@ _MAKERS: dict[str, Callable[[re.Match[str]], str]] = {
     "pairs": lambda m: m[0].replace(")(", "),("), "braced": lambda m: rf"\text{{{m[m.lastindex]}}}",
     "tangent": lambda m: _CALCULUS[m[1]] + " " * len(m[2]),
     "derivative": lambda m: f"\0{m[3]}'{m[2] and chr(39)}_{m[5]}{m[4] or ''}",
+    "said": lambda m: m[0] if CHANGES.search(m[1].lower()) else "",
     "dots": lambda m: f"\0{m[3]}'{m[1] and chr(39)}{m[4] or ''}",
 }  # fmt: skip
 _NAMED = {
     "TEXT": _TEXT.pattern, "ANSWER_IS": f"(?i:{_ANSWER_IS.pattern})",
-    "ARGUMENT": r"(\{[^{}]*\}|\w)", "FOR": _FOR, "IN_TEXT": _IN_TEXT,
+    "SAID": VOCABULARY["said"], "ARGUMENT": r"(\{[^{}]*\}|\w)", "FOR": _FOR, "IN_TEXT": _IN_TEXT,
     "NAME": r"([A-Za-z]|\\[a-z]+) ?(_(?:\w|\{\w+\}))?",
     "WORD": "|".join(sorted(_WORDS, reverse=True)),
     "VALUES": "|".join(VALUES), "PARTS": "|".join(PARTS),

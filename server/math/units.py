@@ -17,7 +17,8 @@ CHANGES = re.compile(  # words after a number that change its value, so that the
 )
 NAMES = re.compile(rf"\b(?:{'|'.join(_TABLES['named'].split())})\Z")
 _NO_PLURALS = word_set(_TABLES["no_plurals"]) | {f"{word}s" for word in (*VALUES, *POWERS, *PARTS)}
-_BESIDE, _IDLE = word_set(_TABLES["beside"]), word_set(_TABLES["idle"])
+_IDLE = word_set(_TABLES["idle"])
+_BESIDE = word_set(_TABLES["beside"]) | word_set(_TABLES["counted"]) | _IDLE
 _ANGLES = ("", "rad", "°c", "°f")
 _KNOWN = "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
 _ATOM = (
@@ -34,9 +35,10 @@ _COMPOUND = re.compile(
     rf"(?:\\frac\{{({_PRODUCT}*)\}}\{{({_PRODUCT}*)\}}|({_PRODUCT}+))\Z"
 )
 _UNIT = re.compile(
-    r"(?:(?<=[\d})\]!a-z%]) ?\\text\{(?P<text>[^{}]*)\}"
+    r"(?:(?<=[\d})\]!a-z%°]) ?\\text\{(?P<text>[^{}]*)\}"
     r"|(?:(?<=[\d})]) ?|(?<=\\pi) )(?P<known>" + _KNOWN + r"|in(?=\^))"
-    r"|(?:(?<=[\d})])|(?<=\\pi)) (?P<words>(?:[A-Za-z]{3,}|sq|cu)(?: [A-Za-z]+){0,6})"
+    r"|(?:(?:(?<=[\d})])|(?<=\\pi)) |(?<=[)}°])(?=[A-Za-z]{5}))"
+    r"(?P<words>(?:[A-Za-z]{3,}|sq|cu)(?: [A-Za-z]+|[/-][A-Za-z]{2,}){0,6})"
     r")(?P<power>\^\{?-?\d\}?)?\Z"
 )
 _COMMA = re.compile(r"(?:(?<!\d),|,(?!\d{3}(?!\d)))(?![^()\[\]{}]*[)\]}])")
@@ -52,6 +54,7 @@ _DEFINED = {
 }
 _BARE_LETTER = re.compile(r"([-\d.,/]*\d)( ?)([smhgJNLKVWCA])(\^\{?-?\d\}?)?")
 _UNIT_NAMES = dict(re.findall(r"(\w+):(\S*)", _TABLES["spelt"]))
+_MEASURES = {unit.lower().removesuffix("s") for unit in UNITS} | {*_UNIT_NAMES.values()}
 _UNIT_WORDS = {unit.lower() for unit in UNITS} | _BESIDE | {*_UNIT_NAMES, *_UNIT_NAMES.values()}
 
 
@@ -149,8 +152,12 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
             gold, pred = (re.sub(r",(?=\d{3})", "", body) for body in (gold_body, pred_body))
             return rf"({gold})\cdot{size}", rf"({pred})\cdot{its_size}", False
         (name, _, power), (other, _, its) = gold_unit.partition("^"), pred_unit.partition("^")
-        return gold_body, pred_body, of != also if name and other else power != its  # units^2
-    signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in (gold_body, pred_body)]
+        each = {*of} ^ {*also}  # cents per pen are cents, metres per second no metres
+        counted = size == its_size and (each.isdisjoint(of) or each.isdisjoint(also))
+        counted = counted and all(n < 0 and unit not in _MEASURES for unit, n in each)
+        return gold_body, pred_body, not counted if name and other else power != its  # units^2
+    bodies = (re.sub(r"\\(?:sin|cos|tan).*", "", body) for body in (gold_body, pred_body))
+    signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in bodies]
     return gold_body, pred_body, signs[0] != signs[1] and gold_unit + pred_unit not in _ANGLES
 
 

@@ -1,6 +1,6 @@
 """Two expressions, compared by value, with the conventions of per cent signs and decimals.
 
-* ``75%`` equals both ``75`` and ``0.75``; a degree sign may be missing on one side.
+* ``75%`` equals both ``75`` and ``0.75``, but ``1/2`` isn't ``1/2%``; a degree sign may be missing on one side.
 * A decimal of at least six significant digits equals the exact value it abbreviates, that is,
   one less than one unit in its last place away. So 0.333333 is 1/3, and 0.33 isn't.
 """
@@ -34,7 +34,9 @@ def same_values(a: Node, b: Node) -> bool:
 def _readings(a: Node, b: Node) -> Iterator[tuple[Node, Node]]:
     r"""Both sides without a degree or per cent sign that only one of them has, with
     \log to the base 10, and as they are."""
-    for op in ("degree", "percent"):
+    plain = exact(a)  # 12 may be meant as 12%, 1/2 can't
+    percentage = has(a, "percent") or (plain and abs(plain) > 1 and a.op != "div")
+    for op in ("degree", "percent")[: 2 if percentage else 1]:
         if has(a, op) != has(b, op):
             yield _without(a, op), _without(b, op)
     logarithms = has(a, "fn", "log") or has(b, "fn", "log")
