@@ -27,10 +27,11 @@ MAX_LENGTH = 5_000  # characters of an answer that are read at all
 # A choice, alone or before its option.
 _CHOICE = re.compile(r"\(?([A-Ja-j])(?:\)|[.:](?=.)|\Z)(?![(,)] ?[A-J])(.*)")
 _SECOND = re.compile(  # another choice, or doubts, in what should be the text of the first
-    r"(?<![A-Za-z\\])\(?[A-J](?:[).:]|\Z)|\b(?:or|lor|both|wrong|incorrect|false|right|correct|maybe)\b"
+    r"(?<![A-Za-z\\])\(?[A-HJ](?:[).:]|\Z)|\b(?:or|lor|both|wrong|incorrect|false|right|correct|maybe)\b"
     r"|(?i:\b(?:yes|true|but|if|unless|perhaps)\b|[,;] ?(?:no|false)\b)"
     r"|(?:\b(?:and|or)|[,/;]|\\l(?:and|or)) ?\(?[A-J](?![A-Za-z]| [a-z]{2})|\A ?(?:no|not|is|and)\b"
 )
+_TRUTHS = re.compile(r"(?i) ?(?:true|false|yes|no)(?:(?:[,; ]+(?:true|false|yes|no))*\Z|,? ?(?:because|since|as)\b)")
 _DOUBT = re.compile(
     r"(?i)(?<![a-z\\])(?:not|never|wrong|incorrect|maybe|perhaps|probably|either|but|if|n't)(?![a-z])"
 )
@@ -117,11 +118,11 @@ def quick(gold: str, pred: str) -> Verdict | None:
         return Verdict(False, "normalised", "unparsable")
     if _tight(gold) == _tight(pred) or (words(gold) and words(gold) == words(pred)):
         return Verdict(True, "normalised")
-    chosen = _choice(gold), _choice(pred)
-    if all(chosen) and len(gold + pred) > 2:
+    chosen = _choice(gold, pred), _choice(pred, gold)
+    if all(chosen) and (len(gold + pred) > 2 or gold.lower() == pred.lower() < "f"):
         (letter, option), (other, its_option) = chosen
         if letter != other or not (option and its_option):
-            alike = letter == other and not _SECOND.search(option + its_option)
+            alike = letter == other and not _unclear(option + its_option)
             return Verdict(alike, "normalised")
     if _DOUBT.search(pred) and not _DOUBT.search(gold):
         return Verdict(False, "normalised", "undecided")
@@ -137,23 +138,33 @@ def _tight(text: str) -> str:
     return "".join(sorted(re.findall("[A-H]", text))) if _SEVERAL.fullmatch(text) else text
 
 
-def _choice(text: str) -> tuple[str, str] | None:
-    """The letter of a choice, and the text of its option; or yes or no, and its reason."""
+def _unclear(option: str) -> bool:
+    """Whether the text of a choice may name another one, or leave doubts."""
+    return bool(_SECOND.search(_TRUTHS.sub("", option, count=1)))
+
+
+def _choice(text: str, other: str) -> tuple[str, str] | None:
+    """The letter of a choice, and the text of its option, or yes or no, and its reason. In lower
+    case a letter with more behind it is a choice only where the other answer is a letter."""
     starts = text[:6] == r"\text{" or text[:1] in "(ABCDEFGHIJabcdefghijYyNnTt"
     if spoken := starts and _SPOKEN.fullmatch(re.sub(r"\\text\{|\}", " ", text).strip()):
         return "yes" if spoken[1] else "no", spoken[2]
-    match = starts and _CHOICE.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
-    named = match and (not match[2] or match[1].isupper())
-    return (match[1].upper(), match[2]) if named else None
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text) if starts else ""
+    match = _CHOICE.fullmatch(bare)
+    if not match or not match[2] or match[1].isupper():
+        return (match[1].upper(), match[2]) if match else None
+    listed = len(other.strip("()")) == 1 and re.match(r"\(?[a-j][).][^^_*/=+(,-]", bare)
+    option = re.sub(r"(?<![A-Za-z\\])[a-j](?=\)|\Z)", lambda m: m[0].upper(), match[2])
+    return (match[1].upper(), option) if listed else None
 
 
 def cache_key(gold: str, pred: str) -> tuple[str, str]:
     """The normalised pair: pairs with the same key get the same verdict."""
     gold = _DISPLAYED.sub(r"\1", gold) if "$$" in gold else gold
     pair = normalise(gold), normalise(pred)
-    chosen = [_choice(text) for text in pair]
+    chosen = _choice(*pair), _choice(*pair[::-1])
     named = [choice for choice in chosen if choice]
-    clear = all(option and len(name) == 1 and not _SECOND.search(option) for name, option in named)
+    clear = all(option and len(name) == 1 and not _unclear(option) for name, option in named)
     if clear and len({name for name, _ in named}) == 1:  # (C) green for green
         pair = [normalise(its[1]) if its else text for its, text in zip(chosen, pair, strict=True)]
     dated = all(re.search("'_[tx]", text) for text in pair)  # dy/dx isn't dy/dt

@@ -66,7 +66,7 @@ _CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)*\.?")
 _FORMULA = re.compile(r".?|\d.*|[-+]?[\d.,:/% ]+|(?!.*[A-Za-z]{2}).*=.*")
 _ANSWER_IS = re.compile(
     r"\A ?(?:(?:therefore|thus|hence|so) ?,? )?"
-    r"(?:(?:the )?(?:correct |final )?(?:answer|option|choice|solution)s?(?: is| are)? ?[:,]? )?",
+    r"(?:(?:the )?(?:correct |final )?(?:answer|ans|option|choice|solution)s?(?: is| are)? ?[:,]? )?",
     re.IGNORECASE,
 )
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
