@@ -38,7 +38,7 @@ _DOUBT = re.compile(
 _SPOKEN = re.compile(r"(?i)(?:(yes|true)|no|false)((?: ?(?:[,.;:(\\]|because|since|as\b).*)?)")
 _LABEL = re.compile(
     r"(?:(?<=[,;])|\A) ?(?:\\text\{ ?|\\(?=m))?([A-Za-z][A-Za-z' -]*?[A-Za-z])"
-    r"(?:( ?\}? ?[:=]| (?:is|are|equals)\b) ?\}?|\}?) ?"
+    r"(?:( ?\}? ?[:=]| (?:is|are|equals)\b| at(?: ?\}? ?[a-z]=)?) ?\}?|\}?) ?"
     r"(?=[-\d.(\[|]|\\(?!text)|(?(2)[a-z](?![a-z])|\Z.))"
 )
 _SEVERAL = re.compile(r"(?=.*[(,])\(?[A-H]\)?(?:,?\(?[A-H]\)?)+")  # choices, in any order
@@ -96,12 +96,13 @@ def _slow(gold: str, pred: str) -> Verdict:
 
 def _named(match: re.Match[str]) -> str:
     """Words before a value as its name: "smallest: 2" as smallest = 2, and so "house number 2"."""
-    name = re.sub(r"\A(?:the|an?) |(?<=max)imum|(?<=min)imum", "", match[1].lower())
+    name = re.sub(r"\A(?:the|an?) |(?<=m(?:ax|in))im(?:um|a)|(?<=.) value\Z", "", match[1].lower())
+    name = name.replace("points", "point")
     changed = CHANGES.search(name) or not {*re.findall("[a-z]{3,}", name)} - GREEK
     labels = {found[1].lower() for found in _LABEL.finditer(match.string)}
     changed = changed or not (match[2] or NAMES.search(name) or len(labels) > 1)
     rest = re.split("[,;]", match.string[match.end() :])[0]
-    if changed or (name in FUNCTIONS and rest[:1] in "([{\\"):  # \max(a, b)
+    if changed or (not match[2] and name in FUNCTIONS and rest[:1] in "([{\\"):  # \max(a, b)
         return match[0]
     return "" if "=" in rest else rf"\text{{{name}}}="
 
@@ -122,7 +123,7 @@ def quick(gold: str, pred: str) -> Verdict | None:
     if all(chosen) and (len(gold + pred) > 2 or gold.lower() == pred.lower() < "f"):
         (letter, option), (other, its_option) = chosen
         if letter != other or not (option and its_option):
-            alike = letter == other and not _unclear(option + its_option)
+            alike = letter == other and not _unclear(letter, option + its_option)
             return Verdict(alike, "normalised")
     if _DOUBT.search(pred) and not _DOUBT.search(gold):
         return Verdict(False, "normalised", "undecided")
@@ -138,9 +139,9 @@ def _tight(text: str) -> str:
     return "".join(sorted(re.findall("[A-H]", text))) if _SEVERAL.fullmatch(text) else text
 
 
-def _unclear(option: str) -> bool:
+def _unclear(letter: str, option: str) -> bool:
     """Whether the text of a choice may name another one, or leave doubts."""
-    return bool(_SECOND.search(_TRUTHS.sub("", option, count=1)))
+    return bool(_SECOND.search(option if letter[1:] else _TRUTHS.sub("", option, count=1)))
 
 
 def _choice(text: str, other: str) -> tuple[str, str] | None:
@@ -164,7 +165,7 @@ def cache_key(gold: str, pred: str) -> tuple[str, str]:
     pair = normalise(gold), normalise(pred)
     chosen = _choice(*pair), _choice(*pair[::-1])
     named = [choice for choice in chosen if choice]
-    clear = all(option and len(name) == 1 and not _unclear(option) for name, option in named)
+    clear = all(option and len(name) == 1 and not _unclear(name, option) for name, option in named)
     if clear and len({name for name, _ in named}) == 1:  # (C) green for green
         pair = [normalise(its[1]) if its else text for its, text in zip(chosen, pair, strict=True)]
     dated = all(re.search("'_[tx]", text) for text in pair)  # dy/dx isn't dy/dt
