@@ -170,7 +170,7 @@ def _plain_text(match: re.Match[str]) -> str:
     lowered = inner.lower().strip(" ,")
     start = match.string[: match.start()].rstrip()
     before, multiplied = start[-1:], start.endswith(r"}\cdot")
-    if inner in FUNCTIONS and not (inner in ("min", "sec") and (before.isdigit() or before == "/")):
+    if inner in FUNCTIONS and not (inner in ("min", "sec") and (before.isdigit() or before in ("/", "}"))):
         return f"\\{inner} "
     if lowered in _WORDS:
         return _WORDS[lowered]
