@@ -17,37 +17,19 @@ from dataclasses import dataclass
 from . import regions, structures, symbolic
 from .evaluate import TooLarge, Undecided, exact
 from .normalise import normalise, words
-from .tokens import FUNCTIONS, GREEK, ParseError, TooComplex
+from .tokens import FUNCTIONS, GREEK, PATTERNS, ParseError, TooComplex
 from .tree import Node, parse
 from .units import CHANGES, NAMES, split_units
 from .values import same_values
 
 MAX_QUICK = 200  # characters of a normalised answer that are parsed on the event loop
 MAX_LENGTH = 5_000  # characters of an answer that are read at all
-# A choice, alone or before its option.
-_CHOICE = re.compile(r"\(?([A-Ja-j])(?:\)|[.:](?=.)|\Z)(?![(,)] ?[A-J])(.*)")
-_SECOND = re.compile(  # another choice, or doubts, in what should be the text of the first
-    r"(?<![A-Za-z\\])\(?[A-HJ](?:[).:]|\Z)|\b(?:or|lor|both|wrong|incorrect|false|right|correct|maybe)\b"
-    r"|(?i:\b(?:yes|true|but|if|unless|perhaps)\b|[,;] ?(?:no|false)\b)"
-    r"|(?:\b(?:and|or)|[,/;]|\\l(?:and|or)) ?\(?[A-J](?![A-Za-z]| [a-z]{2})|\A ?(?:no|not|is|and)\b"
-)
-_TRUTHS = re.compile(r"(?i) ?(?:true|false|yes|no)(?:(?:[,; ]+(?:true|false|yes|no))*\Z|,? ?(?:because|since|as)\b)")
-_DOUBT = re.compile(
-    r"(?i)(?<![a-z\\])(?:not|never|wrong|incorrect|maybe|perhaps|probably|either|but|if|n't)(?![a-z])"
-)
-_SPOKEN = re.compile(r"(?i)(?:(yes|true)|no|false)((?: ?(?:[,.;:(\\]|because|since|as\b).*)?)")
-_LABEL = re.compile(
-    r"(?:(?<=[,;])|\A) ?(?:\\text\{ ?|\\(?=m))?([A-Za-z][A-Za-z' -]*?[A-Za-z])"
-    r"(?:( ?\}? ?[:=]| (?:is|are|equals)\b| at(?: ?\}? ?[a-z]=)?) ?\}?|\}?) ?"
-    r"(?=[-\d.(\[|]|\\(?!text)|(?(2)[a-z](?![a-z])|\Z.))"
-)
-_SEVERAL = re.compile(r"(?=.*[(,])\(?[A-H]\)?(?:,?\(?[A-H]\)?)+")  # choices, in any order
-_DISPLAYED = re.compile(r"(?s)\A[^$]*[a-z]{3}.*\$\$([^$]+)\$\$[\s.]*\Z")  # at the end of a proof
-_CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time, not a ratio, if both sides are
 _PARITY = {"odd": r"2k+1,k\in\mathbb{Z}", "even": r"2k,k\in\mathbb{Z}"}
-_COMBINATIONS = re.compile(r"(?<![A-Za-z\\])([CP])\((\d+), ?(\d+)\)")
-_CAPITALS = re.compile(r"(?<![a-z\\])([A-Z])(?=[A-Z]{1,3}(?![A-Za-z]))")
-_DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))")
+_CHOICE, _SECOND, _EARLIER = (PATTERNS[name] for name in ("choice", "second", "earlier"))
+_UNSURE, _DOUBT, _SPOKEN = (PATTERNS[name] for name in ("unsure", "doubt", "spoken"))
+_LABEL, _SEVERAL, _DISPLAYED = (PATTERNS[name] for name in ("label", "several", "displayed"))
+_CLOCK, _COMBINATIONS = PATTERNS["clock"], PATTERNS["combinations"]
+_CAPITALS, _DECIMAL_COMMA = PATTERNS["capitals"], PATTERNS["decimal_comma"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +123,8 @@ def _tight(text: str) -> str:
 
 def _unclear(letter: str, option: str) -> bool:
     """Whether the text of a choice may name another one, or leave doubts."""
-    return bool(_SECOND.search(option if letter[1:] else _TRUTHS.sub("", option, count=1)))
+    earlier = _EARLIER.fullmatch(option) and max(re.findall("[A-I]", option)) < letter
+    return bool((_UNSURE if letter[1:] else _SECOND).search(option)) and not earlier
 
 
 def _choice(text: str, other: str) -> tuple[str, str] | None:
@@ -154,7 +137,7 @@ def _choice(text: str, other: str) -> tuple[str, str] | None:
     match = _CHOICE.fullmatch(bare)
     if not match or not match[2] or match[1].isupper():
         return (match[1].upper(), match[2]) if match else None
-    listed = len(other.strip("()")) == 1 and re.match(r"\(?[a-j][).][^^_*/=+(,-]", bare)
+    listed = len(other.strip("()")) == 1 and re.match(r"\(?[a-j][).:][^^_*/=+(,]", bare)
     option = re.sub(r"(?<![A-Za-z\\])[a-j](?=\)|\Z)", lambda m: m[0].upper(), match[2])
     return (match[1].upper(), option) if listed else None
 

@@ -11,7 +11,7 @@ from itertools import permutations
 from unicodedata import normalize
 
 from .phrases import ARTICLE, PARTS, VALUES, number_in_words, phrase
-from .tokens import FUNCTIONS, VOCABULARY, table
+from .tokens import FUNCTIONS, PATTERNS, RULES, VOCABULARY
 from .units import CHANGES, UNITS
 
 
@@ -48,27 +48,17 @@ _CIRCLED = re.compile("[①-⑳]")
 _ONLY_CIRCLED = re.compile(r"(?:[①-⑳]|[\s,;，；、.$(){}]|\\text|\\boxed|and\b|or\b)*")
 _BOX = re.compile(r"\\(?:begin)?f?box(?:ed)?\s*\{")
 _BRACE = re.compile(r"\\.|[{}]")
-_UNIT_AFTER_BOX = re.compile(
-    r"\s*(?:\\?%|\^|°|(?:pct|percent(?:age)?|degrees?)(?![A-Za-z])|\\text\{)"
-)
+_UNIT_AFTER_BOX, _TEXT = PATTERNS["unit_after_box"], PATTERNS["text"]
 _OPERATORS = {"<=": r"\le ", "=<": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "+/-": r"\pm ",
               r"\not=": r"\ne ", r"\&": r" \land "}  # fmt: skip
 _CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees"}
-_TEXT = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|it|sf|tt|cal|scr|frak|normal)|mbox|hbox"
-    r"|operatorname\*?|bm|boldsymbol|emph|underline)\s*\{([^{}]*)\}"
-)
 _CALCULUS = {"": r"\tan", "c": r"\cot", "arc": r"\arctan", "arcc": r"\arccot"}
 _IN_TEXT = r"(?:\\text\{ ?)?"
 _FOR = rf"[ ,(]*{_IN_TEXT}(?:where|for|with)?(?: ?(?:an|any|all|every|some))?"
 _POWER_OF_UNIT = re.compile(rf"({'|'.join(sorted(UNITS, reverse=True))})(\^\{{?-?\d\}}?)?")
 _CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)*\.?")
 _FORMULA = re.compile(r".?|\d.*|[-+]?[\d.,:/% ]+|(?!.*[A-Za-z]{2}).*=.*")
-_ANSWER_IS = re.compile(
-    r"\A ?(?:(?:therefore|thus|hence|so) ?,? )?"
-    r"(?:(?:the )?(?:correct |final )?(?:answer|ans|option|choice|solution)s?(?: is| are)? ?[:,]? )?",
-    re.IGNORECASE,
-)
+_ANSWER_IS, _UNORDERED = PATTERNS["answer_is"], PATTERNS["unordered"]
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
 _CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
 _IDLE = re.compile(
@@ -77,10 +67,6 @@ _IDLE = re.compile(
 )
 _SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
 _ASSIGNED, _STATEMENT = re.compile(r"[A-Za-z](?=\w*=)"), re.compile(r"[()]?(?:\\neg ?)?[p-s][()]?")
-_UNORDERED = re.compile(
-    r"\A\w+ (?:con|di)vergent\Z|\A(?:con|di)vergent \w+\Z|january|february|march|april|may|june"
-    r"|july|august|(?:sept|nov|dec)ember|october"
-)
 
 
 @lru_cache(maxsize=1024)  # a reference comes with each answer to its question
@@ -170,7 +156,9 @@ def _plain_text(match: re.Match[str]) -> str:
     lowered = inner.lower().strip(" ,")
     start = match.string[: match.start()].rstrip()
     before, multiplied = start[-1:], start.endswith(r"}\cdot")
-    if inner in FUNCTIONS and not (inner in ("min", "sec") and (before.isdigit() or before in ("/", "}"))):
+    if inner in FUNCTIONS and not (
+        inner in ("min", "sec") and (before.isdigit() or before in ("/", "}"))
+    ):
         return f"\\{inner} "
     if lowered in _WORDS:
         return _WORDS[lowered]
@@ -235,7 +223,7 @@ _MAKERS: dict[str, Callable[[re.Match[str]], str]] = {
     "dots": lambda m: f"\0{m[3]}'{m[1] and chr(39)}{m[4] or ''}",
 }  # fmt: skip
 _NAMED = {
-    "TEXT": _TEXT.pattern, "ANSWER_IS": f"(?i:{_ANSWER_IS.pattern})",
+    "TEXT": _TEXT.pattern, "ANSWER_IS": f"(?i:{_ANSWER_IS.pattern[4:]})",
     "SAID": VOCABULARY["said"], "ARGUMENT": r"(\{[^{}]*\}|\w)", "FOR": _FOR, "IN_TEXT": _IN_TEXT,
     "NAME": r"([A-Za-z]|\\[a-z]+) ?(_(?:\w|\{\w+\}))?",
     "WORD": "|".join(sorted(_WORDS, reverse=True)),
@@ -244,5 +232,5 @@ _NAMED = {
 _RULES = [
     (sign, re.compile(re.sub("<([A-Z_]+)>", lambda m: _NAMED[m[1]], pattern)),
      _MAKERS[new[1:]] if new[:1] == "@" else new)
-    for sign, pattern, new in table("rules.toml")["rules"]
+    for sign, pattern, new in RULES["rules"]
 ]  # fmt: skip

@@ -16,7 +16,8 @@ def table(name: str) -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
-VOCABULARY = table("vocabulary.toml")
+VOCABULARY, RULES = table("vocabulary.toml"), table("rules.toml")
+PATTERNS = {name: re.compile(text) for name, text in RULES["patterns"].items()}
 FUNCTIONS, GREEK = word_set(VOCABULARY["functions"]), word_set(VOCABULARY["greek"])
 NAMES = GREEK | word_set(VOCABULARY["names"])
 ACCENTS = frozenset(map("\\{}".format, VOCABULARY["accents"].split()))

@@ -1,6 +1,7 @@
 """Two expressions, compared by value, with the conventions of per cent signs and decimals.
 
-* ``75%`` equals both ``75`` and ``0.75``, but ``1/2`` isn't ``1/2%``; a degree sign may be missing on one side.
+* ``75%`` equals both ``75`` and ``0.75``, but ``1/2`` isn't ``1/2%``.
+* A degree sign may be missing on one side.
 * A decimal of at least six significant digits equals the exact value it abbreviates, that is,
   one less than one unit in its last place away. So 0.333333 is 1/3, and 0.33 isn't.
 """
