@@ -50,6 +50,8 @@ def forms(gold: Node) -> list[Node]:
     """A reference that is given in two forms, as these: 1/2 or 0.5, 5/7 = 0.714, 5/7 ≈ 0.7."""
     if gold.op == "rel" and is_rounded(*gold.args[-2:]):
         return [gold, gold.args[-1]]
+    if gold.op == "rel" and gold.args[1].op in ("group", "cup") and set(gold.args[0]) == {"="}:
+        return [gold, gold.args[-1]]  # [2\ln 3, 9) = [\ln 9, 9)
     first, *rest = gold.args if gold.op == "list" else (gold,)
     if name_of(first) and [(part.op, name_of(part)) for part in rest] == [("rel", None)]:
         return [gold, first] if symbols(rest[0]) <= symbols(value_of(first)) else [gold]
@@ -74,7 +76,9 @@ def _same_lists(a: Node, b: Node) -> bool:
             return unordered and _matched(entries(group), listed.args, as_set=False)
         shapes = _VECTORS if None not in names or len(names) > 2 else _VECTORS[:1]  # no interval
         fits = group.op == "matrix" or group.args[:2] in shapes
-        return fits and _pairwise(entries(group), listed.args)
+        in_space = set(names) <= {Node("sym", (letter,)) for letter in "xyz"}
+        items = sorted(listed.args, key=lambda item: name_of(item)) if in_space else listed.args
+        return fits and _pairwise(entries(group), items)
     sides = [side.args if side.op in ("list", "set") else (side,) for side in (a, b)]
     if len(sides[0]) == len(sides[1]) == 1 and a.op != b.op:
         return False  # {2} isn't 2

@@ -61,6 +61,8 @@ def split(text: str, thousands: bool) -> list[str]:
             raise TooComplex("too many tokens, or not text")
         position = match.end()
         token, kind = match[0], match.lastgroup
+        if not token.isascii() and token != "°":
+            raise ParseError("words of another language")
         if token == r"\text" and position < len(text) and text[position] == "{":
             position = text.find("}", position) + 1
             if not position:

@@ -153,6 +153,8 @@ class _Parser:
                 top.append(factor)
             else:
                 break
+        if len(top) > 1:  # x[a + b], but no x[a, b]
+            top = [_inner(part) for part in top]
         node = _together("mul", top)
         return Node("div", (node, _together("mul", bottom))) if bottom else node
 
@@ -166,7 +168,8 @@ class _Parser:
             return self.bars == 0 and not self.such
         if token[0] == "\\":
             return token not in NOT_A_FACTOR
-        bracket = token in ("(", "{", "°") or token + self.peek(1) == r"[\begin"
+        bracket = token in ("(", "{", "°")
+        bracket = bracket or (token == "[" and self.peek(1) not in NOT_A_FACTOR | {""})
         return bracket or token[0].isalnum() or token[0] == "."
 
     def factor(self, signed: bool = False) -> Node:
@@ -373,6 +376,15 @@ class _Parser:
             raise ParseError(f"environment {name!r}")
         kind = "det" if name == "vmatrix" else "matrix"
         return Node(kind, tuple(Node("row", tuple(row)) for row in rows))
+
+
+def _inner(part: Node) -> Node:
+    """What square brackets around a factor hold."""
+    if part.op != "group" or part.args[0] != "[":
+        return part
+    if part.args[1] != "]" or len(part.args) != 3:
+        raise ParseError("an interval among factors")
+    return part.args[2]
 
 
 def number(token: str) -> Node:

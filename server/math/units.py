@@ -152,9 +152,10 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
             gold, pred = (re.sub(r",(?=\d{3})", "", body) for body in (gold_body, pred_body))
             return rf"({gold})\cdot{size}", rf"({pred})\cdot{its_size}", False
         (name, _, power), (other, _, its) = gold_unit.partition("^"), pred_unit.partition("^")
-        each = {*of} ^ {*also}  # cents per pen are cents, metres per second no metres
+        each = {*of} ^ {*also}  # cents per pen are cents, red pens pens, metres per second no metres
         counted = size == its_size and (each.isdisjoint(of) or each.isdisjoint(also))
-        counted = counted and all(n < 0 and unit not in _MEASURES for unit, n in each)
+        extra = {unit for unit, _ in each}
+        counted = counted and {*of} & {*also} and extra <= _UNIT_WORDS - _MEASURES
         return gold_body, pred_body, not counted if name and other else power != its  # units^2
     bodies = (re.sub(r"\\(?:sin|cos|tan).*", "", body) for body in (gold_body, pred_body))
     signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in bodies]
