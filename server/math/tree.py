@@ -18,10 +18,7 @@ from .tokens import CLOSERS, FUNCTIONS, NOT_A_FACTOR, RELATIONS, ParseError, Too
 MAX_DEPTH = 30
 _OTHERWISE = (("otherwise",), ("else",), ("elsewhere",))
 MAX_DIGITS = 400
-# of y(0), h(2/3) = 7, u(x, t) = 2x
-_CALL = re.compile(
-    r"\((?:0\)|(?:[xyztnkrs]|[\da-z]+(?:,[\da-z]+)+|(?:[-\d./{}]|\\(?:frac|sqrt|pi))+)\)=)"
-)
+_CALL = tokens.PATTERNS["call"]
 
 
 class Node(NamedTuple):
@@ -169,7 +166,7 @@ class _Parser:
         if token[0] == "\\":
             return token not in NOT_A_FACTOR
         bracket = token in ("(", "{", "°")
-        bracket = bracket or (token == "[" and self.peek(1) not in NOT_A_FACTOR | {""})
+        bracket = bracket or (token == "[" and self.peek(1) and self.peek(1) not in NOT_A_FACTOR)
         return bracket or token[0].isalnum() or token[0] == "."
 
     def factor(self, signed: bool = False) -> Node:

@@ -6,7 +6,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from .phrases import PARTS, POWERS, VALUES
-from .tokens import VOCABULARY, word_set
+from .tokens import PATTERNS, VOCABULARY, word_set
 
 _TABLES = VOCABULARY["units"]
 UNITS = word_set(_TABLES["known"])
@@ -44,14 +44,9 @@ _UNIT = re.compile(
 _COMMA = re.compile(r"(?:(?<!\d),|,(?!\d{3}(?!\d)))(?![^()\[\]{}]*[)\]}])")
 _WRAPPING = re.compile(r"\\text\{|[(){}]")
 _TIMES = re.compile(r" ?\\cdot ?|(?:[ *]|(?<!\^)-)+")
-_TWO_UNITS = re.compile(
-    r"(\d+) ?(?:\\text\{)?([a-z]+|°|')\}? ?,? ?(\d+(?:\.\d+)?) ?(?:\\text\{)?([a-z]+|''?)\}?"
-    r"(?:(?<=°\d'|\d\d') ?(\d+)'')?"
-)
-_DEFINED = {
-    unit: (Fraction(size), base)
-    for unit, size, base in re.findall(r"([^|=]+)=(\S+) (\S+?)(?=\s*(?:\||\Z))", _TABLES["defined"])
-}
+_TWO_UNITS = PATTERNS["two_units"]
+_DEFINED = {unit: (Fraction((size := text.split())[0]), size[1])
+            for unit, text in _TABLES["defined"].items()}  # fmt: skip
 _BARE_LETTER = re.compile(r"([-\d.,/]*\d)( ?)([smhgJNLKVWCA])(\^\{?-?\d\}?)?")
 _UNIT_NAMES = dict(re.findall(r"(\w+):(\S*)", _TABLES["spelt"]))
 _MEASURES = {unit.lower().removesuffix("s") for unit in UNITS} | {*_UNIT_NAMES.values()}
@@ -152,7 +147,9 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
             gold, pred = (re.sub(r",(?=\d{3})", "", body) for body in (gold_body, pred_body))
             return rf"({gold})\cdot{size}", rf"({pred})\cdot{its_size}", False
         (name, _, power), (other, _, its) = gold_unit.partition("^"), pred_unit.partition("^")
-        each = {*of} ^ {*also}  # cents per pen are cents, red pens pens, metres per second no metres
+        each = {*of} ^ {
+            *also
+        }  # cents per pen are cents, red pens pens, metres per second no metres
         counted = size == its_size and (each.isdisjoint(of) or each.isdisjoint(also))
         extra = {unit for unit, _ in each}
         counted = counted and {*of} & {*also} and extra <= _UNIT_WORDS - _MEASURES
