@@ -101,7 +101,7 @@ def quick(gold: str, pred: str) -> Verdict | None:
         return Verdict(False, "normalised", "unparsable")
     if _tight(gold) == _tight(pred) or (words(gold) and words(gold) == words(pred)):
         return Verdict(True, "normalised")
-    chosen = _choice(gold, pred), _choice(pred, gold)
+    chosen = _choice(gold, gold), _choice(pred, gold)
     if all(chosen) and (len(gold + pred) > 2 or gold.lower() == pred.lower() < "f"):
         (letter, option), (other, its_option) = chosen
         if letter != other or not (option and its_option):
@@ -127,9 +127,9 @@ def _unclear(letter: str, option: str) -> bool:
     return bool((_UNSURE if letter[1:] else _SECOND).search(option)) and not earlier
 
 
-def _choice(text: str, other: str) -> tuple[str, str] | None:
+def _choice(text: str, gold: str) -> tuple[str, str] | None:
     """The letter of a choice, and the text of its option, or yes or no, and its reason. In lower
-    case a letter with more behind it is a choice only where the other answer is a letter."""
+    case a letter with more behind it is a choice only where the reference is a letter."""
     starts = text[:6] == r"\text{" or text[:1] in "(ABCDEFGHIJabcdefghijYyNnTt"
     if spoken := starts and _SPOKEN.fullmatch(re.sub(r"\\text\{|\}", " ", text).strip()):
         return "yes" if spoken[1] else "no", spoken[2]
@@ -137,8 +137,8 @@ def _choice(text: str, other: str) -> tuple[str, str] | None:
     match = _CHOICE.fullmatch(bare)
     if not match or not match[2] or match[1].isupper():
         return (match[1].upper(), match[2]) if match else None
-    listed = len(other.strip("()")) == 1 and re.match(r"\(?[a-j][).:][^^_*/=+(,]", bare)
-    option = re.sub(r"(?<![A-Za-z\\])[a-j](?=\)|\Z)", lambda m: m[0].upper(), match[2])
+    listed = len(gold.strip("()")) == 1 and re.match(r"\(?[a-j][).:][^^_*/=+(,]", bare)
+    option = re.sub(r"(?<![A-Za-z\\])[a-j](?=[).]|\Z)", lambda m: m[0].upper(), match[2])
     return (match[1].upper(), option) if listed else None
 
 
@@ -146,7 +146,7 @@ def cache_key(gold: str, pred: str) -> tuple[str, str]:
     """The normalised pair: pairs with the same key get the same verdict."""
     gold = _DISPLAYED.sub(r"\1", gold) if "$$" in gold else gold
     pair = normalise(gold), normalise(pred)
-    chosen = _choice(*pair), _choice(*pair[::-1])
+    chosen = [_choice(text, pair[0]) for text in pair]
     named = [choice for choice in chosen if choice]
     clear = all(option and len(name) == 1 and not _unclear(name, option) for name, option in named)
     if clear and len({name for name, _ in named}) == 1:  # (C) green for green

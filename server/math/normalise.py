@@ -156,7 +156,7 @@ def _plain_text(match: re.Match[str]) -> str:
     if _FORMULA.fullmatch(inner) or _CHOICES.fullmatch(inner):
         return inner
     if digits := number_in_words(lowered):
-        return digits
+        return f" {digits} "
     parts = re.split(r"(?:, | |^)(?:and|or) ?(?![A-Za-z])|, ", inner)
     if len(parts) > 1 and match[0][:5] == r"\text":
         joined = ",".join(rf"\text{{{part.strip()}}}" if part else "" for part in parts)

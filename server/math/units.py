@@ -12,7 +12,7 @@ _TABLES = VOCABULARY["units"]
 UNITS = word_set(_TABLES["known"])
 _FRACTIONS = "|".join((*PARTS, "hundredth", "thousandth", "millionth", "billionth"))
 CHANGES = re.compile(  # words after a number that change its value, so that they are no unit
-    rf"\b(?:{'|'.join(_TABLES['changes'].split())}|times (?:[b-z]|{'|'.join(VALUES)})"
+    rf"\b(?:{'|'.join(_TABLES['changes'].split())}|times[ *](?!(?:an?|per|each|every)\b)\w+|(?:square|sq|cubic)\Z"
     rf"|(?:{_FRACTIONS})s?)\b"
 )
 NAMES = re.compile(rf"\b(?:{'|'.join(_TABLES['named'].split())})\Z")
@@ -156,6 +156,8 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
         return gold_body, pred_body, not counted if name and other else power != its  # units^2
     bodies = (re.sub(r"\\(?:sin|cos|tan).*", "", body) for body in (gold_body, pred_body))
     signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in bodies]
+    if "rad" in (gold_unit, pred_unit) and signs[0] != signs[1]:  # no degree sign is left out
+        return rf"0°+({gold_body})", rf"0°+({pred_body})", False
     return gold_body, pred_body, signs[0] != signs[1] and gold_unit + pred_unit not in _ANGLES
 
 
@@ -175,6 +177,13 @@ def _is_unit(text: str) -> bool:
     """Whether all words after a number are known, or in the plural: 36 apples, not 36 lakh."""
     match = _UNIT.search(text[-80:])
     words = re.findall(r"(?<!\\)\b[a-z.]+", match[0].lower()) if match else []
+    if (
+        match
+        and match["power"]
+        and words
+        and words[-1].removesuffix("s") not in {"unit", *_MEASURES}
+    ):
+        return False
     return all(
         word in _UNIT_WORDS
         or (len(word) > 3 and word[-1] == "s" and word not in _NO_PLURALS
