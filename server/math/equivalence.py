@@ -28,8 +28,7 @@ _PARITY = {"odd": r"2k+1,k\in\mathbb{Z}", "even": r"2k,k\in\mathbb{Z}"}
 _CHOICE, _SECOND, _EARLIER = (PATTERNS[name] for name in ("choice", "second", "earlier"))
 _UNSURE, _DOUBT, _SPOKEN = (PATTERNS[name] for name in ("unsure", "doubt", "spoken"))
 _LABEL, _SEVERAL, _DISPLAYED = (PATTERNS[name] for name in ("label", "several", "displayed"))
-_CLOCK, _COMBINATIONS = PATTERNS["clock"], PATTERNS["combinations"]
-_CAPITALS, _DECIMAL_COMMA = PATTERNS["capitals"], PATTERNS["decimal_comma"]
+_CLOCK, _COMBINATIONS, _CAPITALS = (PATTERNS[n] for n in ("clock", "combinations", "capitals"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +77,9 @@ def _slow(gold: str, pred: str) -> Verdict:
 
 def _named(match: re.Match[str]) -> str:
     """Words before a value as its name: "smallest: 2" as smallest = 2, and so "house number 2"."""
-    name = re.sub(r"\A(?:the|an?) |(?<=m(?:ax|in))im(?:um|a)|(?<=.) value\Z", "", match[1].lower())
-    name = name.replace("points", "point")
+    name = re.sub(
+        r"\A(?:the|an?) |(?<=m(?:ax|in))im(?:um|a)|(?<=.) value\Z|(?<=point)s", "", match[1].lower()
+    )
     changed = CHANGES.search(name) or not {*re.findall("[a-z]{3,}", name)} - GREEK
     labels = {found[1].lower() for found in _LABEL.finditer(match.string)}
     changed = changed or not (match[2] or NAMES.search(name) or len(labels) > 1)
@@ -215,5 +215,5 @@ def _other_readings(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> I
             lambda m: rf"\binom{{{m[2]}}}{{{m[3]}}}" + (f"{m[3]}!" if m[1] == "P" else ""), text
         )) for text in (gold, pred))  # fmt: skip
     for text, other in ((gold, pred_tree), (pred, gold_tree)):
-        if _DECIMAL_COMMA.fullmatch(text) and exact(other) is not None:
+        if PATTERNS["decimal_comma"].fullmatch(text) and exact(other) is not None:
             yield parse(text.replace(",", ".")), other

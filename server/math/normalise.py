@@ -35,10 +35,8 @@ _TABLE = str.maketrans(
 )  # fmt: skip
 
 _FOREIGN = _names("foreign")
-_FOREIGN_UNIT = re.compile(  # in a text command or not, with a counter before it or not
-    r"(?<=[\d}]) ?(\\(?:text|mathrm|rm|mbox) ?\{ ?)?[个名位只本颗支棵朵]?"
-    rf"({'|'.join(sorted(_FOREIGN, key=len, reverse=True))})(?![^\x00-\x7f])(?(1) ?}})"
-)
+_FOREIGN_UNIT = re.compile(r"(?<=[\d}]) ?(\\(?:text|mathrm) ?\{ ?)?[个名位只本颗支棵朵]?"
+    rf"({'|'.join(sorted(_FOREIGN, key=len, reverse=True))})(?![^\x00-\x7f])(?(1) ?}})")  # fmt: skip
 _CIRCLED = re.compile("[①-⑳]")
 _ONLY_CIRCLED = re.compile(r"(?:[①-⑳]|[\s,;，；、.$(){}]|\\text|\\boxed|and\b|or\b)*")
 _BOX = re.compile(r"\\(?:begin)?f?box(?:ed)?\s*\{")

@@ -43,6 +43,8 @@ class TooComplex(ParseError):
 
 def split(text: str, thousands: bool) -> list[str]:
     """The tokens of an answer; words that are no function fall into letters."""
+    if not text.isascii() and not text.replace("°", "").isascii():
+        raise ParseError("words of another language")
     found: list[str] = []
     position = depth = 0
     alone = re.sub(r"\\text\{[^{}]*\}|[ ,]", "", text).isalpha()
@@ -53,8 +55,6 @@ def split(text: str, thousands: bool) -> list[str]:
             raise TooComplex("too many tokens, or not text")
         position = match.end()
         token, kind = match[0], match.lastgroup
-        if not token.isascii() and token != "°":
-            raise ParseError("words of another language")
         if token == r"\text" and position < len(text) and text[position] == "{":
             position = text.find("}", position) + 1
             if not position:

@@ -150,9 +150,7 @@ class _Parser:
                 top.append(factor)
             else:
                 break
-        if len(top) > 1:  # x[a + b], but no x[a, b]
-            top = [_inner(part) for part in top]
-        node = _together("mul", top)
+        node = _together("mul", [*map(_inner, top)] if len(top) > 1 else top)
         return Node("div", (node, _together("mul", bottom))) if bottom else node
 
     def _after_word(self) -> bool:
@@ -376,12 +374,11 @@ class _Parser:
 
 
 def _inner(part: Node) -> Node:
-    """What square brackets around a factor hold."""
-    if part.op != "group" or part.args[0] != "[":
-        return part
-    if part.args[1] != "]" or len(part.args) != 3:
+    """What square brackets around a factor hold: x[a + b], but no x[a, b]."""
+    bracket = part.op == "group" and part.args[0] == "["
+    if bracket and (part.args[1] != "]" or len(part.args) != 3):
         raise ParseError("an interval among factors")
-    return part.args[2]
+    return part.args[2] if bracket else part
 
 
 def number(token: str) -> Node:

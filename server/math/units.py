@@ -12,8 +12,8 @@ _TABLES = VOCABULARY["units"]
 UNITS = word_set(_TABLES["known"])
 _FRACTIONS = "|".join((*PARTS, "hundredth", "thousandth", "millionth", "billionth"))
 CHANGES = re.compile(  # words after a number that change its value, so that they are no unit
-    rf"\b(?:{'|'.join(_TABLES['changes'].split())}|times[ *](?!(?:an?|per|each|every)\b)\w+|(?:square|sq|cubic)\Z"
-    rf"|(?:{_FRACTIONS})s?)\b"
+    rf"\b(?:{'|'.join(_TABLES['changes'].split())}|(?:square|sq|cubic)\Z"
+    rf"|times[ *](?!(?:an?|per|each|every)\b)\w+|(?:{_FRACTIONS})s?)\b"
 )
 NAMES = re.compile(rf"\b(?:{'|'.join(_TABLES['named'].split())})\Z")
 _NO_PLURALS = word_set(_TABLES["no_plurals"]) | {f"{word}s" for word in (*VALUES, *POWERS, *PARTS)}
@@ -43,6 +43,7 @@ _UNIT = re.compile(
 )
 _COMMA = re.compile(r"(?:(?<!\d),|,(?!\d{3}(?!\d)))(?![^()\[\]{}]*[)\]}])")
 _WRAPPING = re.compile(r"\\text\{|[(){}]")
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan)")
 _TIMES = re.compile(r" ?\\cdot ?|(?:[ *]|(?<!\^)-)+")
 _TWO_UNITS = PATTERNS["two_units"]
 _DEFINED = {unit: (Fraction((size := text.split())[0]), size[1])
@@ -151,10 +152,9 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
             *also
         }  # cents per pen are cents, red pens pens, metres per second no metres
         counted = size == its_size and (each.isdisjoint(of) or each.isdisjoint(also))
-        extra = {unit for unit, _ in each}
-        counted = counted and {*of} & {*also} and extra <= _UNIT_WORDS - _MEASURES
+        counted = counted and {*of} & {*also} and {u for u, _ in each} <= _UNIT_WORDS - _MEASURES
         return gold_body, pred_body, not counted if name and other else power != its  # units^2
-    bodies = (re.sub(r"\\(?:sin|cos|tan).*", "", body) for body in (gold_body, pred_body))
+    bodies = ("" if _TRIGONOMETRIC.search(body) else body for body in (gold_body, pred_body))
     signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in bodies]
     if "rad" in (gold_unit, pred_unit) and signs[0] != signs[1]:  # no degree sign is left out
         return rf"0°+({gold_body})", rf"0°+({pred_body})", False

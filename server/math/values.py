@@ -35,10 +35,10 @@ def same_values(a: Node, b: Node) -> bool:
 def _readings(a: Node, b: Node) -> Iterator[tuple[Node, Node]]:
     r"""Both sides without a degree or per cent sign that only one of them has, with
     \log to the base 10, and as they are."""
-    plain = exact(a)  # 12 may be meant as 12%, 1/2 can't
-    percentage = has(a, "percent") or (plain and abs(plain) > 1 and a.op != "div")
-    for op in ("degree", "percent")[: 2 if percentage else 1]:
+    for op in ("degree", "percent"):
         if has(a, op) != has(b, op):
+            if op == "percent" and not has(a, op) and (a.op == "div" or abs(exact(a) or 0) <= 1):
+                continue  # 12 may be meant as 12%, 1/2 can't
             yield _without(a, op), _without(b, op)
     logarithms = has(a, "fn", "log") or has(b, "fn", "log")
     if logarithms and not (has(a, "fn", "ln") or has(b, "fn", "ln")):
