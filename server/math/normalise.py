@@ -36,11 +36,10 @@ _TABLE = str.maketrans(
 
 _FOREIGN = _names("foreign")
 _FOREIGN_UNIT = re.compile(r"(?<=[\d}]) ?(\\(?:text|mathrm) ?\{ ?)?[个名位只本颗支棵朵]?"
-    rf"({'|'.join(sorted(_FOREIGN, key=len, reverse=True))})(?![^\x00-\x7f])(?(1) ?}})")  # fmt: skip
+    rf"({'|'.join(sorted(_FOREIGN, reverse=True))})(?![^\x00-\x7f])(?(1) ?}})")  # fmt: skip
 _CIRCLED = re.compile("[①-⑳]")
 _ONLY_CIRCLED = re.compile(r"(?:[①-⑳]|[\s,;，；、.$(){}]|\\text|\\boxed|and\b|or\b)*")
-_BOX = re.compile(r"\\(?:begin)?f?box(?:ed)?\s*\{")
-_BRACE = re.compile(r"\\.|[{}]")
+_BOX, _BRACE = re.compile(r"\\(?:begin)?f?box(?:ed)?\s*\{"), re.compile(r"\\.|[{}]")
 _UNIT_AFTER_BOX, _TEXT = PATTERNS["unit_after_box"], PATTERNS["text"]
 _CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees"}
 _CALCULUS = {"": r"\tan", "c": r"\cot", "arc": r"\arctan", "arcc": r"\arccot"}
