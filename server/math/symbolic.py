@@ -31,11 +31,7 @@ def readable(gold: str, pred: str) -> bool:
     prose = [re.findall(rf"{_PROSE.pattern}|\\ldots|\\partial|'", text) for text in pair]
     letters = [{*_LETTER.findall(text)} for text in pair]
     lowered = [{letter.lower() for letter in own} for own in letters]
-    alike = (
-        prose[0] == prose[1]
-        and len(prose[0]) < 5
-        and (letters[0] == letters[1] or lowered[0] != lowered[1])
-    )
+    alike = prose[0] == prose[1] and (letters[0] == letters[1] or lowered[0] != lowered[1])
     known = {*_COMMAND.findall(pred)} <= {*_COMMAND.findall(gold)} | _KNOWN and "{}" not in pred
     return max(map(len, pair)) <= MAX_LENGTH and alike and known and (gold + pred).isascii()
 
