@@ -17,36 +17,18 @@ from dataclasses import dataclass
 from . import regions, structures, symbolic
 from .evaluate import TooLarge, Undecided, exact
 from .normalise import normalise, words
-from .tokens import FUNCTIONS, GREEK, ParseError, TooComplex
+from .tokens import FUNCTIONS, GREEK, PATTERNS, ParseError, TooComplex
 from .tree import Node, parse
 from .units import CHANGES, NAMES, split_units
 from .values import same_values
 
 MAX_QUICK = 200  # characters of a normalised answer that are parsed on the event loop
 MAX_LENGTH = 5_000  # characters of an answer that are read at all
-# A choice, alone or before its option.
-_CHOICE = re.compile(r"\(?([A-Ja-j])(?:\)|[.:](?=.)|\Z)(?![(,)] ?[A-J])(.*)")
-_SECOND = re.compile(  # another choice, or doubts, in what should be the text of the first
-    r"(?<![A-Za-z\\])\(?[A-J](?:[).:]|\Z)|\b(?:or|lor|both|wrong|incorrect|false|right|correct|maybe)\b"
-    r"|(?i:\b(?:yes|true|but|if|unless|perhaps)\b|[,;] ?(?:no|false)\b)"
-    r"|(?:\b(?:and|or)|[,/;]|\\l(?:and|or)) ?\(?[A-J](?![A-Za-z]| [a-z]{2})|\A ?(?:no|not|is|and)\b"
-)
-_DOUBT = re.compile(
-    r"(?i)(?<![a-z\\])(?:not|never|wrong|incorrect|maybe|perhaps|probably|either|but|if|n't)(?![a-z])"
-)
-_SPOKEN = re.compile(r"(?i)(?:(yes|true)|no|false)((?: ?(?:[,.;:(\\]|because|since|as\b).*)?)")
-_LABEL = re.compile(
-    r"(?:(?<=[,;])|\A) ?(?:\\text\{ ?|\\(?=m))?([A-Za-z][A-Za-z' -]*?[A-Za-z])"
-    r"(?:( ?\}? ?[:=]| (?:is|are|equals)\b) ?\}?|\}?) ?"
-    r"(?=[-\d.(\[|]|\\(?!text)|(?(2)[a-z](?![a-z])|\Z.))"
-)
-_SEVERAL = re.compile(r"(?=.*[(,])\(?[A-H]\)?(?:,?\(?[A-H]\)?)+")  # choices, in any order
-_DISPLAYED = re.compile(r"(?s)\A[^$]*[a-z]{3}.*\$\$([^$]+)\$\$[\s.]*\Z")  # at the end of a proof
-_CLOCK = re.compile(r"\d{1,2}:[0-5]\d")  # a time, not a ratio, if both sides are
 _PARITY = {"odd": r"2k+1,k\in\mathbb{Z}", "even": r"2k,k\in\mathbb{Z}"}
-_COMBINATIONS = re.compile(r"(?<![A-Za-z\\])([CP])\((\d+), ?(\d+)\)")
-_CAPITALS = re.compile(r"(?<![a-z\\])([A-Z])(?=[A-Z]{1,3}(?![A-Za-z]))")
-_DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d\d|\d{4,}))")
+_CHOICE, _SECOND, _EARLIER = (PATTERNS[name] for name in ("choice", "second", "earlier"))
+_UNSURE, _DOUBT, _SPOKEN = (PATTERNS[name] for name in ("unsure", "doubt", "spoken"))
+_LABEL, _SEVERAL, _DISPLAYED = (PATTERNS[name] for name in ("label", "several", "displayed"))
+_CLOCK, _COMBINATIONS, _CAPITALS = (PATTERNS[n] for n in ("clock", "combinations", "capitals"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +77,14 @@ def _slow(gold: str, pred: str) -> Verdict:
 
 def _named(match: re.Match[str]) -> str:
     """Words before a value as its name: "smallest: 2" as smallest = 2, and so "house number 2"."""
-    name = re.sub(r"\A(?:the|an?) |(?<=max)imum|(?<=min)imum", "", match[1].lower())
+    name = re.sub(
+        r"\A(?:the|an?) |(?<=m(?:ax|in))im(?:um|a)|(?<=.) value\Z|(?<=point)s", "", match[1].lower()
+    )
     changed = CHANGES.search(name) or not {*re.findall("[a-z]{3,}", name)} - GREEK
     labels = {found[1].lower() for found in _LABEL.finditer(match.string)}
     changed = changed or not (match[2] or NAMES.search(name) or len(labels) > 1)
     rest = re.split("[,;]", match.string[match.end() :])[0]
-    if changed or (name in FUNCTIONS and rest[:1] in "([{\\"):  # \max(a, b)
+    if changed or (not match[2] and name in FUNCTIONS and rest[:1] in "([{\\"):  # \max(a, b)
         return match[0]
     return "" if "=" in rest else rf"\text{{{name}}}="
 
@@ -117,11 +101,11 @@ def quick(gold: str, pred: str) -> Verdict | None:
         return Verdict(False, "normalised", "unparsable")
     if _tight(gold) == _tight(pred) or (words(gold) and words(gold) == words(pred)):
         return Verdict(True, "normalised")
-    chosen = _choice(gold), _choice(pred)
-    if all(chosen) and len(gold + pred) > 2:
+    chosen = _choice(gold, gold), _choice(pred, gold)
+    if all(chosen) and (len(gold + pred) > 2 or gold.lower() == pred.lower() < "f"):
         (letter, option), (other, its_option) = chosen
         if letter != other or not (option and its_option):
-            alike = letter == other and not _SECOND.search(option + its_option)
+            alike = letter == other and not _unclear(letter, option + its_option)
             return Verdict(alike, "normalised")
     if _DOUBT.search(pred) and not _DOUBT.search(gold):
         return Verdict(False, "normalised", "undecided")
@@ -137,23 +121,34 @@ def _tight(text: str) -> str:
     return "".join(sorted(re.findall("[A-H]", text))) if _SEVERAL.fullmatch(text) else text
 
 
-def _choice(text: str) -> tuple[str, str] | None:
-    """The letter of a choice, and the text of its option; or yes or no, and its reason."""
+def _unclear(letter: str, option: str) -> bool:
+    """Whether the text of a choice may name another one, or leave doubts."""
+    earlier = _EARLIER.fullmatch(option) and max(re.findall("[A-I]", option)) < letter
+    return bool((_UNSURE if letter[1:] else _SECOND).search(option)) and not earlier
+
+
+def _choice(text: str, gold: str) -> tuple[str, str] | None:
+    """The letter of a choice, and the text of its option, or yes or no, and its reason. In lower
+    case a letter with more behind it is a choice only where the reference is a letter."""
     starts = text[:6] == r"\text{" or text[:1] in "(ABCDEFGHIJabcdefghijYyNnTt"
     if spoken := starts and _SPOKEN.fullmatch(re.sub(r"\\text\{|\}", " ", text).strip()):
         return "yes" if spoken[1] else "no", spoken[2]
-    match = starts and _CHOICE.fullmatch(re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
-    named = match and (not match[2] or match[1].isupper())
-    return (match[1].upper(), match[2]) if named else None
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text) if starts else ""
+    match = _CHOICE.fullmatch(bare)
+    if not match or not match[2] or match[1].isupper():
+        return (match[1].upper(), match[2]) if match else None
+    listed = len(gold.strip("()")) == 1 and re.match(r"\(?[a-j][).:][^^_*/=+(,]", bare)
+    option = re.sub(r"(?<![A-Za-z\\])[a-j](?=[).]|\Z)", lambda m: m[0].upper(), match[2])
+    return (match[1].upper(), option) if listed else None
 
 
 def cache_key(gold: str, pred: str) -> tuple[str, str]:
     """The normalised pair: pairs with the same key get the same verdict."""
     gold = _DISPLAYED.sub(r"\1", gold) if "$$" in gold else gold
     pair = normalise(gold), normalise(pred)
-    chosen = [_choice(text) for text in pair]
+    chosen = [_choice(text, pair[0]) for text in pair]
     named = [choice for choice in chosen if choice]
-    clear = all(option and len(name) == 1 and not _SECOND.search(option) for name, option in named)
+    clear = all(option and len(name) == 1 and not _unclear(name, option) for name, option in named)
     if clear and len({name for name, _ in named}) == 1:  # (C) green for green
         pair = [normalise(its[1]) if its else text for its, text in zip(chosen, pair, strict=True)]
     dated = all(re.search("'_[tx]", text) for text in pair)  # dy/dx isn't dy/dt
@@ -220,5 +215,5 @@ def _other_readings(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> I
             lambda m: rf"\binom{{{m[2]}}}{{{m[3]}}}" + (f"{m[3]}!" if m[1] == "P" else ""), text
         )) for text in (gold, pred))  # fmt: skip
     for text, other in ((gold, pred_tree), (pred, gold_tree)):
-        if _DECIMAL_COMMA.fullmatch(text) and exact(other) is not None:
+        if PATTERNS["decimal_comma"].fullmatch(text) and exact(other) is not None:
             yield parse(text.replace(",", ".")), other

@@ -141,6 +141,10 @@ def _evaluate(node: Node, point: dict):
         return _series(node, point)
     if op not in _OPERATIONS:
         raise Undecided(f"{op} has no value")
+    if op == "pow" and args[1].op == "div" and point:  # x^{1/3} is as real as a root
+        base, part = _evaluate(args[0], point), exact(args[1])
+        if part and part.denominator % 2 and _CONTEXT.im(base) == 0 > _CONTEXT.re(base):
+            return _power(-base, _evaluate(args[1], point)) * (-1) ** part.numerator
     return _OPERATIONS[op](*(_evaluate(arg, point) for arg in args))
 
 

@@ -11,8 +11,8 @@ from itertools import permutations
 from unicodedata import normalize
 
 from .phrases import ARTICLE, PARTS, VALUES, number_in_words, phrase
-from .tokens import FUNCTIONS, VOCABULARY, table
-from .units import UNITS
+from .tokens import FUNCTIONS, PATTERNS, RULES, VOCABULARY
+from .units import CHANGES, UNITS
 
 
 def _names(table: str) -> dict[str, str]:
@@ -20,62 +20,37 @@ def _names(table: str) -> dict[str, str]:
     return {name: sign for sign, names in VOCABULARY[table].items() for name in names.split()}
 
 
-_WORDS, _SYNONYMS = _names("words"), _names("commands")
+_WORDS, _SYNONYMS, _OPERATORS = map(_names, ("words", "commands", "operators"))
 UNIT_LETTERS = frozenset("mgshLlKNJWVCFA")
 
 _CHARACTERS = {
     sign: plain + " " * plain[1:].isalpha()
     for sign, plain in re.findall(r"(\S) (\S+)", VOCABULARY["signs"])
-} | {
-    sign: "\\frac{{{}}}{{{}}}".format(*normalize("NFKC", sign).split("⁄"))
-    for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 }
 _TABLE = str.maketrans(
     _CHARACTERS
-    | {digit: f"^{{{n}}}" for n, digit in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
-    | {digit: f"_{{{n}}}" for n, digit in enumerate("₀₁₂₃₄₅₆₇₈₉")}
     | dict.fromkeys(map(chr, range(32)), " ") | dict.fromkeys('"“”`', "")
     | {sign: _CHARACTERS.get(plain := normalize("NFKC", sign), plain)
        for sign in map(chr, (*range(0xFF01, 0xFF5F), *range(0x1D400, 0x1D800)))}  # ＋, 𝑥
 )  # fmt: skip
 
+_FOREIGN = _names("foreign")
+_FOREIGN_UNIT = re.compile(r"(?<=[\d}]) ?(\\(?:text|mathrm) ?\{ ?)?[个名位只本颗支棵朵]?"
+    rf"({'|'.join(sorted(_FOREIGN, reverse=True))})(?![^\x00-\x7f])(?(1) ?}})")  # fmt: skip
 _CIRCLED = re.compile("[①-⑳]")
 _ONLY_CIRCLED = re.compile(r"(?:[①-⑳]|[\s,;，；、.$(){}]|\\text|\\boxed|and\b|or\b)*")
-_BOX = re.compile(r"\\(?:begin)?f?box(?:ed)?\s*\{")
-_BRACE = re.compile(r"\\.|[{}]")
-_UNIT_AFTER_BOX = re.compile(
-    r"\s*(?:\\?%|\^|°|(?:pct|percent(?:age)?|degrees?)(?![A-Za-z])|\\text\{)"
-)
-_OPERATORS = {"<=": r"\le ", "=<": r"\le ", ">=": r"\ge ", "!=": r"\ne ", "+/-": r"\pm ",
-              r"\not=": r"\ne ", r"\&": r" \land "}  # fmt: skip
-_CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen"}
-_TEXT = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|it|sf|tt|cal|scr|frak|normal)|mbox|hbox"
-    r"|operatorname\*?|bm|boldsymbol|emph|underline)\s*\{([^{}]*)\}"
-)
+_BOX, _BRACE = re.compile(r"\\(?:begin)?f?box(?:ed)?\s*\{"), re.compile(r"\\.|[{}]")
+_UNIT_AFTER_BOX, _TEXT = PATTERNS["unit_after_box"], PATTERNS["text"]
+_CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees"}
 _CALCULUS = {"": r"\tan", "c": r"\cot", "arc": r"\arctan", "arcc": r"\arccot"}
-_IN_TEXT = r"(?:\\text\{ ?)?"
-_FOR = rf"[ ,(]*{_IN_TEXT}(?:where|for|with)?(?: ?(?:an|any|all|every|some))?"
 _POWER_OF_UNIT = re.compile(rf"({'|'.join(sorted(UNITS, reverse=True))})(\^\{{?-?\d\}}?)?")
 _CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)*\.?")
 _FORMULA = re.compile(r".?|\d.*|[-+]?[\d.,:/% ]+|(?!.*[A-Za-z]{2}).*=.*")
-_ANSWER_IS = re.compile(
-    r"\A ?(?:(?:therefore|thus|hence|so) ?,? )?"
-    r"(?:(?:the )?(?:correct |final )?(?:answer|option|choice|solution)s?(?: is| are)? ?[:,]? )?",
-    re.IGNORECASE,
-)
+_ANSWER_IS, _UNORDERED, _IDLE = (PATTERNS[name] for name in ("answer_is", "unordered", "idle"))
 _INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
 _CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
-_IDLE = re.compile(
-    rf"(?<!not) (?:{VOCABULARY['idle']})s?\Z|\blinearly (?=(?:in)?dep)"
-    r"|(?:(?<=\bodd)|(?<=\beven)) [a-z]\Z|\A[a-z] (?=odd|even)"
-)
 _SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
 _ASSIGNED, _STATEMENT = re.compile(r"[A-Za-z](?=\w*=)"), re.compile(r"[()]?(?:\\neg ?)?[p-s][()]?")
-_UNORDERED = re.compile(
-    r"\A\w+ (?:con|di)vergent\Z|\A(?:con|di)vergent \w+\Z|january|february|march|april|may|june"
-    r"|july|august|(?:sept|nov|dec)ember|october"
-)
 
 
 @lru_cache(maxsize=1024)  # a reference comes with each answer to its question
@@ -88,6 +63,8 @@ def normalise(text: str) -> str:
     text = text.translate(_TABLE)
     if r"\begin" not in text:  # in an environment a double backslash ends a row
         text = re.sub(r"\\\\(?=[A-Za-z()\[\]{}])", r"\\", text)
+    if not text.isascii():
+        text = _FOREIGN_UNIT.sub(lambda match: rf"\text{{{_FOREIGN[match[2]]}}}", text)
     text = unbox(text)
     if _ONLY_CIRCLED.fullmatch(text):  # in another answer a footnote, or nothing
         text = _CIRCLED.sub(
@@ -163,7 +140,9 @@ def _plain_text(match: re.Match[str]) -> str:
     lowered = inner.lower().strip(" ,")
     start = match.string[: match.start()].rstrip()
     before, multiplied = start[-1:], start.endswith(r"}\cdot")
-    if inner in FUNCTIONS and not (inner in ("min", "sec") and (before.isdigit() or before == "/")):
+    if inner in FUNCTIONS and not (
+        inner in ("min", "sec") and (before.isdigit() or before in ("/", "}"))
+    ):
         return f"\\{inner} "
     if lowered in _WORDS:
         return _WORDS[lowered]
@@ -174,7 +153,7 @@ def _plain_text(match: re.Match[str]) -> str:
     if _FORMULA.fullmatch(inner) or _CHOICES.fullmatch(inner):
         return inner
     if digits := number_in_words(lowered):
-        return digits
+        return f" {digits} "
     parts = re.split(r"(?:, | |^)(?:and|or) ?(?![A-Za-z])|, ", inner)
     if len(parts) > 1 and match[0][:5] == r"\text":
         joined = ",".join(rf"\text{{{part.strip()}}}" if part else "" for part in parts)
@@ -224,17 +203,15 @@ _MAKERS: dict[str, Callable[[re.Match[str]], str]] = {
     "pairs": lambda m: m[0].replace(")(", "),("), "braced": lambda m: rf"\text{{{m[m.lastindex]}}}",
     "tangent": lambda m: _CALCULUS[m[1]] + " " * len(m[2]),
     "derivative": lambda m: f"\0{m[3]}'{m[2] and chr(39)}_{m[5]}{m[4] or ''}",
+    "said": lambda m: m[0] if CHANGES.search(m[1].lower()) else "",
     "dots": lambda m: f"\0{m[3]}'{m[1] and chr(39)}{m[4] or ''}",
 }  # fmt: skip
-_NAMED = {
-    "TEXT": _TEXT.pattern, "ANSWER_IS": f"(?i:{_ANSWER_IS.pattern})",
-    "ARGUMENT": r"(\{[^{}]*\}|\w)", "FOR": _FOR, "IN_TEXT": _IN_TEXT,
-    "NAME": r"([A-Za-z]|\\[a-z]+) ?(_(?:\w|\{\w+\}))?",
-    "WORD": "|".join(sorted(_WORDS, reverse=True)),
-    "VALUES": "|".join(VALUES), "PARTS": "|".join(PARTS),
+_NAMED = {name.upper(): pattern.pattern for name, pattern in PATTERNS.items()} | {
+    "WORD": "|".join(sorted(_WORDS, reverse=True)), "VALUES": "|".join(VALUES),
+    "PARTS": "|".join(PARTS),
 }  # fmt: skip
 _RULES = [
     (sign, re.compile(re.sub("<([A-Z_]+)>", lambda m: _NAMED[m[1]], pattern)),
      _MAKERS[new[1:]] if new[:1] == "@" else new)
-    for sign, pattern, new in table("rules.toml")["rules"]
+    for sign, pattern, new in RULES["rules"]
 ]  # fmt: skip

@@ -2,7 +2,7 @@ r"""Answers in words: numbers spelt out, and stock phrases for what has a symbol
 
 import re
 
-from .tokens import VOCABULARY
+from .tokens import PATTERNS, VOCABULARY
 
 _ONES, _TENS, _ORDINALS = (text.split() for text in VOCABULARY["numbers"].values())
 VALUES = dict(zip((*_ONES, *_TENS), (*range(20), *range(20, 100, 10)), strict=True))
@@ -12,13 +12,7 @@ _SMALL = VALUES | {
     f"{tens} {ones}": VALUES[tens] + n
     for tens in _TENS for n, ones in enumerate(_ONES[1:10], 1)
 }  # fmt: skip
-# What a phrase may begin with, up to its article: it is, the series, n is, all.
-ARTICLE = re.compile(
-    r"\A(?:yes ?, (?=(?:it|this) )|no ?, ?(?=\w+ (?:is|does) not ))?(?:(?:the (?:function|series"
-    r"|sequence|integral|system|[a-z]+(?= (?:is|are|has|does)\b))|it|this|there|on|all"
-    r"|they|these|[a-z](?= is)) (?:(?:is|are|has) )?)?(?:(?:an?|the) (?=[a-z]{3}))?"
-    r"|(?:(?<=odd)|(?<=even)) (?:integer|number)s?\Z"
-)
+ARTICLE = PATTERNS["article"]
 _STOCK = [(re.compile(text), meaning) for meaning, text in VOCABULARY["phrases"].items()]
 
 

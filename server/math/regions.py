@@ -133,7 +133,8 @@ def same_families(gold: Node, pred: Node) -> bool | None:
         letters[0] or names[0] or turns
     ):
         return None
-    if any(len(used[n]) != 1 or used[n] - letters[n] - INTEGERS for n in (0, 1)):
+    everything = not letters[0] and any(form.op == "sym" for form in forms[1])
+    if everything or any(len(used[n]) != 1 or used[n] - letters[n] - INTEGERS for n in (0, 1)):
         return None
     if all(names) and names[0] != names[1]:
         return False

@@ -50,6 +50,8 @@ def forms(gold: Node) -> list[Node]:
     """A reference that is given in two forms, as these: 1/2 or 0.5, 5/7 = 0.714, 5/7 ≈ 0.7."""
     if gold.op == "rel" and is_rounded(*gold.args[-2:]):
         return [gold, gold.args[-1]]
+    if gold.op == "rel" and gold.args[1].op in ("group", "cup") and set(gold.args[0]) == {"="}:
+        return [gold, gold.args[-1]]  # [2\ln 3, 9) = [\ln 9, 9)
     first, *rest = gold.args if gold.op == "list" else (gold,)
     if name_of(first) and [(part.op, name_of(part)) for part in rest] == [("rel", None)]:
         return [gold, first] if symbols(rest[0]) <= symbols(value_of(first)) else [gold]
@@ -74,7 +76,9 @@ def _same_lists(a: Node, b: Node) -> bool:
             return unordered and _matched(entries(group), listed.args, as_set=False)
         shapes = _VECTORS if None not in names or len(names) > 2 else _VECTORS[:1]  # no interval
         fits = group.op == "matrix" or group.args[:2] in shapes
-        return fits and _pairwise(entries(group), listed.args)
+        in_space = set(names) <= {Node("sym", (letter,)) for letter in "xyz"}
+        items = sorted(listed.args, key=lambda item: name_of(item)) if in_space else listed.args
+        return fits and _pairwise(entries(group), items)
     sides = [side.args if side.op in ("list", "set") else (side,) for side in (a, b)]
     if len(sides[0]) == len(sides[1]) == 1 and a.op != b.op:
         return False  # {2} isn't 2
@@ -91,7 +95,8 @@ def _same_lists(a: Node, b: Node) -> bool:
 def _same_named(sides: list, names: list) -> bool | None:
     """Lists of assignments: by name, or in order where one side leaves distinct names out."""
     if all(all(side) for side in names):
-        alike = sorted(map(str, names[0])) == sorted(map(str, names[1]))
+        heads = [sorted(str(name.args[0]) for name in side) for side in names]  # v and v(t)
+        alike = heads[0] == heads[1]
         return None if alike or any(map(is_numbered, names[0] + names[1])) else False
     side = 0 if all(names[0]) else 1
     heads = [Node("sym", (str(name.args[0]).partition("_")[0],)) for name in names[side]]
@@ -225,10 +230,10 @@ def _multiplied(a: Sequence[Node], b: Sequence[Node]) -> bool:
     LC y'' + y = 0 and y'' = -y/(LC). Neither may be solved for a name, but for a derivative."""
     names = sorted(symbols(Node("", (*a, *b))))
     variables = {name.partition("'")[0] for name in names if "'" in name}
-    if not variables and any(side.op == "sym" for side in (*a, *b)):
-        return False
+    solved = not variables and any(side.op == "sym" for side in (*a, *b))
     sides = tuple(Node("add", (left, Node("neg", (right,)))) for left, right in (a, b))
     point = {name: 0.37 + 0.61 * n for n, name in enumerate(names)}
+    beside = {name: at + 0.29 for name, at in point.items()}
     start = sample(Node("div", sides), point)
     for name in names:
         other = sample(Node("div", sides), {**point, name: 2 * point[name]})
@@ -236,7 +241,12 @@ def _multiplied(a: Sequence[Node], b: Sequence[Node]) -> bool:
             return False
         power = round(log2(abs(other / start)))
         variable = name.strip("'").partition("_")[0] in (variables or "xyz")
-        if power and (variable or sample(Node("mul", sides), {**point, name: 0}) is not None):
+        at_zero = [[sample(side, {**some, name: 0}) for side in sides] for some in (point, beside)]
+        if power and (solved or variable):  # xy = 6 says by itself that x isn't 0
+            held = {side for side in zip(*at_zero, strict=True) if None not in side}
+            if len(held) != 1 or not all(held := {*held.pop()}) or len(held) != 1:
+                return False
+        elif power and None not in at_zero[0]:
             return False
         factor = Node("pow", (Node("sym", (name,)), Node("num", (power, 0, 1))))
         b = [Node("mul", (side, factor)) for side in b]

@@ -33,7 +33,7 @@ def readable(gold: str, pred: str) -> bool:
     lowered = [{letter.lower() for letter in own} for own in letters]
     alike = prose[0] == prose[1] and (letters[0] == letters[1] or lowered[0] != lowered[1])
     known = {*_COMMAND.findall(pred)} <= {*_COMMAND.findall(gold)} | _KNOWN and "{}" not in pred
-    return max(map(len, pair)) <= MAX_LENGTH and alike and known
+    return max(map(len, pair)) <= MAX_LENGTH and alike and known and (gold + pred).isascii()
 
 
 def unread(gold: str, pred: str) -> bool:

@@ -179,8 +179,9 @@ def _is_name(node: Node) -> bool:
         return node.args[0] not in ("pi", "oo")
     if node.op == "group":
         return len(node.args) > 2 and all(map(_is_name, node.args[2:]))
-    if node.op == "fn":  # \sin A, while \ln x = 3 is an equation
-        return node.args[0] not in ("log", "ln", "exp") and bool(symbols(node))
+    if node.op == "fn":  # \sin A, \log_x y, while \ln x = 3 is an equation
+        logarithm = node.args[0] in ("log", "ln", "exp")
+        return len(symbols(node)) > logarithm and len(node.args) > 1 + logarithm
     if node.op in _NAMES:
         return (bool(symbols(node)) or has(node, "apply")) and all(
             _is_name(arg) or arg.op == "rel" or (node.op, arg.op) == ("apply", "group")

@@ -16,25 +16,18 @@ def table(name: str) -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
-VOCABULARY = table("vocabulary.toml")
+VOCABULARY, RULES = table("vocabulary.toml"), table("rules.toml")
+PATTERNS = {name: re.compile(text) for name, text in RULES["patterns"].items()}
 FUNCTIONS, GREEK = word_set(VOCABULARY["functions"]), word_set(VOCABULARY["greek"])
 NAMES = GREEK | word_set(VOCABULARY["names"])
 ACCENTS = frozenset(map("\\{}".format, VOCABULARY["accents"].split()))
 SYMBOLS = {r"\infty": "oo", r"\pi": "pi", r"\imath": "i"}
-RELATIONS = {"=": "=", "<": "<", ">": ">", r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\ge": ">=",
-              r"\ne": "!=", r"\in": "in", r"\notin": "notin", r"\approx": "~", r"\equiv": "=",
-              r"\simeq": "~"}  # fmt: skip
+RELATIONS, CLOSERS = (VOCABULARY[name] for name in ("relations", "closers"))
 SET_OPERATIONS = {r"\cup": "cup", r"\cap": "cap", r"\setminus": "minus", r"\backslash": "minus"}
 TIMES = frozenset(["*", r"\cdot", r"\times", r"\ast", r"\div", "/"])
-CLOSERS = {"(": ")]", "[": "])[", "]": "[])", r"\{": (r"\}",), "{": "}", 
-            r"\lfloor": (r"\rfloor",), r"\lceil": (r"\rceil",), r"\lvert": (r"\rvert",),
-            r"\|": (r"\|",), "|": "|"}  # fmt: skip
 NOT_A_FACTOR = word_set(VOCABULARY["not_a_factor"]) | {*RELATIONS} | TIMES
 MAX_TOKENS = 4_000
-_TOKEN = re.compile(
-    r"(?P<num>\d+\.?\d*(?:[eE][+-]?\d+(?![\d.A-Za-z\\(]))?|\.\d+)"
-    r"|(?P<cmd>\\[A-Za-z]+|\\.)|(?P<word>[A-Za-z]+)|(?P<space> +)|(?P<op>.)"
-)
+_TOKEN = PATTERNS["token"]
 _THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?!,?\d)")
 _SUBSCRIPT = re.compile(r"\d+(?!\d|\^(?:\{[^{}]*)?[-+(]*[A-Za-z])")
 _WORDS = FUNCTIONS | {"pi"} | {name for name in GREEK if len(name) > 2}
@@ -50,6 +43,8 @@ class TooComplex(ParseError):
 
 def split(text: str, thousands: bool) -> list[str]:
     """The tokens of an answer; words that are no function fall into letters."""
+    if not text.isascii() and not text.replace("°", "").isascii():
+        raise ParseError("words of another language")
     found: list[str] = []
     position = depth = 0
     alone = re.sub(r"\\text\{[^{}]*\}|[ ,]", "", text).isalpha()

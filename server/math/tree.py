@@ -18,10 +18,7 @@ from .tokens import CLOSERS, FUNCTIONS, NOT_A_FACTOR, RELATIONS, ParseError, Too
 MAX_DEPTH = 30
 _OTHERWISE = (("otherwise",), ("else",), ("elsewhere",))
 MAX_DIGITS = 400
-# of y(0), h(2/3) = 7, u(x, t) = 2x
-_CALL = re.compile(
-    r"\((?:0\)|(?:[xyztnkrs]|[\da-z]+(?:,[\da-z]+)+|(?:[-\d./{}]|\\(?:frac|sqrt|pi))+)\)=)"
-)
+_CALL = tokens.PATTERNS["call"]
 
 
 class Node(NamedTuple):
@@ -153,7 +150,7 @@ class _Parser:
                 top.append(factor)
             else:
                 break
-        node = _together("mul", top)
+        node = _together("mul", [*map(_inner, top)] if len(top) > 1 else top)
         return Node("div", (node, _together("mul", bottom))) if bottom else node
 
     def _after_word(self) -> bool:
@@ -166,7 +163,8 @@ class _Parser:
             return self.bars == 0 and not self.such
         if token[0] == "\\":
             return token not in NOT_A_FACTOR
-        bracket = token in ("(", "{", "°") or token + self.peek(1) == r"[\begin"
+        bracket = token in ("(", "{", "°")
+        bracket = bracket or (token == "[" and self.peek(1) and self.peek(1) not in NOT_A_FACTOR)
         return bracket or token[0].isalnum() or token[0] == "."
 
     def factor(self, signed: bool = False) -> Node:
@@ -373,6 +371,14 @@ class _Parser:
             raise ParseError(f"environment {name!r}")
         kind = "det" if name == "vmatrix" else "matrix"
         return Node(kind, tuple(Node("row", tuple(row)) for row in rows))
+
+
+def _inner(part: Node) -> Node:
+    """What square brackets around a factor hold: x[a + b], but no x[a, b]."""
+    bracket = part.op == "group" and part.args[0] == "["
+    if bracket and (part.args[1] != "]" or len(part.args) != 3):
+        raise ParseError("an interval among factors")
+    return part.args[2] if bracket else part
 
 
 def number(token: str) -> Node:

@@ -6,18 +6,19 @@ from fractions import Fraction
 from functools import lru_cache
 
 from .phrases import PARTS, POWERS, VALUES
-from .tokens import VOCABULARY, word_set
+from .tokens import PATTERNS, VOCABULARY, word_set
 
 _TABLES = VOCABULARY["units"]
 UNITS = word_set(_TABLES["known"])
 _FRACTIONS = "|".join((*PARTS, "hundredth", "thousandth", "millionth", "billionth"))
 CHANGES = re.compile(  # words after a number that change its value, so that they are no unit
-    rf"\b(?:{'|'.join(_TABLES['changes'].split())}|times (?:[b-z]|{'|'.join(VALUES)})"
-    rf"|(?:{_FRACTIONS})s?)\b"
+    rf"\b(?:{'|'.join(_TABLES['changes'].split())}|(?:square|sq|cubic)\Z"
+    rf"|times[ *](?!(?:an?|per|each|every)\b)\w+|(?:{_FRACTIONS})s?)\b"
 )
 NAMES = re.compile(rf"\b(?:{'|'.join(_TABLES['named'].split())})\Z")
 _NO_PLURALS = word_set(_TABLES["no_plurals"]) | {f"{word}s" for word in (*VALUES, *POWERS, *PARTS)}
-_BESIDE, _IDLE = word_set(_TABLES["beside"]), word_set(_TABLES["idle"])
+_IDLE = word_set(_TABLES["idle"])
+_BESIDE = word_set(_TABLES["beside"]) | word_set(_TABLES["counted"]) | _IDLE
 _ANGLES = ("", "rad", "°c", "°f")
 _KNOWN = "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
 _ATOM = (
@@ -34,24 +35,22 @@ _COMPOUND = re.compile(
     rf"(?:\\frac\{{({_PRODUCT}*)\}}\{{({_PRODUCT}*)\}}|({_PRODUCT}+))\Z"
 )
 _UNIT = re.compile(
-    r"(?:(?<=[\d})\]!a-z%]) ?\\text\{(?P<text>[^{}]*)\}"
+    r"(?:(?<=[\d})\]!a-z%°]) ?\\text\{(?P<text>[^{}]*)\}"
     r"|(?:(?<=[\d})]) ?|(?<=\\pi) )(?P<known>" + _KNOWN + r"|in(?=\^))"
-    r"|(?:(?<=[\d})])|(?<=\\pi)) (?P<words>(?:[A-Za-z]{3,}|sq|cu)(?: [A-Za-z]+){0,6})"
+    r"|(?:(?:(?<=[\d})])|(?<=\\pi)) |(?<=[)}°])(?=[A-Za-z]{5}))"
+    r"(?P<words>(?:[A-Za-z]{3,}|sq|cu|oz|lb|kg|ft|km|cm|ml)(?: [A-Za-z]+|[/-][A-Za-z]{2,}){0,6})"
     r")(?P<power>\^\{?-?\d\}?)?\Z"
 )
 _COMMA = re.compile(r"(?:(?<!\d),|,(?!\d{3}(?!\d)))(?![^()\[\]{}]*[)\]}])")
 _WRAPPING = re.compile(r"\\text\{|[(){}]")
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan)")
 _TIMES = re.compile(r" ?\\cdot ?|(?:[ *]|(?<!\^)-)+")
-_TWO_UNITS = re.compile(
-    r"(\d+) ?(?:\\text\{)?([a-z]+|°|')\}? ?,? ?(\d+(?:\.\d+)?) ?(?:\\text\{)?([a-z]+|''?)\}?"
-    r"(?:(?<=°\d'|\d\d') ?(\d+)'')?"
-)
-_DEFINED = {
-    unit: (Fraction(size), base)
-    for unit, size, base in re.findall(r"([^|=]+)=(\S+) (\S+?)(?=\s*(?:\||\Z))", _TABLES["defined"])
-}
+_TWO_UNITS = PATTERNS["two_units"]
+_DEFINED = {unit: (Fraction((size := text.split())[0]), size[1])
+            for unit, text in _TABLES["defined"].items()}  # fmt: skip
 _BARE_LETTER = re.compile(r"([-\d.,/]*\d)( ?)([smhgJNLKVWCA])(\^\{?-?\d\}?)?")
 _UNIT_NAMES = dict(re.findall(r"(\w+):(\S*)", _TABLES["spelt"]))
+_MEASURES = {unit.lower().removesuffix("s") for unit in UNITS} | {*_UNIT_NAMES.values()}
 _UNIT_WORDS = {unit.lower() for unit in UNITS} | _BESIDE | {*_UNIT_NAMES, *_UNIT_NAMES.values()}
 
 
@@ -149,8 +148,16 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
             gold, pred = (re.sub(r",(?=\d{3})", "", body) for body in (gold_body, pred_body))
             return rf"({gold})\cdot{size}", rf"({pred})\cdot{its_size}", False
         (name, _, power), (other, _, its) = gold_unit.partition("^"), pred_unit.partition("^")
-        return gold_body, pred_body, of != also if name and other else power != its  # units^2
-    signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in (gold_body, pred_body)]
+        each = {*of} ^ {
+            *also
+        }  # cents per pen are cents, red pens pens, metres per second no metres
+        counted = size == its_size and (each.isdisjoint(of) or each.isdisjoint(also))
+        counted = counted and {*of} & {*also} and {u for u, _ in each} <= _UNIT_WORDS - _MEASURES
+        return gold_body, pred_body, not counted if name and other else power != its  # units^2
+    bodies = ("" if _TRIGONOMETRIC.search(body) else body for body in (gold_body, pred_body))
+    signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in bodies]
+    if "rad" in (gold_unit, pred_unit) and signs[0] != signs[1]:  # no degree sign is left out
+        return rf"0°+({gold_body})", rf"0°+({pred_body})", False
     return gold_body, pred_body, signs[0] != signs[1] and gold_unit + pred_unit not in _ANGLES
 
 
@@ -170,6 +177,13 @@ def _is_unit(text: str) -> bool:
     """Whether all words after a number are known, or in the plural: 36 apples, not 36 lakh."""
     match = _UNIT.search(text[-80:])
     words = re.findall(r"(?<!\\)\b[a-z.]+", match[0].lower()) if match else []
+    if (
+        match
+        and match["power"]
+        and words
+        and words[-1].removesuffix("s") not in {"unit", *_MEASURES}
+    ):
+        return False
     return all(
         word in _UNIT_WORDS
         or (len(word) > 3 and word[-1] == "s" and word not in _NO_PLURALS

@@ -1,6 +1,7 @@
 """Two expressions, compared by value, with the conventions of per cent signs and decimals.
 
-* ``75%`` equals both ``75`` and ``0.75``; a degree sign may be missing on one side.
+* ``75%`` equals both ``75`` and ``0.75``, but ``1/2`` isn't ``1/2%``.
+* A degree sign may be missing on one side.
 * A decimal of at least six significant digits equals the exact value it abbreviates, that is,
   one less than one unit in its last place away. So 0.333333 is 1/3, and 0.33 isn't.
 """
@@ -36,6 +37,8 @@ def _readings(a: Node, b: Node) -> Iterator[tuple[Node, Node]]:
     \log to the base 10, and as they are."""
     for op in ("degree", "percent"):
         if has(a, op) != has(b, op):
+            if op == "percent" and not has(a, op) and (a.op == "div" or abs(exact(a) or 0) <= 1):
+                continue  # 12 may be meant as 12%, 1/2 can't
             yield _without(a, op), _without(b, op)
     logarithms = has(a, "fn", "log") or has(b, "fn", "log")
     if logarithms and not (has(a, "fn", "ln") or has(b, "fn", "ln")):
