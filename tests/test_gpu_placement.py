@@ -37,6 +37,12 @@ class Engine(Place):
     def __init__(self, share: float, bundles: Sequence[int]) -> None:
         self.share, self.bundles = share, bundles
 
+    def build(self, *settings: Any) -> None:
+        self.longest = settings[-1]
+
+    def built_for(self) -> int:
+        return self.longest
+
     def given(self) -> tuple[float, list[int]]:
         return self.share, list(self.bundles)
 
@@ -72,16 +78,16 @@ def slots() -> Iterator[Slots]:
     remove_placement_group(reserved[0][0])
 
 
-def settings(parallel: int = 1) -> Config:
+def settings(parallel: int = 1, *others: str) -> Config:
     """Of engines on so many GPUs each."""
     size = f"actor_rollout_ref.rollout.tensor_model_parallel_size={parallel}"
     keys = ["actor_rollout_ref.rollout.name=vllm", "trainer.device=cuda", size]
-    return load_config([*keys, "trainer.n_gpus_per_node=4"])
+    return load_config([*keys, *others, "trainer.n_gpus_per_node=4"])
 
 
-def pool(slots: Slots, share: float, parallel: int = 1) -> EnginePool:
+def pool(slots: Slots, share: float, parallel: int = 1, *others: str) -> EnginePool:
     """Engines on these slots."""
-    return EnginePool(Engine, slots, "cuda", settings(parallel), share)  # type: ignore[arg-type]
+    return EnginePool(Engine, slots, "cuda", settings(parallel, *others), share)  # type: ignore[arg-type]
 
 
 def seen(places: list[tuple[list[int], str | None]]) -> list[int]:
@@ -118,3 +124,10 @@ def test_an_engine_on_two_gpus_shares_those_of_its_ranks(slots: Slots) -> None:
 def test_an_engine_on_two_machines_leaves_the_ranks_devices_between_them(slots: Slots) -> None:
     """Of slots that come machine by machine, the second and the fourth are for engines alone."""
     assert pool(slots[1::2], 1.0, parallel=2).call("given") == [(1.0, [1, 3])]
+
+
+def test_engines_are_built_for_the_longest_sequence_or_what_the_key_says(slots: Slots) -> None:
+    for keys, longest in (((), 1024), (("actor_rollout_ref.rollout.max_model_len=2000",), 2000)):
+        engines = pool(slots[:1], SHARE, 1, *keys)
+        engines.wait_ready()
+        assert engines.call("built_for") == [longest]

@@ -111,6 +111,22 @@ def test_gradients_of_losses_with_stopped_gradients_by_hand(mode: str) -> None:
     close(torch.autograd.grad(losses.sum(), log_probs)[0], expected)
 
 
+def test_constants_of_losses_by_hand() -> None:
+    """Two responses of one token with the ratio 2 and advantages of 1 and −1."""
+    old, advantages = torch.tensor([0.125, 0.25]).double().log(), torch.tensor([1.0, -1.0]).double()
+    now, more = old + np.log(2), {"lengths": torch.tensor([1, 1]), "selected": torch.tensor([1, 0])}
+
+    def losses(mode: str, **constants: float) -> Tensor:
+        return POLICY_LOSSES[mode](now, old, advantages, c=Constants(**constants), **more)[0]
+
+    gates = 4 / 2 / (1 + np.exp(-2)), 4 / 3 / (1 + np.exp(-3))
+    close(losses("sapo", tau_pos=2, tau_neg=3), [-gates[0], gates[1]])
+    close(losses("kl_cov", ppo_kl_coef=0.5), [-2 + 0.5 * np.log(2), 2])
+    exponents = {"vespo_k_pos": 1, "vespo_lambda_pos": 0.5, "vespo_k_neg": 2, "vespo_lambda_neg": 1}
+    phi = 2 * np.exp(-0.5), 4 * np.exp(-1)
+    close(losses("vespo", **exponents), [phi[0] * np.log(4), -phi[1] * np.log(2)])
+
+
 @pytest.mark.parametrize("weighting", ["seq-mean-token-mean", "seq-mean-token-sum", "delta-l"])
 def test_gspo_has_the_gradient_of_the_ratio_of_responses(weighting: str) -> None:
     """Under any weights; with seq-mean-token-sum it is LUSPO, mean_i L_i·min(…)."""
@@ -152,6 +168,8 @@ def test_selected_tokens_by_hand() -> None:
     drawn = [clip_cov_tokens(old, advantages, constants, RANDOM).tolist() for _ in range(60)]
     assert all(sum(x) == 1 for x in drawn)
     assert {x.index(1) for x in drawn} == {0, 3, 4, 5}
+    below = Constants(clip_cov_ratio=1.0, clip_cov_lb=-0.5, clip_cov_ub=1.0)
+    assert clip_cov_tokens(old, advantages, below, RANDOM).tolist() == [0, 0, 0, 1, 1, 1]
     none = Constants(clip_cov_lb=3.0)
     assert not clip_cov_tokens(old, advantages, none, RANDOM).any()
 

@@ -393,6 +393,16 @@ def test_sft_rows_end_with_eos(tmp_path):
     assert sample.finish_reason == "stop"
 
 
+def test_columns_and_beginnings_of_sft_rows_are_configurable(tmp_path):
+    path = write(tmp_path / "x.parquet", {"prompt": "c", "question": "a", "answer": "b"})
+    keys = {"prompt_key": "question", "response_key": "answer"}
+    for add_bos, begin in ((True, [SYSTEM]), (False, [])):
+        config = sft_config(path, add_bos=add_bos, **keys)
+        (sample,) = load_sft_rows(config, with_bos(not add_bos))
+        assert sample.prompt.token_ids.tolist() == [*begin, A]
+        assert sample.response_ids.tolist() == [B, EOS]
+
+
 def test_some_sft_rows_of_json(tmp_path):
     rows = [{"prompt": word, "response": "c"} for word in ("a", "b", "d")]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))

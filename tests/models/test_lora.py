@@ -148,6 +148,13 @@ def test_adapters_are_float32_beside_any_model(tiny_model: Path) -> None:
     assert {p.dtype for p in {*lm.parameters()} - trained} == {torch.bfloat16}
 
 
+def test_layers_are_chosen_by_name(tiny_model: Path) -> None:
+    options = {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*layers\.0.*up_proj"}
+    names = {n.partition(".lora_")[0] for n in adapters(build(tiny_model, **options).model.lm)}
+    layers = ["0.self_attn.q_proj", "1.self_attn.q_proj", "1.mlp.up_proj"]
+    assert names == {f"base_model.model.model.layers.{name}" for name in layers}
+
+
 def test_only_adapters_are_trained(tiny_model: Path) -> None:
     worker = build(tiny_model, moved=False)
     before = {name: p.full_tensor().clone() for name, p in worker.model.named_parameters()}

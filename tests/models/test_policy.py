@@ -290,6 +290,49 @@ def test_epsilon_of_the_optimizer(tiny_model: Path) -> None:
     assert 0 < moved[1] < 1e-6
 
 
+def test_updates_are_those_of_adamw(tiny_model: Path) -> None:
+    """Its settings, clipped gradients and the schedule, against torch's own on plain tensors."""
+    optim = OptimConfig(
+        lr=0.01,
+        betas=[0.5, 0.7],
+        weight_decay=0.3,
+        eps=1e-3,
+        lr_warmup_steps_ratio=0.2,
+        warmup_style="linear",
+        min_lr_ratio=0.5,
+    )
+    worker = PolicyWorker("cpu")
+    worker.build(ModelConfig(path=str(tiny_model)), FSDPConfig(), optim, 10)
+    step, clip = weighted_step("delta-l"), 0.02
+    plain = torch.cat([p.full_tensor().flatten() for p in worker.model.parameters()]).detach()
+    options = {"betas": (0.5, 0.7), "weight_decay": 0.3, "eps": 1e-3}
+    adamw = torch.optim.AdamW([plain], **options)
+    for factor in (0.5, 1, 1, 0.9375):  # two steps of warm-up; then down to a half in eight
+        (group,) = adamw.param_groups
+        group["lr"] = 0.01 * factor
+        plain.grad = gradient(worker, step, LIMITS["all"])
+        worker.model.zero_grad()
+        assert plain.grad.norm() > 2 * clip
+        plain.grad *= clip / plain.grad.norm()
+        adamw.step()
+        (found,) = worker.update([step], LOSS, LIMITS["all"], clip)
+        assert found["lr"] == pytest.approx(0.01 * factor)
+    moved = torch.cat([p.full_tensor().flatten() for p in worker.model.parameters()])
+    torch.testing.assert_close(moved, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_layers_see_one_row_and_run_again_on_request(on: bool, tiny_model: Path) -> None:
+    """Packed or padded, recomputed or kept."""
+    worker, seen = build(tiny_model, on, enable_gradient_checkpointing=on), []
+    layer = worker.model.lm.get_decoder().layers[0]
+    layer.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    step = weighted_step("delta-l")
+    gradient(worker, step, LIMITS["all"])
+    tokens = [s.num_tokens - 1 for s in step.samples]
+    assert seen == ([(1, sum(tokens))] * 2 if on else [(len(tokens), max(tokens))])
+
+
 def _rank_gradients(
     rank: int, world: int, address: str, folder: Path, out: Path, fsdp_size: int
 ) -> None:
@@ -730,7 +773,11 @@ def test_offloading_and_mixed_precision_run(tiny_model: Path) -> None:
     assert 0 < np.abs(exact - rounded).max() < 0.2
     results = worker.update([step, step], LOSS, LIMITS["four"], 1.0)
     assert all(np.isfinite(list(r.values())).all() for r in results)
-    assert next(worker.model.parameters()).dtype == torch.float32
+    parameter = next(worker.model.parameters())
+    assert parameter.dtype == torch.float32
+    places = worker.host.places  # in host memory
+    assert {id(parameter), (id(parameter), "exp_avg")} <= places.keys()
+    assert not worker.beside["ref"].host.places
 
 
 @pytest.mark.parametrize("reshard", [True, False])

@@ -32,12 +32,13 @@ def sampled(model: ModelConfig) -> list[Sample]:
     return engine.generate_all(prompts, range(3), SamplingParams(8, 40))
 
 
-def test_the_key_is_followed() -> None:
-    config = load_config(["data.tokenizer=/mine"])
-    assert config.actor_rollout_ref.model.tokenizer_path == "/mine"
-    config = load_config(["data.tokenizer=/mine"], "sft_trainer")
-    assert config.model.tokenizer_path == "/mine"
-    assert load_config().actor_rollout_ref.model.tokenizer_path is None
+def test_the_key_is_followed(tmp_path: Path) -> None:
+    folder, other = make_tiny_model(tmp_path / "model"), other_tokenizer(tmp_path / "tokenizer")
+    for end, keys in ([0], []), ([12], [f"data.tokenizer={other}"]):
+        config = load_config([*keys, f"actor_rollout_ref.model.path={folder}"])
+        assert stop_token_ids(config.actor_rollout_ref.model) == end
+        config = load_config([*keys, f"model.path={folder}"], "sft_trainer")
+        assert stop_token_ids(config.model) == end
 
 
 def test_a_tokenizer_of_its_own_decides_how_responses_end(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The math reward with a real LaTeX server."""
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,48 @@ def test_pairs_travel_together_and_verdicts_come_in_order(server):
     found = ask(config(server, batch_size=50), lambda client: verdicts(client, pairs))
     assert found == [i % 3 == 0 for i in range(1000)]
     assert server.metric(requests) - before == 20
+
+
+@pytest.mark.parametrize(("longest", "too_long"), [(30, 0), (10, 1)])
+def test_the_longest_answer_is_that_of_the_key(server, longest, too_long):
+    keys = config(server, max_answer_length=longest)
+    arguments = "math500", rf"\boxed{{{'2' * 25}}}", "1", None
+    assert ask(keys, lambda client: client.compute_score(*arguments))["too_long"] == too_long
+
+
+class Busy(BaseHTTPRequestHandler):
+    """Counts the requests that are under way, and finds all pairs equal, after a while."""
+
+    lock, now, most = threading.Lock(), 0, 0
+
+    def do_POST(self) -> None:
+        with Busy.lock:
+            Busy.now += 1
+            Busy.most = max(Busy.most, Busy.now)
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        time.sleep(0.1)
+        with Busy.lock:
+            Busy.now -= 1
+        body = json.dumps({"results": [{"equal": True, "status": "ok"}] * len(asked["pairs"])})
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_requests_under_way_are_as_many_as_the_key_says(limit):
+    Busy.most = 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as busy:
+        threading.Thread(target=busy.serve_forever).start()
+        url = f"http://127.0.0.1:{busy.server_port}"
+        keys = MathServerConfig(url=url, batch_size=1, max_connections=limit)
+        found = ask(keys, lambda client: verdicts(client, [("1", f"{i}") for i in range(9)]))
+        busy.shutdown()
+    assert found == [True] * 9 and Busy.most == limit
 
 
 def test_what_the_server_gives_up_on_is_wrong_and_counted(server):

@@ -117,21 +117,21 @@ def test_custom_function_gets_verls_arguments_and_keeps_the_order(tmp_path, num_
 
 
 def test_custom_function_may_wait_in_threads(tmp_path):
-    # Four calls that wait for each other: without threads the barrier breaks.
+    # Twelve calls that wait for each other: with fewer threads the barrier breaks.
     function = custom(
         tmp_path,
         """
         import threading
 
-        barrier = threading.Barrier(4)
+        barrier = threading.Barrier(12)
 
         def compute_score(data_source, solution_str, ground_truth, extra_info):
             return barrier.wait(timeout=60) >= 0
         """,
     )
-    samples = [sample("x", index) for index in range(4)]
-    manager(RewardModelConfig(num_workers=4), function).submit(samples).result()
-    assert [s.score for s in samples] == [1, 1, 1, 1]
+    samples = [sample("x", index) for index in range(12)]
+    manager(RewardModelConfig(num_workers=12), function).submit(samples).result()
+    assert [s.score for s in samples] == [1] * 12
 
 
 @pytest.mark.parametrize(

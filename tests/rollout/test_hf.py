@@ -162,6 +162,18 @@ def test_company_does_not_matter(engine: HFEngine, tiny_model: Path) -> None:
     assert mine == sorted(s.response_ids.tolist() for s in together if s.group == 2)
 
 
+def test_type_and_largest_batch_are_those_of_the_keys(tiny_model: Path) -> None:
+    engine, rows = HFEngine(), list[int]()
+    rollout = RolloutConfig(max_num_seqs=4, dtype="bfloat16")
+    engine.build(ModelConfig(path=str(tiny_model)), rollout, "cpu", 100)
+    assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16}
+    engine.model.register_forward_pre_hook(
+        lambda _, args, options: rows.append(len(options["input_ids"])), with_kwargs=True
+    )
+    assert len(generate(engine, make_prompts([3, 9]), SamplingParams(5, 10))) == 10
+    assert max(rows) == 4
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("large", [False, pytest.param(True, marks=needs_onednn)])
 def test_new_weights_are_used(tmp_path: Path, large: bool, tied: bool) -> None:

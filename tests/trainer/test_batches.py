@@ -142,6 +142,25 @@ def test_groups_without_spread_stay_without_a_filter():
     assert len(batches.next(1, Timer())[0]) == 12
 
 
+def test_a_validation_goes_in_rounds_of_its_own_size():
+    """Prompts are numbered through all rounds: no two responses have the same seed."""
+    for size, rounds in ((None, [[0, 1, 2, 3, 4]]), (2, [[0, 1], [2, 3], [4]])):
+        config, engine = make_config(), Engine(mixed_every(2))
+        config.data.val_batch_size, config.actor_rollout_ref.rollout.val_kwargs.n = size, 3
+        batches = make_batches(config, engine)
+        batches.val_prompts = prompts(5)
+        assert indices(batches.validation(1)) == [0, 1, 2, 3, 4]
+        assert [called for called, *_ in engine.calls] == rounds
+        assert [numbers for _, numbers, _ in engine.calls] == rounds
+
+
+def test_the_order_of_prompts_is_that_of_the_seed():
+    config, engine = make_config(), Engine(all_mixed)
+    config.data.shuffle, config.data.seed = True, 7
+    samples = make_batches(config, engine).next(1, Timer()).samples
+    assert indices(samples) == np.random.default_rng([7, 0]).permutation(16)[:4].tolist()
+
+
 def test_gen_batch_size_is_only_for_the_filter():
     for enable, size in ((False, 4), (True, 8)):
         config = make_config(enable=enable, metric="acc")
@@ -852,6 +871,8 @@ def test_sampling_follows_the_configuration():
     assert sampling(config, 3) == SamplingParams(
         n=3, max_tokens=M, temperature=0.9, top_p=0.8, top_k=7, ignore_eos=True, seed=(0, 0, 3)
     )
+    rollout.do_sample = False  # as an evaluation alone may have it
+    assert sampling(config, 3).temperature == 0
     val = rollout.val_kwargs
     val.n, val.temperature, val.top_p, val.top_k = 4, 0.6, 0.7, 5
     for do_sample, temperature in ((False, 0.0), (True, 0.6)):

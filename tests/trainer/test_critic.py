@@ -49,6 +49,20 @@ def test_advantages_of_tokens(tiny_model: Path, tmp_path: Path) -> None:
     assert reported["critic/vf_explained_var"] == pytest.approx(share, rel=1e-5)
 
 
+def test_what_a_reward_counts_earlier_is_as_the_keys_say(tiny_model: Path, tmp_path: Path) -> None:
+    """γ = 1/2 and λ = 1/4: with values of 0 a return is what comes γ·λ times each token later."""
+    keys = "algorithm.gamma=0.5", "algorithm.lam=0.25"
+    trainer = make_trainer(tiny_model, tmp_path, GAE, *keys)
+    samples = make_samples([3, 1], reward=1.0)
+    for s in samples:
+        s.values = np.zeros(len(s.response_ids), np.float32)
+    trainer.add_advantages(samples)
+    np.testing.assert_allclose(samples[0].returns, [1 / 64, 1 / 8, 1])
+    samples[0].values[:] = 1  # whose next one is worth γ at once
+    trainer.add_advantages(samples)
+    np.testing.assert_allclose(samples[0].returns, [0.4375, 0.5, 1])
+
+
 def test_the_critics_steps_have_its_own_sizes_and_the_actors_weights(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -61,6 +75,12 @@ def test_the_critics_steps_have_its_own_sizes_and_the_actors_weights(
     expected = lengths**-0.75 / (8 * 10) / (lengths**-0.75).mean()
     np.testing.assert_allclose(steps[2].weights, expected, rtol=1e-6)
     assert [len(step.samples) for step in trainer.optimizer_steps(samples)] == [4, 4]
+    trainer = make_trainer(tiny_model, tmp_path, GAE, *sizes, "critic.shuffle=True")
+    orders = [
+        [s.group for s in step.samples] for step in trainer.optimizer_steps(samples, of_critic=True)
+    ]
+    assert all(sorted(order) == [0, 0, 1, 1, 2, 2, 3, 3] for order in orders)
+    assert any(order != sorted(order) for order in orders)
 
 
 @pytest.mark.parametrize(

@@ -462,6 +462,29 @@ def test_input_that_cannot_be_used_is_named_before_anything_starts(
     assert not ray.is_initialized()
 
 
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_run_whose_workers_die_starts_again_as_often_as_the_key_says(
+    times: int,
+    settings: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    starts = []
+
+    def init(**options: Any) -> None:
+        starts.append(options)
+        raise ray.exceptions.RayActorError(None, "The actor died")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    folder = f"trainer.default_local_dir={tmp_path}"
+    with pytest.raises(SystemExit) as stopped:
+        run(settings, folder, f"trainer.max_restarts={times}")
+    assert stopped.value.code == 1 and len(starts) == 1 + times
+    assert "no step was saved: the same command starts anew" in capsys.readouterr().err
+
+
 def test_an_error_leaves_the_traceback_of_the_one_before(tmp_path: Path) -> None:
     for text in ("the first", "the second"):
         details = f" (details: {tmp_path}/error.log)"

@@ -2,11 +2,13 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.models.families import make_family
 from tests.trainer.test_main_ppo import read, run, settings  # noqa: F401  a fixture
+from verl.cluster import WorkerGroup
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="bash setup.sh cpu --vllm"
@@ -51,9 +53,18 @@ def test_split_and_one_step_ahead(
     settings: list[str],  # noqa: F811
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    submit, calls = WorkerGroup.submit, set[str]()
+
+    def submit_and_note(group: WorkerGroup, method: str, *args: Any, **options: Any) -> Any:
+        calls.add(method)
+        return submit(group, method, *args, **options)
+
+    monkeypatch.setattr(WorkerGroup, "submit", submit_and_note)
     run(settings, *SPLIT, f"trainer.default_local_dir={tmp_path}")
     assert "is not the actor's model" not in caplog.text
+    assert "join_engines" in calls  # a group for the broadcast, which a CPU doesn't have by itself
     steps = read(tmp_path)
     assert all(line["rollout/verify_logprob_diff"] < 1e-4 for line in steps[1:])
     ages = [(line["rollout/policy_age_mean"], line["rollout/policy_age_max"]) for line in steps[1:]]

@@ -137,6 +137,9 @@ def test_weights_are_those_of_each_optimizer_step(tiny_model: Path, tmp_path: Pa
     trainer = make_trainer(tiny_model, tmp_path)
     first, second = weights(trainer, make_samples(LENGTHS))
     assert first == pytest.approx([1 / 21] * 4) and second == pytest.approx([1 / 9] * 4)
+    mode = "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"
+    first, second = weights(make_trainer(tiny_model, tmp_path, mode), make_samples(LENGTHS))
+    assert [*first, *second] == pytest.approx([1 / (4 * length) for length in LENGTHS])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -346,6 +349,33 @@ def test_kl_is_subtracted_from_the_reward(
     assert metrics["actor/reward_kl_penalty_coeff"] == 0.5
 
 
+def test_the_coefficient_of_kl_goes_after_its_target(tiny_model: Path, tmp_path: Path) -> None:
+    """0.3 nats a token are three times the target: at most a fifth too far in 2 of 5 prompts."""
+    keys = ["type=adaptive", "kl_coef=0.5", "target_kl=0.1", "horizon=5"]
+    keys = ["algorithm.use_kl_in_reward=True", *(f"algorithm.kl_ctrl.{key}" for key in keys)]
+    trainer = make_trainer(tiny_model, tmp_path, *keys)
+    samples = make_samples([2, 4])
+    for s in samples:
+        s.ref_log_probs = s.old_log_probs - np.float32(0.3)
+    for coefficient in (0.5, 0.5 * 1.08):
+        reported = trainer.subtract_kl(samples)["actor/reward_kl_penalty_coeff"]
+        assert reported == pytest.approx(coefficient)
+    keys[3:] = ["algorithm.kl_ctrl.target_kl=0.3", "algorithm.kl_ctrl.horizon=5"]
+    trainer = make_trainer(tiny_model, tmp_path, *keys)
+    trainer.subtract_kl(samples)
+    assert trainer.state.kl_coef == pytest.approx(0.5, rel=1e-5)  # it is there
+
+
+def test_skipped_steps_in_a_row_are_as_many_as_the_key_says(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_model, tmp_path, "trainer.max_skipped_steps=2")
+    step, reports = make_step(make_samples([2, 3])), [[{"skipped": 1.0, "tokens": 1.0}]]
+    trainer.count_skipped(reports, [step], "actor")
+    with pytest.raises(FloatingPointError, match=r"of 2 optimizer steps in a row .*_steps=2"):
+        trainer.count_skipped(reports, [step], "actor")
+
+
 def test_update_metrics_of_two_ranks() -> None:
     """Weighted sums add up, the others become means over tokens, and mini-batches are averaged."""
     first = {"w/pg_loss": 1.0, "entropy": 6.0, "tokens": 2, "grad_norm": 3.0, "lr": 0.1}
@@ -485,7 +515,15 @@ SIZES = "log_prob_micro_batch_size_per_gpu=", "log_prob_max_token_len_per_gpu="
         (["actor.ppo_micro_batch_size_per_gpu=4"], [4, 4, 4]),  # the others follow
         (["actor.ppo_micro_batch_size_per_gpu=4", f"rollout.{SIZES[0]}3"], [3, 3, 4]),
         ([f"rollout.{SIZES[0]}3", f"ref.{SIZES[0]}5"], [3, 5, 4]),
-        (["actor.use_dynamic_bsz=True", f"rollout.{SIZES[1]}900", f"ref.{SIZES[1]}800"], "auto"),
+        (
+            [
+                "actor.use_dynamic_bsz=True",
+                "actor.ppo_max_token_len_per_gpu=700",
+                f"rollout.{SIZES[1]}900",
+                f"ref.{SIZES[1]}800",
+            ],
+            "auto",
+        ),
         (["rollout.log_prob_use_dynamic_bsz=True", "ref.log_prob_use_dynamic_bsz=False"], "mixed"),
     ],
 )
@@ -511,7 +549,7 @@ def test_sizes_of_passes_go_to_the_ranks(
     workers.update([make_step(samples)])
     found = [sent[method] for method in ("log_probs", "ref_log_probs", "update")]
     if limits == "auto":
-        assert [(m.size, m.max_tokens) for m in found] == [(None, n) for n in (900, 800, 16384)]
+        assert [(m.size, m.max_tokens) for m in found] == [(None, n) for n in (900, 800, 700)]
     elif limits == "mixed":
         assert [m.size for m in found] == [None, 4, 4]
     else:
@@ -606,7 +644,7 @@ def test_rejected_tokens_have_no_part_in_loss_and_denominators(
     assert [s.length for s in samples] == LENGTHS
 
 
-def test_a_veto_rejects_responses_that_others_are_still_compared_with(
+def test_a_veto_rejects_responses_that_others_are_compared_with(
     worker: PolicyWorker, tiny_model: Path, tmp_path: Path
 ) -> None:
     veto = [f"{CORRECTION}.rollout_rs=null", f"{CORRECTION}.rollout_token_veto_threshold=1.5"]
@@ -640,6 +678,24 @@ def test_factors_are_normalized_over_the_whole_batch(
     for a, b in zip(plain, divided, strict=True):
         np.testing.assert_allclose(b.weights, a.weights / mean, rtol=1e-6)
         np.testing.assert_array_equal(b.regularizer_weights, a.weights)
+
+
+def test_bounds_of_factors_and_of_rejection_are_those_of_the_keys(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Ratios are 1/0.9 and 4: cut at 3, and with a lower bound of 2 only the 4 stay."""
+    overrides = [
+        f"{CORRECTION}.rollout_is=token",
+        f"{CORRECTION}.rollout_is_threshold=3",
+        f"{CORRECTION}.rollout_is_batch_normalize=True",
+        f"{CORRECTION}.rollout_rs_threshold=5",
+        f"{CORRECTION}.rollout_rs_threshold_lower=2",
+    ]
+    trainer, _, record = judged(worker, tiny_model, tmp_path, *overrides)
+    mean = record["rollout_corr/rollout_is_batch_norm_factor"]
+    assert mean == pytest.approx((8 * 3 + 22 / 0.9) / 30, rel=1e-5)
+    assert trainer.loss.rollout_is == "token" and trainer.loss.rollout_is_threshold == 3
+    assert record["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(22 / 30)
 
 
 def test_bypass_judges_by_the_actor_and_keeps_the_engines_log_probs(
@@ -682,7 +738,7 @@ def test_a_step_with_rejection_and_normalized_factors(
 
 
 @pytest.mark.parametrize("bypass", [False, True])
-def test_the_entropies_of_a_whole_optimizer_step_choose_who_has_a_gradient(
+def test_entropies_of_a_whole_step_choose_who_has_a_gradient(
     bypass: bool, worker: PolicyWorker, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Of the tokens that count, by the policy before the update; micro-batches change nothing."""

@@ -30,6 +30,7 @@ NVML: dict[str, Any] = {
     "nvmlDeviceGetCudaComputeCapability": (9, 0),
     "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=80 * 2**30, free=79 * 2**30, used=2**30),
 }
+COMPILED = ("vllm._C_stable_libtorch", "vllm.vllm_flash_attn._vllm_fa2_C")
 OPERATORS = ("cutlass_scaled_mm_supports_fp8", "cutlass_scaled_mm_supports_block_fp8")
 OPERATORS += ("cutlass_group_gemm_supported", "cutlass_scaled_mm_supports_fp4")
 OPERATORS += ("cutlass_moe_mm_supported",)
@@ -39,7 +40,8 @@ def pretend() -> Any:
     """Makes vLLM believe in the cards; returns what must live as long as it is asked."""
     import torch
 
-    sys.modules["vllm._C_stable_libtorch"] = ModuleType("vllm._C_stable_libtorch")
+    for name in COMPILED:
+        sys.modules[name] = ModuleType(name)
     library = torch.library.Library("_C", "FRAGMENT")
     for name in OPERATORS:
         library.define(f"{name}(int capability) -> bool")
@@ -101,6 +103,8 @@ def describe(config: Config) -> dict[str, Any]:
         "cache_bytes": cache.kv_cache_memory_bytes,
         "parallel": made.parallel_config.tensor_parallel_size,
         "executor": str(made.parallel_config.distributed_executor_backend),
+        "seed": model.seed,
+        "block_size": cache.block_size,
         "transfer": made.weight_transfer_config.backend,
         "variables": variables,
     }

@@ -32,6 +32,14 @@ MORE = {
         "actor_rollout_ref.rollout.enable_prefix_caching=False",
     ],
     "awake": ["actor_rollout_ref.rollout.free_cache_engine=False"],
+    "whole": [
+        "actor_rollout_ref.rollout.enable_chunked_prefill=False",
+        "actor_rollout_ref.rollout.max_num_batched_tokens=32000",
+        "actor_rollout_ref.rollout.max_num_seqs=96",
+        "actor_rollout_ref.rollout.gpu_memory_utilization=0.625",
+        "actor_rollout_ref.rollout.seed=7",
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.block_size=32",
+    ],
     "parallel": ["actor_rollout_ref.rollout.tensor_model_parallel_size=2"],
 }
 """Overrides of the first script."""
@@ -113,9 +121,13 @@ def test_the_engine_is_what_the_script_says(
         assert engine["parallel"] == rollout["tensor_model_parallel_size"]
         assert engine["cache_bytes"] is None  # the share decides
         assert engine["prefix_caching"] == rollout["enable_prefix_caching"]
+        assert engine["seed"] == rollout["seed"]
         assert engine["logprobs_mode"] == "processed_logprobs"
         assert engine["transfer"] == "verl"
         assert re.search("ray" if engine["parallel"] > 1 else "uni", engine["executor"].lower())
     assert engines["parallel"]["variables"]["VLLM_RAY_BUNDLE_INDICES"] == "0,1"
     assert not engines["awake"]["sleep"] and not engines["graphs"]["eager"]
     assert engines["graphs"]["graph_sizes"] == [1, 8, 24]
+    whole = engines["whole"]
+    assert (whole["batched_tokens"], whole["sequences"], whole["share"]) == (32000, 96, 0.625)
+    assert (whole["seed"], whole["block_size"], whole["chunked_prefill"]) == (7, 32, False)

@@ -161,8 +161,6 @@ class CheckpointConfig(Section):
 class ActorConfig(Section):
     """`actor_rollout_ref.actor`."""
 
-    strategy: str = key("fsdp2", choices=("fsdp2", "fsdp"), **FREE)
-    """Both names mean FSDP2."""
     ppo_mini_batch_size: int = key("${data.train_batch_size}", low=1)
     """Prompts of one optimizer step (times n responses); divides train_batch_size; null: all."""
     ppo_micro_batch_size_per_gpu: int | None = key(
