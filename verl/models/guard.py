@@ -1,6 +1,7 @@
 """Whether a model can be trained: before anything starts, by its structure; at each start, by its
 log-probabilities, which must be those of transformers."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from verl.config.schema import ModelConfig
 from verl.models.packing import Batch, packed_attention, sequence_kwargs
 from verl.protocol import Prompt, Sample
+
+logger = logging.getLogger(__name__)
 
 COUNTED = 8  # last tokens of each sequence that are compared
 LONGEST_WINDOW = 4096  # the first sequence is longer than a window of the attention up to this
@@ -70,11 +73,12 @@ def check_family(lm: Any, model: ModelConfig) -> None:
 @torch.no_grad()
 def check_policy(
     policy: Any, model: ModelConfig, dtype: torch.dtype, packer: Callable[..., Batch]
-) -> None:
+) -> bool:
     """Compares log-probabilities of two short sequences, packed or padded into one pass by `packer`
     as training does, with those that transformers' forward with plain attention gives of each
-    alone. Collective. Raises: ValueError, with the difference, if they are not the same up to
-    rounding."""
+    alone. Collective. Returns whether a packed prompt may be computed once for all its responses:
+    that does not change them. Raises: ValueError, with the difference, if they are not the same up
+    to rounding."""
     register_fsdp_forward_method(policy, "plain_log_probs")
     lm, rng = policy.lm, np.random.default_rng(0)
     config = lm.config.get_text_config()
@@ -102,6 +106,7 @@ def check_policy(
         limit = min(limit, 3 * rounding + SLACK)
     if settable:
         lm.set_attn_implementation(usual)
+    shares = model.use_remove_padding and _shares(policy, samples[0], packer, limit)
     policy.reshard()  # without a backward pass the root's parameters stay gathered
     difference = (ours - eager).abs().mean().item()
     if not difference < limit:  # or it is not a number
@@ -112,3 +117,21 @@ def check_policy(
             f"{model.path}: {way}, log-probabilities of a {config.model_type} model differ by "
             f"{difference:.3g} nats a token from transformers' own (rounding: {limit:.2g}): {other}"
         )
+    return shares
+
+
+def _shares(policy: Any, sample: Sample, packer: Callable[..., Batch], limit: float) -> bool:
+    """Whether the response, and its second half alone, have the same log-probabilities where they
+    share their prompt. Not where ranks split sequences."""
+    half = Sample(sample.prompt, 0, sample.response_ids[COUNTED // 2 :], "length")
+    alone = packer([sample, half])
+    if alone.group is not None:
+        return False
+    found, expected = (
+        policy(batch, 1.0)[0] for batch in (packer([sample, half], share=True), alone)
+    )
+    difference = (found - expected).abs().mean().item()
+    if not difference < limit:
+        text = "a prompt is computed for each of its responses: once for all, log-probabilities "
+        logger.warning("%sdiffer by %.3g nats a token", text, difference)
+    return difference < limit

@@ -4,6 +4,12 @@ import heapq
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
+from verl.protocol import Sample, by_prompt
+
+STEPS = 17  # sizes that are tried
+
 
 def balanced_partitions(
     lengths: Sequence[int], parts: int, capacity: float = math.inf
@@ -34,3 +40,48 @@ def micro_batches(
     assert max_tokens is not None
     parts = -(-sum(lengths) // max_tokens)
     return [part for part in balanced_partitions(lengths, parts, max_tokens) if part]
+
+
+def micro_batches_of_prompts(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
+    """`micro_batches` of samples whose prompts are computed once in each of them, and count once:
+    few, with the responses of a prompt together."""
+    total = _computed(samples)
+    sizes = np.linspace(total / -(-total // max_tokens), max_tokens, STEPS)
+    return min((_fill(samples, most) for most in sizes), key=len)  # of the fewest the most even
+
+
+def partitions_of_prompts(samples: Sequence[Sample], parts: int) -> list[list[int]]:
+    """`balanced_partitions` of samples whose prompts are computed once in each part: with the
+    responses of a prompt together, if the largest part has less to compute that way."""
+    apart = balanced_partitions([s.num_tokens for s in samples], parts)
+    if parts == 1 or len(by_prompt(samples)) == len(samples):
+        return apart
+    largest = max(_computed([samples[i] for i in part]) for part in apart)
+    for most in np.linspace(_computed(samples) / parts, largest, STEPS)[:-1]:
+        together = _fill(samples, most)
+        if len(together) <= parts:
+            return together + [[] for _ in range(parts - len(together))]
+    return apart
+
+
+def _computed(samples: Sequence[Sample]) -> int:
+    """Tokens of a part that has each prompt once."""
+    prompts = {s.prompt.token_ids.tobytes(): len(s.prompt.token_ids) for s in samples}
+    return sum(prompts.values()) + sum(len(s.response_ids) for s in samples)
+
+
+def _fill(samples: Sequence[Sample], most: float) -> list[list[int]]:
+    """Parts with at most so many tokens, one after the other, prompt by prompt."""
+    parts: list[list[int]] = []
+    filled = math.inf
+    for group in by_prompt(samples):
+        prompt, here = len(samples[group[0]].prompt.token_ids), False
+        for i in group:
+            response = len(samples[i].response_ids)
+            if filled + response + prompt * (not here) > most:
+                parts.append([])
+                filled, here = 0, False
+            filled += response + prompt * (not here)
+            parts[-1].append(i)
+            here = True
+    return parts
