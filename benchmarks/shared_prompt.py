@@ -3,8 +3,8 @@ packed rows with and without it, in alternating runs.
 
     .venv/bin/python benchmarks/shared_prompt.py [--quick]
 
-Prompts of 16, 64, 256 and 1,024 tokens with 8 responses of 64 or 1,024, all in one micro-batch.
-Ratios of CPU time: medians of those of neighbouring runs. The model: 3 of SmolLM2-135M's 30 layers
+Prompts of 64, 256 and 1,024 tokens with 8 responses of 64 or 1,024, all in one micro-batch.
+Ratios of CPU time: medians of those of neighbouring runs. The model: 2 of SmolLM2-135M's 30 layers
 with a tenth of its words, random weights.
 """
 
@@ -28,8 +28,8 @@ from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import OptimizerStep, Prompt, Sample
 
 N = 8
-SIZES = [(p, r) for r in (64, 1024) for p in (16, 64, 256, 1024)]
-SMALL = dict(num_hidden_layers=3, vocab_size=4915)  # a tenth of SmolLM2's
+SIZES = [(p, r) for r in (64, 1024) for p in (64, 256, 1024)]
+SMALL = dict(num_hidden_layers=2, vocab_size=4915)  # a tenth of SmolLM2's
 
 
 def make_step(prompt: int, response: int, words: int, groups: int) -> OptimizerStep:
@@ -64,7 +64,7 @@ def seconds(policy: PolicyWorker, step: OptimizerStep, update: bool, share: bool
 def compare(policy: PolicyWorker, prompt: int, response: int, repeats: int) -> None:
     """Prints the rows of the table."""
     words = policy.model.lm.config.vocab_size
-    step = make_step(prompt, response, words, max(1, 4096 // N // (prompt + response)))
+    step = make_step(prompt, response, words, max(1, 2048 // N // (prompt + response)))
     cells = [
         f"{prompt:,}",
         f"{response:,}",

@@ -3,6 +3,7 @@ log-probabilities, which must be those of transformers."""
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -106,8 +107,6 @@ def check_policy(
         limit = min(limit, 3 * rounding + SLACK)
     if settable:
         lm.set_attn_implementation(usual)
-    shares = model.use_remove_padding and _shares(policy, samples[0], packer, limit)
-    policy.reshard()  # without a backward pass the root's parameters stay gathered
     difference = (ours - eager).abs().mean().item()
     if not difference < limit:  # or it is not a number
         way, other = "padded", "no setting of ours helps: take another model"
@@ -117,21 +116,23 @@ def check_policy(
             f"{model.path}: {way}, log-probabilities of a {config.model_type} model differ by "
             f"{difference:.3g} nats a token from transformers' own (rounding: {limit:.2g}): {other}"
         )
+    shares = model.use_remove_padding and _shares_prompts(policy, samples[0], packer, limit)
+    policy.reshard()  # without a backward pass the root's parameters stay gathered
     return shares
 
 
-def _shares(policy: Any, sample: Sample, packer: Callable[..., Batch], limit: float) -> bool:
-    """Whether the response, and its second half alone, have the same log-probabilities where they
-    share their prompt. Not where ranks split sequences."""
-    half = Sample(sample.prompt, 0, sample.response_ids[COUNTED // 2 :], "length")
-    alone = packer([sample, half])
-    if alone.group is not None:
+def _shares_prompts(
+    policy: Any, sample: Sample, packer: Callable[..., Batch], limit: float
+) -> bool:
+    """Whether the log-probabilities of two responses stay when their prompt is computed once. Ranks
+    that split sequences don't do that."""
+    both = [sample, replace(sample, response_ids=sample.response_ids[::-1])]
+    apart = packer(both)
+    if apart.group is not None:
         return False
-    found, expected = (
-        policy(batch, 1.0)[0] for batch in (packer([sample, half], share=True), alone)
-    )
-    difference = (found - expected).abs().mean().item()
-    if not difference < limit:
-        text = "a prompt is computed for each of its responses: once for all, log-probabilities "
-        logger.warning("%sdiffer by %.3g nats a token", text, difference)
-    return difference < limit
+    together = policy(packer(both, share=True), 1.0)[0]
+    difference = (together - policy(apart, 1.0)[0]).abs().mean().item()
+    if not (same := difference < limit):
+        text = "prompts are computed for each response: once they'd be %.3g nats a token off"
+        logger.warning(text, difference)
+    return same

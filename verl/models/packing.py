@@ -87,9 +87,10 @@ def pack(
         where = np.flatnonzero(mask)[where]
     else:
         input_ids, position_ids = input_ids[mask][None], position_ids[mask][None]
-        model_kwargs = sequence_kwargs(lengths.tolist(), device, visible.tolist())
+        shared = visible.tolist() if visible.sum() > lengths.sum() else None
+        model_kwargs = sequence_kwargs(lengths.tolist(), device, shared)
         model_kwargs["sequence_group"] = group
-        if visible.sum() > lengths.sum():
+        if shared:
             model_kwargs["key_index"] = tensor(np.concatenate(seen))
     wanted = np.concatenate([none, *(s.counted(s.response_ids) for s in samples)])
     size = input_ids.size // ranks
@@ -139,13 +140,15 @@ def sequence_kwargs(
     lengths: list[int], device: torch.device, key_lengths: list[int] | None = None
 ) -> dict[str, Any]:
     """What an attention must know of a packed row: the sequences' lengths, and where they begin;
-    and the same of their keys, the last of which are the sequences' own."""
+    with `key_lengths` the same of their keys, the last of which are the sequences' own."""
     kwargs: dict[str, Any] = {"sequence_lengths": lengths, "attention_mask": None}
-    kwargs["key_lengths"] = key_lengths or lengths
-    for end, sizes in (("q", lengths), ("k", kwargs["key_lengths"])):
+    for end, sizes in (("q", lengths), ("k", key_lengths or lengths)):
         bounds = torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32, device=device)
-        kwargs |= {f"cu_seq_lens_{end}": bounds, f"max_length_{end}": max(sizes)}
-    return kwargs  # as transformers' FlashAttention wants them
+        kwargs |= {
+            f"cu_seq_lens_{end}": bounds,
+            f"max_length_{end}": max(sizes),
+        }  # FlashAttention's
+    return kwargs | ({"key_lengths": key_lengths} if key_lengths else {})
 
 
 def loss_inputs(step: OptimizerStep, log_probs: Tensor, entropy: Tensor) -> LossInputs:
