@@ -9,6 +9,8 @@ import numpy as np
 from verl.protocol import Sample, by_prompt
 
 STEPS = 17  # sizes that are tried
+REPEATED = 1 / 8
+"""Of what a token takes, that by which keys and values of a layer grow when they are repeated."""
 
 
 def balanced_partitions(
@@ -43,11 +45,12 @@ def micro_batches(
 
 
 def micro_batches_of_prompts(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
-    """`micro_batches` of samples whose prompts are computed once in each of them, and count once:
-    few, with the responses of a prompt together."""
+    """`micro_batches` of samples whose prompts are computed once in each of them: few, with the
+    responses of a prompt together. For every further response a prompt counts `REPEATED`."""
     total = _computed(samples)
     sizes = np.linspace(total / -(-total // max_tokens), max_tokens, STEPS)
-    return min((_fill(samples, most) for most in sizes), key=len)  # of the fewest the most even
+    parts = (_fill(samples, most, REPEATED) for most in sizes)
+    return min(parts, key=len)  # of the fewest the most even
 
 
 def partitions_of_prompts(samples: Sequence[Sample], parts: int) -> list[list[int]]:
@@ -70,18 +73,19 @@ def _computed(samples: Sequence[Sample]) -> int:
     return sum(prompts.values()) + sum(len(s.response_ids) for s in samples)
 
 
-def _fill(samples: Sequence[Sample], most: float) -> list[list[int]]:
-    """Parts with at most so many tokens, one after the other, prompt by prompt."""
+def _fill(samples: Sequence[Sample], most: float, repeated: float = 0.0) -> list[list[int]]:
+    """Parts with at most so many tokens, one after the other, prompt by prompt; `repeated`: what
+    counts of a prompt that is there."""
     parts: list[list[int]] = []
     filled = math.inf
     for group in by_prompt(samples):
-        prompt, here = len(samples[group[0]].prompt.token_ids), False
+        share = 1.0
         for i in group:
-            response = len(samples[i].response_ids)
-            if filled + response + prompt * (not here) > most:
+            prompt, response = len(samples[i].prompt.token_ids), len(samples[i].response_ids)
+            if filled + share * prompt + response > most:
                 parts.append([])
-                filled, here = 0, False
-            filled += response + prompt * (not here)
+                filled, share = 0.0, 1.0
+            filled += share * prompt + response
             parts[-1].append(i)
-            here = True
+            share = repeated
     return parts
