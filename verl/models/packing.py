@@ -139,15 +139,12 @@ def _segments(
 def sequence_kwargs(
     lengths: list[int], device: torch.device, key_lengths: list[int] | None = None
 ) -> dict[str, Any]:
-    """What an attention must know of a packed row: the sequences' lengths, and where they begin;
-    with `key_lengths` the same of their keys, the last of which are the sequences' own."""
+    """What an attention must know of a packed row: the sequences' lengths, and where they begin, as
+    FlashAttention wants it; with `key_lengths` the same of keys, whose last ones are their own."""
     kwargs: dict[str, Any] = {"sequence_lengths": lengths, "attention_mask": None}
     for end, sizes in (("q", lengths), ("k", key_lengths or lengths)):
         bounds = torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32, device=device)
-        kwargs |= {
-            f"cu_seq_lens_{end}": bounds,
-            f"max_length_{end}": max(sizes),
-        }  # FlashAttention's
+        kwargs |= {f"cu_seq_lens_{end}": bounds, f"max_length_{end}": max(sizes)}
     return kwargs | ({"key_lengths": key_lengths} if key_lengths else {})
 
 
