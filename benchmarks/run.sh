@@ -30,7 +30,7 @@ for argument in "$@"; do
   esac
 done
 if ((!${#names[@]})); then
-  names=(controller start rollout update logprob_memory vs_trl simulate_cluster memory_model)
+  names=(controller start rollout update shared_prompt logprob_memory vs_trl simulate_cluster memory_model)
   names+=(latex_server latex_attack)
 fi
 

@@ -160,6 +160,14 @@ class OptimizerStep:
         return type(self)(samples, self.weights[chosen], None if others is None else others[chosen])
 
 
+def by_prompt(samples: Iterable[Sample]) -> list[list[int]]:
+    """Indices of the samples, those whose prompts have the same tokens together."""
+    groups: dict[bytes, list[int]] = {}
+    for i, s in enumerate(samples):
+        groups.setdefault(s.prompt.token_ids.tobytes(), []).append(i)
+    return [*groups.values()]
+
+
 def response_lengths(samples: Iterable[Sample]) -> NDArray[np.int64]:
     """Tokens of each response that count, int64 [N]."""
     return np.array([s.length for s in samples], np.int64)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from verl.config.schema import ModelConfig
 from verl.models import packing
 from verl.models.folder import check_model, skeleton
 from verl.models.logprobs import scale_and_cap
+from verl.protocol import Prompt, Sample
 from verl.rollout.hf import HFEngine
 from verl.rollout.vllm import VLLMEngine
 
@@ -97,6 +99,25 @@ def test_a_start_ends_where_the_attention_is_wrong(
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "packed_attention", wrong)
         with pytest.raises(ValueError, match=r"packed, .* mistral model differ by 0\.\d+ nats"):
             build(folder, dtype=dtype)
+
+
+def test_a_prompt_is_computed_for_each_response_where_sharing_it_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, right = make_family("Mistral", tmp_path), packing.over_ranks
+    assert build(folder).shares and not caplog.records
+
+    def misplaced(*args: torch.Tensor, **options: Any) -> object:
+        if "key_index" in options:
+            options["key_index"] = options["key_index"].flip(0)
+        return right(packing.packed_attention, *args, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "packed_attention", misplaced)
+    policy = build(folder)
+    assert not policy.shares and "prompts are computed for each response" in caplog.text
+    prompt, ids = Prompt(0, np.arange(5), "", None), np.arange(3)
+    batch = policy.pack([Sample(prompt, 0, ids, "stop") for _ in range(2)])
+    assert batch.input_ids.numel() == 14 and "key_index" not in batch.model_kwargs
 
 
 @pytest.mark.parametrize(

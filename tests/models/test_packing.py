@@ -1,9 +1,11 @@
 """Packing, shifting and the attention over packed rows."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from tests.helpers import make_samples
 from verl.models.packing import loss_inputs, pack, packed_attention, per_token_of_response
@@ -40,6 +42,30 @@ def test_padded_by_hand():
     # With a shorter sequence first, padding moves the second one's predictors.
     batch = pack([sample([7], [3]), sample([5, 6], [1, 2])], CPU, remove_padding=False)
     assert batch.predictors.tolist() == [0, 4, 5]
+
+
+def test_shared_prompt_by_hand():
+    one, other, alone = [5, 6], [7], [8, 9]
+    samples = [sample(one, [1, 2]), sample(alone, [4]), sample(one, [3]), sample(other, [])]
+    samples += [sample(one, []), sample(other, [1, 5, 2]), sample(one, [6, 4, 3])]
+    samples[-1].loss_mask = np.array([True, False, True])
+    batch = pack(samples, CPU, share=True)
+    assert batch.input_ids.tolist() == [[5, 6, 1, 6, 4, 8, 9, 7, 1, 5]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 0, 1, 2]]
+    assert batch.targets.tolist() == [1, 2, 4, 3, 1, 5, 2, 6, 3]
+    assert batch.predictors.tolist() == [1, 2, 6, 1, 7, 8, 9, 1, 4]
+    assert batch.model_kwargs["sequence_lengths"] == [2, 1, 2, 2, 1, 2]
+    assert batch.model_kwargs["key_lengths"] == [2, 3, 4, 2, 1, 3]
+    keys = [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 7, 8, 9]
+    assert batch.model_kwargs["key_index"].tolist() == keys
+    assert batch.model_kwargs["cu_seq_lens_k"].tolist() == [0, 2, 5, 9, 11, 12, 15]
+    assert batch.model_kwargs["max_length_q"] == 2 and batch.model_kwargs["max_length_k"] == 4
+    for same in (samples[1:2], samples[1:4], []):  # nothing to share
+        plain, shared = (pack(same, CPU, share=share) for share in (False, True))
+        assert "key_index" not in shared.model_kwargs
+        assert torch.equal(plain.input_ids, shared.input_ids)
+    padded = pack(samples, CPU, remove_padding=False, share=True)
+    assert torch.equal(padded.input_ids, pack(samples, CPU, remove_padding=False).input_ids)
 
 
 @pytest.mark.parametrize("remove_padding", [True, False])
@@ -200,6 +226,36 @@ def test_sinks_and_caps(window, softcap):
     cotangent = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
     for a, b in zip(
         torch.autograd.grad((ours * cotangent).sum(), leaves),
+        torch.autograd.grad((theirs * cotangent).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 2, 6])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_attention_to_a_shared_prompt(window, sinks, softcap):
+    """As to one of each response's own, for responses longer and shorter than it."""
+    samples = [sample([5, 6, 7, 8], [1] * n) for n in (9, 3)] + make_samples([4, 6])
+    plain, shared = (pack(samples, CPU, share=share) for share in (False, True))
+    generator = torch.Generator().manual_seed(0)
+    random = partial(torch.randn, dtype=torch.float64, generator=generator)
+    size = shared.input_ids.numel()
+    leaves = [random(1, heads, size, 8).requires_grad_() for heads in (4, 2, 2)]
+    options = {"sliding_window": window, "softcap": softcap}
+    options |= {"s_aux": random(4)} if sinks else {}
+    attention = AttentionInterface()[packed_attention.__name__]
+    ours, _ = attention(torch.nn.Module(), *leaves, **shared.model_kwargs | options)
+    place = shared.model_kwargs["key_index"][4:]  # of the plain row's tokens in the shared one
+    assert torch.equal(shared.input_ids[:, place], plain.input_ids)
+    rows = [x[:, :, place] for x in leaves]
+    theirs, _ = attention(torch.nn.Module(), *rows, **plain.model_kwargs | options)
+    torch.testing.assert_close(ours[:, place], theirs, rtol=1e-6, atol=1e-6)
+    cotangent = random(theirs.shape)
+    cotangent[:, 12:16] = 0  # the prompt a second time
+    for a, b in zip(
+        torch.autograd.grad((ours[:, place] * cotangent).sum(), leaves),
         torch.autograd.grad((theirs * cotangent).sum(), leaves),
         strict=True,
     ):

@@ -5,7 +5,9 @@ import json
 import os
 import pickle
 import sys
+from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import free_address, make_samples, make_step, make_tiny_model
+from tests.models.families import FAMILIES
 from verl.algorithms.losses import LossConfig
 from verl.config.base import FSDPConfig, MixedPrecisionConfig, ModelConfig, OptimConfig
 from verl.models.packing import over_ranks
@@ -34,7 +37,7 @@ from verl.trainer.ppo.core_algos import (
     response_weights,
 )
 from verl.trainer.ppo.metrics import update_metrics
-from verl.utils.seqlen_balancing import balanced_partitions
+from verl.utils.seqlen_balancing import balanced_partitions, partitions_of_prompts
 
 LENGTHS = [3, 9, 0, 1, 20, 7, 12, 2]
 M = 24
@@ -112,7 +115,9 @@ def gradient_and_sums(
     """And what this rank reports."""
     policy.model.zero_grad()
     sums = policy.accumulate_gradient(step, loss, limit)
-    return torch.cat([p.grad.full_tensor().flatten() for p in policy.model.parameters()]), sums
+    return torch.cat(
+        [p.grad.full_tensor().flatten() for p in policy.model.parameters() if p.requires_grad]
+    ), sums
 
 
 def log_probs_of(
@@ -207,6 +212,83 @@ def test_padding_and_checkpointing_do_not_change_the_gradient(
         other = build(tiny_model, remove_padding, enable_gradient_checkpointing=recompute)
         for limit in LIMITS.values():
             assert distance(gradient(other, step, limit), expected) < 1e-6
+
+
+def prompts_shared() -> list[Sample]:
+    """Three prompts; responses longer and shorter than them, one masked, in no order."""
+    samples = make_samples(LENGTHS, prompt_length=8)
+    for i, s in enumerate(samples):
+        s.prompt = samples[i % 3].prompt
+    samples[4].loss_mask = np.arange(LENGTHS[4]) % 3 > 0
+    return samples
+
+
+def without_sharing(policy: PolicyWorker) -> PolicyWorker:
+    other = copy(policy)
+    other.shares, other.pack = False, partial(policy.pack, share=False)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Qwen3", {"enable_gradient_checkpointing": False}),
+        ("Qwen3", {"lora_rank": 4}),
+        ("Mistral", {}),  # windows
+        ("Gemma 2", {}),  # windows and caps
+        ("GPT-OSS", {}),  # windows, sinks and experts
+    ],
+)
+def test_a_prompt_is_computed_once_for_its_responses(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """And nothing else changes, however they are split."""
+    kind, overrides = FAMILIES[family]
+    folder = make_tiny_model(tmp_path, kind, **overrides, initializer_range=0.02)
+    policy = build(folder, **settings)
+    plain, samples = without_sharing(policy), prompts_shared()
+    step = weighted_step("delta-l", samples)
+    for limit in LIMITS.values():
+        expected, found = (gradient_and_sums(w, step, limit) for w in (plain, policy))
+        assert distance(found[0], expected[0]) < 1e-6
+        assert found[1] == pytest.approx(expected[1], rel=1e-6, abs=1e-6)
+        rows = [w.log_probs(samples, 0.9, limit, True) for w in (plain, policy)]
+        np.testing.assert_allclose(*rows, rtol=1e-6, atol=2e-6)
+    found = [w.pack(samples).input_ids.numel() for w in (plain, policy)]
+    prompts, rest = [len(s.prompt.token_ids) for s in samples], sum(LENGTHS) - len(LENGTHS)
+    assert found == [sum(prompts) + rest, sum(prompts[:3]) + rest + 1]  # 1: no response
+    for parts in (w.micro_batches(samples, LIMITS["tokens"]) for w in (plain, policy)):
+        assert sorted(itertools.chain(*parts)) == [*range(len(samples))]
+
+
+def _rank_shared(rank: int, address: str, folder: Path, out: Path) -> None:
+    """One of two: responses of a prompt on both, and on one each."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    policy, step = build(folder), weighted_step("delta-l", prompts_shared())
+    samples, results = step.samples, {}
+    for split in (partitions_of_prompts, lambda samples, _: [[0, 1, 4, 5], [2, 3, 6, 7]]):
+        mine = step.share(split(samples, 2)[rank])
+        for name, limit in LIMITS.items():
+            results[f"{split.__name__} {name}"] = gradient(policy, mine, limit)
+    if rank == 0:
+        torch.save(results, out)
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as in `_rank_gradients`
+
+
+def test_a_prompt_on_two_ranks(worker: PolicyWorker, tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "gradients.pt"
+    mp.spawn(_rank_shared, (free_address(), tiny_model, out), nprocs=2)
+    step = weighted_step("delta-l", prompts_shared())
+    expected = gradient(without_sharing(worker), step, LIMITS["all"])
+    results = torch.load(out, weights_only=True)
+    assert len(results) == 2 * len(LIMITS)
+    for name, found in results.items():
+        assert distance(found, expected) < 1e-6, name
 
 
 def test_inputs_of_layers_are_what_is_offloaded(tiny_model: Path) -> None:

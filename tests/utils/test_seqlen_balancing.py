@@ -1,10 +1,17 @@
 """Partitions of sequences over ranks and micro-batches."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl.utils.seqlen_balancing import balanced_partitions, micro_batches
+from verl.protocol import Prompt, Sample
+from verl.utils.seqlen_balancing import (
+    balanced_partitions,
+    micro_batches,
+    micro_batches_of_prompts,
+    partitions_of_prompts,
+)
 
 quick = settings(deadline=None, max_examples=100, derandomize=True)
 token_counts = st.lists(st.integers(1, 200), max_size=40)
@@ -85,3 +92,55 @@ def test_micro_batches_keep_the_budget(lengths, max_tokens):
 def test_a_budget_or_a_size_is_needed():
     with pytest.raises(AssertionError):
         micro_batches([1, 2])
+
+
+def sharing(*responses: tuple[int, int, int]) -> list[Sample]:
+    """Of (prompt, its length, length)."""
+    return [
+        Sample(Prompt(i, np.full(p, i), "", None), i, np.zeros(r, np.int64), "stop")
+        for i, p, r in responses
+    ]
+
+
+def computed(samples: list[Sample], part: list[int]) -> int:
+    """Tokens of a part that has each prompt once."""
+    prompts = {(s := samples[i]).prompt.index: len(s.prompt.token_ids) for i in part}
+    return sum(prompts.values()) + sum(len(samples[i].response_ids) for i in part)
+
+
+def test_responses_of_a_prompt_together_by_hand():
+    samples = sharing((0, 9, 2), (1, 8, 4), (0, 9, 3), (1, 8, 2), (2, 3, 4), (0, 9, 1))
+    assert micro_batches_of_prompts(samples, 18) == [[0, 2, 5], [1, 3], [4]]
+    assert micro_batches_of_prompts(samples, 25) == [[0, 2, 5], [1, 3, 4]]
+    assert micro_batches_of_prompts(samples, 15) == [
+        [0],
+        [2, 5],
+        [1, 3],
+        [4],
+    ]  # 9 + 2 + 9 / 8 + 3 > 15
+    assert partitions_of_prompts(samples, 2) == [[0, 2, 5], [1, 3, 4]]  # 15 and 21
+    # On two ranks, 12 and 12 are less than 21 and 3.
+    samples = sharing((0, 3, 9), (0, 3, 9), (1, 1, 2))
+    assert max(computed(samples, p) for p in partitions_of_prompts(samples, 2)) == 15
+    samples = sharing((0, 3, 9), (0, 3, 9))
+    assert partitions_of_prompts(samples, 2) == [[0], [1]]
+    assert partitions_of_prompts(samples, 1) == [[0, 1]]
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 60)), max_size=40),
+    st.integers(1, 9),
+    st.integers(1, 300),
+)
+def test_prompts_are_never_worse_than_samples_alone(found, parts, most):
+    samples = sharing(*((prompt, 1 + 13 * prompt, length) for prompt, length in found))
+    lengths = [s.num_tokens for s in samples]
+    together, apart = partitions_of_prompts(samples, parts), balanced_partitions(lengths, parts)
+    assert len(together) == parts
+    loads = [max(computed(samples, part) for part in p) for p in (together, apart)]
+    assert loads[0] <= loads[1]
+    batches = micro_batches_of_prompts(samples, most) if samples else []
+    for result in (together, batches):
+        assert sorted(i for part in result for i in part) == [*range(len(samples))]
+    assert all(len(part) == 1 or 0 < computed(samples, part) <= most for part in batches)

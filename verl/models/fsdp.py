@@ -65,7 +65,7 @@ def build_policy(
     for layer in policy.modules():
         layer.training = getattr(layer, "gradient_checkpointing", False)
     if isinstance(policy, PolicyModel):
-        check_policy(policy, model, compute_dtype, packer)
+        policy.shares_prompts = bool(check_policy(policy, model, compute_dtype, packer))
     return policy
 
 

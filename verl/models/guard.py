@@ -1,7 +1,9 @@
 """Whether a model can be trained: before anything starts, by its structure; at each start, by its
 log-probabilities, which must be those of transformers."""
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from verl.config.schema import ModelConfig
 from verl.models.packing import Batch, packed_attention, sequence_kwargs
 from verl.protocol import Prompt, Sample
+
+logger = logging.getLogger(__name__)
 
 COUNTED = 8  # last tokens of each sequence that are compared
 LONGEST_WINDOW = 4096  # the first sequence is longer than a window of the attention up to this
@@ -70,11 +74,12 @@ def check_family(lm: Any, model: ModelConfig) -> None:
 @torch.no_grad()
 def check_policy(
     policy: Any, model: ModelConfig, dtype: torch.dtype, packer: Callable[..., Batch]
-) -> None:
+) -> bool:
     """Compares log-probabilities of two short sequences, packed or padded into one pass by `packer`
     as training does, with those that transformers' forward with plain attention gives of each
-    alone. Collective. Raises: ValueError, with the difference, if they are not the same up to
-    rounding."""
+    alone. Collective. Returns whether a packed prompt may be computed once for all its responses:
+    that does not change them. Raises: ValueError, with the difference, if they are not the same up
+    to rounding."""
     register_fsdp_forward_method(policy, "plain_log_probs")
     lm, rng = policy.lm, np.random.default_rng(0)
     config = lm.config.get_text_config()
@@ -102,7 +107,6 @@ def check_policy(
         limit = min(limit, 3 * rounding + SLACK)
     if settable:
         lm.set_attn_implementation(usual)
-    policy.reshard()  # without a backward pass the root's parameters stay gathered
     difference = (ours - eager).abs().mean().item()
     if not difference < limit:  # or it is not a number
         way, other = "padded", "no setting of ours helps: take another model"
@@ -112,3 +116,23 @@ def check_policy(
             f"{model.path}: {way}, log-probabilities of a {config.model_type} model differ by "
             f"{difference:.3g} nats a token from transformers' own (rounding: {limit:.2g}): {other}"
         )
+    shares = model.use_remove_padding and _shares_prompts(policy, samples[0], packer, limit)
+    policy.reshard()  # without a backward pass the root's parameters stay gathered
+    return shares
+
+
+def _shares_prompts(
+    policy: Any, sample: Sample, packer: Callable[..., Batch], limit: float
+) -> bool:
+    """Whether the log-probabilities of two responses stay when their prompt is computed once. Ranks
+    that split sequences don't do that."""
+    both = [sample, replace(sample, response_ids=sample.response_ids[::-1])]
+    apart = packer(both)
+    if apart.group is not None:
+        return False
+    together = policy(packer(both, share=True), 1.0)[0]
+    difference = (together - policy(apart, 1.0)[0]).abs().mean().item()
+    if not (same := difference < limit):
+        text = "prompts are computed for each response: once they'd be %.3g nats a token off"
+        logger.warning(text, difference)
+    return same

@@ -15,6 +15,8 @@ from verl.utils.device import default_tile, product
 class PolicyModel(nn.Module):
     """Decoder and output embedding with one forward pass."""
 
+    shares_prompts = False  # whether a packed prompt may be computed once for its responses
+
     def __init__(
         self, lm: Any, vocabulary_size: int | None = None, saving: Callable[[], Any] = nullcontext
     ) -> None:

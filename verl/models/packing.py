@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from verl.algorithms.losses import LossInputs
-from verl.protocol import OptimizerStep, Sample
+from verl.protocol import OptimizerStep, Sample, by_prompt
 
 
 @dataclass(slots=True)
@@ -31,6 +31,13 @@ class Batch:
 
         input_ids    [[5, 6, 1, 7]]       position_ids [[0, 1, 2, 0]]
         predictors   [1, 2, 3]            targets      [1, 2, 3]
+
+    A prompt [5, 6] that responses [1, 2] and [3, 4] share is there once. Three segments attend to
+    keys of the row at `key_index`, the later ones to the prompt's first::
+
+        input_ids    [[5, 6, 1, 3]]       position_ids [[0, 1, 2, 2]]
+        predictors   [1, 2, 1, 3]         targets      [1, 2, 3, 4]
+        key_index    [0, 1,  0, 1, 2,  0, 1, 3]
     """
 
     input_ids: Tensor  # all but the last tokens: [1, S] packed, [B, W] padded on the right
@@ -52,36 +59,40 @@ class Batch:
 
 
 def pack(
-    samples: Sequence[Sample], device: torch.device, remove_padding: bool = True, group: Any = None
+    samples: Sequence[Sample],
+    device: torch.device,
+    remove_padding: bool = True,
+    group: Any = None,
+    share: bool = False,
 ) -> Batch:
     """The tensors of one forward pass; with `group`, this rank's of equal pieces of the packed row,
     one for each rank of that process group. Tokens that predict nothing are added where a piece is
-    short, or without samples: a rank that has run out of them still takes part in collectives."""
+    short, or without samples: a rank that has run out of them still takes part in collectives.
+    `share`: a whole packed row holds a prompt once for all its responses."""
     ranks, rank = (dist.get_world_size(group), dist.get_rank(group)) if group else (1, 0)
-    none = np.zeros(0, np.int64)
-    rows = [np.concatenate([s.prompt.token_ids, s.response_ids])[:-1] for s in samples] or [none]
-    if short := -sum(max(1, len(row)) for row in rows) % ranks:
-        rows.append(np.zeros(short, np.int64))
-    lengths = np.array([max(1, len(row)) for row in rows])
+    assert group is None or (remove_padding and not share)
     tensor = partial(torch.as_tensor, device=device)
-    position_ids = np.tile(np.arange(lengths.max()), (len(rows), 1))
-    input_ids, mask = np.zeros_like(position_ids), position_ids < lengths[:, None]
-    for padded, row in zip(input_ids, rows, strict=True):
-        padded[: len(row)] = row
-    starts = np.arange(len(rows)) * lengths.max()
+    rows, seen, predictors = _segments(samples, share and remove_padding)
+    if short := -sum(map(len, rows)) % ranks:
+        rows.append(np.zeros(short, np.int64))
+        seen.append(np.arange(short))
+    lengths, visible = (np.array([*map(len, x)]) for x in (rows, seen))
+    position_ids = np.arange(lengths.max()) + (visible - lengths)[:, None]
+    input_ids, mask = np.zeros_like(position_ids), np.arange(lengths.max()) < lengths[:, None]
+    input_ids[mask] = np.concatenate(rows)
+    none = np.zeros(0, np.int64)
+    where = np.concatenate([none, *predictors])
     if not remove_padding:
-        assert group is None
         model_kwargs: dict[str, Any] = {"attention_mask": tensor(mask)}
+        where = np.flatnonzero(mask)[where]
     else:
         input_ids, position_ids = input_ids[mask][None], position_ids[mask][None]
-        starts = np.cumsum(lengths) - lengths
-        model_kwargs = sequence_kwargs(lengths.tolist(), device) | {"sequence_group": group}
-    predictors, targets = [none], [none]
-    for s, start in zip(samples, starts, strict=False):
-        before = start + len(s.prompt.token_ids) - 1 + np.arange(len(s.response_ids))
-        predictors.append(s.counted(before))
-        targets.append(s.counted(s.response_ids))
-    where, wanted = np.concatenate(predictors), np.concatenate(targets)
+        shared = visible.tolist() if visible.sum() > lengths.sum() else None
+        model_kwargs = sequence_kwargs(lengths.tolist(), device, shared)
+        model_kwargs["sequence_group"] = group
+        if shared:
+            model_kwargs["key_index"] = tensor(np.concatenate(seen))
+    wanted = np.concatenate([none, *(s.counted(s.response_ids) for s in samples)])
     size = input_ids.size // ranks
     begin, end = np.searchsorted(where, [rank * size, (rank + 1) * size]).tolist()
     ids, positions = (np.split(x, ranks, axis=1)[rank] for x in (input_ids, position_ids))
@@ -90,13 +101,51 @@ def pack(
     return Batch(tensor(ids), tensor(positions), mine, predicting, model_kwargs, group, others)
 
 
-def sequence_kwargs(lengths: list[int], device: torch.device) -> dict[str, Any]:
-    """What an attention must know of a packed row: the sequences' lengths, and where they begin."""
-    bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
+def _segments(
+    samples: Sequence[Sample], share: bool
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """Of a packed row: the tokens of each segment, one at least; where those are that its last one
+    attends to, itself included; and where each sample's predictors are. Segments are the sequences,
+    without their last tokens; where samples share a prompt, this, and what follows it."""
+    rows: list[np.ndarray] = []
+    seen: list[np.ndarray] = []
+    predictors: list[np.ndarray] = [np.zeros(0, np.int64)] * len(samples)
+    end = 0
+
+    def add(tokens: np.ndarray, prefix: np.ndarray) -> np.ndarray:
+        nonlocal end
+        visible = np.concatenate([prefix, np.arange(end, end + len(tokens))])
+        if len(tokens):
+            rows.append(tokens)
+            seen.append(visible)
+            end += len(tokens)
+        return visible
+
+    for members in by_prompt(samples) if share else [[i] for i in range(len(samples))]:
+        prompt, prefix = samples[members[0]].prompt.token_ids, np.zeros(0, np.int64)
+        if len(members) > 1:
+            prefix = add(prompt, prefix)
+        for i in members:
+            s = samples[i]
+            tokens = np.concatenate([prompt, s.response_ids])[len(prefix) : -1]
+            visible = add(tokens if len(tokens) or len(prefix) else np.zeros(1, np.int64), prefix)
+            before = visible[max(0, len(prompt) - 1) :]
+            predictors[i] = s.counted(before[: len(s.response_ids)])
+    if not rows:
+        add(np.zeros(1, np.int64), np.zeros(0, np.int64))
+    return rows, seen, predictors
+
+
+def sequence_kwargs(
+    lengths: list[int], device: torch.device, key_lengths: list[int] | None = None
+) -> dict[str, Any]:
+    """What an attention must know of a packed row: the sequences' lengths, and where they begin, as
+    FlashAttention wants it; with `key_lengths` the same of keys, whose last ones are their own."""
     kwargs: dict[str, Any] = {"sequence_lengths": lengths, "attention_mask": None}
-    for end in "qk":  # as transformers' FlashAttention wants them
-        kwargs |= {f"cu_seq_lens_{end}": bounds, f"max_length_{end}": max(lengths)}
-    return kwargs
+    for end, sizes in (("q", lengths), ("k", key_lengths or lengths)):
+        bounds = torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32, device=device)
+        kwargs |= {f"cu_seq_lens_{end}": bounds, f"max_length_{end}": max(sizes)}
+    return kwargs | ({"key_lengths": key_lengths} if key_lengths else {})
 
 
 def loss_inputs(step: OptimizerStep, log_probs: Tensor, entropy: Tensor) -> LossInputs:
@@ -157,13 +206,20 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    parts = (x.split(options["sequence_lengths"], dim=2) for x in (query, key, value))
+    lengths = options["sequence_lengths"]
+    keys = options.get("key_lengths", lengths)
+    parts = (x.split(n, dim=2) for x, n in ((query, lengths), (key, keys), (value, keys)))
     outputs = []
     for q, k, v in zip(*parts, strict=True):
-        mask, length = None, q.shape[2]
-        if window is not None and length > window:
-            mask = q.new_ones(length, length, dtype=torch.bool).tril().triu(1 - window)
-        outputs.append(_attend(q, k, v, mask, options))
+        mask, unread, length, total = None, 0, q.shape[2], k.shape[2]
+        before = total - length  # keys of a shared prompt
+        windowed = window is not None and total > window
+        if windowed or before > length:
+            mask = q.new_ones(length, total, dtype=torch.bool).tril(before)
+            mask = mask.triu(before + 1 - window) if windowed else mask
+        elif before:  # faster than a mask: more queries
+            q, unread = pad_(q, (0, 0, before, 0)), before
+        outputs.append(_attend(q, k, v, mask, options)[:, :, unread:])
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -230,12 +286,10 @@ def packed_varlen(
     if options.get("s_aux") is not None or options.get("softcap") is not None:
         return packed_attention(module, query, key, value, attention_mask, **options)
     visible = ((_sliding_window(attention_mask, options) or 0) - 1, 0)  # before (-1: all) and after
-    bounds, longest = options["cu_seq_lens_q"], options["max_length_q"]
+    bounds = [options[f"{name}_{end}"] for name in ("cu_seq_lens", "max_length") for end in "qk"]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale, gqa = options.get("scaling"), query.shape[1] != key.shape[1]
-    output = varlen_attn(
-        q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=visible, enable_gqa=gqa
-    )
+    output = varlen_attn(q, k, v, *bounds, scale=scale, window_size=visible, enable_gqa=gqa)
     assert isinstance(output, Tensor)  # the only thing that was asked for
     return output[None], None
 
@@ -262,13 +316,17 @@ def over_ranks(
     value: Tensor,
     attention_mask: Tensor | None,
     sequence_group: Any = None,
+    key_index: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """An attention function over a row whose pieces the ranks of a group hold: each rank computes
     its share of the heads over the whole row. query [1, heads, T / ranks, D], key and value [1,
     key-value heads, T / ranks, D] → [1, T / ranks, heads, D]. Where there are fewer heads of keys
-    than ranks, they are repeated. Without a group it is `attention` itself."""
+    than ranks, they are repeated. Without a group it is `attention` itself, with keys and values
+    from `key_index` of the row, if given: a shared prompt's once for each response."""
     if sequence_group is None:
+        if key_index is not None:
+            key, value = key.index_select(2, key_index), value.index_select(2, key_index)
         return attention(module, query, key, value, attention_mask, **options)
     ranks = dist.get_world_size(sequence_group)
     repeat = ranks // math.gcd(ranks, key.shape[1])

@@ -29,12 +29,12 @@ from verl.models.fsdp import build_policy, load_weights
 from verl.models.hf import model_size
 from verl.models.lora import adapters, merged_weight, plain_parameters, whole, write_adapter
 from verl.models.packing import loss_inputs, pack, per_token_of_response
-from verl.protocol import OptimizerStep, Sample, WeightChunk
+from verl.protocol import OptimizerStep, Sample, WeightChunk, by_prompt
 from verl.utils import device as devices
 from verl.utils import own_functions
 from verl.utils.flops import ModelSize
 from verl.utils.safe_load import SafePlanner, SafeReader
-from verl.utils.seqlen_balancing import micro_batches
+from verl.utils.seqlen_balancing import micro_batches, micro_batches_of_prompts
 
 HOST = torch.device("cpu")
 HF_FOLDER, ADAPTER = "huggingface", "lora_adapter"
@@ -133,6 +133,8 @@ class PolicyWorker:
         if fsdp_config.full_determinism:
             devices.be_deterministic()
         self.model = build_policy(model, fsdp_config, self.device, self.pack)
+        self.shares = self.model.shares_prompts
+        self.pack = partial(self.pack, share=self.shares)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if self.timeout:  # which the groups of a mesh don't take over
             for of_mesh in parameters[0].device_mesh.get_all_groups():
@@ -176,7 +178,10 @@ class PolicyWorker:
         """Which samples go through each pass: as many passes on every rank, at least one, the last
         ones empty. Without samples a gradient is 0, and the optimizer's step a step."""
         tokens = limit.max_tokens * self.split
-        parts = micro_batches([s.num_tokens for s in samples], limit.size, tokens)
+        if self.shares and limit.size is None and len(by_prompt(samples)) < len(samples):
+            parts = micro_batches_of_prompts(samples, tokens)
+        else:
+            parts = micro_batches([s.num_tokens for s in samples], limit.size, tokens)
         count = torch.tensor(max(1, len(parts)))
         dist.all_reduce(count, dist.ReduceOp.MAX)
         return parts + [[] for _ in range(int(count) - len(parts))]

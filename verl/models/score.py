@@ -15,6 +15,8 @@ from verl.models.packing import Batch
 class ScoreModel(nn.Module):
     """Decoder and `score` head with one forward pass."""
 
+    shares_prompts = False  # whether a packed prompt may be computed once for its responses
+
     def __init__(self, lm: Any) -> None:
         super().__init__()
         self.lm = lm

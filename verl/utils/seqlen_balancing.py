@@ -4,6 +4,14 @@ import heapq
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
+from verl.protocol import Sample, by_prompt
+
+STEPS = 17  # sizes that are tried
+REPEATED = 1 / 8
+"""Of what a token takes, that by which keys and values of a layer grow when they are repeated."""
+
 
 def balanced_partitions(
     lengths: Sequence[int], parts: int, capacity: float = math.inf
@@ -34,3 +42,50 @@ def micro_batches(
     assert max_tokens is not None
     parts = -(-sum(lengths) // max_tokens)
     return [part for part in balanced_partitions(lengths, parts, max_tokens) if part]
+
+
+def micro_batches_of_prompts(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
+    """`micro_batches` of samples whose prompts are computed once in each of them: few, with the
+    responses of a prompt together. For every further response a prompt counts `REPEATED`."""
+    total = _computed(samples)
+    sizes = np.linspace(total / -(-total // max_tokens), max_tokens, STEPS)
+    parts = (_fill(samples, most, REPEATED) for most in sizes)
+    return min(parts, key=len)  # of the fewest the most even
+
+
+def partitions_of_prompts(samples: Sequence[Sample], parts: int) -> list[list[int]]:
+    """`balanced_partitions` of samples whose prompts are computed once in each part: with the
+    responses of a prompt together, if the largest part has less to compute that way."""
+    apart = balanced_partitions([s.num_tokens for s in samples], parts)
+    if parts == 1 or len(by_prompt(samples)) == len(samples):
+        return apart
+    largest = max(_computed([samples[i] for i in part]) for part in apart)
+    for most in np.linspace(_computed(samples) / parts, largest, STEPS)[:-1]:
+        together = _fill(samples, most)
+        if len(together) <= parts:
+            return together + [[] for _ in range(parts - len(together))]
+    return apart
+
+
+def _computed(samples: Sequence[Sample]) -> int:
+    """Tokens of a part that has each prompt once."""
+    prompts = {s.prompt.token_ids.tobytes(): len(s.prompt.token_ids) for s in samples}
+    return sum(prompts.values()) + sum(len(s.response_ids) for s in samples)
+
+
+def _fill(samples: Sequence[Sample], most: float, repeated: float = 0.0) -> list[list[int]]:
+    """Parts with at most so many tokens, one after the other, prompt by prompt; `repeated`: what
+    counts of a prompt that is there."""
+    parts: list[list[int]] = []
+    filled = math.inf
+    for group in by_prompt(samples):
+        share = 1.0
+        for i in group:
+            prompt, response = len(samples[i].prompt.token_ids), len(samples[i].response_ids)
+            if filled + share * prompt + response > most:
+                parts.append([])
+                filled, share = 0.0, 1.0
+            filled += share * prompt + response
+            parts[-1].append(i)
+            share = repeated
+    return parts

@@ -21,7 +21,7 @@ from verl.rollout.pool import EnginePool
 from verl.trainer.ppo.checks import ordinary_difference
 from verl.utils import own_functions
 from verl.utils.device import cluster_device, default_weight_transfer
-from verl.utils.seqlen_balancing import balanced_partitions
+from verl.utils.seqlen_balancing import balanced_partitions, partitions_of_prompts
 from verl.weight_sync import WeightSync
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,8 @@ class Workers:
         self, field: str, samples: list[Sample], split: int, call: tuple[str, ...], *others: Any
     ) -> None:
         """Sets `field` of samples to what ranks return for their shares of them."""
-        parts = [[samples[i] for i in share] for share in self._shares(samples, split)]
+        shares = self._shares(samples, split, field != "values")
+        parts = [[samples[i] for i in share] for share in shares]
         omit = ["trained_mask", "entropies", *ARRAYS.keys() - {"response_ids", "loss_mask"}]
         method, *roles = call
         arguments = [(*roles, SampleBatch(part, omit), *others) for part in parts]
@@ -209,7 +210,10 @@ class Workers:
         size = None if part.use_dynamic_bsz else part.ppo_micro_batch_size_per_gpu
         limit = MicroBatchLimit(size, part.ppo_max_token_len_per_gpu)
         split = part.ulysses_sequence_parallel_size
-        shares = [[step.share(p) for p in self._shares(step.samples, split)] for step in steps]
+        actor = isinstance(part, ActorConfig)
+        shares = [
+            [step.share(p) for p in self._shares(step.samples, split, actor)] for step in steps
+        ]
         method, *roles = call
         arguments = [
             (*roles, [of_step[rank] for of_step in shares], loss, limit, *others)
@@ -269,12 +273,18 @@ class Workers:
         self.engines.cancelled = True
         gc.unfreeze()
 
-    def _shares(self, samples: list[Sample], split: int = 1) -> list[list[int]]:
-        """Which samples each rank gets; `split` ranks in a row the same."""
+    def _shares(
+        self, samples: list[Sample], split: int = 1, actor: bool = False
+    ) -> list[list[int]]:
+        """Which samples each rank gets; `split` ranks in a row the same. `actor`: for passes that,
+        if packed and not split, compute a prompt once."""
         parts = len(self.actor) // split
         shares = [part.tolist() for part in np.array_split(np.arange(len(samples)), parts)]
         if self.config.trainer.balance_batch:
-            shares = balanced_partitions([s.num_tokens for s in samples], parts)
+            if actor and split == 1 and self.config.actor_rollout_ref.model.use_remove_padding:
+                shares = partitions_of_prompts(samples, parts)
+            else:
+                shares = balanced_partitions([s.num_tokens for s in samples], parts)
         return [share for share in shares for _ in range(split)]
 
 
