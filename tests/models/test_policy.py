@@ -261,6 +261,14 @@ def test_a_prompt_is_computed_once_for_its_responses(
         assert sorted(itertools.chain(*parts)) == [*range(len(samples))]
 
 
+def test_a_prompt_that_is_not_to_be_shared_is_not(worker: PolicyWorker, tiny_model: Path) -> None:
+    policy, samples = PolicyWorker("cpu"), prompts_shared()  # in the process group of `worker`
+    policy.build(ModelConfig(path=str(tiny_model)), FSDPConfig(), share_prompts=False)
+    assert worker.shares and not policy.shares
+    tokens = [w.pack(samples).input_ids.numel() for w in (worker, without_sharing(worker), policy)]
+    assert tokens[0] < tokens[1] == tokens[2]
+
+
 def _rank_shared(rank: int, address: str, folder: Path, out: Path) -> None:
     """One of two: responses of a prompt on both, and on one each."""
     torch.set_num_threads(1)

@@ -90,6 +90,13 @@ def built(*keys: str) -> dict[str, tuple[Any, ...]]:
     return calls
 
 
+def test_actor_and_reference_share_prompts_on_request() -> None:
+    keys = ["actor_rollout_ref.actor.use_kl_loss=True"]
+    assert [args[-1] for args in built(*keys).values()] == [True, True]
+    keys.append("actor_rollout_ref.actor.use_prefix_grouper=False")
+    assert [args[-1] for args in built(*keys).values()] == [False, False]
+
+
 def test_each_model_is_built_as_its_own_sections_say() -> None:
     """Of four on the same ranks, one at a time has other values."""
     models, reward = "actor_rollout_ref", "reward_model.model"

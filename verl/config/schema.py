@@ -170,6 +170,8 @@ class ActorConfig(Section):
         idle_if="actor.use_dynamic_bsz=True and loss_agg_mode!=token-mean-legacy",
     )
     """Responses of one forward/backward pass on a rank; null: a token budget."""
+    use_prefix_grouper: bool = key(True, on_resume="free", idle_if="use_remove_padding=False")
+    """Compute a packed prompt once for its responses, in the reference, too (docs/models.md)."""
     use_dynamic_bsz: bool = key("${verl.is_null:${.ppo_micro_batch_size_per_gpu}}", **FREE)
     """Micro-batches by token budget instead of by count; null: where no count is given."""
     ppo_max_token_len_per_gpu: int = key(

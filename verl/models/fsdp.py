@@ -25,11 +25,15 @@ from verl.utils.device import default_dtype, default_packed_attention, saved_on_
 
 
 def build_policy(
-    model: ModelConfig, fsdp: FSDPConfig, device: torch.device, packer: Callable[..., Batch]
+    model: ModelConfig,
+    fsdp: FSDPConfig,
+    device: torch.device,
+    packer: Callable[..., Batch],
+    share_prompts: bool = False,
 ) -> Any:
     """A `PolicyModel`, or the `ScoreModel` of a classifier: every rank shards an empty skeleton,
     and gets its part of what rank 0 loads. Raises: ValueError for a model whose passes over batches
-    of `packer` are not those of transformers."""
+    of `packer` are not those of transformers. `share_prompts`: see `check_policy`."""
     precision = fsdp.mixed_precision
     compute_dtype = getattr(torch, precision.param_dtype or default_dtype(device.type))
     lm = skeleton(model, dtype=getattr(torch, fsdp.model_dtype))
@@ -65,7 +69,8 @@ def build_policy(
     for layer in policy.modules():
         layer.training = getattr(layer, "gradient_checkpointing", False)
     if isinstance(policy, PolicyModel):
-        policy.shares_prompts = bool(check_policy(policy, model, compute_dtype, packer))
+        found = check_policy(policy, model, compute_dtype, packer, share_prompts)
+        policy.shares_prompts = bool(found)
     return policy
 
 

@@ -73,13 +73,17 @@ def check_family(lm: Any, model: ModelConfig) -> None:
 
 @torch.no_grad()
 def check_policy(
-    policy: Any, model: ModelConfig, dtype: torch.dtype, packer: Callable[..., Batch]
+    policy: Any,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    packer: Callable[..., Batch],
+    share_prompts: bool,
 ) -> bool:
     """Compares log-probabilities of two short sequences, packed or padded into one pass by `packer`
     as training does, with those that transformers' forward with plain attention gives of each
     alone. Collective. Returns whether a packed prompt may be computed once for all its responses:
-    that does not change them. Raises: ValueError, with the difference, if they are not the same up
-    to rounding."""
+    that is wanted (`share_prompts`), and does not change them. Raises: ValueError, with the
+    difference, if they are not the same up to rounding."""
     register_fsdp_forward_method(policy, "plain_log_probs")
     lm, rng = policy.lm, np.random.default_rng(0)
     config = lm.config.get_text_config()
@@ -116,7 +120,8 @@ def check_policy(
             f"{model.path}: {way}, log-probabilities of a {config.model_type} model differ by "
             f"{difference:.3g} nats a token from transformers' own (rounding: {limit:.2g}): {other}"
         )
-    shares = model.use_remove_padding and _shares_prompts(policy, samples[0], packer, limit)
+    wanted = share_prompts and model.use_remove_padding
+    shares = wanted and _shares_prompts(policy, samples[0], packer, limit)
     policy.reshard()  # without a backward pass the root's parameters stay gathered
     return shares
 

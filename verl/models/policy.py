@@ -120,10 +120,12 @@ class PolicyWorker:
         optim: OptimConfig | None = None,
         total_steps: int = 0,
         sequence_parallel: int = 1,
+        share_prompts: bool = True,
     ) -> tuple[ModelSize | None, float | None]:
         """Loads and shards the model, to be trained by AdamW as `optim` says. `sequence_parallel`:
-        ranks in a row that get the same samples and split them. Returns the model's matrix
-        products, and the device's peak in operations a second, if known."""
+        ranks in a row that get the same samples and split them; `share_prompts`: a packed prompt is
+        computed once for its responses, if it can be. Returns the model's matrix products, and the
+        device's peak in operations a second, if known."""
         self.model_config, self.config = model, fsdp_config
         self.optim, self.total_steps, self.split = optim, total_steps, sequence_parallel
         group = dist.new_subgroups(self.split, timeout=self.timeout)[0] if self.split > 1 else None
@@ -132,7 +134,7 @@ class PolicyWorker:
         )
         if fsdp_config.full_determinism:
             devices.be_deterministic()
-        self.model = build_policy(model, fsdp_config, self.device, self.pack)
+        self.model = build_policy(model, fsdp_config, self.device, self.pack, share_prompts)
         self.shares = self.model.shares_prompts
         self.pack = partial(self.pack, share=self.shares)
         parameters = [p for p in self.model.parameters() if p.requires_grad]

@@ -77,12 +77,13 @@ class Workers:
         self.free_devices()  # which building and loading need
         self.actor.connect(model.nccl_timeout)
         actor, (split, ref_split) = model.actor, model.splits
-        settings = model.model, actor.fsdp_config, actor.optim, total_steps, split
+        shares = actor.use_prefix_grouper
+        settings = model.model, actor.fsdp_config, actor.optim, total_steps, split, shares
         sizes, peaks = zip(*self.actor.call("build", *settings), strict=True)
         self.model_size, self.peak_flops = sizes[0], sum(peaks) if all(peaks) else None
         beside: dict[str, tuple[Any, ...]] = {}
         if needs_reference(self.config) and not model.model.uses_lora:
-            beside["ref"] = model.model, model.ref.fsdp_config, None, 0, ref_split
+            beside["ref"] = model.model, model.ref.fsdp_config, None, 0, ref_split, shares
         if reward.enable:
             beside["reward_model"] = reward.model.classifier(), reward.model.fsdp_config
         if needs_critic(self.config):
@@ -281,7 +282,9 @@ class Workers:
         parts = len(self.actor) // split
         shares = [part.tolist() for part in np.array_split(np.arange(len(samples)), parts)]
         if self.config.trainer.balance_batch:
-            if actor and split == 1 and self.config.actor_rollout_ref.model.use_remove_padding:
+            policy = self.config.actor_rollout_ref
+            shared = policy.model.use_remove_padding and policy.actor.use_prefix_grouper
+            if actor and split == 1 and shared:
                 shares = partitions_of_prompts(samples, parts)
             else:
                 shares = balanced_partitions([s.num_tokens for s in samples], parts)
