@@ -144,8 +144,8 @@ def _same_groups(a: Node, b: Node) -> bool:
         if other.op == "fn" and other.args[0] == "floor":  # Gauss's brackets
             return group.args[0] == "[" and _pairwise(items, other.args[1:])
         terms = (Node("mul", (x, Node("sym", (c,)))) for x, c in zip(items, "ijk", strict=False))
-        unit_vectors = symbols(other) - symbols(group) in _UNIT_VECTORS  # 2i + 3j
-        return unit_vectors and 1 < len(items) < 4 and equal(other, Node("add", tuple(terms)))
+        fits = symbols(other) - symbols(group) in _UNIT_VECTORS and group.args[:2] in _VECTORS
+        return fits and 1 < len(items) < 4 and equal(other, Node("add", tuple(terms)))
     ends = [(side.args[0] == "[", side.args[1] == "]") for side in (a, b)]
     if len(a.args) == len(b.args) == 4 and ends[0] != ends[1]:
         return False
