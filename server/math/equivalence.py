@@ -25,10 +25,6 @@ from .values import same_values
 MAX_QUICK = 200  # characters of a normalised answer that are parsed on the event loop
 MAX_LENGTH = 5_000  # characters of an answer that are read at all
 _PARITY = {"odd": r"2k+1,k\in\mathbb{Z}", "even": r"2k,k\in\mathbb{Z}"}
-_CHOICE, _SECOND, _EARLIER = (PATTERNS[name] for name in ("choice", "second", "earlier"))
-_UNSURE, _DOUBT, _SPOKEN = (PATTERNS[name] for name in ("unsure", "doubt", "spoken"))
-_LABEL, _SEVERAL, _DISPLAYED = (PATTERNS[name] for name in ("label", "several", "displayed"))
-_CLOCK, _COMBINATIONS, _CAPITALS = (PATTERNS[n] for n in ("clock", "combinations", "capitals"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +50,7 @@ def judge(gold: str, pred: str) -> Verdict:
 
 def _slow(gold: str, pred: str) -> Verdict:
     """The verdict of the later stages on a normalised pair."""
-    texts = (_LABEL.sub(_named, _PARITY.get(words(text), text)) for text in (gold, pred))
+    texts = (PATTERNS.label.sub(_named, _PARITY.get(words(text), text)) for text in (gold, pred))
     gold, pred, units_differ = split_units(*texts)
     if units_differ or symbolic.unfinished(gold, pred):
         return Verdict(False, "normalised")
@@ -77,14 +73,12 @@ def _slow(gold: str, pred: str) -> Verdict:
 
 def _named(match: re.Match[str]) -> str:
     """Words before a value as its name: "smallest: 2" as smallest = 2, and so "house number 2"."""
-    name = re.sub(
-        r"\A(?:the|an?) |(?<=m(?:ax|in))im(?:um|a)|(?<=.) value\Z|(?<=point)s", "", match[1].lower()
-    )
+    name = PATTERNS.label_filler.sub("", match[1].lower())
     changed = CHANGES.search(name) or not {*re.findall("[a-z]{3,}", name)} - GREEK
-    labels = {found[1].lower() for found in _LABEL.finditer(match.string)}
+    labels = {found[1].lower() for found in PATTERNS.label.finditer(match.string)}
     changed = changed or not (match[2] or NAMES.search(name) or len(labels) > 1)
     rest = re.split("[,;]", match.string[match.end() :])[0]
-    if changed or (not match[2] and name in FUNCTIONS and rest[:1] in "([{\\"):  # \max(a, b)
+    if changed or (not match[2] and match[1] in FUNCTIONS and rest[:1] in "([{\\"):  # \max(a, b)
         return match[0]
     return "" if "=" in rest else rf"\text{{{name}}}="
 
@@ -107,7 +101,7 @@ def quick(gold: str, pred: str) -> Verdict | None:
         if letter != other or not (option and its_option):
             alike = letter == other and not _unclear(letter, option + its_option)
             return Verdict(alike, "normalised")
-    if _DOUBT.search(pred) and not _DOUBT.search(gold):
+    if PATTERNS.doubt.search(pred) and not PATTERNS.doubt.search(gold):
         return Verdict(False, "normalised", "undecided")
     if max(len(gold), len(pred)) > MAX_QUICK:
         return None
@@ -118,23 +112,23 @@ def _tight(text: str) -> str:
     """Without spaces and text commands, except for spaces between digits."""
     text = re.sub(r"(?<=[a-z]{3}):", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
     text = re.sub(r"(?<!\d) | (?!\d)", "", text)
-    return "".join(sorted(re.findall("[A-H]", text))) if _SEVERAL.fullmatch(text) else text
+    return "".join(sorted(re.findall("[A-H]", text))) if PATTERNS.several.fullmatch(text) else text
 
 
 def _unclear(letter: str, option: str) -> bool:
     """Whether the text of a choice may name another one, or leave doubts."""
-    earlier = _EARLIER.fullmatch(option) and max(re.findall("[A-I]", option)) < letter
-    return bool((_UNSURE if letter[1:] else _SECOND).search(option)) and not earlier
+    earlier = PATTERNS.earlier.fullmatch(option) and max(re.findall("[A-I]", option)) < letter
+    return bool((PATTERNS.unsure if letter[1:] else PATTERNS.second).search(option)) and not earlier
 
 
 def _choice(text: str, gold: str) -> tuple[str, str] | None:
     """The letter of a choice, and the text of its option, or yes or no, and its reason. In lower
     case a letter with more behind it is a choice only where the reference is a letter."""
     starts = text[:6] == r"\text{" or text[:1] in "(ABCDEFGHIJabcdefghijYyNnTt"
-    if spoken := starts and _SPOKEN.fullmatch(re.sub(r"\\text\{|\}", " ", text).strip()):
+    if spoken := starts and PATTERNS.spoken.fullmatch(re.sub(r"\\text\{|\}", " ", text).strip()):
         return "yes" if spoken[1] else "no", spoken[2]
     bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text) if starts else ""
-    match = _CHOICE.fullmatch(bare)
+    match = PATTERNS.choice.fullmatch(bare)
     if not match or not match[2] or match[1].isupper():
         return (match[1].upper(), match[2]) if match else None
     listed = len(gold.strip("()")) == 1 and re.match(r"\(?[a-j][).:][^^_*/=+(,]", bare)
@@ -144,8 +138,17 @@ def _choice(text: str, gold: str) -> tuple[str, str] | None:
 
 def cache_key(gold: str, pred: str) -> tuple[str, str]:
     """The normalised pair: pairs with the same key get the same verdict."""
-    gold = _DISPLAYED.sub(r"\1", gold) if "$$" in gold else gold
-    pair = normalise(gold), normalise(pred)
+    gold = PATTERNS.displayed.sub(r"\1", gold) if "$$" in gold else gold
+    pair = [normalise(gold), normalise(pred)]
+    if pair[0] != pair[1] and (". The " in gold or gold[:3] in ("If ", "Sol", "Set")):
+        pair[0] = normalise(PATTERNS.conclusion.sub(r"\1", gold))
+    heads = [PATTERNS.quantity.match(text) for text in pair]
+    if heads.count(None) == 1:
+        pair = [text[its.end() :] if its else text for its, text in zip(heads, pair, strict=True)]
+    if "P(" in pair[0] and "P(" in pair[1]:
+        name, other = ({*PATTERNS.event.findall(text)} for text in pair)
+        if len(name) == len(other) == 1:
+            pair = [PATTERNS.event.sub(f"P({min(name)}", text) for text in pair]
     chosen = [_choice(text, pair[0]) for text in pair]
     named = [choice for choice in chosen if choice]
     clear = all(option and len(name) == 1 and not _unclear(name, option) for name, option in named)
@@ -165,7 +168,7 @@ def _numeric(gold: str, pred: str) -> Verdict | None:
     gold, pred, units_differ = split_units(gold, pred)
     if units_differ:
         return Verdict(False, "normalised")
-    if _CLOCK.fullmatch(gold) and _CLOCK.fullmatch(pred):
+    if PATTERNS.clock.fullmatch(gold) and PATTERNS.clock.fullmatch(pred):
         return Verdict(gold.lstrip("0") == pred.lstrip("0"), "normalised")
     try:
         trees = parse(gold), parse(pred)
@@ -205,15 +208,15 @@ def _other_readings(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> I
     lengths = [len(tree.args) if tree.op == "list" else 1 for tree in (gold_tree, pred_tree)]
     if lengths[0] != lengths[1] and ",0" not in gold + pred:
         yield parse(gold, thousands=False), parse(pred, thousands=False)
-    apart = [_CAPITALS.sub(r"\1 ", text) for text in (gold, pred)]
+    apart = [PATTERNS.capitals.sub(r"\1 ", text) for text in (gold, pred)]
     if (apart[0] == gold) != (apart[1] == pred):  # LC as L times C
         yield tuple(map(parse, apart))
     if "'" in gold and "(t)" in gold + pred:  # of time, as all may be
         yield tuple(parse(re.sub(r"(?<=[A-Za-z'])\(t\)", "", text)) for text in (gold, pred))
-    if _COMBINATIONS.search(gold + pred):  # a number of combinations, if it is no point
-        yield tuple(parse(_COMBINATIONS.sub(
+    if PATTERNS.combinations.search(gold + pred):  # a number of combinations, if it is no point
+        yield tuple(parse(PATTERNS.combinations.sub(
             lambda m: rf"\binom{{{m[2]}}}{{{m[3]}}}" + (f"{m[3]}!" if m[1] == "P" else ""), text
         )) for text in (gold, pred))  # fmt: skip
     for text, other in ((gold, pred_tree), (pred, gold_tree)):
-        if PATTERNS["decimal_comma"].fullmatch(text) and exact(other) is not None:
+        if PATTERNS.decimal_comma.fullmatch(text) and exact(other) is not None:
             yield parse(text.replace(",", ".")), other

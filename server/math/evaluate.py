@@ -300,6 +300,8 @@ def equal(a: Node, b: Node) -> bool:
     roots = [] if has(a, "abs") or has(b, "abs") else [*find(a, "root"), *find(b, "root")]
     factors = [_factors(part.args[0]) for part in roots]  # a square root of q/s: both positive
     positive = frozenset().union(*(some for some in factors if len(some) > 1))
+    powers = (part.args[1].op for side in (a, b) for part in find(side, "pow"))
+    whole = has(a, "abs") != has(b, "abs") and (has(a, "root") or has(b, "root") or "div" in powers)
     for n, point in enumerate(_points(names, integers, positive)):
         try:
             left, right = sample(a, point), sample(b, point)
@@ -308,7 +310,7 @@ def equal(a: Node, b: Node) -> bool:
             continue
         seen |= {n for n, side in enumerate((left, right)) if side is not None}
         reals = [side is not None and _is_real(side) for side in (left, right)]
-        apart += n < SAMPLES and reals[0] != reals[1]
+        apart += (whole or n < SAMPLES) and reals[0] != reals[1]
         if left is None or right is None:
             continue
         same = close(left, right)
@@ -322,7 +324,7 @@ def equal(a: Node, b: Node) -> bool:
             real += 1
             if real == 2 * SAMPLES:
                 break
-    if apart > real and len(seen) == 2 and not complex_too:
+    if apart > real * (not whole) and len(seen) == 2 and not complex_too:
         return False
     if real >= 3 or len(other) >= 3:
         return real >= 3 or all(other)

@@ -10,9 +10,10 @@ from functools import lru_cache
 from itertools import permutations
 from unicodedata import normalize
 
-from .phrases import ARTICLE, PARTS, VALUES, number_in_words, phrase
+from . import tokens
+from .phrases import PARTS, VALUES, number_in_words, phrase
 from .tokens import FUNCTIONS, PATTERNS, RULES, VOCABULARY
-from .units import CHANGES, UNITS
+from .units import CHANGES
 
 
 def _names(table: str) -> dict[str, str]:
@@ -23,10 +24,8 @@ def _names(table: str) -> dict[str, str]:
 _WORDS, _SYNONYMS, _OPERATORS = map(_names, ("words", "commands", "operators"))
 UNIT_LETTERS = frozenset("mgshLlKNJWVCFA")
 
-_CHARACTERS = {
-    sign: plain + " " * plain[1:].isalpha()
-    for sign, plain in re.findall(r"(\S) (\S+)", VOCABULARY["signs"])
-}
+_SIGNS = re.findall(r"(\S) (\S+)", VOCABULARY["signs"])
+_CHARACTERS = {sign: plain + " " * plain[1:].isalpha() for sign, plain in _SIGNS}
 _TABLE = str.maketrans(
     _CHARACTERS
     | dict.fromkeys(map(chr, range(32)), " ") | dict.fromkeys('"“”`', "")
@@ -37,20 +36,6 @@ _TABLE = str.maketrans(
 _FOREIGN = _names("foreign")
 _FOREIGN_UNIT = re.compile(r"(?<=[\d}]) ?(\\(?:text|mathrm) ?\{ ?)?[个名位只本颗支棵朵]?"
     rf"({'|'.join(sorted(_FOREIGN, reverse=True))})(?![^\x00-\x7f])(?(1) ?}})")  # fmt: skip
-_CIRCLED = re.compile("[①-⑳]")
-_ONLY_CIRCLED = re.compile(r"(?:[①-⑳]|[\s,;，；、.$(){}]|\\text|\\boxed|and\b|or\b)*")
-_BOX, _BRACE = re.compile(r"\\(?:begin)?f?box(?:ed)?\s*\{"), re.compile(r"\\.|[{}]")
-_UNIT_AFTER_BOX, _TEXT = PATTERNS["unit_after_box"], PATTERNS["text"]
-_CURRENCIES = {r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees"}
-_CALCULUS = {"": r"\tan", "c": r"\cot", "arc": r"\arctan", "arcc": r"\arccot"}
-_POWER_OF_UNIT = re.compile(rf"({'|'.join(sorted(UNITS, reverse=True))})(\^\{{?-?\d\}}?)?")
-_CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)*\.?")
-_FORMULA = re.compile(r".?|\d.*|[-+]?[\d.,:/% ]+|(?!.*[A-Za-z]{2}).*=.*")
-_ANSWER_IS, _UNORDERED, _IDLE = (PATTERNS[name] for name in ("answer_is", "unordered", "idle"))
-_INEQUALITY = re.compile(r"[<>]|\\(?:[lg]e|ne|[lg]t|in)(?![A-Za-z])")
-_CONNECTIVE = re.compile(r"(?: ?,)? ?\\(lor|land)(?![a-z]) ?,?")
-_SPELT = re.compile(r"(?:[A-Za-z0-9 ,'-]|\\text\{[^{}\\]*\})+")
-_ASSIGNED, _STATEMENT = re.compile(r"[A-Za-z](?=\w*=)"), re.compile(r"[()]?(?:\\neg ?)?[p-s][()]?")
 
 
 @lru_cache(maxsize=1024)  # a reference comes with each answer to its question
@@ -63,12 +48,16 @@ def normalise(text: str) -> str:
     text = text.translate(_TABLE)
     if r"\begin" not in text:  # in an environment a double backslash ends a row
         text = re.sub(r"\\\\(?=[A-Za-z()\[\]{}])", r"\\", text)
+    if "circled" in text:
+        text = PATTERNS.circled.sub(lambda match: chr(0x245F + int(match[1])), text)
     if not text.isascii():
+        text = PATTERNS.foreign_label.sub("", PATTERNS.foreign_text.sub(r"\1", text))
+        text = choice[1] if (choice := PATTERNS.foreign_choice.fullmatch(text)) else text
         text = _FOREIGN_UNIT.sub(lambda match: rf"\text{{{_FOREIGN[match[2]]}}}", text)
     text = unbox(text)
-    if _ONLY_CIRCLED.fullmatch(text):  # in another answer a footnote, or nothing
-        text = _CIRCLED.sub(
-            lambda match: f"({ord(match[0]) - 0x245F})", re.sub(r"\\text|[{}]", "", text)
+    if PATTERNS.only_circled.fullmatch(text):  # in another answer a footnote, or nothing
+        text = PATTERNS.circled_digit.sub(
+            lambda match: f"({ord(match[0]) - 0x245F})", re.sub(r"\\text|[{}和与及]", "", text)
         )
     for sign, pattern, new in _RULES:  # a pattern is searched only where its sign is
         text = pattern.sub(new, text) if sign in text else text
@@ -79,28 +68,30 @@ def normalise(text: str) -> str:
 
 def _connectives(text: str) -> str:
     """Between inequalities "and" and "or" keep their meaning; in a list both are a comma."""
-    text = _CONNECTIVE.sub(r"\\\1 ", text)
-    parts = _CONNECTIVE.split(text)[::2]
-    names = [_ASSIGNED.match(part) for part in parts]
+    text = PATTERNS.connective.sub(r"\\\1 ", text)
+    parts = PATTERNS.connective.split(text)[::2]
+    names = [PATTERNS.assigned.match(part) for part in parts]
     if r"\land" not in text and all(names) and len({name[0] for name in names if name}) > 1:
         return text  # x = 1 or y = 2
-    if all(map(_STATEMENT.fullmatch, parts)):
+    if all(map(PATTERNS.statement.fullmatch, parts)):
         return text
-    if not all(map(_INEQUALITY.search, parts)):
+    if not all(map(PATTERNS.inequality.search, parts)):
         text = re.sub(r"\\land ", ", ", text)
-    return text if any(map(_INEQUALITY.search, parts)) else re.sub(r"\\lor ", ", ", text)
+    return text if any(map(PATTERNS.inequality.search, parts)) else re.sub(r"\\lor ", ", ", text)
 
 
 def unbox(text: str) -> str:
     r"""The contents of ``\boxed{…}``, of several as a list, with the prose around them left out; a
     per cent sign, unit or power right after the only box stays."""
     boxes, last = [], 0
-    while match := _BOX.search(text, last):
+    while match := PATTERNS.box.search(text, last):
         end = closing_brace(text, match.end())
-        boxes.append(_BOX.sub("{", text[match.end() : end]))  # what is around a box in a box stays
+        boxes.append(
+            PATTERNS.box.sub("{", text[match.end() : end])
+        )  # what is around a box in a box stays
         last = end + 1
     tail = text[last:].strip(" $.")
-    if len(boxes) == 1 and _UNIT_AFTER_BOX.match(tail):
+    if len(boxes) == 1 and PATTERNS.unit_after_box.match(tail):
         boxes[0] += tail
     return ",".join(boxes) if boxes else text
 
@@ -108,7 +99,7 @@ def unbox(text: str) -> str:
 def closing_brace(text: str, start: int) -> int:
     """The index of the brace that closes the one before ``start``; the end if none does."""
     depth = 1
-    for match in _BRACE.finditer(text, start):
+    for match in PATTERNS.brace.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
             return match.start()
@@ -118,11 +109,11 @@ def closing_brace(text: str, start: int) -> int:
 def words(text: str) -> str | None:
     r"""Letters of an answer made of words only, in lower case (``\text{Even}`` → even)."""
     spelt = _in_words(text)
-    bare = re.sub(r"\b(?:an?|the) (?=[a-z]{3})", "", ARTICLE.sub("", spelt or ""))
-    bare = _IDLE.sub("", bare)
+    bare = re.sub(r"\b(?:an?|the) (?=[a-z]{3})", "", PATTERNS.article.sub("", spelt or ""))
+    bare = PATTERNS.idle.sub("", bare)
     bare = re.sub(r"verges?\b", "vergent", re.sub(r"\bno such [a-z ]*", "no such", bare))
     bare = re.sub(r"\A(mon|tue|wed|thu|fri|sat|sun)(?:n?e?u?r?s?day|r?s)?\Z", r"\1", bare)
-    if _UNORDERED.search(bare):
+    if PATTERNS.unordered.search(bare):
         bare = "".join(sorted(re.findall(r"[a-z]+|\d+", bare)))
     bare = re.sub(r"(?<!\d)[ ,]+|[ ,]+(?!\d)", "", bare)
     return bare if len(bare) > 1 else None
@@ -130,13 +121,15 @@ def words(text: str) -> str | None:
 
 def _in_words(text: str) -> str | None:
     bare = " ".join(re.sub(r"\\text\{|\}", " ", text).lower().split())
-    spelt = _SPELT.fullmatch(text) and (re.search("[a-z]{3}", bare) or not re.search(r"\d", bare))
+    spelt = PATTERNS.spelt.fullmatch(text) and (
+        re.search("[a-z]{3}", bare) or not re.search(r"\d", bare)
+    )
     return bare if spelt else None
 
 
 def _plain_text(match: re.Match[str]) -> str:
     r"""What ``\text{…}`` stands for: a function, a letter, a separator, a number, or words."""
-    inner = _ANSWER_IS.sub("", match[1], count=1).strip(" .")
+    inner = PATTERNS.answer_is.sub("", match[1], count=1).strip(" .")
     lowered = inner.lower().strip(" ,")
     start = match.string[: match.start()].rstrip()
     before, multiplied = start[-1:], start.endswith(r"}\cdot")
@@ -148,16 +141,16 @@ def _plain_text(match: re.Match[str]) -> str:
         return _WORDS[lowered]
     if inner in UNIT_LETTERS and (before.isdigit() or before in ("}", "°") or multiplied):
         return rf"\text{{{inner}}}"
-    if unit := _POWER_OF_UNIT.fullmatch(inner):
+    if unit := PATTERNS.power_of_unit.fullmatch(inner):
         return rf"\text{{{unit[1]}}}{unit[2] or ''}"
-    if _FORMULA.fullmatch(inner) or _CHOICES.fullmatch(inner):
+    if PATTERNS.formula.fullmatch(inner) or PATTERNS.choices.fullmatch(inner):
         return inner
     if digits := number_in_words(lowered):
         return f" {digits} "
     parts = re.split(r"(?:, | |^)(?:and|or) ?(?![A-Za-z])|, ", inner)
     if len(parts) > 1 and match[0][:5] == r"\text":
         joined = ",".join(rf"\text{{{part.strip()}}}" if part else "" for part in parts)
-        return _TEXT.sub(_plain_text, joined)
+        return PATTERNS.text.sub(_plain_text, joined)
     return rf"\text{{{inner}}}" if match[0][:5] != r"\math" or " " in inner else f" {inner}"
 
 
@@ -197,21 +190,19 @@ _MAKERS: dict[str, Callable[[re.Match[str]], str]] = {
     "parts": lambda m: ";".join(filter(None, m.groups())),
     "command": lambda m: _SYNONYMS.get(m[1], m[0]), "word": lambda m: _WORDS[m[1]],
     "operator": lambda m: _OPERATORS[m[0]], "primes": lambda m: "''" if m[1] else "'",
-    "currency": lambda m: rf"{m[2] or ''}\text{{{_CURRENCIES[m[1] or m[3]]}}}",
+    "currency": lambda m: rf"{m[2] or ''}\text{{{VOCABULARY['currencies'][m[1] or m[3]]}}}",
     "base": lambda m: f"{m[1].upper()}_{m[2]}", "joined": lambda m: m[0].replace(" ", ""),
     "residue": lambda m: rf"\pmod{{{m[2].strip('{}')}}}", "unmarked": lambda m: "" if m[1] else " ",
     "pairs": lambda m: m[0].replace(")(", "),("), "braced": lambda m: rf"\text{{{m[m.lastindex]}}}",
-    "tangent": lambda m: _CALCULUS[m[1]] + " " * len(m[2]),
+    "mapped": lambda m: f"{m[1]}({m[2]})={m[3]}" if m[1] else m[3] if m[2] in m[3] else m[0],
+    "tangent": lambda m: VOCABULARY["tangents"][m[1]] + " " * len(m[2]),
     "derivative": lambda m: f"\0{m[3]}'{m[2] and chr(39)}_{m[5]}{m[4] or ''}",
     "said": lambda m: m[0] if CHANGES.search(m[1].lower()) else "",
     "dots": lambda m: f"\0{m[3]}'{m[1] and chr(39)}{m[4] or ''}",
 }  # fmt: skip
-_NAMED = {name.upper(): pattern.pattern for name, pattern in PATTERNS.items()} | {
-    "WORD": "|".join(sorted(_WORDS, reverse=True)), "VALUES": "|".join(VALUES),
-    "PARTS": "|".join(PARTS),
-}  # fmt: skip
+tokens.PARTS["WORD"] = "|".join(sorted(_WORDS, reverse=True))
+tokens.PARTS |= {"VALUES": "|".join(VALUES), "PARTS": "|".join(PARTS)}
 _RULES = [
-    (sign, re.compile(re.sub("<([A-Z_]+)>", lambda m: _NAMED[m[1]], pattern)),
-     _MAKERS[new[1:]] if new[:1] == "@" else new)
+    (sign, re.compile(tokens.filled(pattern)), _MAKERS[new[1:]] if new[:1] == "@" else new)
     for sign, pattern, new in RULES["rules"]
-]  # fmt: skip
+]

@@ -12,7 +12,6 @@ _SMALL = VALUES | {
     f"{tens} {ones}": VALUES[tens] + n
     for tens in _TENS for n, ones in enumerate(_ONES[1:10], 1)
 }  # fmt: skip
-ARTICLE = PATTERNS["article"]
 _STOCK = [(re.compile(text), meaning) for meaning, text in VOCABULARY["phrases"].items()]
 
 
@@ -43,7 +42,9 @@ def _whole(text: str) -> int | None:
 
 def phrase(text: str) -> str | None:
     """What a phrase in lower case stands for, or None if it has no other form."""
-    bare = ARTICLE.sub("", text)
+    if (exactly := PATTERNS.exactly.sub("", text)) != text:
+        return phrase(exactly) or exactly
+    bare = PATTERNS.article.sub("", text)
     found = (to for pattern, to in _STOCK for some in (bare, text) if pattern.fullmatch(some))
     if stock := next(found, None) or number_in_words(bare) or number_in_words(text):
         return stock

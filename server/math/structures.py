@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from math import log2
 
 from . import constants, regions
-from .evaluate import Undecided, equal, sample, symbols, value
-from .tidy import COLLECTIONS, entries, is_numbered, is_rounded, name_of, tidy, value_of
+from .evaluate import Undecided, equal, has, sample, symbols, value
+from .tidy import COLLECTIONS, entries, is_numbered, is_rounded, name_of, only_names, tidy, value_of
 from .tree import Node, number, rewritten
 from .values import same_values
 
@@ -144,8 +144,8 @@ def _same_groups(a: Node, b: Node) -> bool:
         if other.op == "fn" and other.args[0] == "floor":  # Gauss's brackets
             return group.args[0] == "[" and _pairwise(items, other.args[1:])
         terms = (Node("mul", (x, Node("sym", (c,)))) for x, c in zip(items, "ijk", strict=False))
-        unit_vectors = symbols(other) - symbols(group) in _UNIT_VECTORS  # 2i + 3j
-        return unit_vectors and 1 < len(items) < 4 and equal(other, Node("add", tuple(terms)))
+        fits = symbols(other) - symbols(group) in _UNIT_VECTORS and group.args[:2] in _VECTORS
+        return fits and 1 < len(items) < 4 and equal(other, Node("add", tuple(terms)))
     ends = [(side.args[0] == "[", side.args[1] == "]") for side in (a, b)]
     if len(a.args) == len(b.args) == 4 and ends[0] != ends[1]:
         return False
@@ -153,7 +153,10 @@ def _same_groups(a: Node, b: Node) -> bool:
 
 
 def _same_matrices(a: Node, b: Node) -> bool:
-    alike = a.op == b.op and len(a.args) == len(b.args)
+    if a.op != b.op:  # 2i + 3j
+        flat = (Node("group", ("(", ")", *entries(s))) if s.op == "matrix" else s for s in (a, b))
+        return _same_groups(*flat)
+    alike = len(a.args) == len(b.args)
     return alike and all(_pairwise(x.args, y.args) for x, y in zip(a.args, b.args, strict=True))
 
 
@@ -177,12 +180,14 @@ def _same_relations(a: Node, b: Node) -> bool:
                 return False  # AB = CD isn't CD
             other = other.args[0] if other.op == "set" and len(other.args) == 1 else other
             return same(value_of(a), other) if a is relation else same(other, value_of(b))
+        values = [side for side in relation.args[1:] if only_names(side)]
+        if relation is b and len(values) == 1 and "=" not in b.args[0]:  # 0 < AM/BN < 1
+            relation = b = rewritten(b, lambda p: Node("sym", ("x",)) if p == values[0] else p)
         if relation.args[0] == ("in",) and relation.args[1].op == "sym":
             return same(relation.args[2], other)
         if set(relation.args[0]) == {"="}:
             first, *sides = relation.args[1:]
-            terms = first.args if relation is b and first.op == "add" else (first,)
-            named = len(terms) > 1 and all(term.op == "sym" for term in terms)  # m + n = 5 for 5
+            named = relation is b and only_names(first)  # m + n = 5 for 5
             sides = sides if named else [first, *sides]  # 1 + 1 = 2 for 2
             says = len({*sides}) == len(sides) and not any(map(symbols, sides))
             return says and all(same(side, other) for side in sides)
@@ -199,6 +204,9 @@ def _same_relations(a: Node, b: Node) -> bool:
         return same(value_of(a), value_of(b)) or constants.same(
             a.args[1], b.args[1], a.args[2], b.args[2]
         )
+    if name_a and name_b and (has(name_a, "rel") or has(name_b, "rel")):  # P(X = 0)
+        alike = name_a.op == name_b.op and _pairwise(name_a.args, name_b.args)
+        return alike and same(value_of(a), value_of(b))
     if set(a.args[0]) == set(b.args[0]) == {"="} and len(a.args) == len(b.args) == 3:
         return _same_equations(a.args[1:], b.args[1:])
     return _same_inequalities(a, b) or _same_regions(a, b)

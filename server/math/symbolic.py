@@ -7,47 +7,40 @@ need the signals of the main thread, are off: they are the caller's.
 import logging
 import re
 
-from .tokens import FUNCTIONS, NAMES, word_set
+from .tokens import FUNCTIONS, NAMES, PATTERNS, VOCABULARY, word_set
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its limits are off
 
 MAX_LENGTH = 300  # its parser may take time exponential in the number of brackets
-_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
-_BARE_SCRIPT = re.compile(r"(?<=[_^])([A-Za-z])")  # it doesn't read \int_1^e
-_EQUALS = re.compile(r"(?<![<>!])=(?![^{}]*\}|[^()]*\))")
-_NAME = re.compile(r"[A-Za-z](?:_?\w|[(\[][^()\[\]]*[)\]])?")
-_COMMAND = re.compile(r"\\([A-Za-z]+)")
-_KNOWN = (
-    FUNCTIONS | NAMES | word_set("frac int sum prod lim to infty pi cdot times binom over choose")
-)
-_OPERATION = re.compile(r"\\(lim|i?int|sum|prod)(?![a-z])")
-_PROSE = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}")
+_KNOWN = FUNCTIONS | NAMES | word_set(VOCABULARY["math_verify"])
 
 
 def readable(gold: str, pred: str) -> bool:
     """Whether math-verify may be trusted with a pair: short, no prose, as many
     ellipses and derivatives, letters alike in case."""
     pair = gold, pred
-    prose = [re.findall(rf"{_PROSE.pattern}|\\ldots|\\partial|'", text) for text in pair]
-    letters = [{*_LETTER.findall(text)} for text in pair]
+    prose = [re.findall(rf"{PATTERNS.prose.pattern}|\\ldots|\\partial|'", text) for text in pair]
+    letters = [{*PATTERNS.letter.findall(text)} for text in pair]
     lowered = [{letter.lower() for letter in own} for own in letters]
     alike = prose[0] == prose[1] and (letters[0] == letters[1] or lowered[0] != lowered[1])
-    known = {*_COMMAND.findall(pred)} <= {*_COMMAND.findall(gold)} | _KNOWN and "{}" not in pred
+    known = {*PATTERNS.command.findall(pred)} <= {
+        *PATTERNS.command.findall(gold)
+    } | _KNOWN and "{}" not in pred
     return max(map(len, pair)) <= MAX_LENGTH and alike and known and (gold + pred).isascii()
 
 
 def unread(gold: str, pred: str) -> bool:
     """Whether a normalised answer has words beside numbers that the reference hasn't."""
     bare = (re.sub(r"\\(?:begin|end)\{\w+", "", text) for text in (pred, gold))
-    words, known = ({*_PROSE.findall(text)} for text in bare)
+    words, known = ({*PATTERNS.prose.findall(text)} for text in bare)
     return bool(re.search(r"\d", pred) and words - known)
 
 
 def unfinished(gold: str, pred: str) -> bool:
     """Whether an answer leaves a limit, an integral or a sum to do that the reference doesn't."""
-    left = {*_OPERATION.findall(pred)} - {*_OPERATION.findall(gold)}
-    left -= {"sum", "prod"} if _LETTER.search(gold) else set()  # n(n+1)/2 may be a sum
-    return bool(left) and all(map(_OPERATION.search, _EQUALS.split(pred)))
+    left = {*PATTERNS.operation.findall(pred)} - {*PATTERNS.operation.findall(gold)}
+    left -= {"sum", "prod"} if PATTERNS.letter.search(gold) else set()  # n(n+1)/2 may be a sum
+    return bool(left) and all(map(PATTERNS.operation.search, PATTERNS.equals.split(pred)))
 
 
 def equal(gold: str, pred: str) -> bool | None:
@@ -56,9 +49,14 @@ def equal(gold: str, pred: str) -> bool | None:
     no equation, all sides of the other but names equal it."""
     if not readable(gold, pred):
         return False
-    sides = [_EQUALS.split(_BARE_SCRIPT.sub(r"{\1}", text)) for text in (gold, pred)]
+    sides = [
+        PATTERNS.equals.split(PATTERNS.bare_script.sub(r"{\1}", text)) for text in (gold, pred)
+    ]
     if len(sides[0]) != len(sides[1]):
-        sides = [[side for side in part if not _NAME.fullmatch(side)] or part for part in sides]
+        sides = [
+            [side for side in part if not PATTERNS.short_name.fullmatch(side)] or part
+            for part in sides
+        ]
         longer = max(map(len, sides))
         if min(map(len, sides)) > 1:
             return False

@@ -191,6 +191,14 @@ def _is_name(node: Node) -> bool:
     return False
 
 
+def only_names(node: Node) -> bool:
+    """Whether a tree, not one letter, only names a value: a + b, AB/CD, but no x + 1, y' + y."""
+    names, terms = symbols(node), node.args if node.op == "add" else (node,)
+    several = len(names) > 1 or any(name.isalpha() and name[1:] for name in names)
+    several = (several or has(node, "apply")) and not (terms[1:] and "'" in "".join(names))
+    return several and all(_is_name(t.args[0] if t.op == "neg" else t) for t in terms)
+
+
 def value_of(node: Node) -> Node:
     """The value of a ``name = … = value`` relation."""
     first, last = node.args[1], node.args[-1]

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -16,8 +17,16 @@ def table(name: str) -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
+def filled(text: str) -> str:
+    """A pattern with other ones in the places that are named after them: <ARGUMENT>."""
+    return re.sub("<([A-Z_]+)>", lambda match: filled(PARTS[match[1]]), text)
+
+
 VOCABULARY, RULES = table("vocabulary.toml"), table("rules.toml")
-PATTERNS = {name: re.compile(text) for name, text in RULES["patterns"].items()}
+UNITS = word_set(VOCABULARY["units"]["known"])
+PARTS = {name.upper(): text for name, text in RULES["patterns"].items()}  # of other patterns
+PARTS["KNOWN"] = "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
+PATTERNS = SimpleNamespace(**{name.lower(): re.compile(filled(PARTS[name])) for name in PARTS})
 FUNCTIONS, GREEK = word_set(VOCABULARY["functions"]), word_set(VOCABULARY["greek"])
 NAMES = GREEK | word_set(VOCABULARY["names"])
 ACCENTS = frozenset(map("\\{}".format, VOCABULARY["accents"].split()))
@@ -27,9 +36,6 @@ SET_OPERATIONS = {r"\cup": "cup", r"\cap": "cap", r"\setminus": "minus", r"\back
 TIMES = frozenset(["*", r"\cdot", r"\times", r"\ast", r"\div", "/"])
 NOT_A_FACTOR = word_set(VOCABULARY["not_a_factor"]) | {*RELATIONS} | TIMES
 MAX_TOKENS = 4_000
-_TOKEN = PATTERNS["token"]
-_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?!,?\d)")
-_SUBSCRIPT = re.compile(r"\d+(?!\d|\^(?:\{[^{}]*)?[-+(]*[A-Za-z])")
 _WORDS = FUNCTIONS | {"pi"} | {name for name in GREEK if len(name) > 2}
 
 
@@ -49,8 +55,8 @@ def split(text: str, thousands: bool) -> list[str]:
     position = depth = 0
     alone = re.sub(r"\\text\{[^{}]*\}|[ ,]", "", text).isalpha()
     while position < len(text):
-        match = _THOUSANDS.match(text, position) if thousands and depth == 0 else None
-        match = match or _TOKEN.match(text, position)
+        match = PATTERNS.thousands.match(text, position) if thousands and depth == 0 else None
+        match = match or PATTERNS.token.match(text, position)
         if match is None or len(found) > MAX_TOKENS:
             raise TooComplex("too many tokens, or not text")
         position = match.end()
@@ -65,7 +71,10 @@ def split(text: str, thousands: bool) -> list[str]:
             token = token.replace(",", "")
         if kind == "word" and token not in _WORDS:
             found += _letters(token, alone)
-            if _SUBSCRIPT.match(text, position) and found[-2:-1] not in ([r"\frac"], [r"\binom"]):
+            if PATTERNS.subscript.match(text, position) and found[-2:-1] not in (
+                [r"\frac"],
+                [r"\binom"],
+            ):
                 found.append("_")  # x1 is x_1, but n2^n a product
         elif kind != "space":
             found.append("\\" + token if kind == "word" else token)

@@ -18,7 +18,6 @@ from .tokens import CLOSERS, FUNCTIONS, NOT_A_FACTOR, RELATIONS, ParseError, Too
 MAX_DEPTH = 30
 _OTHERWISE = (("otherwise",), ("else",), ("elsewhere",))
 MAX_DIGITS = 400
-_CALL = tokens.PATTERNS["call"]
 
 
 class Node(NamedTuple):
@@ -138,10 +137,11 @@ class _Parser:
             if token in tokens.TIMES and not implicit:
                 self.next()
                 (bottom if token in ("/", r"\div") else top).append(self.factor(signed=True))
-            elif self._starts_factor(token) and not (implicit and token[1:] in FUNCTIONS):
+            elif self._starts_factor(token) and (not implicit or self._goes_on(token)):
                 previous = self.peek(-1) if top[-1].op == "num" else ""
-                if token[0].isdigit() and (previous[:1].isdigit() or self._after_word()):
-                    raise TooComplex("two numbers side by side, or with a word between them")
+                zero = previous.strip("0.") == "" != previous and self._is_word()
+                if zero or (token[0].isdigit() and (previous[:1].isdigit() or self._after_word())):
+                    raise TooComplex("two numbers side by side, or words after one")
                 if token.isalpha() and token[2:] and (last := self.peek(-1)).isalpha() and last[2:]:
                     raise ParseError("words don't commute")
                 factor = self.factor()
@@ -152,6 +152,15 @@ class _Parser:
                 break
         node = _together("mul", [*map(_inner, top)] if len(top) > 1 else top)
         return Node("div", (node, _together("mul", bottom))) if bottom else node
+
+    def _goes_on(self, token: str) -> bool:
+        return token[1:] not in FUNCTIONS or (token == r"\sqrt" and self.peek(-1).isdigit())
+
+    def _is_word(self) -> bool:
+        token = self.peek()
+        return token.startswith(r"\text{") or (
+            token.isalpha() and (token + self.peek(1))[1:].isalpha()
+        )
 
     def _after_word(self) -> bool:
         """Whether the last token ends a word: the numbers around "out of" don't commute."""
@@ -234,7 +243,7 @@ class _Parser:
             if token in "fg" and "".join(self.tokens[self.at : self.at + 6]) == "^{-1}(":
                 self.at += 5
                 name += "^-1"
-            called = _CALL.match("".join(self.tokens[self.at : self.at + 12]))
+            called = tokens.PATTERNS.call.match("".join(self.tokens[self.at : self.at + 12]))
             if called or (self.peek() == "(" and token in ("f", "g")):
                 return Node("apply", (name, self.bracketed()))
             return Node("sym", (name,))

@@ -6,10 +6,9 @@ from fractions import Fraction
 from functools import lru_cache
 
 from .phrases import PARTS, POWERS, VALUES
-from .tokens import PATTERNS, VOCABULARY, word_set
+from .tokens import PATTERNS, UNITS, VOCABULARY, word_set
 
 _TABLES = VOCABULARY["units"]
-UNITS = word_set(_TABLES["known"])
 _FRACTIONS = "|".join((*PARTS, "hundredth", "thousandth", "millionth", "billionth"))
 CHANGES = re.compile(  # words after a number that change its value, so that they are no unit
     rf"\b(?:{'|'.join(_TABLES['changes'].split())}|(?:square|sq|cubic)\Z"
@@ -19,36 +18,9 @@ NAMES = re.compile(rf"\b(?:{'|'.join(_TABLES['named'].split())})\Z")
 _NO_PLURALS = word_set(_TABLES["no_plurals"]) | {f"{word}s" for word in (*VALUES, *POWERS, *PARTS)}
 _IDLE = word_set(_TABLES["idle"])
 _BESIDE = word_set(_TABLES["beside"]) | word_set(_TABLES["counted"]) | _IDLE
-_ANGLES = ("", "rad", "°c", "°f")
-_KNOWN = "|".join(sorted(UNITS, key=lambda unit: (-len(unit), unit)))
-_ATOM = (
-    rf"\(?(?:\\text\{{(?:[A-Za-z./ -]|\^-?\d)+\}}|(?:{_KNOWN}|in(?=\^)"
-    rf"|(?<=[ {{(/*-])(?![A-Z]/[A-Z])[smhgJNLKVWCA])(?![A-Za-z]))(?:\^\{{?-?\d\}}?)?\)?"
-)
-_BETWEEN = (  # factors; after a letter that may be a variable, no space and no minus
-    r"(?: ?(?:\\cdot|\*|/|\bper\b) ?|(?<=[A-Z}tbn])-"
-    r"|(?:(?<=[A-Z}])|(?<=[a-z]{2})|(?= [a-z]+\^\{-)) )"
-)
-_PRODUCT = rf"{_ATOM}(?:{_BETWEEN}(?:{_ATOM}|(?<=per )[a-z]{{3,}}))"
-_COMPOUND = re.compile(
-    rf"(?:(?<=[\d)}}\]])|(?<=\\pi)) ?"
-    rf"(?:\\frac\{{({_PRODUCT}*)\}}\{{({_PRODUCT}*)\}}|({_PRODUCT}+))\Z"
-)
-_UNIT = re.compile(
-    r"(?:(?<=[\d})\]!a-z%°]) ?\\text\{(?P<text>[^{}]*)\}"
-    r"|(?:(?<=[\d})]) ?|(?<=\\pi) )(?P<known>" + _KNOWN + r"|in(?=\^))"
-    r"|(?:(?:(?<=[\d})])|(?<=\\pi)) |(?<=[)}°])(?=[A-Za-z]{5}))"
-    r"(?P<words>(?:[A-Za-z]{3,}|sq|cu|oz|lb|kg|ft|km|cm|ml)(?: [A-Za-z]+|[/-][A-Za-z]{2,}){0,6})"
-    r")(?P<power>\^\{?-?\d\}?)?\Z"
-)
-_COMMA = re.compile(r"(?:(?<!\d),|,(?!\d{3}(?!\d)))(?![^()\[\]{}]*[)\]}])")
-_WRAPPING = re.compile(r"\\text\{|[(){}]")
-_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan)")
-_TIMES = re.compile(r" ?\\cdot ?|(?:[ *]|(?<!\^)-)+")
-_TWO_UNITS = PATTERNS["two_units"]
+_ANGLES = ("", "rad")
 _DEFINED = {unit: (Fraction((size := text.split())[0]), size[1])
             for unit, text in _TABLES["defined"].items()}  # fmt: skip
-_BARE_LETTER = re.compile(r"([-\d.,/]*\d)( ?)([smhgJNLKVWCA])(\^\{?-?\d\}?)?")
 _UNIT_NAMES = dict(re.findall(r"(\w+):(\S*)", _TABLES["spelt"]))
 _MEASURES = {unit.lower().removesuffix("s") for unit in UNITS} | {*_UNIT_NAMES.values()}
 _UNIT_WORDS = {unit.lower() for unit in UNITS} | _BESIDE | {*_UNIT_NAMES, *_UNIT_NAMES.values()}
@@ -59,22 +31,24 @@ def split_unit(text: str) -> tuple[str, str]:
     as ``("10", "cm^2")`` of ``10\text{cm}^2``."""
     if text[-1:].isdigit() and "^" not in text[-4:]:
         return text, ""
-    if match := _TWO_UNITS.fullmatch(text):  # 2 min 30 s
+    if match := PATTERNS.two_units.fullmatch(text):  # 2 min 30 s
         (large, of), (small, also) = (_measure(_singular(match[n])) for n in (2, 4))
         if (of == also and large > small) or match[2] == "°":
             ratio = large / small if match[2] != "°" else 60
             unit = _singular(match[4]).replace("''", "in")
             seconds = Fraction(match[5] or 0) / 60
             return str(int(match[1]) * ratio + Fraction(match[3]) + seconds), unit
-    text = _COMPOUND.sub(_compound, text)
-    match = _UNIT.search(text[-80:]) if len(text) > 1 else None
+    text = PATTERNS.compound.sub(_compound, text)
+    match = PATTERNS.unit.search(text[-80:]) if len(text) > 1 else None
     if not match:
         return text, ""
     body = text[: len(text) - len(match[0])].replace(f"{match[0]},", ",").strip()
     name = (match["text"] or match["known"] or match["words"] or "").lower()
-    name = _TIMES.sub("*", name.strip(" ()").replace(" per ", "/")) if name[:1] != "-" else "2"
+    name = (
+        PATTERNS.times.sub("*", name.strip(" ()").replace(" per ", "/")) if name[:1] != "-" else "2"
+    )
     bare = body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body)
-    if bare or CHANGES.search(name) or re.search(r"[^a-z°.*'/^()\d-]|(?<![\^a-z-])\d", name):
+    if bare or CHANGES.search(name) or PATTERNS.no_unit.search(name):
         return text, ""
     power_word, _, rest = name.partition("*")
     if power_word in POWERS:  # 5 million people
@@ -86,7 +60,8 @@ def split_unit(text: str) -> tuple[str, str]:
 def _compound(match: re.Match[str]) -> str:
     """A product or quotient of units in one text."""
     text = f"{match[1]}/{match[2]}" if match[1] else match[3]
-    return rf"\text{{{_TIMES.sub('*', _WRAPPING.sub('', text).strip().replace(' per ', '/'))}}}"
+    bare = PATTERNS.wrapping.sub("", text).strip().replace(" per ", "/")
+    return rf"\text{{{PATTERNS.times.sub('*', bare)}}}"
 
 
 def _canonical(name: str) -> str:
@@ -125,10 +100,10 @@ def _singular(name: str) -> str:
 def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
     r"""Both normalised answers without their units, and whether these contradict each other. A unit
     on one side only is no contradiction: ``5`` equals ``5\text{m}``, and so does ``5 m``."""
-    items = [_COMMA.split(text) for text in (gold, pred)]
+    items = [PATTERNS.outer_comma.split(text) for text in (gold, pred)]
     if 1 < len(items[0]) == len(items[1]):
         return _split_lists(*items)
-    own, its = _BARE_LETTER.fullmatch(gold), _BARE_LETTER.fullmatch(pred)
+    own, its = PATTERNS.bare_letter.fullmatch(gold), PATTERNS.bare_letter.fullmatch(pred)
     gold = own[1] if own and own[2] and not re.search("[A-Za-z]", pred) else gold
     pred = its[1] if its and not re.search("[A-Za-z]", gold) else pred
     (gold_body, gold_unit), (pred_body, pred_unit) = split_unit(gold), split_unit(pred)
@@ -148,13 +123,14 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
             gold, pred = (re.sub(r",(?=\d{3})", "", body) for body in (gold_body, pred_body))
             return rf"({gold})\cdot{size}", rf"({pred})\cdot{its_size}", False
         (name, _, power), (other, _, its) = gold_unit.partition("^"), pred_unit.partition("^")
-        each = {*of} ^ {
-            *also
-        }  # cents per pen are cents, red pens pens, metres per second no metres
+        # cents per pen are cents, red pens pens, metres per second no metres
+        each = {*of} ^ {*also}
         counted = size == its_size and (each.isdisjoint(of) or each.isdisjoint(also))
         counted = counted and {*of} & {*also} and {u for u, _ in each} <= _UNIT_WORDS - _MEASURES
         return gold_body, pred_body, not counted if name and other else power != its  # units^2
-    bodies = ("" if _TRIGONOMETRIC.search(body) else body for body in (gold_body, pred_body))
+    bodies = (
+        "" if PATTERNS.trigonometric.search(body) else body for body in (gold_body, pred_body)
+    )
     signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in bodies]
     if "rad" in (gold_unit, pred_unit) and signs[0] != signs[1]:  # no degree sign is left out
         return rf"0°+({gold_body})", rf"0°+({pred_body})", False
@@ -175,14 +151,9 @@ def _split_lists(gold: list[str], pred: list[str]) -> tuple[str, str, bool]:
 
 def _is_unit(text: str) -> bool:
     """Whether all words after a number are known, or in the plural: 36 apples, not 36 lakh."""
-    match = _UNIT.search(text[-80:])
+    match = PATTERNS.unit.search(text[-80:])
     words = re.findall(r"(?<!\\)\b[a-z.]+", match[0].lower()) if match else []
-    if (
-        match
-        and match["power"]
-        and words
-        and words[-1].removesuffix("s") not in {"unit", *_MEASURES}
-    ):
+    if words and match["power"] and words[-1].removesuffix("s") not in {"unit", *_MEASURES}:
         return False
     return all(
         word in _UNIT_WORDS
