@@ -372,7 +372,9 @@ def test_skipped_steps_in_a_row_are_as_many_as_the_key_says(
     trainer = make_trainer(tiny_model, tmp_path, "trainer.max_skipped_steps=2")
     step, reports = make_step(make_samples([2, 3])), [[{"skipped": 1.0, "tokens": 1.0}]]
     trainer.count_skipped(reports, [step], "actor")
-    with pytest.raises(FloatingPointError, match=r"of 2 optimizer steps of the actor in a row .*_steps=2"):
+    with pytest.raises(
+        FloatingPointError, match=r"of 2 optimizer steps of the actor in a row .*_steps=2"
+    ):
         trainer.count_skipped(reports, [step], "actor")
 
 
