@@ -230,7 +230,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.method not in METHODS and ".py:" not in args.method:
         names = f"(choose from {', '.join(METHODS)}, or {OWN_METHOD})"
         die(f"argument --method: invalid choice: {args.method!r} {names}")
-    if args.alpha and args.method != "delta-l-norm":
+    if args.alpha and args.method in METHODS.keys() - {"delta-l-norm"}:
         die("--alpha belongs to --method delta-l-norm")
     return args
 
@@ -245,7 +245,9 @@ def plan(task: Task, args: argparse.Namespace) -> tuple[Path, Path, list[str]]:
     warm = out / f"warm-up-seed-{args.seed}-{of_warm_up}"
 
     alpha = args.alpha or task.alpha
-    method = METHODS.get(args.method, f"actor_rollout_ref.actor.loss_agg_mode={args.method}")
+    own = f"actor_rollout_ref.actor.loss_agg_mode={args.method}"
+    own += f" algorithm.grpopp_config.alpha={args.alpha}" * bool(args.alpha)
+    method = METHODS.get(args.method, own)
     settings = f"{RL} {task.rl} {method.format(alpha=alpha)}".split()
     settings += LORA.split() * args.lora
     settings += [f"data.seed={args.seed}", f"actor_rollout_ref.rollout.seed={args.seed}"]

@@ -1,5 +1,8 @@
 """Functions of the user's: what they are given, where they run, and what is refused."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import close, make_samples
+from tests.helpers import ROOT, close, make_samples
 from verl.algorithms.advantages import ADVANTAGES, advantages
 from verl.algorithms.losses import ppo_loss
 from verl.algorithms.policy_losses import POLICY_LOSSES
@@ -71,6 +74,27 @@ def test_weights_get_what_they_take_and_only_responses_with_tokens(tmp_path: Pat
     found = response_weights([2, 0, 4, 5], mode, 10, groups=[0, 1, 1, 2])
     close(found, [0, 0, 2 / 40, 4 / 50])
     assert response_weights([0, 0], mode, 10).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("function", ["weights", "negative", "absent"])
+def test_a_dry_run_tries_them(function: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(GOOD + "\ndef negative(lengths):\n    return -lengths\n")
+    override = f"{KEYS['weights']}={path}:{function}"
+    done = subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main_ppo", override],
+        env=os.environ | {"DRY_RUN": "quiet"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if function == "weights":
+        assert (done.returncode, done.stderr) == (0, "") and override.partition("=")[
+            2
+        ] in done.stdout
+        return
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {override}") and done.stderr.count("\n") == 1
 
 
 def test_advantages_get_what_they_take(tmp_path: Path) -> None:

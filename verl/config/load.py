@@ -135,6 +135,10 @@ def entry_point(
         with logging_redirect_tqdm():  # so that lines of the log don't end in a progress bar
             return run(typed)
     text = OmegaConf.to_yaml(asdict(typed))
+    if isinstance(typed, Config) and typed.algorithm.own_functions:
+        tried = [sys.executable, "-m", "verl.tools.try_functions"]
+        if status := subprocess.run(tried, input=text, stdout=sys.stderr, text=True).returncode:
+            raise SystemExit(status)
     print(text, end="", flush=True)
     if isinstance(typed, Config) and dry_run != "quiet":
         command = [sys.executable, "-m", "verl.tools.memory_plan"]

@@ -59,7 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.smooth is not None and args.smooth < 1:
         parser.error(f"--smooth {args.smooth}: a number of steps, 1 or more")
     try:
-        runs = [read_run(folder) for folder in dict.fromkeys(p.resolve() for p in args.runs)]
+        folders = [*dict.fromkeys(p.resolve() for p in args.runs)]
+        if started := [f for f in folders if (f / "metrics.jsonl").is_file()]:
+            for other in (f for f in folders if f not in started):  # as * finds them
+                print(f"left out: {other} has no metrics.jsonl", file=sys.stderr)
+        runs = [read_run(folder) for folder in started or folders]
         groups = group_runs(runs)
         page, plots = render(groups, args.title, args.smooth)
         args.output.parent.mkdir(parents=True, exist_ok=True)
