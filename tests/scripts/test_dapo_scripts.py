@@ -196,7 +196,7 @@ def test_help_names_the_defaults_of_the_script(name: str, chosen: str, alpha: st
     text = " ".join(result.stdout.split()).replace("- ", "-")  # lines break at hyphens
     methods = "dr-grpo-norm, dr-grpo, or a function of your own, path/to/file.py:function"
     assert f"{methods} [{chosen}] --alpha" in text
-    assert f"exponent of delta-l-norm [{alpha}] --lora" in text
+    assert f"exponent of delta-l-norm, or auto [{alpha}] --lora" in text
     assert "#" not in result.stdout and "source" not in result.stdout
 
 

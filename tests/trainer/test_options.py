@@ -101,6 +101,7 @@ def test_alpha_that_follows_the_measured_exponent_resumes_exactly(
     options = ["algorithm.grpopp_config.alpha=auto", "trainer.save_hf_model=False"]
     options += ["trainer.val_before_train=False", "trainer.test_freq=-1"]
     monkeypatch.setattr(exponent, "FEWEST", 2 * exponent.PER_STEP)
+    monkeypatch.setattr(exponent, "NARROWEST", 1e-9)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run(settings, *options, f"trainer.default_local_dir={whole}")
     steps = read(whole)
