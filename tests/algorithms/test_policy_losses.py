@@ -1,6 +1,6 @@
 """Every policy loss against verl's own function, finite differences, and each split of the work.
 
-`data/policy_losses.json` holds random inputs of 26 tokens, and what verl 0.9.0's functions (VESPO:
+`data/policy_losses.json` holds random inputs of 26 tokens, and what verl 0.9.1's functions (VESPO:
 TRL's) gave for them: the loss, its gradient and the metrics.
 """
 
