@@ -178,8 +178,9 @@ def test_the_warm_up_ends_after_as_many_skipped_steps_as_the_key_says(
     given = settings(tiny_model, tmp_path, *keys, *ONE, "trainer.total_training_steps=9")
     with pytest.raises(SystemExit):
         main_sft.run(load_config(given, "sft_trainer"))
-    assert "of 2 optimizer steps in a row was not finite (trainer.max_skipped_steps=2)" in (
-        capsys.readouterr().err
+    assert (
+        "of 2 optimizer steps of the model in a row was not finite (trainer.max_skipped_steps=2)"
+        in (capsys.readouterr().err)
     )
     assert [a[0] for a in group.calls].count("update") == 3
 
