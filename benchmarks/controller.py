@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +45,7 @@ from verl.protocol import (
     response_lengths,
 )
 from verl.rewards.scorer import RewardManager
-from verl.rollout.engine import RolloutEngine, SamplingParams, rows_of
+from verl.rollout.engine import RolloutEngine, Row, SamplingParams
 from verl.rollout.pool import EnginePool
 from verl.trainer.ppo.batches import BatchesState, has_spread, split_groups
 from verl.trainer.ppo.checkpoint import CheckpointFolder, TrainState
@@ -85,18 +86,15 @@ class Engine(RolloutEngine):
         self.tokens = rng.integers(VOCABULARY, size=POOL)
         self.log_probs = -rng.random(POOL, np.float32)
 
-    def generate(
-        self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
-    ) -> Iterator[list[Sample]]:
-        for prompt, group in zip(prompts, groups, strict=True):
+    def generate_rows(self, rows: Sequence[Row], params: SamplingParams) -> Iterator[list[Sample]]:
+        for group, of_group in groupby(rows, key=lambda row: row.group):
             rng = np.random.default_rng(group)
             lengths = draw_lengths(params.n, rng)
             starts = rng.integers(POOL - LONGEST, size=params.n)
-            rows = rows_of([prompt], [group], params.n)
             parts = [slice(i, i + n) for i, n in zip(starts, lengths, strict=True)]
             yield SampleBatch(
                 self.to_sample(row, self.tokens[part], self.log_probs[part])
-                for row, part in zip(rows, parts, strict=True)
+                for row, part in zip(of_group, parts, strict=True)
             )
 
     def load_weights(self, chunk: WeightChunk) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "unfinished"]
 
 
 @dataclass(slots=True)
@@ -31,9 +31,11 @@ class Sample:
     prompt: Prompt
     group: int  # responses to the same prompt in one rollout batch share this number
     response_ids: NDArray[np.int64]  # with the end-of-sequence token, if there was one, [R]
-    finish_reason: FinishReason  # `length`: at the limit without an end-of-sequence token
+    # `length`: at the limit without an end-of-sequence token. `unfinished`: it will go on.
+    finish_reason: FinishReason
     response_index: int = 0  # which of the n responses to its prompt this is, from 0
-    policy_version: int = 0  # training steps of the policy that generated the response
+    policy_version: int = 0  # training steps of the policy that generated the first token
+    token_versions: NDArray[np.int32] | None = None  # of each token's, [R]; None: all the same
     # True for the tokens that the policy generated, [R]; None: all of them. The others (a tool's
     # answer) are only read: they have no part in lengths, weights and losses.
     loss_mask: NDArray[np.bool_] | None = None
@@ -74,6 +76,27 @@ class Sample:
         """Whether the response hit the length limit without an end-of-sequence token."""
         return self.finish_reason == "length"
 
+    @property
+    def versions(self) -> NDArray[np.int32]:
+        """Training steps of the policy that drew each token, [R]."""
+        if self.token_versions is None:
+            return np.full(len(self.response_ids), self.policy_version, np.int32)
+        return self.token_versions
+
+    def continued(self, rest: Self) -> Self:
+        """This beginning of a response and what followed it, both with `rollout_log_probs`."""
+        ids, log_probs, versions = (
+            np.concatenate([getattr(self, name), getattr(rest, name)])
+            for name in ("response_ids", "rollout_log_probs", "versions")
+        )
+        return replace(
+            rest,
+            response_ids=ids,
+            rollout_log_probs=log_probs,
+            policy_version=self.policy_version,
+            token_versions=versions if versions[0] != versions[-1] else None,
+        )
+
     def reject(self, kept: NDArray[np.bool_]) -> None:
         """Takes tokens out of the loss; `kept`: of those that count, which stay, [L]."""
         mask = np.ones(len(self.response_ids), bool) if self.loss_mask is None else self.loss_mask
@@ -110,6 +133,7 @@ class Sample:
 
 ARRAYS: dict[str, np.dtype[Any]] = {
     "response_ids": np.dtype(np.int64),
+    "token_versions": np.dtype(np.int32),
     **dict.fromkeys(("loss_mask", "selected", "frozen"), np.dtype(np.bool_)),
     **dict.fromkeys(("rollout_log_probs", "old_log_probs", "ref_log_probs"), np.dtype(np.float32)),
     **dict.fromkeys(

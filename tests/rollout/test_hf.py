@@ -1,6 +1,8 @@
 """The `hf` engine: what it draws, its log-probabilities, and that nothing else matters."""
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.hf import reorder_linears
 from verl.models.kv_cache import decode_attention
 from verl.protocol import Prompt, Sample, WeightChunk
-from verl.rollout.engine import SamplingParams
+from verl.rollout.engine import Row, SamplingParams, rows_of
 from verl.rollout.hf import HFEngine, sample
 
 
@@ -262,8 +264,91 @@ def test_a_stop_ends_what_runs_and_not_what_comes_after(engine: HFEngine) -> Non
     stream = engine.generate(prompts, [0, 1, 2], params)
     first = next(stream)
     engine.stop()
-    assert len(first) + sum(map(len, stream)) < len(whole) == 12
+    rest = [s for samples in stream for s in samples]
+    assert len(whole) == 12 and any(s.finish_reason == "unfinished" for s in rest)
+    assert len(first) + len(rest) <= 12
     assert len(generate(engine, prompts, params)) == 12
+
+
+def some_tokens(engine: HFEngine, rows: list[Row], params: SamplingParams, n: int) -> list[Sample]:
+    """What a generation that is stopped after n tokens yields."""
+    draw, drawn = engine._draw, []
+
+    def stopping(*args: Any) -> None:
+        draw(*args)
+        drawn.append(1)
+        engine.stopped = len(drawn) == n
+
+    engine._draw = stopping
+    found = [s for samples in engine.generate_rows(rows, params) for s in samples]
+    engine._draw = draw
+    return found
+
+
+def test_what_was_begun_goes_on_as_if_nothing_had_stopped_it(engine: HFEngine) -> None:
+    prompts, params = make_prompts([3, 9, 5]), SamplingParams(4, 40, greedy=True)
+    rows, found = rows_of(prompts, range(3), 5), {}
+    whole = {(s.group, s.response_index): s for s in engine.generate_all(prompts, range(3), params)}
+    for version in range(6):
+        engine.finish_update(version)
+        found |= {(s.group, s.response_index): s for s in some_tokens(engine, rows, params, 7)}
+        rows = [row._replace(begun=found[row.group, row.number]) for row in rows]
+        rows = [row for row in rows if row.begun.finish_reason == "unfinished"]
+    engine.finish_update(0)
+    assert not rows and found.keys() == whole.keys() and len(found) == 15
+    for name, s in found.items():
+        assert s.response_ids.tolist() == whole[name].response_ids.tolist()
+        log_probs = whole[name].rollout_log_probs
+        np.testing.assert_allclose(s.rollout_log_probs, log_probs, rtol=0, atol=1e-5)
+        assert s.finish_reason == whole[name].finish_reason
+        assert s.versions.tolist() == [i // 7 for i in range(s.length)]
+
+
+def test_each_token_knows_the_weights_that_drew_it(tiny_model: Path) -> None:
+    """Greedy tokens of a model that says 7 or 8 whatever it reads, and then 20 or 21."""
+    engine, params = build(tiny_model), SamplingParams(2, 30, temperature=0, ignore_eos=True)
+    rows = rows_of(make_prompts([3, 5]), [0, 1], 2)
+    weights = dict(engine.model.named_parameters())["model.embed_tokens.weight"]
+
+    def always(token: int, version: int) -> None:
+        changed = torch.full_like(weights, 0.01)
+        changed[token], changed[token + 1] = 1.0, -1.0
+        engine.load_weights(chunk("model.embed_tokens.weight", changed))
+        engine.finish_update(version)
+
+    always(7, 3)
+    first = {(s.group, s.response_index): s for s in some_tokens(engine, rows, params, 11)}
+    assert {s.length for s in first.values()} == {11}
+    always(20, 4)
+    rows = [row._replace(begun=first[row.group, row.number]) for row in rows]
+    whole = some_tokens(engine, rows, params, 100)
+    assert len(whole) == 4
+    for s in whole:
+        assert {*s.response_ids[:11]} <= {7, 8} and {*s.response_ids[11:]} <= {20, 21}
+        assert s.versions.tolist() == [3] * 11 + [4] * 19
+
+
+def test_responses_that_wait_take_the_places_of_those_that_ended(tiny_model: Path) -> None:
+    prompts, params = make_prompts([3, 9, 5, 17, 2]), SamplingParams(5, 40)
+    expected = {
+        (s.group, s.response_index): s for s in generate(build(tiny_model), prompts, params)
+    }
+    engine = build(tiny_model, max_num_seqs=4)
+    sizes, forward = [], engine._forward
+
+    def watched(ids: torch.Tensor, *others: object) -> torch.Tensor:
+        sizes.append(tuple(ids.shape))
+        return forward(ids, *others)
+
+    engine._forward = watched
+    for s in generate(engine, prompts, params):
+        whole = expected.pop((s.group, s.response_index))
+        assert s.response_ids.tolist() == whole.response_ids.tolist()
+    assert not expected and max(batch for batch, _ in sizes) == 4
+    # A place stays empty for one token at most, as long as anybody waits.
+    last = max(i for i, (_, width) in enumerate(sizes) if width > 1)
+    decoding = [batch for batch, width in sizes[:last] if width == 1]
+    assert len(decoding) > 100 and all(4 in pair for pair in pairwise(decoding))
 
 
 def test_a_stop_without_a_generation_ends_none(engine: HFEngine) -> None:

@@ -1,7 +1,8 @@
 """A KV cache that is written in place, and an attention that reads it as it is."""
 
-from typing import Any
+from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
@@ -38,6 +39,18 @@ class InPlaceLayer(DynamicLayer):
             buffer[:, :, start:end] = new
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
+
+    def join(self, other: Self, length: int, more: int) -> None:
+        """Appends another layer's rows. Of both the last `length` tokens stay, or so many are made
+        of zeros in front; `more` tokens a row may follow."""
+        parts = []
+        for layer in (self, other):
+            used = layer.get_seq_length()
+            free = (0, 0, length - used, 0)
+            parts.append([F.pad(b[:, :, :used], free) for b in layer.buffers])
+        self.buffers = [torch.cat(pair) for pair in zip(*parts, strict=True)]
+        self.keys, self.values = self.buffers
+        self.limit = length + more
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps only these rows of the batch, in this order; may repeat them."""

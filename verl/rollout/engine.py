@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pkgutil import resolve_name
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from verl.config.schema import ModelConfig, RolloutConfig
 from verl.protocol import FinishReason, Prompt, Sample, WeightChunk
@@ -35,18 +35,36 @@ class SamplingParams:
         return self.n + self.greedy
 
 
-Row = tuple[Prompt, int, int]  # a response to be generated: prompt, group, and index in the group
+class Row(NamedTuple):
+    """A response to be generated."""
+
+    prompt: Prompt
+    group: int
+    number: int  # in the group, from 0
+    begun: Sample | None = None  # its first tokens, from a call that was stopped
+
+    @property
+    def num_begun(self) -> int:
+        """Tokens that it has."""
+        return 0 if self.begun is None else len(self.begun.response_ids)
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """What the next token follows: the prompt, and the response so far."""
+        if self.begun is None:
+            return self.prompt.token_ids
+        return np.concatenate([self.prompt.token_ids, self.begun.response_ids])
 
 
 def rows_of(prompts: Sequence[Prompt], groups: Sequence[int], n: int) -> list[Row]:
     """n responses to each prompt."""
     pairs = zip(prompts, groups, strict=True)
-    return [(prompt, group, index) for prompt, group in pairs for index in range(n)]
+    return [Row(prompt, group, index) for prompt, group in pairs for index in range(n)]
 
 
 class RolloutEngine(ABC):
     """A model that generates, on one device or on `tensor_model_parallel_size`. Other methods than
-    `generate` and `stop` are called while nothing is generated."""
+    `generate_rows` and `stop` are called while nothing is generated."""
 
     needs: ClassVar[str | None] = None  # package that the engine imports
     parallel: ClassVar[bool] = False  # whether it may have `tensor_model_parallel_size` devices
@@ -55,7 +73,7 @@ class RolloutEngine(ABC):
 
     version: int = 0  # training steps of the policy that gave the engine its weights
     stop_ids: Sequence[int] = ()  # tokens that end a response
-    stopped: bool = False  # whether the `generate` that runs is to end; each begins with False
+    stopped: bool = False  # whether the call that generates is to end; each begins with False
 
     def __init__(self, share: float = 1.0, bundles: Sequence[int] = (0,)) -> None:
         """To use `share` of each of its devices: these bundles of Ray's placement group."""
@@ -72,27 +90,36 @@ class RolloutEngine(ABC):
         """Loads the model for up to `max_model_len` tokens. Raises: ValueError for other keys."""
 
     @abstractmethod
+    def generate_rows(self, rows: Sequence[Row], params: SamplingParams) -> Iterator[list[Sample]]:
+        """Yields these responses as they are finished, with each token's log-probability after
+        temperature, top-k and top-p; at the end, if it is stopped, what has begun of the others."""
+
     def generate(
         self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
     ) -> Iterator[list[Sample]]:
-        """Yields `params.num_responses` to each prompt, numbered by `groups`, as they are finished,
-        with each token's log-probability after temperature, top-k and top-p."""
+        """Yields `params.num_responses` to each prompt, numbered by `groups` (`generate_rows`)."""
+        return self.generate_rows(rows_of(prompts, groups, params.num_responses), params)
 
     def stop(self) -> None:
-        """Ends the `generate` that runs in another thread; what is unfinished is lost."""
+        """Ends the `generate_rows` that runs in another thread."""
         self.stopped = True
 
     def generate_all(self, *args: Any) -> list[Sample]:
         """All that `generate(*args)` yields."""
         return [sample for samples in self.generate(*args) for sample in samples]
 
-    def to_sample(self, row: Row, tokens: ArrayLike, log_probs: ArrayLike) -> Sample:
-        """The response that a row has become; its tokens and their log-probabilities, [R]."""
-        prompt, group, index = row
+    def to_sample(
+        self, row: Row, tokens: ArrayLike, log_probs: ArrayLike, finished: bool = True
+    ) -> Sample:
+        """The response that a row has become by these new tokens with their log-probabilities."""
         ids, values = np.array(tokens, np.int64), np.array(log_probs, np.float32)
         assert len(ids) == len(values)
-        reason: FinishReason = "stop" if int(ids[-1]) in self.stop_ids else "length"
-        return Sample(prompt, group, ids, reason, index, self.version, rollout_log_probs=values)
+        reason: FinishReason = "unfinished"
+        if finished:
+            reason = "stop" if int(ids[-1]) in self.stop_ids else "length"
+        numbers = row.group, ids, reason, row.number, self.version
+        new = Sample(row.prompt, *numbers, rollout_log_probs=values)
+        return new if row.begun is None else row.begun.continued(new)
 
     def start_update(self) -> None:  # noqa: B027  engines that need no preparation
         """Gets ready for new weights, with `sleep` undone as far as they need it."""

@@ -1,8 +1,9 @@
 """Batched sampling for any Hugging Face causal model, on CPU and GPU. A prompt is read once for all
-its responses, finished sequences are dropped from the batch, the KV cache is written in place."""
+its responses, finished ones make room for those that wait, the KV cache is written in place."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -17,8 +18,8 @@ from verl.models.folder import skeleton
 from verl.models.guard import other_layers
 from verl.models.hf import load_hf_model, reorder_linears, stop_token_ids, vocabulary_size
 from verl.models.kv_cache import DECODE_ATTENTION, InPlaceLayer
-from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
-from verl.rollout.engine import RolloutEngine, Row, SamplingParams, rows_of
+from verl.protocol import Sample, SampleBatch, WeightChunk
+from verl.rollout.engine import RolloutEngine, Row, SamplingParams
 from verl.utils.device import default_dtype, empty_cache, get_device
 
 KEEP_SHARE = 0.85  # the batch is compacted when a smaller share of its rows is unfinished
@@ -47,6 +48,7 @@ class HFEngine(RolloutEngine):
             self.model.set_attn_implementation(DECODE_ATTENTION)
         reorder_linears(self.model)
         self.stop_ids, self.vocabulary_size = stop_token_ids(model), vocabulary_size(model)
+        self.stop_tokens = torch.tensor(self.stop_ids, device=self.device)
 
     def start_update(self) -> None:
         """Moves the weights to the device."""
@@ -71,80 +73,88 @@ class HFEngine(RolloutEngine):
         empty_cache(self.device)
 
     @torch.inference_mode()
-    def generate(
-        self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
-    ) -> Iterator[list[Sample]]:
-        """See `RolloutEngine.generate`. `max_num_seqs` responses are a batch."""
-        self.stopped = False
-        rows = rows_of(prompts, groups, params.num_responses)
-        for start in range(0, len(rows), self.max_num_seqs):
-            if not self.stopped:
-                yield from self._generate_batch(rows[start : start + self.max_num_seqs], params)
+    def generate_rows(self, rows: Sequence[Row], params: SamplingParams) -> Iterator[list[Sample]]:
+        """See `RolloutEngine.generate_rows`. At most `max_num_seqs` responses are a batch; those
+        that wait take the places of those that have ended."""
+        self.stopped, waiting = False, deque(rows)
+        batch: Batch | None = None
+        while (waiting or batch) and not self.stopped:
+            places = self.max_num_seqs - (len(batch.rows) if batch else 0)
+            if waiting and places >= (1 - KEEP_SHARE) * self.max_num_seqs:
+                chosen = [waiting.popleft() for _ in range(min(places, len(waiting)))]
+                batch = self._prefill(chosen, params, batch)
+            assert batch is not None
+            self._draw(batch, params)
+            ended = batch.state["length"] > 0
+            if ended.sum() >= (1 - KEEP_SHARE) * len(ended):
+                yield self._responses(batch, ended)
+                batch = batch.keep(~ended)
+            if batch:
+                W = batch.cache.get_seq_length()
+                padded = batch.state["start"].max() > 0
+                mask = batch.state["mask"][:, : W + 1] if padded else None
+                positions = (W - batch.state["start"])[:, None]
+                batch.logits = self._forward(batch.drawn[:, None], mask, positions, batch.cache)
+        if batch and (begun := self._responses(batch, batch.state["length"] >= 0)):
+            yield begun
 
-    def _generate_batch(self, rows: list[Row], params: SamplingParams) -> Iterator[list[Sample]]:
-        """The responses of one batch; `state` holds the rows that are still worked on."""
-        N, M = len(rows), params.max_tokens
-        stop_ids = torch.tensor(self.stop_ids, device=self.device)
-        prompts = [prompt for prompt, _, _ in rows]
-        width = max(len(prompt.token_ids) for prompt in prompts)
-        layer: Any = partial(InPlaceLayer, width + M)
-        cache = Cache(layer_class_to_replicate=layer)
-        logits, state = self._prefill(prompts, cache, M)
-        uniforms = [np.random.default_rng([*params.seed, g, k]).random(M) for _, g, k in rows]
-        state |= {
-            "row": torch.arange(N, device=self.device),
-            "greedy": torch.tensor([k == params.n for _, _, k in rows], device=self.device),
-            "uniforms": torch.as_tensor(np.stack(uniforms), device=self.device),
-            "tokens": torch.zeros(N, M, dtype=torch.int64, device=self.device),
-            "log_probs": torch.zeros(N, M, device=self.device),
-            "length": torch.zeros(N, dtype=torch.int64, device=self.device),  # 0: unfinished
-        }
-        for t in range(M):
-            if self.stopped:
-                return
-            tokens, log_probs = sample(logits, state["uniforms"][:, t], params)
-            if params.greedy:
-                best = sample(logits, state["uniforms"][:, t], replace(params, temperature=0))
-                tokens = torch.where(state["greedy"], best[0], tokens)
-                log_probs = torch.where(state["greedy"], best[1], log_probs)
-            state["tokens"][:, t], state["log_probs"][:, t] = tokens, log_probs
-            ended = (torch.isin(tokens, stop_ids) & (not params.ignore_eos)) | (t + 1 == M)
-            state["length"][ended & (state["length"] == 0)] = t + 1
-            unfinished = state["length"] == 0
-            if unfinished.sum() <= KEEP_SHARE * len(tokens):
-                names = ("row", "length", "tokens", "log_probs")
-                columns = [state[name][~unfinished].cpu().numpy() for name in names]
-                yield SampleBatch(
-                    self.to_sample(rows[row], ids[:length], values[:length])
-                    for row, length, ids, values in zip(*columns, strict=True)
-                )
-                keep = unfinished.nonzero()[:, 0]
-                if not len(keep):
-                    return
-                state = {name: value[keep] for name, value in state.items()}
-                cache.batch_select_indices(keep)
-            padded = state["prompt_length"].min() < width
-            mask = state["mask"][:, : width + t + 1] if padded else None
-            positions = (state["prompt_length"] + t)[:, None]
-            logits = self._forward(state["tokens"][:, t : t + 1], mask, positions, cache)
-
-    def _prefill(
-        self, prompts: list[Prompt], cache: Cache, max_tokens: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reads each distinct prompt once, padded on the left, and repeats what comes of it: next
-        logits [B, V]; `mask` of the cache's tokens [B, P + max_tokens] and `prompt_length` [B]."""
-        distinct = {id(p): p for p in prompts}
-        ragged = [torch.tensor(p.token_ids) for p in distinct.values()]
+    def _prefill(self, rows: list[Row], params: SamplingParams, batch: "Batch | None") -> "Batch":
+        """Reads what the responses follow, each distinct prompt once; they join `batch`."""
+        M, to = params.max_tokens, partial(torch.as_tensor, device=self.device)
+        keys = [id(row.prompt if row.begun is None else row) for row in rows]
+        distinct = dict(zip(keys, rows, strict=True))
+        ragged = [torch.tensor(row.token_ids) for row in distinct.values()]
         ids = pad_sequence(ragged, batch_first=True, padding_side="left").to(self.device)
-        lengths = torch.tensor([len(tokens) for tokens in ragged], device=self.device)
-        P = ids.shape[1]
-        positions = torch.arange(P + max_tokens, device=self.device) - (P - lengths)[:, None]
-        mask = positions >= 0  # the others are padding
-        logits = self._forward(ids, mask[:, :P], positions[:, :P].clamp(min=0), cache)
+        width, lengths = ids.shape[1], to([len(tokens) for tokens in ragged])
+        positions = torch.arange(width, device=self.device) - (width - lengths)[:, None]
+        cache = Cache(layer_class_to_replicate=cast(Any, partial(InPlaceLayer, width + M)))
+        logits = self._forward(ids, positions >= 0, positions.clamp(min=0), cache)
         order = {key: i for i, key in enumerate(distinct)}
-        repeat = torch.tensor([order[id(p)] for p in prompts], device=self.device)
+        repeat = to([order[key] for key in keys])
         cache.batch_select_indices(repeat)
-        return logits[repeat], {"mask": mask[repeat], "prompt_length": lengths[repeat]}
+        seeds, N = [[*params.seed, row.group, row.number] for row in rows], len(rows)
+        # The last column is for what a response draws between its end and that of the batch.
+        state = {
+            "greedy": to([row.number == params.n for row in rows]),
+            "uniforms": to(np.stack([np.random.default_rng(s).random(M + 1) for s in seeds])),
+            "tokens": torch.zeros(N, M + 1, dtype=torch.int64, device=self.device),
+            "log_probs": torch.zeros(N, M + 1, device=self.device),
+            "drawn": to([row.num_begun for row in rows]),  # tokens up to now
+            "length": torch.zeros(N, dtype=torch.int64, device=self.device),  # 0: unfinished
+            "start": (width - lengths)[repeat],  # first column of the cache that isn't padding
+        }
+        new = Batch(rows, cache, logits[repeat], state)
+        joined = batch.join(new, M) if batch else new
+        columns = torch.arange(joined.cache.get_seq_length() + M, device=self.device)
+        joined.state["mask"] = columns >= joined.state["start"][:, None]
+        return joined
+
+    def _draw(self, batch: "Batch", params: SamplingParams) -> None:
+        """Appends a token to each response; notes the lengths of those that end."""
+        state, at, M = batch.state, batch.state["drawn"][:, None], params.max_tokens
+        uniforms = state["uniforms"].gather(1, at)[:, 0]
+        tokens, log_probs = sample(batch.logits, uniforms, params)
+        if params.greedy:
+            best = sample(batch.logits, uniforms, replace(params, temperature=0))
+            tokens = torch.where(state["greedy"], best[0], tokens)
+            log_probs = torch.where(state["greedy"], best[1], log_probs)
+        state["tokens"].scatter_(1, at, tokens[:, None])
+        state["log_probs"].scatter_(1, at, log_probs[:, None])
+        drawn = state["drawn"] + 1
+        ended = (torch.isin(tokens, self.stop_tokens) & (not params.ignore_eos)) | (drawn == M)
+        state["length"][ended & (state["length"] == 0)] = drawn[ended & (state["length"] == 0)]
+        state["drawn"], batch.drawn = drawn.clamp(max=M), tokens
+
+    def _responses(self, batch: "Batch", which: Tensor) -> SampleBatch:
+        """These responses of the batch, [B], as far as they have come."""
+        rows = [row for row, wanted in zip(batch.rows, which.tolist(), strict=True) if wanted]
+        names = ("length", "drawn", "tokens", "log_probs")
+        columns = [batch.state[name][which].cpu().numpy() for name in names]
+        samples = []
+        for row, length, drawn, ids, values in zip(rows, *columns, strict=True):
+            if new := range(row.num_begun, length or drawn):
+                samples.append(self.to_sample(row, ids[new], values[new], bool(length)))
+        return SampleBatch(samples)
 
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         """The next token's logits of the tokenizer's vocabulary, [B, V]."""
@@ -157,6 +167,40 @@ class HFEngine(RolloutEngine):
             logits_to_keep=1,
         )
         return output.logits[:, -1, : self.vocabulary_size]
+
+
+@dataclass(slots=True)
+class Batch:
+    """Responses that are generated together, B of them. All end in the cache's last column."""
+
+    rows: list[Row]
+    cache: Cache
+    logits: Tensor  # of the next tokens, [B, V]
+    state: dict[str, Tensor]  # by what it says of each response, [B, …] (`HFEngine._prefill`)
+    drawn: Tensor = field(init=False)  # the last tokens, [B]
+
+    def keep(self, which: Tensor) -> "Batch | None":
+        """Only these responses, [B]; None: there is none."""
+        indices = which.nonzero()[:, 0]
+        if not len(indices):
+            return None
+        self.rows = [self.rows[i] for i in indices.tolist()]
+        self.drawn, self.logits = self.drawn[indices], self.logits[:0]
+        self.state = {name: value[indices] for name, value in self.state.items()}
+        self.cache.batch_select_indices(indices)
+        return self
+
+    def join(self, other: "Batch", max_tokens: int) -> "Batch":
+        """With the responses of another batch, which have up to `max_tokens` before them."""
+        used = [b.cache.get_seq_length() - int(b.state["start"].min()) for b in (self, other)]
+        for batch in (self, other):
+            batch.state["start"] += max(used) - batch.cache.get_seq_length()
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            cast(InPlaceLayer, mine).join(cast(InPlaceLayer, theirs), max(used), max_tokens)
+        names = other.state.keys()
+        state = {name: torch.cat([self.state[name], other.state[name]]) for name in names}
+        logits = torch.cat([self.logits, other.logits])
+        return Batch(self.rows + other.rows, self.cache, logits, state)
 
 
 def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,13 @@
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ import numpy as np
 from verl.config.load import unknown_key
 from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.hf import load_hf_config, num_embeddings, stop_token_ids, vocabulary_size
-from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
-from verl.rollout.engine import RolloutEngine, Row, SamplingParams, rows_of
+from verl.protocol import Sample, SampleBatch, WeightChunk
+from verl.rollout.engine import RolloutEngine, Row, SamplingParams
 from verl.rollout.hf import HFEngine
 from verl.utils.device import default_dtype, kv_cache_bytes
 
@@ -102,17 +103,15 @@ class VLLMEngine(RolloutEngine):
             given = given | {"logits_processors": processors, "additional_config": additional}
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments | given))
 
-    def generate(
-        self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
-    ) -> Iterator[list[Sample]]:
-        """See `RolloutEngine.generate`. vLLM always has `max_num_seqs` responses to work on."""
+    def generate_rows(self, rows: Sequence[Row], params: SamplingParams) -> Iterator[list[Sample]]:
+        """See `RolloutEngine.generate_rows`. vLLM always has `max_num_seqs` responses to work on.
+        What was begun is read anew, and goes on with other random numbers."""
         import vllm
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         make = partial(
             vllm.SamplingParams,
-            max_tokens=params.max_tokens,
             top_p=params.top_p,
             top_k=max(params.top_k, 0),
             ignore_eos=params.ignore_eos,
@@ -124,27 +123,44 @@ class VLLMEngine(RolloutEngine):
         )
         sampled, greedy = make(temperature=params.temperature), make(temperature=0.0)
         self.stopped = False
-        waiting = deque(rows_of(prompts, groups, params.num_responses))
+        waiting = deque(rows)
         running: dict[str, Row] = {}  # by name
         try:
             while (waiting or running) and not self.stopped:
                 while waiting and len(running) < self.max_num_seqs:
-                    prompt, group, index = row = waiting.popleft()
-                    running[name := f"{group}-{index}"] = row
-                    seed = np.random.SeedSequence([*params.seed, group, index])
-                    own = (greedy if index == params.n else sampled).clone()
+                    row = waiting.popleft()
+                    running[name := f"{row.group}-{row.number}"] = row
+                    own = (greedy if row.number == params.n else sampled).clone()
+                    own.max_tokens = params.max_tokens - row.num_begun
+                    numbers = [*params.seed, row.group, row.number]
+                    seed = np.random.SeedSequence(numbers + [row.num_begun] * bool(row.begun))
                     own.seed = int(seed.generate_state(1, np.uint64)[0] >> 1)  # fits into an int64
-                    self.engine.add_request(name, tokens_input(prompt.token_ids.tolist()), own)
-                outputs: list[Any] = self.engine.step()
-                done = {o.request_id: o.outputs[0] for o in outputs if o.finished}
-                if done:
-                    yield SampleBatch(
-                        self.to_sample(running.pop(name), o.token_ids, o.logprobs.logprobs)
-                        for name, o in done.items()
-                    )
+                    self.engine.add_request(name, tokens_input(row.token_ids.tolist()), own)
+                if done := self._samples(running, self.engine.step()):
+                    yield done
+            if self.stopped and (begun := self._samples(running, self._aborted(running))):
+                yield begun
         finally:
             if running:
                 self.engine.abort_request(list(running))
+
+    def _samples(self, running: dict[str, Row], outputs: Iterable[Any]) -> SampleBatch:
+        """Of vLLM's outputs those that are final, and no longer `running`."""
+        done = [(running.pop(o.request_id), o.outputs[0]) for o in outputs if o.finished]
+        return SampleBatch(
+            self.to_sample(row, o.token_ids, o.logprobs.logprobs, o.finish_reason != "abort")
+            for row, o in done
+            if o.token_ids
+        )
+
+    def _aborted(self, running: Iterable[str]) -> Iterator[Any]:
+        """Aborts these requests; vLLM's outputs with what they have become."""
+        outputs: Any = SimpleQueue()
+        for state in self.engine.output_processor.request_states.values():
+            state.queue = outputs
+        self.engine.abort_request(list(running))
+        while not outputs.empty():
+            yield outputs.get()
 
     def connect(self, rank: int, world_size: int, address: str) -> None:
         """Joins the group of the broadcast, as rank `rank` of `world_size` and the next ones."""
