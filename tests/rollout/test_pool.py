@@ -216,7 +216,7 @@ def test_the_batches_are_the_same_in_every_run(engines: EnginePool) -> None:
 class Doomed(HFEngine):
     """Dies of every prompt."""
 
-    def generate(self, *_: Any) -> Iterator[list[Sample]]:
+    def generate_rows(self, *_: Any) -> Iterator[list[Sample]]:
         os.kill(os.getpid(), signal.SIGKILL)
         yield []
 

@@ -749,7 +749,7 @@ def test_prefetched_batches_are_those_without_prefetch_with_weights_in_between()
         assert indices(batches.next(step, Timer()).samples) == indices(
             plain.next(step, Timer()).samples
         )
-        batches.policy_updated()  # the engines are busy with the next batch
+        batches.policy_updated(1)  # the engines are busy with the next batch
     batches.state()  # waits
     assert batches.updates == [2, 3]  # after the second and the third batch, before the next
     assert len(engine.calls) == 4

@@ -998,7 +998,8 @@ def prepare(trainer: RayPPOTrainer, worker: PolicyWorker) -> list[str]:
     trainer.workers = in_process(trainer.config, worker)
     trainer.workers.actor.call = write
     trainer.workers.engines = SimpleNamespace(sleep=lambda: None)
-    trainer.workers.free_devices = trainer.batches.policy_updated = lambda: None
+    trainer.workers.free_devices = lambda: None
+    trainer.batches.policy_updated = lambda step: None
     trainer.batches.next = lambda step, timer: TrainBatch(make_samples(LENGTHS), {})
     return written
 

@@ -378,6 +378,10 @@ class TrainerConfig(RunConfig):
     """GPUs of each machine for engines alone, beside n_gpus_per_node; null: they share those."""
     async_rollout: bool = key(False, on_resume="warn")
     """Draw the next step's batch while this one trains; needs rollout_gpus_per_node."""
+    max_policy_age: int = key(0, low=0, on_resume="warn")
+    """Generate without an end: a token's policy may be so many steps older than the one that is
+    trained. Responses under way go on with new weights; with rollout_gpus_per_node, while a step
+    trains. 0: each step waits for all its responses (docs/asynchronous.md)."""
     critic_warmup: int = key(0, low=0, idle_if="adv_estimator!=gae", on_resume="warn")
     """gae: the actor rests in the steps before this one, while its schedule goes on; 0: in none."""
     balance_batch: bool = True

@@ -83,13 +83,14 @@ class RewardManager:
         a result that is no finite number or dict with one."""
         if all(sample.prompt.messages is None for sample in samples):
             return self._run(self._score(samples))
-        self.waiting.append((samples, Future()))
-        return self.waiting[-1][1]
+        future: Future[list[Sample]] = Future()
+        self.waiting.append((samples, future))
+        return future
 
     def ask_model(self) -> None:
         """Has the reward model score all samples that wait for it, in an order that is always the
         same. Raises: RewardError for a score that is no finite number."""
-        parts, self.waiting = self.waiting, []
+        parts = [self.waiting.pop() for _ in range(len(self.waiting))]
         samples = [s for part, _ in parts for s in part]
         if not samples:
             return

@@ -1,11 +1,14 @@
 """Generation on several engines that may die. Each gets its share of the prompts, the same in every
-run, in one call of its `generate`, a stream over Ray. When it dies, the pool waits until Ray has
-started it again, gives it weights, and has it generate what is missing, with the same seeds."""
+run, in one call of its `generate_rows`, a stream over Ray. When it dies, the pool waits until Ray
+has started it again, gives it weights, and has it generate what is missing, with the same seeds."""
 
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
+from itertools import groupby
+from threading import Event
 from typing import Any
 
 import ray
@@ -14,14 +17,14 @@ from ray.exceptions import RayActorError
 from verl.cluster import CONTROL, MAX_DEATHS, Slots, WorkerGroup, despite_deaths
 from verl.config.schema import Config
 from verl.protocol import Prompt, Sample
-from verl.rollout.engine import RolloutEngine, SamplingParams
+from verl.rollout.engine import RolloutEngine, Row, SamplingParams, rows_of
 
 logger = logging.getLogger(__name__)
 
 START_S = 900  # longest time that an engine may take to start
 STOP_S = 0.2  # after so long engines are told to stop again: a call may have begun only then
 
-Responses = dict[tuple[int, int], Prompt]  # by (group, response_index)
+Rows = dict[tuple[int, int], Row]  # by group and number
 
 
 class EnginePool(WorkerGroup):
@@ -49,6 +52,8 @@ class EnginePool(WorkerGroup):
         self.asleep = False
         self.processes: dict[int, int] = {}
         self.stale: set[int] = set()  # engines that were started again, and await weights
+        self.interrupted = Event()  # set: `generate_rows` ends with what has begun
+        self.busy_s = 0.0  # seconds in which engines generated, those of all added up
         self.cancelled = False  # set from another thread: `generate` ends with a RuntimeError
 
     def wait_ready(self, engines: Iterable[int] | None = None) -> None:
@@ -88,31 +93,44 @@ class EnginePool(WorkerGroup):
     def generate(
         self, prompts: Sequence[Prompt], groups: Sequence[int], params: SamplingParams
     ) -> Generator[list[Sample], None, None]:
-        """Samples from all engines, as they are finished; closing it stops the engines. Raises:
-        RayActorError if an engine dies `MAX_DEATHS` times without finishing a response."""
+        """All responses to these prompts (`generate_rows`)."""
+        yield from self.generate_rows(rows_of(prompts, groups, params.num_responses), params)
+
+    def generate_rows(
+        self, rows: Sequence[Row], params: SamplingParams
+    ) -> Generator[list[Sample], None, None]:
+        """Samples from all engines, as they are finished; closing it stops the engines. After an
+        `interrupt` it ends with what has begun of the others. Raises: RayActorError if an engine
+        dies `MAX_DEATHS` times without finishing a response."""
         if self.asleep:
             self.on_restart(None)
         self.refresh_dead()
-        missing: list[Responses] = [{} for _ in self.workers]
-        share = -(-len(prompts) // len(self))  # or less: what starts at once on each engine
-        room = max(1, min(self.max_num_seqs // params.num_responses, share))
-        for i, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
-            wanted = {(group, k): prompt for k in range(params.num_responses)}
-            missing[i // room % len(self)] |= wanted
+        missing: list[Rows] = [{} for _ in self.workers]
+        # Rows that start at once on each engine; those of a group share its prompt.
+        room = max(1, min(self.max_num_seqs, -(-len(rows) // len(self))))
+        for _, positions in groupby(range(len(rows)), key=lambda i: rows[i].group):
+            part = list(positions)
+            own = {(rows[i].group, rows[i].number): rows[i] for i in part}
+            missing[part[0] // room % len(self)] |= own
         streams = {self._start(i, m, params): i for i, m in enumerate(missing) if m}
         deaths: Counter[int] = Counter()  # of each engine, since its last response
+        begun = told = time.monotonic()
         try:
             while streams:
-                ready: list[Any] = ray.wait(list(streams), timeout=1)[0]
+                ready: list[Any] = ray.wait(list(streams), timeout=STOP_S)[0]
                 if self.cancelled:
                     raise RuntimeError("the generation was cancelled")
+                if self.interrupted.is_set() and time.monotonic() > told + STOP_S:
+                    self._tell_to_stop(streams.values())
+                    told = time.monotonic()
                 if not ready:
                     continue
                 stream, engine = ready[0], streams[ready[0]]
                 try:
                     samples: list[Sample] = ray.get(next(stream))
                 except StopIteration:
-                    assert not missing[engine], "an engine left responses out"
+                    assert self.interrupted.is_set() or not missing[engine], "responses left out"
+                    self.busy_s += time.monotonic() - begun
                     del streams[stream]
                 except RayActorError as error:
                     deaths[engine] += 1
@@ -120,6 +138,8 @@ class EnginePool(WorkerGroup):
                         raise
                     logger.warning("engine %d died: %s", engine, error)
                     del streams[stream]
+                    if self.interrupted.is_set():  # the next call has it do what is missing
+                        continue
                     despite_deaths(self.refresh_dead, [engine])
                     streams[self._start(engine, missing[engine], params)] = engine
                 else:
@@ -127,22 +147,31 @@ class EnginePool(WorkerGroup):
                     if new := [s for s in samples if (s.group, s.response_index) in left]:
                         deaths[engine] = 0
                         for s in new:  # with the driver's prompts: theirs are copies
-                            s.prompt = left.pop((s.group, s.response_index))
+                            s.prompt = left.pop((s.group, s.response_index)).prompt
                         yield new
         finally:
             self._stop(streams)
 
-    def _start(self, engine: int, missing: Responses, params: SamplingParams) -> Any:
-        """A stream of all responses to prompts that miss some."""
-        prompts = {group: prompt for (group, _), prompt in missing.items()}
-        method = self.workers[engine].generate.options(num_returns="streaming")
-        return method.remote(list(prompts.values()), list(prompts), params)
+    def interrupt(self) -> None:
+        """Ends the `generate_rows` that runs in another thread, and those to come while
+        `interrupted` is set."""
+        self.interrupted.set()
+        self._tell_to_stop(range(len(self)))
+
+    def _start(self, engine: int, missing: Rows, params: SamplingParams) -> Any:
+        """A stream of these responses."""
+        method = self.workers[engine].generate_rows.options(num_returns="streaming")
+        return method.remote(list(missing.values()), params)
+
+    def _tell_to_stop(self, engines: Iterable[int]) -> None:
+        """One that comes late would end another call, so it waits until they have heard it."""
+        methods = [self.workers[engine].stop for engine in engines]
+        stops = [m.options(concurrency_group=CONTROL).remote() for m in methods]
+        ray.wait(stops, num_returns=len(stops))
 
     def _stop(self, streams: dict[Any, int]) -> None:
         """Ends the calls that run, and waits for it: only an idle engine takes weights."""
         pending = [stream.completed() for stream in streams]
-        methods = [self.workers[engine].stop for engine in streams.values()]
         while pending:
-            stops = [m.options(concurrency_group=CONTROL).remote() for m in methods]
-            ray.wait(stops, num_returns=len(stops))  # one that comes late would end another call
+            self._tell_to_stop(streams.values())
             _, pending = ray.wait(pending, num_returns=len(pending), timeout=STOP_S)

@@ -1,5 +1,6 @@
-"""Prompts → the train batch of each step: generation, rewards, DAPO's filters, prefetch: with
-`trainer.async_rollout` a thread generates the next one, with the weights from before this step."""
+"""Prompts → the train batch of each step: generation, rewards, DAPO's filters; and generation while
+another step trains: with `trainer.async_rollout` of the whole next batch, with the weights from
+before this step, with `trainer.max_policy_age` without an end."""
 
 import logging
 import math
@@ -20,6 +21,7 @@ from verl.models.hf import num_embeddings
 from verl.protocol import Prompt, Sample
 from verl.rewards.scorer import RewardManager
 from verl.rollout.engine import SamplingParams
+from verl.rollout.in_flight import Group, InFlight
 from verl.utils.timer import Timer
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,9 @@ class BatchesState:
     order: dict[str, Any]  # `PromptOrder.state_dict`: position in the training prompts
     carried: list[list[Sample]] = field(default_factory=list)  # groups kept but not yet needed
     prefetched: TrainBatch | None = None  # the next step's batch, if it has been generated
+    # With max_policy_age, prompts whose groups have left the line. It then goes on with these, and
+    # `carried` are the complete groups in it, with their number: the others are drawn again.
+    taken: int = 0
 
 
 class Batches:
@@ -70,6 +75,10 @@ class Batches:
         self.carried: list[list[Sample]] = []
         self.prefetched: Future[TrainBatch] | None = None
         self.thread = ThreadPoolExecutor(1)
+        self.age, self.shares_devices = trainer.max_policy_age, not trainer.rollout_gpus_per_node
+        self.line = InFlight(self.rewards.submit, sampling(config, 0))
+        self.taken: list[list[Sample]] = []  # from the line, for the batch that is being made
+        self.following = self._prompts_from(0)
 
     @classmethod
     def from_config(cls, config: Config, tokenizer: Any) -> Self:
@@ -92,6 +101,13 @@ class Batches:
     def next(self, step: int, timer: Timer) -> TrainBatch:
         """The samples of training step `step`, with scores and rewards. Raises: RewardError;
         ValueError if the filter leaves less than one mini-batch. Both leave all as it was."""
+        if self.age:
+            with timer("gen"):
+                self._top_up(step, self.config.data.train_batch_size)
+                batch = self._collect(step, Timer())
+            if self.shares_devices:
+                self.line.pause()
+            return batch
         ahead = self.prefetched
         if not self.config.trainer.async_rollout:
             self.prefetched = None
@@ -106,10 +122,15 @@ class Batches:
             self.prefetched = self.thread.submit(self._collect, step + 1, Timer())
         return batch
 
-    def policy_updated(self) -> None:
-        """The engines get the policy's new weights, unless they are busy with the next batch."""
-        if not self.config.trainer.async_rollout:
-            self.update_engines()
+    def policy_updated(self, step: int) -> None:
+        """After training step `step`, the engines get the policy's new weights, unless they are
+        busy with the next batch. What is in flight goes on with them."""
+        if self.config.trainer.async_rollout:
+            return
+        self.line.pause()
+        self.update_engines()
+        if self.age and step < self.total_steps:
+            self._top_up(step + 1, self.config.data.train_batch_size)
 
     def validation(self, step: int) -> list[Sample]:
         """Responses of the current policy to the validation prompts, scored."""
@@ -117,16 +138,24 @@ class Batches:
             self.prefetched.exception()  # waits until the engines are idle
         if self.config.trainer.async_rollout:
             self.update_engines()
+        self.line.pause()
         size = self.config.data.val_batch_size or len(self.val_prompts)
         params = sampling(self.config, step, validation=True)
         samples: list[Sample] = []
         for first in range(0, len(self.val_prompts), size):
             prompts = self.val_prompts[first : first + size]
             samples += chain.from_iterable(self.scored(prompts, first, params, Timer()))
+        if step < self.total_steps:
+            self.line.start()
         return samples
 
     def state(self) -> BatchesState:
         """What a resumed run needs; waits for the batch that is being prefetched."""
+        if self.age:
+            if self.shares_devices:
+                self.line.pause()
+            kept = [group.samples() for group in self.line.line if group.complete]
+            return BatchesState(self.order.state_dict(), kept, taken=self.line.first)
         waiting = self.prefetched
         batch = waiting.result() if waiting and not waiting.exception() else None
         return BatchesState(self.order.state_dict(), self.carried, batch)
@@ -134,6 +163,9 @@ class Batches:
     def load(self, state: BatchesState) -> None:
         """Goes on from `state`. Raises: ValueError if it belongs to another order of prompts."""
         self.order.load_state_dict(state.order)
+        if self.age:
+            self._load_line(state)
+            return
         self.carried = state.carried
         if state.prefetched is not None:
             self.prefetched = Future()
@@ -142,25 +174,34 @@ class Batches:
     def close(self) -> None:
         """Ends what scores; waits for a generation that somebody has cancelled."""
         self.thread.shutdown(cancel_futures=True)
+        self.line.thread.shutdown(cancel_futures=True)
         self.rewards.close()
 
     def _collect(self, step: int, timer: Timer) -> TrainBatch:
         """Generates and scores the batch of `step`. An error leaves everything as it was."""
-        before = self.order.state_dict()
+        before, self.taken = self.order.state_dict(), []
         try:
             if self.config.algorithm.filter_groups.enable:
-                return self._filtered(step, timer)
-            groups = list(self._round(step, 0, timer))
+                groups, metrics = self._filtered(step, timer)
+            else:
+                groups, metrics = [*self._round(step, 0, timer)], {"train/num_gen_batches": 1.0}
         except BaseException:
-            self.order.load_state_dict(before)
+            if self.age:
+                self.line.put_back(self.taken)
+            else:
+                self.order.load_state_dict(before)
             raise
-        return TrainBatch([s for group in groups for s in group], {"train/num_gen_batches": 1.0})
+        for number, group in enumerate(groups):
+            for sample in group:
+                sample.group = number
+        metrics |= self.line.metrics() if self.age else {}
+        return TrainBatch([s for group in groups for s in group], metrics)
 
-    def _filtered(self, step: int, timer: Timer) -> TrainBatch:
+    def _filtered(self, step: int, timer: Timer) -> tuple[list[list[Sample]], dict[str, float]]:
         """Rounds of generation until enough groups, those carried over first, have spread."""
         rule, needed = self.config.algorithm.filter_groups, self.config.data.train_batch_size
-        kept = list(self.carried)
-        most = needed * 2 if rule.carry_over else needed  # what this step and the next can use
+        kept, carries = list(self.carried), rule.carry_over and not self.age
+        most = needed * 2 if carries else needed  # what this step and the next can use
         outcomes, rounds = Outcomes(str(rule.metric), len(self.prompts)), 0
         while len(kept) < needed and not (rounds and rounds == rule.max_num_gen_batches):
             with closing(self._round(step, rounds, timer)) as groups:
@@ -180,9 +221,6 @@ class Batches:
         if usable < needed:
             text = "training on %d of %d prompts: algorithm.filter_groups.max_num_gen_batches=%d"
             logger.warning(text, usable, needed, rounds)
-        for number, group in enumerate(kept[:usable]):
-            for sample in group:
-                sample.group = number
         metrics = {
             "train/num_gen_batches": float(rounds),
             "train/num_prompts": float(usable),
@@ -190,19 +228,64 @@ class Batches:
             **outcomes.shares(),
         }
         fresh = [group for group in kept[usable:] if group[0].policy_version >= step - 1]
-        self.carried = fresh if rule.carry_over else []
-        return TrainBatch([sample for group in kept[:usable] for sample in group], metrics)
+        self.carried = fresh if carries else []
+        return kept[:usable], metrics
 
     def _round(self, step: int, round_: int, timer: Timer) -> Generator[list[Sample], None, None]:
         """All responses to the next prompts (see `scored`); no two rounds share a group."""
-        prompts = [self.prompts[i] for i in self.order.next_batch()]
         params, keys = sampling(self.config, step), reward_components(self.config)
-        with closing(self.scored(prompts, round_ * len(prompts), params, timer)) as groups:
+        if self.age:
+            groups = self._first_in_line(step)
+        else:
+            prompts = [self.prompts[i] for i in self.order.next_batch()]
+            groups = self.scored(prompts, round_ * len(prompts), params, timer)
+        with closing(groups):
             for group in groups:
                 for sample in group:
                     sample.baseline = group[-1].reward if params.greedy else 0.0
                     check_components(sample, keys)
                 yield group[: params.n]  # the greedy response is not trained on
+
+    def _first_in_line(self, step: int) -> Generator[list[Sample], None, None]:
+        """The groups that are first in line, as many as a round has."""
+        for number in range(size := self.order.batch_size):
+            if not self.line.line:  # all that were drawn before have gone through the filter
+                last = self.config.data.train_batch_size if step == self.total_steps else 0
+                self._top_up(step, last)
+            if self.rewards.conversations is not None:
+                self.line.wait_generated(size - number)
+                if self.shares_devices:
+                    self.line.pause()
+                self.rewards.ask_model()
+            self.taken.append(self.line.next())
+            yield self.taken[-1]
+
+    def _top_up(self, step: int, needed: int) -> None:
+        """Has the engines work on what step `step` still needs, and on the batches of as many steps
+        as a response may be old: what is in line now is trained on before it is older."""
+        after = min(self.age, self.total_steps - step) * self.config.data.train_batch_size
+        number = needed + after - len(self.line.line)
+        if number > 0:
+            self.line.pause()
+            self.line.add(list(islice(self.following, number)))
+        self.line.start()
+
+    def _prompts_from(self, number: int) -> Iterator[Prompt]:
+        """The endless order of prompts from its prompt `number` on."""
+        self.order.batches_taken, skipped = divmod(number, self.order.batch_size)
+        while True:
+            yield from (self.prompts[i] for i in self.order.next_batch()[skipped:])
+            skipped = 0
+
+    def _load_line(self, state: BatchesState) -> None:
+        complete = {group[0].group: group for group in state.carried}
+        self.line.first, self.following = state.taken, self._prompts_from(state.taken)
+        for number in range(state.taken, max(complete, default=-1) + 1):
+            prompt = next(self.following)
+            if number in complete:
+                self.line.line.append(Group.of(complete[number]))
+            else:
+                self.line.add([prompt])
 
     def scored(
         self, prompts: list[Prompt], first: int, params: SamplingParams, timer: Timer

@@ -69,6 +69,17 @@ def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, flo
     }
 
 
+def age_metrics(samples: list[Sample], version: int) -> dict[str, float]:
+    """How many training steps the policy that drew each token is older than the one of `version`
+    steps, which is trained now; and the share of responses that several policies drew."""
+    ages = version - np.concatenate([s.counted(s.versions) for s in samples])
+    return {
+        "rollout/policy_age_mean": float(ages.mean()) if len(ages) else 0.0,
+        "rollout/policy_age_max": float(ages.max(initial=0)),
+        "rollout/several_versions": float(np.mean([s.token_versions is not None for s in samples])),
+    }
+
+
 def speed_metrics(
     samples: list[Sample], seconds: Mapping[str, float], num_devices: int, filtering: bool = False
 ) -> dict[str, float]:

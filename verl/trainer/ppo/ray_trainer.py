@@ -1,5 +1,7 @@
 """The training loop: `RayPPOTrainer.fit` is the algorithm, and its stages follow below it."""
 
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,10 +61,12 @@ class RayPPOTrainer:
         self.workers = Workers(self.config, self.stop.install)
         self.workers.build(self.total_steps, self.resumed)
         self.batches.generate = self.workers.engines.generate
+        self.batches.line.engines = self.workers.engines
         self.batches.update_engines = self.update_engines
         self.batches.rewards.reward_model = self.workers.reward_scores
         self.probe = prompts[0]  # what engines are compared on
         self.engine_metrics = self.workers.verify_engines(self.probe, self.state.step, strict=True)
+        self.engines_busy = 0.0, time.monotonic()  # their seconds, and when they were read
 
     def fit(self) -> None:
         """Trains from the current step to the last one, or until a signal asks for an end."""
@@ -108,7 +112,7 @@ class RayPPOTrainer:
                 with timer("update_actor"):
                     record |= self.update_actor(passes)
                 with timer("update_weights"):
-                    self.batches.policy_updated()
+                    self.batches.policy_updated(state.step)
                 if trainer.rollout_data_dir:
                     with timer("dump"):
                         self.tracking.dump("rollout", samples, state.step, *steps)
@@ -125,7 +129,8 @@ class RayPPOTrainer:
         were sampled with; None where the loss takes its own or has no gradient."""
         config, correction = self.config.algorithm, self.config.algorithm.rollout_correction
         before, reinforce = self.state.step - 1, self.loss.kind == "reinforce"
-        old = [config.bypass_old_log_prob or s.policy_version < before for s in samples]
+        stale = [not correction.decoupled and s.policy_version < before for s in samples]
+        old = [config.bypass_old_log_prob or is_stale for is_stale in stale]
         weighted = {id(s): reinforce or not o for s, o in zip(samples, old, strict=True)}
         normalized = correction.rollout_is and correction.rollout_is_batch_normalize
         judged = correction.rollout_rs or correction.rollout_token_veto_threshold
@@ -376,17 +381,26 @@ class RayPPOTrainer:
         seconds = timer.seconds | {"step": sum(timer.seconds.values())}
         update_s, workers = seconds["update_actor"], self.workers
         filtering = self.config.algorithm.filter_groups.enable
-        ages = [self.state.step - 1 - s.policy_version for s in samples]
         return {
             "training/global_step": self.state.step,
             "training/epoch": self.batches.order.epoch,
-            "rollout/policy_age_mean": float(np.mean(ages)),
-            "rollout/policy_age_max": float(max(ages)),
+            **metrics.age_metrics(samples, self.state.step - 1),
+            **(self.idle_metrics(seconds) if self.config.trainer.max_policy_age else {}),
             **self.engine_metrics,
             **metrics.data_metrics(samples, self.config.data.max_prompt_length),
             **metrics.speed_metrics(samples, seconds, workers.num_devices, filtering),
             **metrics.mfu_metrics(workers.model_size, steps, update_s, workers.peak_flops),
         }
+
+    def idle_metrics(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Shares of the time since the last step's in which engines, and the trainer, did nothing;
+        while they share devices, at least one of them does."""
+        engines, now = self.workers.engines, time.monotonic()
+        busy, since = self.engines_busy
+        self.engines_busy = engines.busy_s, now
+        idle = 1 - (engines.busy_s - busy) / max(1e-9, (now - since) * len(engines))
+        waiting = seconds["gen"] / max(1e-9, seconds["step"])
+        return {"async/engine_idle_share": max(0.0, idle), "async/trainer_idle_share": waiting}
 
     def end_step(self, record: dict[str, float]) -> None:
         """Validates if due (a run that is to stop leaves that to the next one), logs, and saves."""
