@@ -4,6 +4,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from verl.models.policy import PolicyWorker
 from verl.protocol import Sample
 from verl.rollout.engine import ENGINES, SamplingParams, engine_class
 from verl.rollout.hf import HFEngine
+from verl.rollout.in_flight import InFlight
 from verl.rollout.pool import EnginePool
 from verl.weight_sync import WeightSync
 
@@ -63,6 +66,12 @@ def engines(workers: tuple[WorkerGroup, EnginePool]) -> EnginePool:
 
 def pids_of(engines: EnginePool) -> list[int]:
     return engines.wait([w.__ray_call__.remote(lambda _: os.getpid()) for w in engines.workers])
+
+
+def scored(samples: list[Sample]) -> Future[list[Sample]]:
+    future: Future[list[Sample]] = Future()
+    future.set_result(samples)
+    return future
 
 
 def tokens(samples: list[Sample]) -> list[tuple[int, int, list[int]]]:
@@ -190,6 +199,46 @@ def test_an_engine_that_dies_while_it_takes_weights_ends_no_update(
     assert pids_of(engines)[0] == pids[0] and pids_of(engines)[1] != pids[1]
     assert tokens(generate(engines)) == expected
     assert restarted == []
+
+
+def test_an_interrupted_generation_goes_on_with_what_has_begun(
+    workers: tuple[WorkerGroup, EnginePool],
+) -> None:
+    """Greedily, as vLLM goes on with other random numbers; and with an engine that dies."""
+    _, engines, restarted = restarting(*workers)
+    params = replace(PARAMS, temperature=0.0, ignore_eos=True)
+    expected = tokens([s for part in engines.generate(PROMPTS, NUMBERS, params) for s in part])
+    flight = InFlight(scored, params)
+    flight.engines = engines
+    flight.add(PROMPTS)
+    found: list[Sample] = []
+    for round_ in range(4):
+        flight.start()
+        if round_ == 2:
+            os.kill(engines.processes[1], signal.SIGKILL)
+        time.sleep(0.05)
+        flight.pause()
+        begun = [r.num_begun for group in flight.line for r in group.missing.values()]
+        assert round_ or any(begun)
+    while flight.line:
+        found += flight.next()
+    assert tokens(found) == expected and [s.prompt.index for s in found] == sorted(NUMBERS * 3)
+    assert restarted == [1]
+    flight.thread.shutdown()
+
+
+def test_an_interruption_that_comes_before_the_engines_begin_ends_them(engines: EnginePool) -> None:
+    long = SamplingParams(100, 60, seed=(7, 1), ignore_eos=True)  # minutes of work
+    flight = InFlight(scored, long)
+    flight.engines = engines
+    flight.add(PROMPTS * 100)
+    started = time.monotonic()
+    for _ in range(3):
+        flight.start()
+        flight.pause()
+    assert time.monotonic() - started < 30
+    assert flight.metrics()["async/complete_groups"] < 100
+    flight.thread.shutdown()
 
 
 def test_a_generation_can_be_cancelled(engines: EnginePool, expected: list) -> None:

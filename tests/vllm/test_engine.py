@@ -18,7 +18,7 @@ from verl.config.rollout import EngineKwargs, RolloutConfig
 from verl.models.lora import merged_weight, plain_parameters
 from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import OptimizerStep, Prompt, Sample
-from verl.rollout.engine import RolloutEngine, SamplingParams
+from verl.rollout.engine import RolloutEngine, SamplingParams, rows_of
 from verl.rollout.hf import HFEngine
 from verl.rollout.vllm import VLLMEngine, environment
 
@@ -260,9 +260,44 @@ def test_a_stop_ends_what_runs_and_not_what_comes_after(engine: VLLMEngine) -> N
     stream = engine.generate(PROMPTS, [0, 1, 2, 3], SamplingParams(8, 60))
     first = next(stream)
     engine.stop()
-    assert len(first) + sum(map(len, stream)) < 32
+    rest = [s for samples in stream for s in samples]
+    assert len(first) + len(rest) <= 32 and any(s.finish_reason == "unfinished" for s in rest)
     assert not engine.engine.has_unfinished_requests()
     assert len(generate(engine, PROMPTS, SamplingParams(2, 40))) == 8
+
+
+@ONE
+def test_what_was_begun_goes_on_with_new_weights_and_each_token_knows_which(
+    engine: VLLMEngine, actor: PolicyWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update(actor, 21)
+    transfer(actor, engine)
+    before = engine.version
+    params = SamplingParams(3, 40, ignore_eos=True)
+    rows, steps, step = rows_of(PROMPTS, range(4), 3), [], engine.engine.step
+
+    def stopping() -> Any:
+        steps.append(1)
+        engine.stopped = len(steps) == 15
+        return step()
+
+    monkeypatch.setattr(engine.engine, "step", stopping)
+    begun = [s for samples in engine.generate_rows(rows, params) for s in samples]
+    assert {s.finish_reason for s in begun} == {"unfinished"} and len(begun) == 12
+    assert min(s.length for s in begun) > 5 and max(s.length for s in begun) < 16
+    assert difference(actor, begun, 1.0) < 1e-4
+    update(actor, 22)
+    transfer(actor, engine)
+    known = {(s.group, s.response_index): s for s in begun}
+    rows = [row._replace(begun=known[row.group, row.number]) for row in rows]
+    whole = [s for samples in engine.generate_rows(rows, params) for s in samples]
+    assert {s.length for s in whole} == {40} and len(whole) == 12
+    actual = np.split(actor.log_probs(whole, 1.0, LIMIT), 12)  # of the new weights alone
+    for s, new in zip(whole, actual, strict=True):
+        n = known[s.group, s.response_index].length
+        assert s.versions.tolist() == [before] * n + [before + 1] * (40 - n)
+        np.testing.assert_allclose(s.rollout_log_probs[n:], new[n:], atol=1e-4)
+        assert np.abs(s.rollout_log_probs[:n] - new[:n]).max() > 1e-2
 
 
 @ONE

@@ -12,7 +12,7 @@ OPTIONS = {*OLDER, *(f"{level}_{k}" for level in LEVELS for k in ("k1", "k2", "k
 OPTIONS.remove("seq_max_k1")  # of a number with a sign
 WITHOUT_FACTORS = (  # of rollout_is
     "bypass_old_log_prob=True and loss_type=ppo_clip",
-    "bypass_old_log_prob=False and async_rollout=True",
+    "bypass_old_log_prob=False and async_rollout=True and decoupled=False",
 )
 
 

@@ -262,8 +262,11 @@ def _training(config: Config) -> Iterator[str]:
         yield "{rollout.do_sample=}: greedy responses don't differ; training needs do_sample=True"
     if rollout.temperature == 0:
         yield "{rollout.temperature=}: greedy responses don't differ; take temperature > 0"
+    correction = config.algorithm.rollout_correction
+    if correction.decoupled and not correction.rollout_is:
+        yield "{rollout_correction.decoupled=} corrects by {rollout_is=}: set it to token"
     try:
-        rejections(config.algorithm.rollout_correction)
+        rejections(correction)
     except ValueError as error:
         yield str(error)
     off: dict[str, Any] = {"async_rollout": False, "bypass_old_log_prob": False}
@@ -272,6 +275,8 @@ def _training(config: Config) -> Iterator[str]:
         off["carry_over"] = False
         if config.trainer.async_rollout and groups.carry_over:
             yield "{async_rollout=}: what is carried over would be too old; set {carry_over}=False"
+    if config.trainer.max_policy_age:
+        off["max_policy_age"] = 0
     if rollout.top_p < 1 or rollout.top_k > 0:
         for name in [name for name in off if any(config.ending(name).values())]:
             text = f"{{{name}=}} compares the engines' log-probabilities with the actor's, but "
@@ -315,6 +320,8 @@ def _engines(config: Config) -> Iterator[str]:
             break  # the reference's follows
     if trainer.async_rollout and not split:
         yield "{async_rollout=} needs engines on devices of their own: set {rollout_gpus_per_node}"
+    if trainer.async_rollout and trainer.max_policy_age:
+        yield "{async_rollout=} is one way and {max_policy_age=} another: drop one of them"
     if transfer in ("ipc", "nccl") and rollout.name == "hf":
         yield "{weight_transfer=} is for rollout.name=vllm: set it to null"
     if (transfer == "ipc" and split) or (transfer == "nccl" and not split):
