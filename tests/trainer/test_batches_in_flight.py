@@ -157,3 +157,21 @@ def test_a_validation_interrupts_what_is_in_flight_and_lets_it_go_on():
     assert len(batches.validation(1)) == 3 and not engine.interrupted.is_set()
     assert indices(batches.next(2, Timer()).samples) == [4, 5, 6, 7]
     batches.close()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_resumed_run_may_generate_in_another_way(ahead: bool):
+    """What waited for the next step is drawn again: no prompt is left out."""
+    config = make_config()
+    config.trainer.async_rollout, config.trainer.total_training_steps = ahead, 9
+    plain = make_batches(config, Engine(mixed_every(1)), 40)
+    for step in (1, 2):
+        plain.next(step, Timer())
+    line, _ = in_flight(1)
+    line.load(copy.deepcopy(plain.state()))
+    assert indices(line.next(3, Timer()).samples) == [8, 9, 10, 11]
+    back = make_batches(make_config(), Engine(mixed_every(1)), 40)
+    back.load(copy.deepcopy(line.state()))
+    assert indices(back.next(4, Timer()).samples) == [12, 13, 14, 15]
+    for batches in (plain, line, back):
+        batches.close()

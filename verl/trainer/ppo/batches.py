@@ -51,9 +51,9 @@ class BatchesState:
     order: dict[str, Any]  # `PromptOrder.state_dict`: position in the training prompts
     carried: list[list[Sample]] = field(default_factory=list)  # groups kept but not yet needed
     prefetched: TrainBatch | None = None  # the next step's batch, if it has been generated
-    # With max_policy_age, prompts whose groups have left the line. It then goes on with these, and
-    # `carried` are the complete groups in it, with their number: the others are drawn again.
-    taken: int = 0
+    # With max_policy_age: prompts whose groups have left the line. `carried` are then the complete
+    # groups in it, by their number; the others are drawn again. None: the run had no such line.
+    taken: int | None = None
 
 
 class Batches:
@@ -161,15 +161,21 @@ class Batches:
         return BatchesState(self.order.state_dict(), self.carried, batch)
 
     def load(self, state: BatchesState) -> None:
-        """Goes on from `state`. Raises: ValueError if it belongs to another order of prompts."""
+        """Goes on from `state`; of one with another way of generating, with the first prompt that
+        was not trained on. Raises: ValueError if it belongs to another order of prompts."""
         self.order.load_state_dict(state.order)
+        size, ahead = self.order.batch_size, state.prefetched
         if self.age:
-            self._load_line(state)
-            return
-        self.carried = state.carried
-        if state.prefetched is not None:
-            self.prefetched = Future()
-            self.prefetched.set_result(state.prefetched)
+            complete = {group[0].group: group for group in state.carried if state.taken is not None}
+            taken = (self.order.batches_taken - bool(ahead)) * size
+            self._load_line(taken if state.taken is None else state.taken, complete)
+        elif state.taken is not None:
+            self.order.batches_taken = state.taken // size
+        else:
+            self.carried = state.carried
+            if ahead is not None:
+                self.prefetched = Future()
+                self.prefetched.set_result(ahead)
 
     def close(self) -> None:
         """Ends what scores; waits for a generation that somebody has cancelled."""
@@ -277,10 +283,10 @@ class Batches:
             yield from (self.prompts[i] for i in self.order.next_batch()[skipped:])
             skipped = 0
 
-    def _load_line(self, state: BatchesState) -> None:
-        complete = {group[0].group: group for group in state.carried}
-        self.line.first, self.following = state.taken, self._prompts_from(state.taken)
-        for number in range(state.taken, max(complete, default=-1) + 1):
+    def _load_line(self, first: int, complete: dict[int, list[Sample]]) -> None:
+        """The line begins with group `first`; of those in it, these are complete."""
+        self.line.first, self.following = first, self._prompts_from(first)
+        for number in range(first, max(complete, default=-1) + 1):
             prompt = next(self.following)
             if number in complete:
                 self.line.line.append(Group.of(complete[number]))

@@ -72,7 +72,10 @@ class CheckpointFolder:
             write_samples(aside / CARRIED, [s for group in batches.carried for s in group])
             if prefetched is not None:
                 write_samples(aside / PREFETCHED, prefetched.samples)
-            saved = {f: getattr(state, f) for f in SCALARS} | {"order": batches.order}
+            saved = {f: getattr(state, f) for f in SCALARS} | {
+                "order": batches.order,
+                "taken": batches.taken,
+            }
             saved |= {"run_id": owner(self.root), "config": asdict(self.config)}
             saved["prefetched_metrics"] = prefetched.metrics if prefetched else None
             (aside / "trainer.json").write_text(json.dumps(saved))
@@ -117,7 +120,7 @@ class CheckpointFolder:
             raise ValueError(f"{folder} {problem}: {remedy}")
         if not self._compare_config(folder, saved["config"]):
             saved["best"] = {}  # its validations can't be compared with what comes
-        batches = BatchesState(saved["order"])
+        batches = BatchesState(saved["order"], taken=saved.get("taken"))
         if prompts:
             batches.carried = split_groups(read_samples(folder / CARRIED, prompts))
             if (found := saved["prefetched_metrics"]) is not None:
