@@ -366,6 +366,18 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
         [*AHEAD, "algorithm.filter_groups={enable:True,metric:acc}"],
         "would be too old; set algorithm.filter_groups.carry_over=False",
     ),
+    "one step ahead and in flight": (
+        [*AHEAD, "trainer.max_policy_age=1"],
+        "trainer.async_rollout=True is one way and trainer.max_policy_age=1 another",
+    ),
+    "in flight and top-p": (
+        ["trainer.max_policy_age=1", f"{ROLLOUT}top_p=0.9"],
+        "set trainer.max_policy_age=0, or top_p=1 and top_k=-1",
+    ),
+    "decoupled without a factor": (
+        ["algorithm.rollout_correction.decoupled=True"],
+        "corrects by algorithm.rollout_correction.rollout_is=null: set it to token",
+    ),
     "weights of hf by nccl": (
         [f"{ROLLOUT}weight_transfer=nccl", "trainer.rollout_gpus_per_node=1"],
         f"{ROLLOUT}weight_transfer=nccl is for rollout.name=vllm",

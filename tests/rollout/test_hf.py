@@ -345,7 +345,7 @@ def test_responses_that_wait_take_the_places_of_those_that_ended(tiny_model: Pat
         whole = expected.pop((s.group, s.response_index))
         assert s.response_ids.tolist() == whole.response_ids.tolist()
     assert not expected and max(batch for batch, _ in sizes) == 4
-    # A place stays empty for one token at most, as long as anybody waits.
+    # A place is empty in no more than the one pass before it is taken, as long as anybody waits.
     last = max(i for i, (_, width) in enumerate(sizes) if width > 1)
     decoding = [batch for batch, width in sizes[:last] if width == 1]
     assert len(decoding) > 100 and all(4 in pair for pair in pairwise(decoding))

@@ -68,7 +68,7 @@ def in_flight(age: int, text: Any = None, count: int = 40, **rule: Any) -> tuple
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("age", [1, 2, 3])
-def test_no_token_is_older_than_allowed_and_prompts_keep_their_order(age: int, shared: bool):
+def test_no_token_is_older_than_allowed_and_prompts_keep_order(age: int, shared: bool):
     batches, engine = in_flight(age)
     batches.shares_devices = shared
     plain = make_batches(make_config(), Engine(mixed_every(1)), 40)

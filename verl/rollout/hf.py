@@ -79,6 +79,8 @@ class HFEngine(RolloutEngine):
         self.stopped, waiting = False, deque(rows)
         batch: Batch | None = None
         while (waiting or batch) and not self.stopped:
+            if batch:
+                batch.logits = self._forward(*batch.following())
             places = self.max_num_seqs - (len(batch.rows) if batch else 0)
             if waiting and places >= (1 - KEEP_SHARE) * self.max_num_seqs:
                 chosen = [waiting.popleft() for _ in range(min(places, len(waiting)))]
@@ -89,12 +91,6 @@ class HFEngine(RolloutEngine):
             if ended.sum() >= (1 - KEEP_SHARE) * len(ended):
                 yield self._responses(batch, ended)
                 batch = batch.keep(~ended)
-            if batch:
-                W = batch.cache.get_seq_length()
-                padded = batch.state["start"].max() > 0
-                mask = batch.state["mask"][:, : W + 1] if padded else None
-                positions = (W - batch.state["start"])[:, None]
-                batch.logits = self._forward(batch.drawn[:, None], mask, positions, batch.cache)
         if batch and (begun := self._responses(batch, batch.state["length"] >= 0)):
             yield begun
 
@@ -179,13 +175,19 @@ class Batch:
     state: dict[str, Tensor]  # by what it says of each response, [B, …] (`HFEngine._prefill`)
     drawn: Tensor = field(init=False)  # the last tokens, [B]
 
+    def following(self) -> tuple[Tensor, Tensor | None, Tensor, Cache]:
+        """Of the next forward pass: tokens [B, 1], mask (None: no row is padded), positions."""
+        W, start = self.cache.get_seq_length(), self.state["start"]
+        mask = self.state["mask"][:, : W + 1] if start.max() > 0 else None
+        return self.drawn[:, None], mask, (W - start)[:, None], self.cache
+
     def keep(self, which: Tensor) -> "Batch | None":
         """Only these responses, [B]; None: there is none."""
         indices = which.nonzero()[:, 0]
         if not len(indices):
             return None
         self.rows = [self.rows[i] for i in indices.tolist()]
-        self.drawn, self.logits = self.drawn[indices], self.logits[:0]
+        self.drawn = self.drawn[indices]
         self.state = {name: value[indices] for name, value in self.state.items()}
         self.cache.batch_select_indices(indices)
         return self
