@@ -8,6 +8,7 @@ import pytest
 
 from verl.protocol import Prompt, Sample
 from verl.trainer.ppo.metrics import (
+    age_metrics,
     best_of,
     data_metrics,
     loss_agg_metrics,
@@ -275,3 +276,14 @@ def test_cv_describes_simulated_gradients():
     assert loss_agg_metrics(lengths, {"a": w}, "a")["loss_agg/cv"] == pytest.approx(
         measured, rel=0.02
     )
+
+
+def test_ages_are_those_of_tokens() -> None:
+    """Three tokens of version 5; two of 3 and two of 4: ages 2 × 3, 4, 4, 3, 3 at version 7."""
+    new, mixed = sample(3, policy_version=5), sample(4, policy_version=3)
+    mixed.token_versions = np.array([3, 3, 4, 4], np.int32)
+    assert age_metrics([new, mixed], 7) == {
+        "rollout/policy_age_mean": pytest.approx(20 / 7),
+        "rollout/policy_age_max": 4.0,
+        "rollout/several_versions": 0.5,
+    }

@@ -598,6 +598,28 @@ def test_fresh_responses_beside_them_get_the_actors(
         assert np.abs(sample.old_log_probs - sample.rollout_log_probs).max() > 0.01
 
 
+def test_decoupled_they_get_the_actors_too_and_factors_lead_to_who_drew_them(
+    worker: PolicyWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The factor of a token is min(2, π_old/π_rollout), as of the others."""
+    keys = [f"{CORRECTION}.decoupled=True", f"{CORRECTION}.rollout_is=token"]
+    trainer = make_trainer(tiny_model, tmp_path, "trainer.n_gpus_per_node=2", *keys)
+    trainer.state.step, trainer.workers = 3, in_process(trainer.config, worker)
+    samples = make_samples(LENGTHS, old_log_probs=None, policy_version=0)
+    samples[0].token_versions = np.arange(samples[0].length, dtype=np.int32)
+    record = trainer.add_log_probs(samples, Timer())
+    actors = log_probs_of(worker, samples, 1.0, MicroBatchLimit(4))
+    for s, expected in zip(samples, actors, strict=True):
+        if s.old_log_probs is not None:
+            np.testing.assert_allclose(s.old_log_probs, expected, atol=1e-5)
+    later = [i for i, s in enumerate(samples) if s.old_log_probs is not None]
+    assert later  # those of the first optimizer step take its own pass
+    ratios = np.concatenate(
+        [np.exp(samples[i].old_log_probs - samples[i].rollout_log_probs) for i in later]
+    )
+    assert record["rollout_corr/rollout_is_mean"] == pytest.approx(ratios.mean(), rel=1e-4)
+
+
 CORRECTION = "algorithm.rollout_correction"
 REJECTED = {1: [0, 2], 2: [0, 1, 2, 3, 4], 6: [1]}  # of the responses of LENGTHS these tokens
 
