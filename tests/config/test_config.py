@@ -376,7 +376,7 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
     ),
     "decoupled without a factor": (
         ["algorithm.rollout_correction.decoupled=True"],
-        "corrects by algorithm.rollout_correction.rollout_is=null: set it to token",
+        "corrects by algorithm.rollout_correction.rollout_is: set it to token",
     ),
     "weights of hf by nccl": (
         [f"{ROLLOUT}weight_transfer=nccl", "trainer.rollout_gpus_per_node=1"],

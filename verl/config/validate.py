@@ -264,7 +264,7 @@ def _training(config: Config) -> Iterator[str]:
         yield "{rollout.temperature=}: greedy responses don't differ; take temperature > 0"
     correction = config.algorithm.rollout_correction
     if correction.decoupled and not correction.rollout_is:
-        yield "{rollout_correction.decoupled=} corrects by {rollout_is=}: set it to token"
+        yield "{rollout_correction.decoupled=} corrects by {rollout_is}: set it to token"
     try:
         rejections(correction)
     except ValueError as error:
