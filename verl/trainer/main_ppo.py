@@ -85,6 +85,7 @@ def _train(trainer: "RayPPOTrainer") -> None:
 
     started = False
     try:
+        logger.info("starting Ray, the actor's ranks and the engines")
         trainer.start_workers()
         started = True
         trainer.fit()
