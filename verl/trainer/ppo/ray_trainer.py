@@ -169,7 +169,7 @@ class RayPPOTrainer:
         """
         lengths = response_lengths(samples)
         old, rollout = (
-            torch.tensor(np.concatenate([s.counted(getattr(s, name)) for s in samples])).double()
+            torch.from_numpy(np.concatenate([s.counted(getattr(s, name)) for s in samples]))
             for name in ("old_log_probs", "rollout_log_probs")
         )
         kept, record = rollout_correction.correct(
@@ -179,10 +179,11 @@ class RayPPOTrainer:
             torch.tensor(weighted),
             self.config.algorithm.rollout_correction,
         )
-        masks = np.split(kept.numpy(), lengths.cumsum()[:-1])
-        for sample, mask in zip(samples, masks, strict=True):
-            if not mask.all():
-                sample.reject(mask)
+        if not kept.all():
+            masks = np.split(kept.numpy(), lengths.cumsum()[:-1])
+            for sample, mask in zip(samples, masks, strict=True):
+                if not mask.all():
+                    sample.reject(mask)
         return {f"rollout_corr/{name}": value for name, value in record.items()}
 
     def subtract_kl(self, samples: list[Sample]) -> dict[str, float]:
