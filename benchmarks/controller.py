@@ -196,8 +196,8 @@ def step(
     timer = Timer()
     numbers = list(range(len(prompts)))
     chunks = stages("receive samples", lambda: list(engines.generate(prompts, numbers, params)))
-    samples = sorted(
-        (s for chunk in chunks for s in chunk), key=lambda s: (s.group, s.response_index)
+    samples = SampleBatch(
+        sorted((s for chunk in chunks for s in chunk), key=lambda s: (s.group, s.response_index))
     )
     groups = split_groups(samples)
     stages(
