@@ -11,7 +11,7 @@ Array = Sequence[float] | NDArray[Any] | Tensor  # one number per response, [N]
 
 
 def group_numbers(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Equal integers in `groups`, [N], as numbers from 0 without gaps, [N], and how many each has."""
+    """Equal integers in `groups`, [N], as numbers from 0 without gaps, [N], and their counts."""
     found = torch.unique_consecutive(groups, return_inverse=True, return_counts=True)
     if (found[0][1:] < found[0][:-1]).any():  # a trainer's are in order: no need to sort
         found = torch.unique(groups, return_inverse=True, return_counts=True)
