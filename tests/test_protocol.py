@@ -74,6 +74,7 @@ def test_the_message_takes_its_numbers_from_the_arrays_themselves(name: str) -> 
     samples = make_samples([3, 6])
     for sample in samples:
         sample.loss_mask, sample.selected, sample.frozen = np.ones((3, sample.length), bool)
+        sample.token_versions = np.zeros(sample.length, np.int32)
         for other in ("token_rewards", "values", "returns", "token_advantages"):
             setattr(sample, other, np.zeros(sample.length, np.float32))
     _, buffers = sent(SampleBatch(samples))

@@ -8,8 +8,9 @@ import pytest
 from tests.helpers import make_samples
 from verl.protocol import Sample, SampleBatch
 from verl.rollout import engine
-from verl.rollout.engine import GATHER_S, RolloutEngine
+from verl.rollout.engine import GATHER_S, RolloutEngine, SamplingParams
 
+PARAMS = SamplingParams(1, 9)
 PARTS = [SampleBatch(make_samples([i + 1])) for i in range(6)]
 
 
@@ -24,13 +25,10 @@ class Clocked(RolloutEngine):
     def load_weights(self, *_: Any) -> None:
         pass
 
-    def generate_rows(self, tenths: list[int], _: Any = None) -> Iterator[list[Sample]]:
+    def generate_rows(self, tenths: Any, _: Any) -> Iterator[list[Sample]]:
         for part, duration in zip(PARTS, tenths, strict=False):
             self.now += duration * GATHER_S / 10
             yield part
-
-    def generate(self, *args: Any) -> Iterator[list[Sample]]:
-        return self.generate_rows(*args)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +47,6 @@ def test_messages_by_hand(
 ) -> None:
     clocked = Clocked()
     monkeypatch.setattr(engine.time, "monotonic", lambda: clocked.now)
-    messages = list(clocked.stream(tenths))
+    messages = list(clocked.stream(tenths, PARAMS))
     assert [[s.length for s in message] for message in messages] == expected
     assert all(type(message) is SampleBatch for message in messages)
