@@ -196,8 +196,8 @@ def step(
     timer = Timer()
     numbers = list(range(len(prompts)))
     chunks = stages("receive samples", lambda: list(engines.generate(prompts, numbers, params)))
-    samples = sorted(
-        (s for chunk in chunks for s in chunk), key=lambda s: (s.group, s.response_index)
+    samples = SampleBatch(
+        sorted((s for chunk in chunks for s in chunk), key=lambda s: (s.group, s.response_index))
     )
     groups = split_groups(samples)
     stages(
@@ -284,9 +284,10 @@ def loops(rewards: torch.Tensor, groups: list[int], lengths: list[float]) -> tor
 
 def run_maths(count: int, repeats: int) -> None:
     """Weights and advantages against `loops`. All begin with the samples and ask each one for its
-    length, but for ours with the lengths given, as other stages have them; published code has a
-    padded mask instead, as wide as the longest response may be, and sums its rows. That it then
-    multiplies tensors of that shape is left out."""
+    length, but for ours with the lengths given, as the stages of a step have them from their
+    `SampleBatch`, which asks once; published code has a padded mask instead, as wide as the longest
+    response may be, and sums its rows. That it then multiplies tensors of that shape is left out.
+    """
     torch.set_num_threads(1)  # so few numbers are not worth waking another one
     rng, width = np.random.default_rng(0), LONGEST
     tokens = np.zeros(width, np.int64)
@@ -294,10 +295,9 @@ def run_maths(count: int, repeats: int) -> None:
     prompt = Prompt(0, tokens[:1], "countdown", None)
     drawn = zip(groups.tolist(), draw_lengths(count, rng, width), strict=True)
     samples = [Sample(prompt, group, tokens[:length], "stop") for group, length in drawn]
+    batch = SampleBatch(samples)
     rewards = rng.integers(0, 2, count).astype(np.float64)
-    mask = torch.arange(width) < torch.as_tensor(response_lengths(samples))[:, None]
-
-    given = response_lengths(samples)
+    mask = torch.arange(width) < torch.as_tensor(batch.lengths)[:, None]
 
     def ours(lengths: np.ndarray) -> torch.Tensor:
         weights = response_weights(lengths, "delta-l", width, ALPHA)
@@ -308,12 +308,13 @@ def run_maths(count: int, repeats: int) -> None:
 
     ways = {
         "ours": lambda: ours(response_lengths(samples)),
-        "ours, lengths given": lambda: ours(given),
+        "ours, lengths given": lambda: ours(batch.lengths),
         "loops": lambda: looped(lambda: [s.length for s in samples]),
         "loops over padded rows": lambda: looped(lambda: [row.sum().item() for row in mask]),
     }
     for name in list(ways)[2:]:
-        torch.testing.assert_close(ours(given) * count * width, ways[name](), rtol=2e-6, atol=1e-6)
+        expected, found = ways[name](), ours(batch.lengths) * count * width
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
     print(f"\nweights and advantages of {count:,} responses; all equal to 2e-6:")
     seconds = alternate(ways, repeats)
     median = {name: statistics.median(values) for name, values in seconds.items()}

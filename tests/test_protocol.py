@@ -74,6 +74,7 @@ def test_the_message_takes_its_numbers_from_the_arrays_themselves(name: str) -> 
     samples = make_samples([3, 6])
     for sample in samples:
         sample.loss_mask, sample.selected, sample.frozen = np.ones((3, sample.length), bool)
+        sample.token_versions = np.zeros(sample.length, np.int32)
         for other in ("token_rewards", "values", "returns", "token_advantages"):
             setattr(sample, other, np.zeros(sample.length, np.float32))
     _, buffers = sent(SampleBatch(samples))
@@ -98,3 +99,11 @@ def test_lengths_count_the_tokens_of_the_loss_mask() -> None:
     assert samples[1].num_tokens == len(samples[1].prompt.token_ids) + 4
     assert samples[1].counted(np.arange(4)).tolist() == [0, 3]
     assert samples[0].counted(np.arange(3)).tolist() == [0, 1, 2]
+
+
+def test_a_batch_is_asked_for_its_lengths_once() -> None:
+    batch = SampleBatch(make_samples([3, 0, 4]))
+    batch[2].loss_mask = np.array([True, False, False, True])
+    assert response_lengths(batch).tolist() == response_lengths(list(batch)).tolist() == [3, 0, 2]
+    assert response_lengths(batch) is batch.lengths
+    assert response_lengths([]).dtype == response_lengths(SampleBatch([])).dtype == np.int64

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import repeat
 from pickle import PickleBuffer
 from typing import Any, Literal, Self
 
@@ -144,28 +146,35 @@ ARRAYS: dict[str, np.dtype[Any]] = {
 
 
 class SampleBatch(list[Sample]):
-    """Samples that arrive in another process as a plain list, without the arrays in `omit`. Sent
-    field by field, which is several times faster: arrays become read-only views of the message."""
+    """Samples that stay as they are together, and are asked for their lengths once. In another
+    process they arrive as a plain list, without the arrays in `omit`. Sent field by field, which is
+    several times faster: arrays become read-only views of the message."""
 
     def __init__(self, samples: Iterable[Sample], omit: Sequence[str] = ()) -> None:
         super().__init__(samples)
         self.omit = omit
 
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each response that count, [N]."""
+        return np.array([s.length for s in self], np.int64)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         columns: dict[str, list[Any]] = {}
-        for f in fields(Sample):
-            values = [None if f.name in self.omit else getattr(s, f.name) for s in self]
-            if dtype := ARRAYS.get(f.name):
+        for name in (f.name for f in fields(Sample) if f.name not in self.omit):
+            values = [getattr(s, name) for s in self]
+            if dtype := ARRAYS.get(name):
                 arrays = [None if v is None else np.ascontiguousarray(v, dtype) for v in values]
                 values = [None if a is None else PickleBuffer(a.data) for a in arrays]
-            columns[f.name] = values
+            columns[name] = values
         return _samples, (columns,)
 
 
 def _samples(columns: dict[str, list[Any]]) -> list[Sample]:
-    for name, dtype in ARRAYS.items():
-        columns[name] = [None if b is None else np.frombuffer(b, dtype) for b in columns[name]]
-    return list(map(Sample, *(columns[f.name] for f in fields(Sample))))
+    for name in columns.keys() & ARRAYS:
+        arrays = (None if b is None else np.frombuffer(b, ARRAYS[name]) for b in columns[name])
+        columns[name] = list(arrays)
+    return list(map(Sample, *(columns.get(f.name, repeat(None)) for f in fields(Sample))))
 
 
 @dataclass(slots=True)
@@ -193,8 +202,8 @@ def by_prompt(samples: Iterable[Sample]) -> list[list[int]]:
 
 
 def response_lengths(samples: Iterable[Sample]) -> NDArray[np.int64]:
-    """Tokens of each response that count, int64 [N]."""
-    return np.array([s.length for s in samples], np.int64)
+    """Tokens of each response that count, int64 [N]; not to be changed."""
+    return (samples if isinstance(samples, SampleBatch) else SampleBatch(samples)).lengths
 
 
 @dataclass(slots=True)

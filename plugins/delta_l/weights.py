@@ -34,14 +34,16 @@ def delta_l(L: Tensor, *, M: int, alpha: float, rollout_L: Tensor, **_: Any) -> 
     α = 0 is Dr. GRPO; α = 1 is GRPO Norm times one scalar per batch. The mean over j runs over
     `rollout_L`: the rollout batch in the published code, the mini-batch in the paper. L̄, the mean
     length, cancels out. Responses of length 0 stay out of the means. [N] → [N]."""
-    present = rollout_L > 0
+    present = (rollout_L > 0).to(L.dtype)
     count = present.sum().clamp(min=1)
     mean_length = (rollout_L.sum() / count).clamp(min=1)
-    powers = others = (L.clamp(min=1) / mean_length) ** -alpha
-    if rollout_L is not L:  # powers take the most time here
-        others = (rollout_L.clamp(min=1) / mean_length) ** -alpha
-    mean_power = torch.where(present, others, 0.0).sum() / count
-    return dr_grpo(L, M=M) * powers / mean_power
+
+    def powers(x: Tensor) -> Tensor:  # what takes the most time here
+        return (-alpha * (x.clamp(min=1) / mean_length).log()).exp()
+
+    own = powers(L)
+    others = own if rollout_L is L else powers(rollout_L)
+    return own / (len(L) * M * (others @ present) / count)
 
 
 def response_weights(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.helpers import close
+from verl.algorithms import rollout_correction
 from verl.algorithms.rollout_correction import correct, kept_tokens
 from verl.config.rollout_correction import OPTIONS, RolloutCorrectionConfig, rejections
 
@@ -142,3 +143,20 @@ def test_metrics_by_hand():
     nothing = torch.zeros(0, dtype=torch.float64)
     kept, found = correct(nothing, nothing, torch.tensor([0]), torch.tensor([True]), config)
     assert kept.tolist() == [] and found == {}
+
+
+def test_blocks_of_responses_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of all responses, blocks of two with an empty response among them, and float32."""
+    lengths = torch.tensor([3, 0, 1, 4, 0, 2, 5])
+    draw = torch.Generator().manual_seed(0)
+    old, rollout = -torch.rand(2, int(lengths.sum()), generator=draw)
+    weighted, found = torch.ones(len(lengths), dtype=torch.bool), {}
+    for block in (256, 2):
+        monkeypatch.setattr(rollout_correction, "BLOCK", block)
+        kept, found[block] = correct(old, rollout, lengths, weighted, RolloutCorrectionConfig())
+        assert kept.all() and len(kept) == 15
+    assert found[2] == pytest.approx(found[256], rel=1e-12)
+    log_ratio = old.double() - rollout.double()
+    sums = torch.stack([part.sum() for part in log_ratio.split(lengths.tolist()) if len(part)])
+    assert found[2]["kl"] == pytest.approx(-log_ratio.mean().item())
+    assert found[2]["chi2_seq"] == pytest.approx((2 * sums).exp().mean().item() - 1)

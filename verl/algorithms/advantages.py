@@ -10,19 +10,20 @@ from torch import Tensor
 Array = Sequence[float] | NDArray[Any] | Tensor  # one number per response, [N]
 
 
-def group_numbers(groups: Tensor) -> Tensor:
-    """Equal integers in `groups`, [N], as numbers from 0 without gaps, [N]."""
-    ordered = bool((groups[1:] >= groups[:-1]).all())  # as a trainer's are: no need to sort
-    unique = torch.unique_consecutive if ordered else torch.unique
-    return unique(groups, return_inverse=True)[1]
+def group_numbers(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Equal integers in `groups`, [N], as numbers from 0 without gaps, [N], and their counts."""
+    found = torch.unique_consecutive(groups, return_inverse=True, return_counts=True)
+    if (found[0][1:] < found[0][:-1]).any():  # a trainer's are in order: no need to sort
+        found = torch.unique(groups, return_inverse=True, return_counts=True)
+    return found[1], found[2]
 
 
 def group_statistics(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, unbiased standard deviation (0 for a group of one) and size of each response's group,
     [N] each; exactly the values and 0 where they are all the same. Equal integers in `groups`, [N],
     mark responses to the same prompt."""
-    index = group_numbers(groups)
-    count = torch.bincount(index).to(values.dtype)
+    index, count = group_numbers(groups)
+    count = count.to(values.dtype)
     largest = torch.full_like(count, -torch.inf).scatter_reduce(0, index, values, "amax")
     below = largest.index_select(0, index) - values
     mean = (largest - torch.bincount(index, below) / count).index_select(0, index)
@@ -32,7 +33,7 @@ def group_statistics(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Te
 
 def group_max(values: Tensor, groups: Tensor) -> Tensor:
     """The largest value of each response's group, [N]."""
-    index = group_numbers(groups)
+    index, _count = group_numbers(groups)
     largest = torch.full_like(values, -torch.inf).scatter_reduce(0, index, values, "amax")
     return largest.index_select(0, index)
 
@@ -47,12 +48,11 @@ def whitened(values: Tensor, lengths: Tensor) -> Tensor:
     return (values - mean) * torch.rsqrt(variance + 1e-8)
 
 
-def scaled(values: Tensor, rewards: Tensor, groups: Tensor, norm_by_std: bool | str) -> Tensor:
-    """Values / (std of the group's rewards + 1e-6); `batch`: of all rewards; False: as they are."""
-    if not norm_by_std:
-        return values
-    over = torch.zeros_like(groups) if norm_by_std == "batch" else groups
-    return values / (group_statistics(rewards, over)[1] + 1e-6)
+def scaled(values: Tensor, rewards: Tensor, std: Tensor, norm_by_std: bool | str) -> Tensor:
+    """Values / (their groups' std + 1e-6); `batch`: that of all rewards; False: as they are."""
+    if norm_by_std == "batch":
+        std = group_statistics(rewards, torch.zeros_like(rewards))[1]
+    return values / (std + 1e-6) if norm_by_std else values
 
 
 def grpo_advantages(
@@ -62,7 +62,8 @@ def grpo_advantages(
     GRPO (arXiv 2503.20783) leaves the division out: `norm_by_std=False`. With `batch` it is the std
     of all rewards (arXiv 2508.08221; TRL's `scale_rewards="batch"`). verl's `grpo_vectorized`
     always divides. [N] → [N]."""
-    return scaled(rewards - group_statistics(rewards, groups)[0], rewards, groups, norm_by_std)
+    mean, std, _count = group_statistics(rewards, groups)
+    return scaled(rewards - mean, rewards, std, norm_by_std)
 
 
 def rloo_advantages(rewards: Tensor, groups: Tensor, **_: Any) -> Tensor:
@@ -116,7 +117,8 @@ def grpo_passk_advantages(
     second = group_max(rewards.masked_fill(best, -torch.inf), groups)
     share, _std, count = group_statistics(best.to(rewards.dtype), groups)
     ahead = best & (share * count < 1.5) & (count > 1)  # no other is as good
-    return scaled(torch.where(ahead, rewards - second, 0.0), rewards, groups, norm_by_std)
+    lead, std = torch.where(ahead, rewards - second, 0.0), group_statistics(rewards, groups)[1]
+    return scaled(lead, rewards, std, norm_by_std)
 
 
 def gdpo_advantages(

@@ -13,6 +13,7 @@ from torch import Tensor
 from verl.config.rollout_correction import Rejection, RolloutCorrectionConfig, rejections
 
 SAFE = 20.0  # bounds logarithms, so that exp stays finite
+BLOCK = 256  # responses whose tokens are looked at together: fresh memory is slower than the maths
 
 DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda log_ratio: -log_ratio,
@@ -29,7 +30,7 @@ def response_of_token(lengths: Tensor) -> Tensor:
 
 def _sums(values: Tensor, lengths: Tensor) -> Tensor:
     """Of each response's tokens, [T] → [N]."""
-    return values.new_zeros(len(lengths)).index_add(0, response_of_token(lengths), values)
+    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0)
 
 
 def rollout_is_weights(log_ratio: Tensor, lengths: Tensor, level: str, threshold: float) -> Tensor:
@@ -38,7 +39,7 @@ def rollout_is_weights(log_ratio: Tensor, lengths: Tensor, level: str, threshold
     product of the ratios over the tokens of a response; their `lengths`, [N], add up to T."""
     log_ratio = log_ratio.detach()
     if level == "sequence":
-        log_ratio = _sums(log_ratio, lengths)[response_of_token(lengths)]
+        log_ratio = _sums(log_ratio, lengths).repeat_interleave(lengths)
     return log_ratio.clamp(max=math.log(threshold)).exp()
 
 
@@ -48,15 +49,18 @@ def correct(
     """Which tokens stay in the loss, bool [T], and all metrics of a batch. `old`, `rollout`:
     log-probabilities of actor and engine, [T]; `weighted`: the responses whose loss has
     `rollout_is_weights`, bool [N]. Its `rollout_is_batch_norm_factor` makes their mean 1."""
-    log_ratio = old - rollout
-    if not len(log_ratio):
-        return log_ratio.bool(), {}
-    veto, threshold = config.rollout_token_veto_threshold, config.rollout_is_threshold
-    kept, metrics = kept_tokens(log_ratio, lengths, rejections(config), veto)
-    metrics |= off_policy_metrics(old, rollout, lengths)
+    kept = torch.ones_like(old, dtype=torch.bool)
+    if not len(old):
+        return kept, {}
+    metrics = off_policy_metrics(old, rollout, lengths)
+    rules, veto = rejections(config), config.rollout_token_veto_threshold
+    if rules or veto is not None or config.rollout_is:
+        log_ratio = old.double() - rollout.double()
+        kept, shares = kept_tokens(log_ratio, lengths, rules, veto)
+        metrics |= shares
     if config.rollout_is:
-        used = log_ratio * weighted[response_of_token(lengths)]
-        metrics |= weight_metrics(used, lengths, config.rollout_is, threshold)
+        used = log_ratio * weighted.repeat_interleave(lengths)
+        metrics |= weight_metrics(used, lengths, config.rollout_is, config.rollout_is_threshold)
         if not config.rollout_is_batch_normalize:
             del metrics["rollout_is_batch_norm_factor"]
     return kept, metrics
@@ -67,7 +71,6 @@ def kept_tokens(
 ) -> tuple[Tensor, dict[str, float]]:
     """Which tokens stay in the loss, bool [T], and shares of the others. A token stays if it is
     within the bounds of all `rules`, and no token of its response has a ratio below `veto`."""
-    response = response_of_token(lengths)
     bounded = log_ratio.clamp(-SAFE, SAFE)
     kept = torch.ones_like(log_ratio, dtype=torch.bool)
     metrics: dict[str, float] = {}
@@ -80,11 +83,11 @@ def kept_tokens(
     for rule in rules:
         values = DIVERGENCES[rule.estimator](bounded)
         if rule.level == "seq_max":  # of numbers that are never negative
-            most = values.new_zeros(len(lengths)).scatter_reduce(0, response, values, "amax")
-            values = most[response]
+            most = torch.segment_reduce(values, "max", lengths=lengths, initial=0)
+            values = most.repeat_interleave(lengths)
         elif rule.level != "token":
             counts = lengths.clamp(min=1) if rule.level == "seq_mean" else 1
-            values = (_sums(values, lengths) / counts)[response]
+            values = (_sums(values, lengths) / counts).repeat_interleave(lengths)
         within = (values >= rule.low) & (values <= rule.high)
         name = f"rollout_rs_{rule.name}"
         metrics |= {f"{name}_mean": values.mean().item(), **shares(name, ~within)}
@@ -96,7 +99,7 @@ def kept_tokens(
         vetoed = _sums(fatal.double(), lengths) > 0
         metrics["rollout_is_catastrophic_token_fraction"] = fatal.double().mean().item()
         metrics["rollout_is_veto_fraction"] = vetoed.double().mean().item()
-        kept &= ~vetoed[response]
+        kept &= ~vetoed.repeat_interleave(lengths)
     return kept, metrics
 
 
@@ -108,7 +111,7 @@ def weight_metrics(
     weights = each = log_ratio.clamp(-SAFE, SAFE).exp()
     if level == "sequence":
         each = _sums(log_ratio, lengths).clamp(-SAFE, SAFE).exp()
-        weights, each = each[response_of_token(lengths)], each[lengths > 0]
+        weights, each = each.repeat_interleave(lengths), each[lengths > 0]
     bounded = weights.clamp(1 / threshold, threshold)
     numbers = {
         "mean": weights.mean(),
@@ -126,14 +129,20 @@ def weight_metrics(
 def off_policy_metrics(old: Tensor, rollout: Tensor, lengths: Tensor) -> dict[str, float]:
     """How far engine and actor are apart; `old`, `rollout`: log-probabilities, [T]. Perplexities
     (`…ppl`) are means over responses, `chi2_…` E[ratio²] − 1 of tokens and of responses."""
-    log_ratio, there = old - rollout, lengths > 0
-    bounded = log_ratio.clamp(-SAFE, SAFE)
-    nll, engine_nll = (-(_sums(x, lengths)[there] / lengths[there]) for x in (old, rollout))
-    difference = nll - engine_nll
-    product = _sums(log_ratio, lengths)[there].clamp(-SAFE, SAFE)
+    sums, there = [], lengths > 0
+    blocks = lengths.split(BLOCK)
+    sizes = [int(L.sum()) for L in blocks]
+    for L, o, r in zip(blocks, old.split(sizes), rollout.split(sizes), strict=True):
+        o, r = o.double(), r.double()
+        bounded = (o - r).clamp(-SAFE, SAFE)
+        each = o, r, o - r, DIVERGENCES["k3"](bounded), (2 * bounded).exp()
+        sums.append(torch.stack([_sums(x, L) for x in each]))
+    of_old, of_rollout, product, k3, square = torch.cat(sums, 1)[:, there]  # of the responses
+    nll, engine_nll = (-x / lengths[there] for x in (of_old, of_rollout))
+    difference, tokens = nll - engine_nll, lengths.sum()
     numbers = {
-        "kl": -log_ratio.mean(),
-        "k3_kl": DIVERGENCES["k3"](bounded).mean(),
+        "kl": -product.sum() / tokens,
+        "k3_kl": k3.sum() / tokens,
         "training_ppl": nll.exp().mean(),
         "training_log_ppl": nll.mean(),
         "rollout_ppl": engine_nll.exp().mean(),
@@ -143,7 +152,7 @@ def off_policy_metrics(old: Tensor, rollout: Tensor, lengths: Tensor) -> dict[st
         "log_ppl_diff_max": difference.max(),
         "log_ppl_diff_min": difference.min(),
         "ppl_ratio": difference.exp().mean(),
-        "chi2_token": (2 * bounded).exp().mean() - 1,
-        "chi2_seq": (2 * product).exp().mean() - 1,
+        "chi2_token": square.sum() / tokens - 1,
+        "chi2_seq": (2 * product.clamp(-SAFE, SAFE)).exp().mean() - 1,
     }
     return {name: x.item() for name, x in numbers.items()}

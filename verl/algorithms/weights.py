@@ -36,9 +36,9 @@ def response_weights(
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(WEIGHTS)}")
     L = torch.as_tensor(lengths, dtype=torch.float64)
     rollout_L = torch.as_tensor(L if rollout_lengths is None else rollout_lengths, dtype=L.dtype)
-    if (L < 0).any() or (rollout_L < 0).any():
+    if any(len(x) and x.min() < 0 for x in (L, rollout_L)):
         raise ValueError("response lengths must not be negative")
-    prompts = torch.zeros_like(L) if groups is None else torch.as_tensor(groups)
+    prompts = L.new_zeros(1).expand_as(L) if groups is None else torch.as_tensor(groups)
     options = {"alpha": alpha, "rollout_L": rollout_L, "group_size": group_size, "groups": prompts}
     weights = WEIGHTS[mode](L, M=max_response_length, **options)
     return torch.where(L > 0, weights, 0.0).float()
@@ -90,14 +90,16 @@ def delta_l(L: Tensor, *, M: int, alpha: float, rollout_L: Tensor, **_: Any) -> 
     α = 0 is Dr. GRPO; α = 1 is GRPO Norm times one scalar per batch. The mean over j runs over
     `rollout_L`: the rollout batch in the published code, the mini-batch in the paper. L̄, the mean
     length, cancels out. Responses of length 0 stay out of the means. [N] → [N]."""
-    present = rollout_L > 0
+    present = (rollout_L > 0).to(L.dtype)
     count = present.sum().clamp(min=1)
     mean_length = (rollout_L.sum() / count).clamp(min=1)
-    powers = others = (L.clamp(min=1) / mean_length) ** -alpha
-    if rollout_L is not L:  # powers take the most time here
-        others = (rollout_L.clamp(min=1) / mean_length) ** -alpha
-    mean_power = torch.where(present, others, 0.0).sum() / count
-    return dr_grpo(L, M=M) * powers / mean_power
+
+    def powers(x: Tensor) -> Tensor:  # what takes the most time here
+        return (-alpha * (x.clamp(min=1) / mean_length).log()).exp()
+
+    own = powers(L)
+    others = own if rollout_L is L else powers(rollout_L)
+    return own / (len(L) * M * (others @ present) / count)
 
 
 def lambda_grpo(L: Tensor, *, alpha: float, groups: Tensor, **_: Any) -> Tensor:

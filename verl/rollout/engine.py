@@ -1,5 +1,6 @@
 """The seam between training and generation: `RolloutEngine.generate` yields finished responses."""
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from verl.config.schema import ModelConfig, RolloutConfig
-from verl.protocol import FinishReason, Prompt, Sample, WeightChunk
+from verl.protocol import FinishReason, Prompt, Sample, SampleBatch, WeightChunk
+
+GATHER_S = 0.1  # between two messages of an engine that finishes many responses
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,18 @@ class RolloutEngine(ABC):
     def stop(self) -> None:
         """Ends the `generate_rows` that runs in another thread."""
         self.stopped = True
+
+    def stream(self, rows: Sequence[Row], params: SamplingParams) -> Iterator[list[Sample]]:
+        """All that `generate_rows` yields, in a message at most every `GATHER_S` seconds and one at
+        the end: each takes the driver a millisecond."""
+        waiting, sent = SampleBatch([]), time.monotonic()
+        for samples in self.generate_rows(rows, params):
+            waiting += samples
+            if time.monotonic() >= sent + GATHER_S:
+                yield waiting
+                waiting, sent = SampleBatch([]), time.monotonic()
+        if waiting:
+            yield waiting
 
     def generate_all(self, *args: Any) -> list[Sample]:
         """All that `generate(*args)` yields."""

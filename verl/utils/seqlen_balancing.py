@@ -47,9 +47,9 @@ def micro_batches(
 def micro_batches_of_prompts(samples: Sequence[Sample], max_tokens: int) -> list[list[int]]:
     """`micro_batches` of samples whose prompts are computed once in each of them: few, with the
     responses of a prompt together. For every further response a prompt counts `REPEATED`."""
-    total = _computed(samples)
-    sizes = np.linspace(total / -(-total // max_tokens), max_tokens, STEPS)
-    parts = (_fill(samples, most, REPEATED) for most in sizes)
+    total, groups = _computed(samples), by_prompt(samples)
+    sizes = np.linspace(total / -(-total // max_tokens), max_tokens, STEPS).tolist()
+    parts = (_fill(samples, groups, most, REPEATED) for most in sizes)
     return min(parts, key=len)  # of the fewest the most even
 
 
@@ -57,11 +57,12 @@ def partitions_of_prompts(samples: Sequence[Sample], parts: int) -> list[list[in
     """`balanced_partitions` of samples whose prompts are computed once in each part: with the
     responses of a prompt together, if the largest part has less to compute that way."""
     apart = balanced_partitions([s.num_tokens for s in samples], parts)
-    if parts == 1 or len(by_prompt(samples)) == len(samples):
+    groups = by_prompt(samples)
+    if parts == 1 or len(groups) == len(samples):
         return apart
     largest = max(_computed([samples[i] for i in part]) for part in apart)
-    for most in np.linspace(_computed(samples) / parts, largest, STEPS)[:-1]:
-        together = _fill(samples, most)
+    for most in np.linspace(_computed(samples) / parts, largest, STEPS)[:-1].tolist():
+        together = _fill(samples, groups, most)
         if len(together) <= parts:
             return together + [[] for _ in range(parts - len(together))]
     return apart
@@ -73,15 +74,17 @@ def _computed(samples: Sequence[Sample]) -> int:
     return sum(prompts.values()) + sum(len(s.response_ids) for s in samples)
 
 
-def _fill(samples: Sequence[Sample], most: float, repeated: float = 0.0) -> list[list[int]]:
-    """Parts with at most so many tokens, one after the other, prompt by prompt; `repeated`: what
-    counts of a prompt that is there."""
+def _fill(
+    samples: Sequence[Sample], groups: list[list[int]], most: float, repeated: float = 0.0
+) -> list[list[int]]:
+    """Parts with at most so many tokens, one after the other, prompt by prompt (`groups`);
+    `repeated`: what counts of a prompt that is there."""
     parts: list[list[int]] = []
     filled = math.inf
-    for group in by_prompt(samples):
-        share = 1.0
+    for group in groups:
+        share, prompt = 1.0, len(samples[group[0]].prompt.token_ids)
         for i in group:
-            prompt, response = len(samples[i].prompt.token_ids), len(samples[i].response_ids)
+            response = len(samples[i].response_ids)
             if filled + share * prompt + response > most:
                 parts.append([])
                 filled, share = 0.0, 1.0

@@ -87,7 +87,7 @@ def speed_metrics(
     more responses are generated than trained on), and the tokens of the whole step."""
     total = sum(s.num_tokens for s in samples)
     tokens = dict.fromkeys(TOKEN_PHASES, total)
-    tokens["gen"] = 0 if filtering else sum(s.length for s in samples)
+    tokens["gen"] = 0 if filtering else int(response_lengths(samples).sum())
     per_token = {k: 1000 * seconds[k] / n for k, n in tokens.items() if n and k in seconds}
     return {
         **{f"timing_s/{name}": float(x) for name, x in seconds.items()},

@@ -12,7 +12,7 @@ import torch
 from verl.algorithms import advantages, exponent, kl, rollout_correction, weights
 from verl.algorithms.policy_losses import SELECTIONS, low_entropy
 from verl.config.schema import Config
-from verl.protocol import OptimizerStep, Sample, response_lengths
+from verl.protocol import OptimizerStep, Sample, SampleBatch, response_lengths
 from verl.trainer.ppo import checks, metrics
 from verl.trainer.ppo.batches import Batches, component, mini_batches, reward_components
 from verl.trainer.ppo.checkpoint import CheckpointFolder, TrainState
@@ -84,7 +84,7 @@ class RayPPOTrainer:
                 timer = Timer()
                 batch = self.rescue(self.batches.next, state.step + 1, timer)
                 state.step += 1
-                samples = batch.samples
+                samples = SampleBatch(batch.samples)
                 if state.step == 1:
                     checks.warn_of_equal_scores(samples, self.batches.rewards)
                 self.workers.free_devices()
@@ -169,7 +169,7 @@ class RayPPOTrainer:
         """
         lengths = response_lengths(samples)
         old, rollout = (
-            torch.tensor(np.concatenate([s.counted(getattr(s, name)) for s in samples])).double()
+            torch.from_numpy(np.concatenate([s.counted(getattr(s, name)) for s in samples]))
             for name in ("old_log_probs", "rollout_log_probs")
         )
         kept, record = rollout_correction.correct(
@@ -179,10 +179,11 @@ class RayPPOTrainer:
             torch.tensor(weighted),
             self.config.algorithm.rollout_correction,
         )
-        masks = np.split(kept.numpy(), lengths.cumsum()[:-1])
-        for sample, mask in zip(samples, masks, strict=True):
-            if not mask.all():
-                sample.reject(mask)
+        if not kept.all():
+            masks = np.split(kept.numpy(), lengths.cumsum()[:-1])
+            for sample, mask in zip(samples, masks, strict=True):
+                if not mask.all():
+                    sample.reject(mask)
         return {f"rollout_corr/{name}": value for name, value in record.items()}
 
     def subtract_kl(self, samples: list[Sample]) -> dict[str, float]:
@@ -276,7 +277,8 @@ class RayPPOTrainer:
         """By the rewards of a prompt's responses, or of the batch."""
         rewards, groups = [s.reward for s in samples], [s.group for s in samples]
         estimator, by_std = self.config.algorithm.adv_estimator, self.aggregation.norm_by_std
-        lengths = response_lengths(s.trained() for s in samples)
+        as_is = self.advantages_first  # nothing is rejected
+        lengths = response_lengths(samples if as_is else [s.trained() for s in samples])
         keys = reward_components(self.config)
         values = advantages.advantages(
             rewards,
@@ -344,8 +346,11 @@ class RayPPOTrainer:
     def trained(self, samples: list[Sample]) -> list[Sample]:
         """The responses that have a part in the loss and its denominators, as the loss sees them:
         without those that are filtered out, and those of which rejection leaves nothing."""
-        dropping = self.config.algorithm.filter_overlong_response.enable
-        left = [(s, s.trained()) for s in samples if not (dropping and s.truncated)]
+        if self.config.algorithm.filter_overlong_response.enable:
+            samples = [s for s in samples if not s.truncated]
+        if all(s.trained_mask is None for s in samples):
+            return samples
+        left = [(s, s.trained()) for s in samples]
         return [trained for s, trained in left if trained is s or trained.length]
 
     def update_actor(self, steps: list[OptimizerStep]) -> dict[str, float]:
