@@ -13,7 +13,7 @@ from tests.helpers import VOCABULARY, make_tiny_model, needs_onednn
 from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.hf import reorder_linears
 from verl.models.kv_cache import decode_attention
-from verl.protocol import Prompt, Sample, WeightChunk
+from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import Row, SamplingParams, rows_of
 from verl.rollout.hf import HFEngine, sample
 
@@ -349,6 +349,19 @@ def test_responses_that_wait_take_the_places_of_those_that_ended(tiny_model: Pat
     last = max(i for i, (_, width) in enumerate(sizes) if width > 1)
     decoding = [batch for batch, width in sizes[:last] if width == 1]
     assert len(decoding) > 100 and all(4 in pair for pair in pairwise(decoding))
+
+
+@pytest.mark.parametrize("pause, fewest, most", [(0.0, 4, 20), (1e9, 2, 2)])
+def test_what_is_finished_travels_in_few_messages(
+    engine: HFEngine, monkeypatch: pytest.MonkeyPatch, pause: float, fewest: int, most: int
+) -> None:
+    """The first at once, what follows within `GATHER_S` together."""
+    monkeypatch.setattr("verl.rollout.engine.GATHER_S", pause)
+    params = SamplingParams(8, 200)
+    for _ in range(2):
+        messages = list(engine.generate(make_prompts([3, 9, 5]), [0, 1, 2], params))
+        assert fewest <= len(messages) <= most and sum(map(len, messages)) == 24
+        assert all(type(message) is SampleBatch and message for message in messages)
 
 
 def test_a_stop_without_a_generation_ends_none(engine: HFEngine) -> None:

@@ -1,5 +1,6 @@
 """The seam between training and generation: `RolloutEngine.generate` yields finished responses."""
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from verl.config.schema import ModelConfig, RolloutConfig
-from verl.protocol import FinishReason, Prompt, Sample, SampleBatch, WeightChunk
+from verl.protocol import FinishReason, Prompt, Sample, WeightChunk
 
-GATHER_S = 0.1  # between two messages of an engine that finishes many responses
+GATHER_S = 0.1  # seconds between two messages of an engine, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class RolloutEngine(ABC):
     version: int = 0  # training steps of the policy that gave the engine its weights
     stop_ids: Sequence[int] = ()  # tokens that end a response
     stopped: bool = False  # whether the call that generates is to end; each begins with False
+    sent: float = -math.inf  # when the call's last message went to the driver
 
     def __init__(self, share: float = 1.0, bundles: Sequence[int] = (0,)) -> None:
         """To use `share` of each of its devices: these bundles of Ray's placement group."""
@@ -107,17 +109,13 @@ class RolloutEngine(ABC):
         """Ends the `generate_rows` that runs in another thread."""
         self.stopped = True
 
-    def stream(self, rows: Sequence[Row], params: SamplingParams) -> Iterator[list[Sample]]:
-        """All that `generate_rows` yields, in a message at most every `GATHER_S` seconds and one at
-        the end: each takes the driver a millisecond."""
-        waiting, sent = SampleBatch([]), time.monotonic()
-        for samples in self.generate_rows(rows, params):
-            waiting += samples
-            if time.monotonic() >= sent + GATHER_S:
-                yield waiting
-                waiting, sent = SampleBatch([]), time.monotonic()
-        if waiting:
-            yield waiting
+    def may_send(self) -> bool:
+        """Whether finished responses go to the driver now, or together with the next ones: each
+        message takes it a millisecond."""
+        if (now := time.monotonic()) < self.sent + GATHER_S:
+            return False
+        self.sent = now
+        return True
 
     def generate_all(self, *args: Any) -> list[Sample]:
         """All that `generate(*args)` yields."""

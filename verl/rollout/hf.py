@@ -1,6 +1,7 @@
 """Batched sampling for any Hugging Face causal model, on CPU and GPU. A prompt is read once for all
 its responses, finished ones make room for those that wait, the KV cache is written in place."""
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,7 +77,7 @@ class HFEngine(RolloutEngine):
     def generate_rows(self, rows: Sequence[Row], params: SamplingParams) -> Iterator[list[Sample]]:
         """See `RolloutEngine.generate_rows`. At most `max_num_seqs` responses are a batch; those
         that wait take the places of those that have ended."""
-        self.stopped, waiting = False, deque(rows)
+        self.stopped, self.sent, waiting, done = False, -math.inf, deque(rows), SampleBatch([])
         batch: Batch | None = None
         while (waiting or batch) and not self.stopped:
             if batch:
@@ -89,10 +90,15 @@ class HFEngine(RolloutEngine):
             self._draw(batch, params)
             ended = batch.state["length"] > 0
             if ended.sum() >= (1 - KEEP_SHARE) * len(ended):
-                yield self._responses(batch, ended)
+                done += self._responses(batch, ended)
                 batch = batch.keep(~ended)
-        if batch and (begun := self._responses(batch, batch.state["length"] >= 0)):
-            yield begun
+            if done and self.may_send():
+                yield done
+                done = SampleBatch([])
+        if batch:
+            done += self._responses(batch, batch.state["length"] >= 0)
+        if done:
+            yield done
 
     def _prefill(self, rows: list[Row], params: SamplingParams, batch: "Batch | None") -> "Batch":
         """Reads what the responses follow, each distinct prompt once; they join `batch`."""
@@ -141,16 +147,14 @@ class HFEngine(RolloutEngine):
         state["length"][ended & (state["length"] == 0)] = drawn[ended & (state["length"] == 0)]
         state["drawn"], batch.drawn = drawn.clamp(max=M), tokens
 
-    def _responses(self, batch: "Batch", which: Tensor) -> SampleBatch:
+    def _responses(self, batch: "Batch", which: Tensor) -> Iterator[Sample]:
         """These responses of the batch, [B], as far as they have come."""
         rows = [row for row, wanted in zip(batch.rows, which.tolist(), strict=True) if wanted]
         names = ("length", "drawn", "tokens", "log_probs")
         columns = [batch.state[name][which].cpu().numpy() for name in names]
-        samples = []
         for row, length, drawn, ids, values in zip(rows, *columns, strict=True):
             if new := range(row.num_begun, length or drawn):
-                samples.append(self.to_sample(row, ids[new], values[new], bool(length)))
-        return SampleBatch(samples)
+                yield self.to_sample(row, ids[new], values[new], bool(length))
 
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         """The next token's logits of the tokenizer's vocabulary, [B, V]."""

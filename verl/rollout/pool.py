@@ -1,6 +1,6 @@
 """Generation on several engines that may die. Each gets its share of the prompts, the same in every
-run, in one call of its `stream` over Ray. When it dies, the pool waits until Ray has started it
-again, gives it weights, and has it generate what is missing, with the same seeds."""
+run, in one call of its `generate_rows` over Ray. When it dies, the pool waits until Ray has started
+it again, gives it weights, and has it generate what is missing, with the same seeds."""
 
 import logging
 import os
@@ -160,7 +160,7 @@ class EnginePool(WorkerGroup):
 
     def _start(self, engine: int, missing: Rows, params: SamplingParams) -> Any:
         """A stream of these responses."""
-        method = self.workers[engine].stream.options(num_returns="streaming")
+        method = self.workers[engine].generate_rows.options(num_returns="streaming")
         return method.remote(list(missing.values()), params)
 
     def _tell_to_stop(self, engines: Iterable[int]) -> None:

@@ -1,5 +1,6 @@
 """vLLM (https://docs.vllm.ai) as the engine: only there is it imported, as it changes torch."""
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -122,8 +123,7 @@ class VLLMEngine(RolloutEngine):
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         sampled, greedy = make(temperature=params.temperature), make(temperature=0.0)
-        self.stopped = False
-        waiting = deque(rows)
+        self.stopped, self.sent, waiting, done = False, -math.inf, deque(rows), SampleBatch([])
         running: dict[str, Row] = {}  # by name
         try:
             while (waiting or running) and not self.stopped:
@@ -136,22 +136,24 @@ class VLLMEngine(RolloutEngine):
                     seed = np.random.SeedSequence(numbers + [row.num_begun] * bool(row.begun))
                     own.seed = int(seed.generate_state(1, np.uint64)[0] >> 1)  # fits into an int64
                     self.engine.add_request(name, tokens_input(row.token_ids.tolist()), own)
-                if done := self._samples(running, self.engine.step()):
+                done += self._samples(running, self.engine.step())
+                if done and self.may_send():
                     yield done
-            if self.stopped and (begun := self._samples(running, self._aborted(running))):
-                yield begun
+                    done = SampleBatch([])
+            if running:
+                done += self._samples(running, self._aborted(running))
+            if done:
+                yield done
         finally:
             if running:
                 self.engine.abort_request(list(running))
 
-    def _samples(self, running: dict[str, Row], outputs: Iterable[Any]) -> SampleBatch:
+    def _samples(self, running: dict[str, Row], outputs: Iterable[Any]) -> Iterator[Sample]:
         """Of vLLM's outputs those that are final, and no longer `running`."""
-        done = [(running.pop(o.request_id), o.outputs[0]) for o in outputs if o.finished]
-        return SampleBatch(
-            self.to_sample(row, o.token_ids, o.logprobs.logprobs, o.finish_reason != "abort")
-            for row, o in done
-            if o.token_ids
-        )
+        for row, o in [(running.pop(o.request_id), o.outputs[0]) for o in outputs if o.finished]:
+            if o.token_ids:
+                finished = o.finish_reason != "abort"
+                yield self.to_sample(row, o.token_ids, o.logprobs.logprobs, finished)
 
     def _aborted(self, running: Iterable[str]) -> Iterator[Any]:
         """Aborts these requests; vLLM's outputs with what they have become."""

@@ -40,7 +40,7 @@ class Workers:
     """The policy on all ranks (`actor`), and the generation `engines`; samples go to the ranks in
     balanced shares. `model_size` and `peak_flops` are None where they are not known, as on CPUs. A
     call goes through Ray by its name: `actor.scatter("update", …)` runs `PolicyWorker.update` on
-    each rank, and `engines.generate` runs `RolloutEngine.stream` on each engine."""
+    each rank, and `engines.generate` runs `RolloutEngine.generate_rows` on each."""
 
     def __init__(self, config: Config, ray_started: Callable[[], None]) -> None:
         """Starts Ray, which takes SIGTERM (`ray_started` may take it back), actor ranks without a
