@@ -25,10 +25,6 @@ class RolloutCorrectionConfig(Section):
     """The factor is at most this."""
     rollout_is_batch_normalize: bool = key(False, idle_if=("rollout_is=null", *WITHOUT_FACTORS))
     """Divide the factors by their mean over the whole batch."""
-    decoupled: bool = key(False, idle_if="bypass_old_log_prob=True")
-    """Responses of older policies: the ratio that is clipped is to the policy before the step, as
-    for the others, and rollout_is leads to the one that drew each token (AReaL's decoupled loss,
-    arXiv 2505.24298, eq. 5). False: their ratio is to the one that drew it."""
     rollout_rs: str | None = None
     """Rejection: tokens, or whole responses, where π_old/π_rollout is out of bounds have no part in
     the loss and its denominators. token, sequence, geometric; or several of token_k1, seq_mean_k3,
@@ -44,6 +40,10 @@ class RolloutCorrectionConfig(Section):
     )
     """With bypass_old_log_prob, the loss of a token: PPO's clipped one, whose ratio corrects by
     itself, or −A·log π, times the factor of rollout_is."""
+    decoupled: bool = key(False, idle_if="bypass_old_log_prob=True")
+    """Responses of older policies: the ratio that is clipped is to the policy before the step, as
+    for the others, and rollout_is leads to the one that drew each token (AReaL's decoupled loss,
+    arXiv 2505.24298, eq. 5). False: their ratio is to the one that drew it."""
 
 
 class Rejection(NamedTuple):
