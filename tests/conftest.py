@@ -9,6 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers import make_tiny_model
+from tests.helpers import ROOT, make_tiny_model
 from verl.algorithms.advantages import ADVANTAGES
 from verl.algorithms.policy_losses import POLICY_LOSSES
 from verl.algorithms.weights import WEIGHTS
+from verl.cluster import WORKER_ENV
 
 # The files that take longest, for the workers of pytest-xdist to start with: a long one that comes
 # last would keep one busy and the others idle.
@@ -53,6 +57,21 @@ LONGEST = [
     "rollout/test_hf.py",
     "scripts/test_scripts.py",
 ]
+
+
+def pytest_configure() -> None:
+    """Starts the server of `warm_python.py`, one for all workers of pytest-xdist; it ends with the
+    process that has the other end of its standard input."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="warm-")
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.warm_python", folder],
+            cwd=ROOT,
+            env=os.environ | WORKER_ENV | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        os.environ["WARM_PYTHON"] = f"{folder}/python"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import made_once
+from tests.helpers import made_once, starting_warm
 from verl.cluster import WorkerGroup
 from verl.config.load import load_config
 from verl.trainer import main_export, main_ppo
@@ -78,9 +78,10 @@ def command(settings: list[str], *overrides: str) -> list[str]:
 
 
 def run(settings: list[str], *overrides: str) -> None:
-    """The main job in this process, which has its modules already: a job alone takes 4 s to import
-    them."""
-    main_ppo.run(load_config([*settings, *overrides]))
+    """The main job in this process, which has its modules already, as have Ray's workers: each
+    would take 4 s to import them."""
+    with starting_warm():
+        main_ppo.run(load_config([*settings, *overrides]))
 
 
 def run_alone(settings: list[str], *overrides: str) -> None:
