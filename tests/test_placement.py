@@ -14,7 +14,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from tests.helpers import ray_cluster
+from tests.helpers import ray_cluster, starting_warm
 from verl import cluster
 from verl.cluster import Slots, WorkerGroup, reserve_devices, start_ray
 from verl.models.policy import PolicyWorker
@@ -32,7 +32,11 @@ class Place:
 def nodes() -> Iterator[list[str]]:
     """Ids of the nodes. The small one has room for one device, without a GPU."""
     large, small = {"num_cpus": 4, "num_gpus": 2}, {"num_cpus": 2}
-    with ray_cluster(large, large, small) as address, pytest.MonkeyPatch.context() as environment:
+    with (
+        starting_warm(),
+        ray_cluster(large, large, small) as address,
+        pytest.MonkeyPatch.context() as environment,
+    ):
         environment.setenv("RAY_ADDRESS", address)
         start_ray(2)
         cpus = {node["NodeID"]: node["Resources"]["CPU"] for node in ray.nodes()}

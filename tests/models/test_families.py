@@ -39,6 +39,7 @@ def process_group() -> Iterator[None]:
         yield
 
 
+@pytest.mark.series(4)
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(
     "family",

@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import made_once, starting_warm
+from tests.helpers import made_once, starting_warm, warm_python
 from verl.cluster import WorkerGroup
 from verl.config.load import load_config
 from verl.trainer import main_export, main_ppo
@@ -135,7 +135,7 @@ def test_any_checkpoint_becomes_a_hugging_face_folder(
     run_folder = tmp_path / "run"  # may have been moved since
     shutil.copytree(finished, run_folder)
     shutil.rmtree(run_folder / "huggingface")
-    alone = [sys.executable, "-m", "verl.trainer.main_export", str(run_folder)]
+    alone = [warm_python(), "-m", "verl.trainer.main_export", str(run_folder)]
     done = subprocess.run(alone, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"the model of global_step_4 is in {run_folder}/huggingface" in done.stdout
