@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers import LatexServer, server_python
+from tests.helpers import LatexServer, server_python, warm_python
 from tests.trainer.test_main_ppo import command, read, run
 
 pytestmark = pytest.mark.skipif(
@@ -117,7 +117,8 @@ def test_a_server_that_is_away_costs_no_step(settings, server, reference, tmp_pa
 def test_without_a_server_the_run_does_not_start(settings, server, tmp_path):
     server.kill()
     overrides = rewarded(settings, server, tmp_path)
-    done = subprocess.run(command(overrides), capture_output=True, text=True)
+    alone = [warm_python(), *command(overrides)[1:]]
+    done = subprocess.run(alone, capture_output=True, text=True)
     server.start()
     assert done.returncode == 2
     assert "bash server/math/start.sh" in done.stderr
