@@ -149,6 +149,11 @@ def warm_python() -> str:
     return python
 
 
+def warm_children() -> dict[str, str]:
+    """The variable by which a program of `warm_python` starts others with it, too."""
+    return {"WARM_CHILDREN": warm_python()}
+
+
 @contextmanager
 def starting_warm() -> Iterator[None]:
     """`warm_python` is this process's interpreter; by which Ray starts its own."""

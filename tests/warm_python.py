@@ -4,8 +4,9 @@ test starts with it has their seconds of imports behind it.
 `python -m tests.warm_python FOLDER` serves the program `FOLDER/python`, which takes -u, -c, -m or a
 script as python does. A fork has its starter's environment, working directory, open files and
 signal mask, and each of the two ends when the other does. It is no child of its starter, though,
-nor of its process group, and /proc/PID/environ isn't its own. The server ends, with all forks, when
-its standard input does.
+nor of its process group, and /proc/PID/environ isn't its own. What it starts by `sys.executable`,
+such as Ray, is an ordinary interpreter, or what the variable WARM_CHILDREN names. The server ends,
+with all forks, when its standard input does.
 """
 
 import atexit
@@ -130,6 +131,7 @@ def take_over(request: Request) -> None:
     os.closerange(ABOVE, 2 * ABOVE)
     os.environ.clear()
     os.environ.update(request.environment)
+    sys.executable = os.environ.get("WARM_CHILDREN", sys.executable)
     places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [place for place in places if place and place not in sys.path]
     os.chdir(request.folder)
