@@ -39,7 +39,6 @@ def process_group() -> Iterator[None]:
         yield
 
 
-@pytest.mark.series(4)
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(
     "family",
