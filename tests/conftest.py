@@ -9,17 +9,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-from collections.abc import Iterator
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.helpers import make_tiny_model
+from tests.helpers import ROOT, make_tiny_model
 from verl.algorithms.advantages import ADVANTAGES
 from verl.algorithms.policy_losses import POLICY_LOSSES
 from verl.algorithms.weights import WEIGHTS
+from verl.cluster import WORKER_ENV
 
 # The files that take longest, for the workers of pytest-xdist to start with: a long one that comes
 # last would keep one busy and the others idle.
@@ -55,14 +61,60 @@ LONGEST = [
 ]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts the server of `warm_python.py`, one for all workers of pytest-xdist; it ends with the
+    process that has the other end of its standard input. The workers get these options, too."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.option.sample_seed = config.option.sample_seed or date.today().isoformat()
+        if config.option.kill_seed is None:
+            config.option.kill_seed = random.Random(config.option.sample_seed).randrange(1000)
+        folder = tempfile.mkdtemp(prefix="warm-")
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.warm_python", folder],
+            cwd=ROOT,
+            env=os.environ | WORKER_ENV | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        os.environ["WARM_PYTHON"] = f"{folder}/python"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of tests/faults."""
+    """Options of series, and of tests/faults."""
+    parser.addoption("--all", action="store_true", help="all members of series, not a sample")
+    parser.addoption("--sample-seed", help="what chooses the sample of series; default: the date")
     parser.addoption("--kills", type=int, default=1, help="processes to kill at random points")
-    parser.addoption("--kill-seed", type=int, default=0, help="seed of these points")
+    parser.addoption("--kill-seed", type=int, help="seed of these points; default: the day's")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts by file alone; within each, and among the others, the order stays."""
+def pytest_report_header(config: pytest.Config) -> str:
+    """What repeats this run."""
+    if config.getoption("all"):
+        return "series: all members"
+    return f"series: a sample of members, as with --sample-seed {config.option.sample_seed}"
+
+
+def left_out(items: Sequence[pytest.Item], seed: str) -> list[pytest.Item]:
+    """Members of series that don't run."""
+    series: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("series") and not item.get_closest_marker("always"):
+            series.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    found: list[pytest.Item] = []
+    for name, members in series.items():
+        marker: Any = members[0].get_closest_marker("series")
+        number = max(0, len(members) - marker.args[0])
+        found += random.Random(f"{seed} {name}").sample(members, number)
+    return found
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what isn't in the sample, and sorts by file alone; within each, and among the
+    others, the order stays."""
+    if not config.getoption("all"):
+        others = {*left_out(items, config.option.sample_seed)}
+        config.hook.pytest_deselected(items=[item for item in items if item in others])
+        items[:] = [item for item in items if item not in others]
     places = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
 

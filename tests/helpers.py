@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -138,6 +139,27 @@ def made_once(base: Path, name: str, make: Callable[[Path], object]) -> Path:
             make(folder)
             done.touch()
     return folder
+
+
+def warm_python() -> str:
+    """An interpreter that has its imports behind it, for whatever isn't about how it starts."""
+    python = os.environ["WARM_PYTHON"]
+    while not os.path.exists(python):  # in the first moments
+        time.sleep(0.01)
+    return python
+
+
+def warm_children() -> dict[str, str]:
+    """The variable by which a program of `warm_python` starts others with it, too."""
+    return {"WARM_CHILDREN": warm_python()}
+
+
+@contextmanager
+def starting_warm() -> Iterator[None]:
+    """`warm_python` is this process's interpreter; by which Ray starts its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm_python())
+        yield
 
 
 @contextmanager

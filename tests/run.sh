@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # All checks: style, types, scripts, tests.  bash tests/run.sh [argument of the trainer's pytest …]
 #
+# Of long series of like tests, those marked `series`, a sample runs that changes with the day; --all
+# runs everything, and --sample-seed DATE repeats the sample of a day.
+#
 # Makes the environments first, unless VERL_PYTHON or PYTHON names an interpreter that has all that
 # the trainer needs. The LaTeX server's is MATH_SERVER_PYTHON, else that of .venv-server.
 set -euo pipefail
@@ -46,9 +49,9 @@ check() {
 shellcheck=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck
 # Three tests at a time: none keeps two cores busy from start to end. On a GPU, which they would
 # share, one after the other.
-selection=(-m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder)
+selection=(-m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder) gpu=
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  selection=(-m "gpu or not gpu")
+  selection=(-m "gpu or not gpu") gpu=1
 fi
 
 check "ruff check" "$PYTHON" -m ruff check .
@@ -60,11 +63,12 @@ check "ruff format" "$PYTHON" -m ruff format --check .
     \( -name '*.sh' -o -path ./.ci/run \) -exec "$shellcheck" -x -P SCRIPTDIR {} +
   check "pytest of the LaTeX server" "$MATH_SERVER_PYTHON" -m pytest \
     --confcutdir=tests/server tests/server
+  [[ $gpu ]] || check "pytest of vLLM" "$PYTHON" -m pytest tests/vllm
 } >"$printed/beside" 2>&1 &
 check pytest "$PYTHON" -m pytest "${selection[@]}" --durations=15 "$@"
 wait
 cat "$printed/beside"
-check "pytest of vLLM" "$PYTHON" -m pytest tests/vllm
+[[ ! $gpu ]] || check "pytest of vLLM" "$PYTHON" -m pytest tests/vllm
 check "pytest of the plug-ins" bash plugins/test.sh --short
 
 if [[ -f $printed/failed ]]; then

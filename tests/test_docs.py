@@ -4,12 +4,12 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.aggregation_study.comparison import arguments_of
+from tests.helpers import warm_children, warm_python
 from verl.config.load import load_config
 from verl.trainer.ppo.workers import loss_config
 from verl.utils import own_functions
@@ -83,9 +83,13 @@ def test_the_task_of_your_own_runs(tmp_path: Path) -> None:
         (tmp_path / block[1]).write_text(block[0])
     (tmp_path / "examples").symlink_to(REPO / "examples")
     commands = re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[0]
-    script = commands.replace(".venv/bin/python", sys.executable).rstrip()
+    script = commands.replace(".venv/bin/python", warm_python()).rstrip()
     script += " trainer.total_training_steps=2 trainer.n_gpus_per_node=1"
-    environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {
+        "PYTHONPATH": str(REPO),
+        "CUDA_VISIBLE_DEVICES": "",
+        **warm_children(),
+    }
     done = subprocess.run(
         ["bash", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

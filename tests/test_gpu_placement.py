@@ -11,7 +11,7 @@ from ray import cloudpickle
 from ray.util import get_current_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tests.helpers import ray_cluster
+from tests.helpers import ray_cluster, starting_warm
 from verl.cluster import WORKERS_PER_DEVICE, Slots, WorkerGroup, reserve_devices, start_ray
 from verl.config.load import load_config
 from verl.config.schema import Config
@@ -62,6 +62,7 @@ class Engine(Place):
 def machine() -> Iterator[None]:
     """One machine with four GPUs."""
     with (
+        starting_warm(),
         ray_cluster({"num_cpus": 8, "num_gpus": 4}) as address,
         pytest.MonkeyPatch.context() as environment,
     ):

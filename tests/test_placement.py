@@ -1,5 +1,6 @@
 """Placement on a real Ray cluster of two large nodes and a small one."""
 
+import os
 import socket
 import threading
 import time
@@ -14,9 +15,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from tests.helpers import ray_cluster
+from tests.helpers import ray_cluster, starting_warm
 from verl import cluster
-from verl.cluster import Slots, WorkerGroup, reserve_devices, start_ray
+from verl.cluster import WORKER_ENV, Slots, WorkerGroup, reserve_devices, start_ray
 from verl.models.policy import PolicyWorker
 from verl.utils.device import cluster_device
 
@@ -32,7 +33,11 @@ class Place:
 def nodes() -> Iterator[list[str]]:
     """Ids of the nodes. The small one has room for one device, without a GPU."""
     large, small = {"num_cpus": 4, "num_gpus": 2}, {"num_cpus": 2}
-    with ray_cluster(large, large, small) as address, pytest.MonkeyPatch.context() as environment:
+    with (
+        starting_warm(),
+        ray_cluster(large, large, small) as address,
+        pytest.MonkeyPatch.context() as environment,
+    ):
         environment.setenv("RAY_ADDRESS", address)
         start_ray(2)
         cpus = {node["NodeID"]: node["Resources"]["CPU"] for node in ray.nodes()}
@@ -102,6 +107,15 @@ def test_workers_of_a_slot_share_its_gpu(nodes: list[str]) -> None:
         assert engines.call("get") == actors.call("get")
     assert [node, same_node] == nodes_of(slots)
     assert {first, second} == {0, 1}
+
+
+def test_workers_of_a_cluster_that_others_started_get_their_variables(nodes: list[str]) -> None:
+    with placed(1, 1, "cpu") as slots:
+        worker = WorkerGroup(Place, slots, "cpu", [()])
+        found = worker.call(
+            "__ray_call__", lambda _: {name: os.environ[name] for name in WORKER_ENV}
+        )
+    assert found == [WORKER_ENV]
 
 
 def test_a_gpu_that_torch_cannot_use_is_an_error(nodes: list[str]) -> None:

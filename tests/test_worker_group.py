@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import ray
 
-from tests.helpers import make_samples
+from tests.helpers import make_samples, starting_warm
 from verl.cluster import WorkerGroup, reserve_devices, start_ray
 from verl.protocol import ARRAYS, Sample, SampleBatch
 
@@ -47,7 +47,8 @@ class Echo:
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[WorkerGroup]:
-    start_ray(2, runtime_env={"env_vars": {"ASKED_FOR": "this"}})
+    with starting_warm():
+        start_ray(2, runtime_env={"env_vars": {"ASKED_FOR": "this"}})
     yield WorkerGroup(Echo, reserve_devices(1, 2, "cpu"), "cpu", [(0,), (1,)])
     ray.shutdown()
 

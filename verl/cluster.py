@@ -57,12 +57,19 @@ def start_ray(
     # It says that it makes a token, as it does for every cluster of its own.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
     cpus = num_cpus or max(WORKERS_PER_DEVICE * devices, os.cpu_count() or 1)
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they would lack `WORKER_ENV`
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # one for each core
+    options: Any = {"include_dashboard": False, "logging_level": logging.WARNING}
+    own = {name: os.environ[name] for name in WORKER_ENV if name in os.environ}
     # Ray's processes live until this one has ended in order, also where a terminal is closed.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    options: Any = {"include_dashboard": False, "logging_level": logging.WARNING}
-    ray.init(address="local", num_cpus=cpus, runtime_env=runtime_env or None, **options)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    try:
+        os.environ |= WORKER_ENV  # which its workers inherit
+        ray.init(address="local", num_cpus=cpus, runtime_env=runtime_env or None, **options)
+    finally:
+        for name in WORKER_ENV:
+            del os.environ[name]
+        os.environ |= own
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 def _check_cluster(address: str) -> None:
@@ -147,7 +154,8 @@ class WorkerGroup:
     ) -> None:
         """Starts `cls(*arguments[i])` in slot i, with `share` of its device and Ray's `options`."""
         options |= worker_resources(device, share) | {"concurrency_groups": {CONTROL: 1}}
-        options["runtime_env"] = {"env_vars": WORKER_ENV}  # beside what `ray.init` got
+        if os.environ.get("RAY_ADDRESS"):  # else they inherit it, which starts them sooner
+            options["runtime_env"] = {"env_vars": WORKER_ENV}  # beside what `ray.init` got
         actor: Any = ray.remote(**options)(cls)
         self.workers: list[Any] = []
         for (reserved, bundle), args in zip(slots, arguments, strict=True):

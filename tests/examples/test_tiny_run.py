@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, warm_children, warm_python
 from verl.trainer.ppo.tracking import read_metrics
 from verl.utils.signals import SIGNALS
 
@@ -42,9 +42,9 @@ tiny_run.main(["mine", *sys.argv[1:]])
 
 
 @contextmanager
-def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: list[str], log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that ends with the block; what it prints goes to `log`."""
-    environment = os.environ | {"VERL_PYTHON": sys.executable, "DRY_RUN": "0"}
+    environment = os.environ | {"VERL_PYTHON": sys.executable, "DRY_RUN": "0"} | variables
     with (
         log.open("w") as file,
         subprocess.Popen(
@@ -100,7 +100,8 @@ def test_a_task_of_ones_own_stopped_by_signals_and_finished(tmp_path: Path) -> N
         assert (run / "latest_checkpointed_iteration.txt").read_text() == str(reached)
         assert reached < STEPS and not (run / "summary.txt").exists()
 
-    with started(command, log) as process:
+    command[0] = warm_python()  # no signals from here on
+    with started(command, log, **warm_children()) as process:
         assert process.wait(300) == 0, log.read_text()
     printed = log.read_text()
     assert f"[1/3] The warmed-up model of an earlier run: {warm}\n" in printed
@@ -108,7 +109,7 @@ def test_a_task_of_ones_own_stopped_by_signals_and_finished(tmp_path: Path) -> N
     assert [line["step"] for line in metrics()] == list(range(STEPS + 1))
     assert (run / "report.html").exists()
 
-    with started(command, log) as process:
+    with started(command, log, **warm_children()) as process:
         assert process.wait(120) == 0
     first, _, shown = log.read_text().partition("\n")
     assert first.startswith("This run is finished")

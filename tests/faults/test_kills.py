@@ -55,7 +55,7 @@ def test_random_kills_lose_nothing(
     kills, seed = pytestconfig.getoption("kills"), pytestconfig.getoption("kill_seed")
     rng = np.random.default_rng(seed)
     print("seed", seed)
-    left = [list(KILLS)[i % len(KILLS)] for i in range(kills)]
+    left = [list(KILLS)[(seed + i) % len(KILLS)] for i in range(kills)]
     if kills > len(KILLS):
         rng.shuffle(left)
     expected, runs = lines(finished), 0

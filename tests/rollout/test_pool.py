@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 
+from tests.helpers import starting_warm
 from tests.rollout.test_hf import make_prompts
 from verl.cluster import WorkerGroup, reserve_devices, start_ray
 from verl.config.schema import Config, FSDPConfig, ModelConfig, OptimConfig, TrainerConfig
@@ -46,7 +47,8 @@ def workers(
         engine = engine_class(request.param)
     except ValueError as missing:
         pytest.skip(str(missing))
-    start_ray(3)
+    with starting_warm():
+        start_ray(3)
     slots = reserve_devices(1, 2, "cpu")
     actor = WorkerGroup(PolicyWorker, slots[:1], "cpu", [("cpu",)])
     actor.connect()

@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers import warm_python
 from tests.scripts.published_dapo import PUBLISHED
 from tests.scripts.test_scripts import STEERING, TASKS, Result, dry_run, method, resolved
 
@@ -114,7 +114,7 @@ def main_dapo(*arguments: str, cwd: Path = ROOT) -> Result:
     """`python -m recipe.dapo.main_dapo` with DRY_RUN=1."""
     environment = {key: value for key, value in os.environ.items() if key not in STEERING}
     return subprocess.run(
-        [sys.executable, "-m", "recipe.dapo.main_dapo", *arguments],
+        [warm_python(), "-m", "recipe.dapo.main_dapo", *arguments],
         env=environment | {"DRY_RUN": "1", "PYTHONPATH": str(ROOT)},
         cwd=cwd,
         capture_output=True,

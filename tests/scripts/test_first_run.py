@@ -233,6 +233,7 @@ def test_a_rung_is_a_real_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not (first.folder(TABLE[1]) / "huggingface").exists()
 
 
+@pytest.mark.series(2)
 @pytest.mark.parametrize("rung", TABLE[1:], ids=[rung.name for rung in TABLE[1:]])
 def test_what_rungs_run_on_gpus(
     rung: Rung, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers import QWEN_3B
+from tests.helpers import QWEN_3B, warm_python
 
 SCRIPTS = Path(__file__).parents[2] / "train_scripts"
 # Variables that steer the scripts: a test starts without the caller's.
@@ -115,12 +115,12 @@ Result = subprocess.CompletedProcess[str]
 
 
 def dry_run(name: str, *arguments: str, cwd: Path = SCRIPTS.parent, **variables: str) -> Result:
-    """Starts a script of train_scripts/ with DRY_RUN=1, PUBLISHED=1 and this interpreter."""
+    """Starts a script of train_scripts/ with DRY_RUN=1, PUBLISHED=1 and our interpreter."""
     environment = {key: value for key, value in os.environ.items() if key not in STEERING}
     variables = {"PUBLISHED": "1"} | variables
     return subprocess.run(
         ["bash", SCRIPTS / f"{name}.sh", *arguments],
-        env=environment | {"DRY_RUN": "1", "PYTHON": sys.executable} | variables,
+        env=environment | {"DRY_RUN": "1", "PYTHON": warm_python()} | variables,
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -54,7 +54,7 @@ def test_a_cluster_to_join_is_no_job_server(address: str) -> None:
 
 def test_a_missing_client_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "aiohttp.py").write_text("raise ImportError")
-    result = start(SUBMIT="1", PYTHONPATH=str(tmp_path))
+    result = start(SUBMIT="1", PYTHONPATH=str(tmp_path), PYTHON=sys.executable)
     assert result.returncode == 2
     assert f"{sys.executable} -m pip install 'ray[default]'" in last_error(result)
 

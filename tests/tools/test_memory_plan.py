@@ -21,6 +21,7 @@ from tests.helpers import (
     make_step,
     make_tiny_model,
     needs_onednn,
+    warm_python,
 )
 from verl.config.load import load_config
 from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig, RolloutConfig
@@ -251,7 +252,7 @@ def test_a_3b_script_with_lora_fits_one_gpu_of_24_gb(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN_3B))
     script = ROOT / "train_scripts/countdown-3b-delta-l-norm-alpha-1.sh"
     env = {"MODEL_PATH": str(tmp_path), "N_GPUS": "1", "GPU_GB": "24", "DRY_RUN": "1"}
-    env |= {"PYTHON": sys.executable, "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    env |= {"PYTHON": warm_python(), "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     found = []
     for rank in (0, 32):
         command = ["bash", str(script), f"actor_rollout_ref.model.lora_rank={rank}"]
@@ -398,7 +399,7 @@ def test_dry_run_estimates_on_standard_error(tmp_path: Path) -> None:
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("data: {foo: 1}")
     for name, message in ("x.yaml", "Key 'foo' not in"), ("none.yaml", "No such file"):
-        command = [sys.executable, "-m", "verl.tools.memory_plan", str(tmp_path / name)]
+        command = [warm_python(), "-m", "verl.tools.memory_plan", str(tmp_path / name)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
+from tests.helpers import warm_python
 from verl.tools.curves import PHASES, mean_and_band, sections, smooth
 from verl.tools.report import main, render, script_json, summary
 from verl.tools.runs import Group, differences, group_runs, read_run, shown
@@ -364,7 +364,7 @@ def test_command_line(tmp_path):
     write(a, records(), settings())
     write(b, records(shift=0.1), settings(alpha=None))
     page, png = tmp_path / "new" / "report.html", tmp_path / "png"
-    command = [sys.executable, "-m", "verl.tools.report", a, b, a, "-o", page, "--title", "two"]
+    command = [warm_python(), "-m", "verl.tools.report", a, b, a, "-o", page, "--title", "two"]
     command += ["--smooth", "4", "--png", png]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ import pytest
 import ray
 from transformers import AutoTokenizer
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, starting_warm
 from tests.trainer.test_main_ppo import read
 from verl.config.load import load_config
 from verl.trainer import main_ppo
@@ -79,12 +79,17 @@ def start(settings: list[str], folder: Path) -> subprocess.Popen[str]:
     )
 
 
+def run(settings: list[str], folder: Path) -> None:
+    """What `start` starts, in this process."""
+    overrides = [*settings, f"trainer.default_local_dir={folder}"]
+    with starting_warm():
+        main_ppo.run(load_config(overrides, "dapo_trainer", ROOT / "recipe/dapo/config"))
+
+
 @pytest.fixture(scope="module")
 def finished(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    with start(settings, folder) as process:
-        _, log = process.communicate(timeout=300)
-    assert process.returncode == 0 and "prompts kept: " in log, log
+    run(settings, folder)
     return folder
 
 
@@ -114,8 +119,8 @@ def test_a_killed_run_goes_on_with_what_it_carried(
     saved = latest.read_text()
     assert pq.read_metadata(tmp_path / f"global_step_{saved}" / "carried.parquet").num_rows
     caplog.set_level("INFO")
-    overrides = [*settings, f"trainer.default_local_dir={tmp_path}"]
-    main_ppo.run(load_config(overrides, "dapo_trainer", ROOT / "recipe/dapo/config"))
+    run(settings, tmp_path)
+    assert "prompts kept: " in caplog.text
     assert f"resuming from {tmp_path}/global_step_{saved}" in caplog.text
     assert read(tmp_path) == read(finished)
 
@@ -133,7 +138,8 @@ def test_closing_a_generation_frees_the_engines(settings: list[str], tmp_path: P
     trainer, params = RayPPOTrainer(config, tokenizer), sampling(config, 1)
     prompts = trainer.batches.prompts
     try:
-        trainer.start_workers()
+        with starting_warm():
+            trainer.start_workers()
         list(trainer.batches.generate(prompts[:2], [0, 1], params))  # warm
         began = time.monotonic()
         stream = trainer.batches.generate(prompts, list(range(96)), params)  # 96 times 8

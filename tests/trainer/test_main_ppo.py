@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import made_once
+from tests.helpers import made_once, starting_warm, warm_python
 from verl.cluster import WorkerGroup
 from verl.config.load import load_config
 from verl.trainer import main_export, main_ppo
@@ -78,9 +78,10 @@ def command(settings: list[str], *overrides: str) -> list[str]:
 
 
 def run(settings: list[str], *overrides: str) -> None:
-    """The main job in this process, which has its modules already: a job alone takes 4 s to import
-    them."""
-    main_ppo.run(load_config([*settings, *overrides]))
+    """The main job in this process, which has its modules already, as have Ray's workers: each
+    would take 4 s to import them."""
+    with starting_warm():
+        main_ppo.run(load_config([*settings, *overrides]))
 
 
 def run_alone(settings: list[str], *overrides: str) -> None:
@@ -134,7 +135,7 @@ def test_any_checkpoint_becomes_a_hugging_face_folder(
     run_folder = tmp_path / "run"  # may have been moved since
     shutil.copytree(finished, run_folder)
     shutil.rmtree(run_folder / "huggingface")
-    alone = [sys.executable, "-m", "verl.trainer.main_export", str(run_folder)]
+    alone = [warm_python(), "-m", "verl.trainer.main_export", str(run_folder)]
     done = subprocess.run(alone, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"the model of global_step_4 is in {run_folder}/huggingface" in done.stdout

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers import free_address, make_tokenizer
+from tests.helpers import free_address, make_tokenizer, starting_warm
 from tests.trainer.test_workers import FSDP, MODEL, OPTIM, given, overrides
 from verl.config.load import load_config
 from verl.models.policy import PolicyWorker
@@ -59,7 +59,8 @@ def test_it_learns_the_rows(lora: list[str], tiny_model: Path, tmp_path: Path) -
     for name in ("metrics.jsonl", "huggingface/model.safetensors", "wandb_run_id"):
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text("earlier")
-    main_sft.run(load_config(overrides, "sft_trainer"))
+    with starting_warm():
+        main_sft.run(load_config(overrides, "sft_trainer"))
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 31))
     # The first loss is that of the model it started from: nothing but the response counts.

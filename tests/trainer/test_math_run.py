@@ -1,5 +1,6 @@
 """The main job with the math reward: what a LaTeX server that dies costs a run."""
 
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers import LatexServer, server_python
+from tests.helpers import LatexServer, server_python, warm_children, warm_python
 from tests.trainer.test_main_ppo import command, read, run
 
 pytestmark = pytest.mark.skipif(
@@ -95,7 +96,8 @@ def test_a_server_that_is_away_costs_no_step(settings, server, reference, tmp_pa
     run ends."""
     overrides = [*rewarded(settings, server, tmp_path), "reward_model.math_server.max_wait_s=15"]
     latest = tmp_path / "latest_checkpointed_iteration.txt"
-    with subprocess.Popen(command(overrides), stderr=subprocess.PIPE, text=True) as job:
+    alone, environment = [warm_python(), *command(overrides)[1:]], os.environ | warm_children()
+    with subprocess.Popen(alone, env=environment, stderr=subprocess.PIPE, text=True) as job:
         kill_after_step(server, tmp_path, 1)
         time.sleep(3)
         before = len(read(tmp_path))
@@ -117,7 +119,8 @@ def test_a_server_that_is_away_costs_no_step(settings, server, reference, tmp_pa
 def test_without_a_server_the_run_does_not_start(settings, server, tmp_path):
     server.kill()
     overrides = rewarded(settings, server, tmp_path)
-    done = subprocess.run(command(overrides), capture_output=True, text=True)
+    alone = [warm_python(), *command(overrides)[1:]]
+    done = subprocess.run(alone, capture_output=True, text=True)
     server.start()
     assert done.returncode == 2
     assert "bash server/math/start.sh" in done.stderr

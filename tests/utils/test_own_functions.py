@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import ROOT, close, make_samples
+from tests.helpers import ROOT, close, make_samples, warm_python
 from verl.algorithms.advantages import ADVANTAGES, advantages
 from verl.algorithms.losses import ppo_loss
 from verl.algorithms.policy_losses import POLICY_LOSSES
@@ -82,7 +81,7 @@ def test_a_dry_run_tries_them(function: str, tmp_path: Path) -> None:
     path.write_text(GOOD + "\ndef negative(lengths):\n    return -lengths\n")
     override = f"{KEYS['weights']}={path}:{function}"
     done = subprocess.run(
-        [sys.executable, "-m", "verl.trainer.main_ppo", override],
+        [warm_python(), "-m", "verl.trainer.main_ppo", override],
         env=os.environ | {"DRY_RUN": "quiet"},
         cwd=ROOT,
         capture_output=True,

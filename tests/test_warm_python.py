@@ -1,0 +1,48 @@
+"""The interpreter that tests start other programs with: a fork is what they would be."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.helpers import warm_python
+
+
+def test_a_fork_has_what_its_starter_gives_it(tmp_path: Path) -> None:
+    code = "import os, sys; print(os.environ['A'], os.getcwd(), sys.argv[1:], input()); sys.exit(3)"
+    done = subprocess.run(
+        [warm_python(), "-c", code, "x y"],
+        env=os.environ | {"A": "b"},
+        cwd=tmp_path,
+        input="given",
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == f"b {tmp_path} ['x y'] given\n"
+
+
+def test_an_error_and_a_module_are_those_of_python() -> None:
+    python = warm_python()
+    failed = subprocess.run([python, "-c", "1 / 0"], capture_output=True, text=True)
+    assert failed.returncode == 1 and "ZeroDivisionError: division by zero" in failed.stderr
+    done = subprocess.run([python, "-m", "json.tool"], input="{}", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "{}\n")
+
+
+@pytest.mark.parametrize("victim", ["the fork", "its starter"])
+def test_each_ends_with_the_other(victim: str) -> None:
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    with subprocess.Popen([warm_python(), "-c", code], stdout=subprocess.PIPE) as starter:
+        assert starter.stdout is not None
+        fork = psutil.Process(int(starter.stdout.readline()))
+        os.kill(fork.pid if victim == "the fork" else starter.pid, signal.SIGKILL)
+        assert starter.wait(60) == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while fork.is_running():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
