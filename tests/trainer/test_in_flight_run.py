@@ -74,6 +74,8 @@ def test_every_response_is_trained_on_once_in_the_order_of_prompts(
     for name in ("async/engine_idle_share", "async/trainer_idle_share", "rollout/several_versions"):
         shares = [r[name] for r in records if name in r]
         assert len(shares) == 4 and 0 <= min(shares) <= max(shares) <= 1
+    if age > 1:
+        return
     # Resumed after two steps, the run draws what was under way again, and nothing twice.
     shutil.rmtree(folder / "global_step_4")
     shutil.rmtree(folder / "rollout")
