@@ -71,7 +71,7 @@ def test_every_response_is_trained_on_once_in_the_order_of_prompts(
     assert [r["step"] for r in records if "training/global_step" in r] == [1, 2, 3, 4]
     ages = [r["rollout/policy_age_max"] for r in records if "rollout/policy_age_max" in r]
     assert ages[0] == 0 and max(ages) <= age and max(ages) > 0
-    for name in ("async/engine_idle_share", "async/trainer_idle_share", "rollout/several_versions"):
+    for name in ("async/engine_idle_share", "async/trainer_idle_share", "async/several_versions"):
         shares = [r[name] for r in records if name in r]
         assert len(shares) == 4 and 0 <= min(shares) <= max(shares) <= 1
     if age > 1:

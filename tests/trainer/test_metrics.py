@@ -285,5 +285,4 @@ def test_ages_are_those_of_tokens() -> None:
     assert age_metrics([new, mixed], 7) == {
         "rollout/policy_age_mean": pytest.approx(20 / 7),
         "rollout/policy_age_max": 4.0,
-        "rollout/several_versions": 0.5,
     }

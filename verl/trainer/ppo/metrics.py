@@ -70,8 +70,8 @@ def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, flo
 
 
 def age_metrics(samples: list[Sample], version: int) -> dict[str, float]:
-    """How many training steps the policy that drew each token is older than the one of `version`
-    steps, which is trained now; and the share of responses that several policies drew."""
+    """How many training steps the policy that drew each token is older than the one that is trained
+    now, after `version` steps."""
     means = [
         s.policy_version if s.token_versions is None else s.counted(s.token_versions).mean()
         for s in samples
@@ -81,7 +81,6 @@ def age_metrics(samples: list[Sample], version: int) -> dict[str, float]:
     return {
         "rollout/policy_age_mean": mean,
         "rollout/policy_age_max": float(version - min(s.policy_version for s in samples)),
-        "rollout/several_versions": float(np.mean([s.token_versions is not None for s in samples])),
     }
 
 

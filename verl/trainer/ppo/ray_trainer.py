@@ -390,22 +390,31 @@ class RayPPOTrainer:
             "training/global_step": self.state.step,
             "training/epoch": self.batches.order.epoch,
             **metrics.age_metrics(samples, self.state.step - 1),
-            **(self.idle_metrics(seconds) if self.config.trainer.max_policy_age else {}),
+            **(self.async_metrics(samples, seconds) if self.batches.age else {}),
             **self.engine_metrics,
             **metrics.data_metrics(samples, self.config.data.max_prompt_length),
             **metrics.speed_metrics(samples, seconds, workers.num_devices, filtering),
             **metrics.mfu_metrics(workers.model_size, steps, update_s, workers.peak_flops),
         }
 
-    def idle_metrics(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Shares of the time since the last step's in which engines, and the trainer, did nothing;
-        while they share devices, at least one of them does."""
+    def async_metrics(
+        self, samples: list[Sample], seconds: Mapping[str, float]
+    ) -> dict[str, float]:
+        """The share of responses that several policies drew; and shares of the time since the last
+        step's in which engines, and the trainer, did nothing (where they share devices, in turns).
+        """
         engines, now = self.workers.engines, time.monotonic()
         busy, since = self.engines_busy
         self.engines_busy = engines.busy_s, now
         idle = 1 - (engines.busy_s - busy) / max(1e-9, (now - since) * len(engines))
         waiting = seconds["gen"] / max(1e-9, seconds["step"])
-        return {"async/engine_idle_share": max(0.0, idle), "async/trainer_idle_share": waiting}
+        return {
+            "async/several_versions": float(
+                np.mean([s.token_versions is not None for s in samples])
+            ),
+            "async/engine_idle_share": max(0.0, idle),
+            "async/trainer_idle_share": waiting,
+        }
 
     def end_step(self, record: dict[str, float]) -> None:
         """Validates if due (a run that is to stop leaves that to the next one), logs, and saves."""
