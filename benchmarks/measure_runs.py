@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cluster import Draw, Engine, Run, Trainer, batch_seconds, simulate, train_seconds
+from cluster import Draw, Run, Trainer, simulate, train_seconds
+from cluster_engine import Engine, batch_seconds
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[1]
