@@ -11,6 +11,7 @@ seconds, lengths in tokens.
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from cluster_engine import Engine, EngineRun, deal, decode
@@ -189,6 +190,13 @@ def draw_batch(
     return Batch(seconds, busy, groups[:needed], rest, generated)
 
 
+@lru_cache(maxsize=1024)
+def largest_share(tokens: bytes, ranks: int) -> int:
+    """Of balanced shares of these int64 numbers; kept, since placements train on the same."""
+    numbers = np.frombuffer(tokens, np.int64).tolist()
+    return max(sum(numbers[i] for i in part) for part in balanced_partitions(numbers, ranks))
+
+
 def train_seconds(
     trainer: Trainer,
     ranks: int,
@@ -203,10 +211,10 @@ def train_seconds(
 
     def add(tokens: NDArray[np.int64], token_s: float, fixed: float, micro_s: float) -> None:
         nonlocal seconds, working
-        totals = [sum(tokens[i] for i in p) for p in balanced_partitions(tokens.tolist(), ranks)]
-        passes = -(-max(totals) // trainer.micro_tokens)
-        seconds += fixed + passes * max(micro_s, max(totals) / passes * token_s)
-        working += fixed + sum(totals) / ranks * token_s
+        most = largest_share(tokens.tobytes(), ranks)
+        passes = -(-most // trainer.micro_tokens)
+        seconds += fixed + passes * max(micro_s, most / passes * token_s)
+        working += fixed + float(tokens.sum()) / ranks * token_s
 
     if log_probs is not None and log_probs.size:
         fresh = log_probs.ravel() + prompt

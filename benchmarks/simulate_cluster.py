@@ -23,7 +23,7 @@ from cluster import Draw, Result, Run, Trainer, simulate
 from cluster_engine import Engine
 from cluster_in_flight import simulate_in_flight
 from common import report
-from measure_runs import validate
+from measure_runs import Comparison, validate
 from numpy.typing import NDArray
 
 from verl.config.load import load_config
@@ -232,10 +232,10 @@ def in_flight(
 
 
 def scaling(model: str, args: argparse.Namespace, weak: bool) -> list[tuple[int, list[Placement]]]:
-    """Every size and placement. `weak`: a prompt per GPU, 128 at least; else 128 prompts."""
+    """Every size and placement. `weak`: a prompt per GPU, for more than 128; else 128 prompts."""
     plan, rows = make_plan(model), []
     sizes = SIZES[::3] if args.quick else SIZES
-    for gpus in sizes:
+    for gpus in [s for s in sizes if s > 128 or not weak]:
         prompts = max(128, gpus) if weak else 128
         print(f"{model}: {prompts} prompts on {gpus} GPUs", file=sys.stderr)
         base = Run(0, 0, prompts=prompts, mini_batch=prompts // 4)
@@ -389,6 +389,24 @@ def plot(file: Path, strong: dict[str, Any], weak: dict[str, Any]) -> None:
     figure.savefig(file, dpi=80)
 
 
+def print_comparison(rows: list[Comparison]) -> None:
+    """Markdown tables: seconds, and ages of what `max_policy_age` trains on."""
+    print("| run | predicted, s | measured, s (± standard error) | predicted / measured |")
+    print("|---|---:|---:|---:|")
+    for r in rows:
+        seconds = f"{r.predicted.step_s:.3f} | {r.measured:.3f} ± {r.error:.3f}"
+        print(f"| {r.name} | {seconds} | {r.ratio:.3f} |")
+    print("\n| run | mean age: predicted | measured | of several policies: predicted | measured |")
+    print("|---|---:|---:|---:|---:|")
+    for r in rows:
+        if r.predicted.max_age:
+            mean_age, _, mixed = r.ages
+            print(
+                f"| {r.name} | {r.predicted.mean_age:.2f} | {mean_age:.2f} "
+                f"| {r.predicted.mixed:.0%} | {mixed:.0%} |"
+            )
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -411,7 +429,8 @@ def main() -> None:
         parser.error(f"--{idle[0].replace('_', '-')} goes with --tables")
     if args.tables:
         strong = {model: scaling(model, args, weak=False) for model in ("3B", "7B")}
-        weak = {model: scaling(model, args, weak=True) for model in ("3B", "7B")}
+        small = {model: [row for row in rows if row[0] <= 128] for model, rows in strong.items()}
+        weak = {model: small[model] + scaling(model, args, weak=True) for model in ("3B", "7B")}
         for title, rows in (("128 prompts × 16", strong), ("a prompt × 16 per GPU", weak)):
             for model in rows:
                 print(f"\n### {model}, {title}\n")
@@ -427,14 +446,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         rows, drift = validate(Path(folder), args.quick)
-    print("| run | predicted, s | measured, s (± standard error) | predicted / measured |")
-    print("|---|---:|---:|---:|")
-    for name, predicted, measured, error in rows:
-        ratio = predicted / measured
-        print(f"| {name} | {predicted:.3f} | {measured:.3f} ± {error:.3f} | {ratio:.3f} |")
-    for name, predicted, measured, _ in rows:
-        what = f"relative error of the predicted step time, {name}"
-        report("simulate_cluster", what, abs(predicted / measured - 1), "<= 0.15")
+    print_comparison(rows)
+    for row in rows:
+        what = f"relative error of the predicted step time, {row.name}"
+        report("simulate_cluster", what, abs(row.ratio - 1), "<= 0.15")
     if not math.isnan(drift):
         what = "change of the machine's speed from the last calibration run to its repetition"
         report("simulate_cluster", what, abs(drift - 1), "<= 0.1")
