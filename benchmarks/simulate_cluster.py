@@ -211,17 +211,19 @@ def placements(
 
 
 def in_flight(
-    plan: Plan, gpu: Gpu, gpus: int, draws: Callable[[], Draw], base: Run, steps: int
+    plan: Plan, gpu: Gpu, gpus: int, draws: Callable[[], Draw], base: Run, least: int = 10
 ) -> Iterator[Placement]:
     """The same, colocated and split, with each of `AGES`. A split has the ratio that makes a step
-    shortest."""
+    shortest. The steps are `least`, or a few more: a line of k + 1 batches begins as a whole, so
+    that long and short steps alternate."""
     engine, trainer = speeds(plan, gpu, gpus, split=False)
     for age in AGES:
         run = replace(base, engines=gpus, ranks=gpus, age=age)
+        steps = -(-least // (age + 1)) * (age + 1)
         result = simulate_in_flight(run, engine, trainer, draws(), steps)
         yield Placement("colocated", NODE, result, age)
     for age in AGES:
-        tried = []
+        tried, steps = [], -(-least // (age + 1)) * (age + 1)
         for k in range(1, NODE):
             engines = gpus * k // NODE
             engine, trainer = speeds(plan, gpu, gpus - engines, split=True)
@@ -241,7 +243,7 @@ def scaling(model: str, args: argparse.Namespace, weak: bool) -> list[tuple[int,
         base = Run(0, 0, prompts=prompts, mini_batch=prompts // 4)
         gpu, draws = Gpu(response_s=args.response_s), partial(make_draw, args, keep=1.0)
         given = plan, gpu, gpus, draws, base
-        rows.append((gpus, [*placements(*given, STEPS), *in_flight(*given, 2 * STEPS)]))
+        rows.append((gpus, [*placements(*given, STEPS), *in_flight(*given)]))
     return rows
 
 
@@ -445,9 +447,9 @@ def main() -> None:
             plot(args.plot, strong, weak)
         return
     with tempfile.TemporaryDirectory() as folder:
-        rows, drift = validate(Path(folder), args.quick)
-    print_comparison(rows)
-    for row in rows:
+        compared, drift = validate(Path(folder), args.quick)
+    print_comparison(compared)
+    for row in compared:
         what = f"relative error of the predicted step time, {row.name}"
         report("simulate_cluster", what, abs(row.ratio - 1), "<= 0.15")
     if not math.isnan(drift):

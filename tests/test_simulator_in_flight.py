@@ -185,7 +185,7 @@ def test_log_probabilities_of_responses_of_this_policy() -> None:
 
 def test_placements() -> None:
     run, draws = Run(0, 0, prompts=8, mini_batch=4), lambda: lognormal(50, 1.0, 4, 200, 0.5, 1.0, 0)
-    found = list(in_flight(make_plan("3B"), Gpu(), 8, draws, run, steps=2))
+    found = list(in_flight(make_plan("3B"), Gpu(), 8, draws, run, least=2))
     assert [(p.name, p.age) for p in found] == [
         (name, age) for name in ("colocated", "split") for age in AGES
     ]
