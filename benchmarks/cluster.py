@@ -1,48 +1,26 @@
 """A step of training on any number of devices, by simulation: what `simulate_cluster.py` runs.
 
-It follows the code, but for one thing: prompts wait in one queue, and an engine gets the next ones
-as it has room, where `verl.rollout.pool` deals them out beforehand; vLLM takes new prompts at any
-step, the engine `hf` works batch by batch;
+It follows the code, but for one thing: prompts for vLLM wait in one queue, and an engine gets the
+next ones as it has room, where `verl.rollout.pool` deals them out beforehand (for `hf` here, too);
 ranks get balanced shares of each optimizer step (`verl.utils.seqlen_balancing`); dynamic sampling
 ends a round as soon as enough groups are kept, in the order of the prompts
-(`verl.trainer.ppo.batches`). Times are in seconds, lengths in tokens.
+(`verl.trainer.ppo.batches`). Generation without an end is in `cluster_in_flight.py`. Times are in
+seconds, lengths in tokens.
 """
 
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from cluster_engine import Engine, EngineRun, deal, decode
 from numpy.typing import NDArray
 
 from verl.utils.seqlen_balancing import balanced_partitions
 
-KEEP_SHARE = 0.85
-"""`verl.rollout.hf.KEEP_SHARE`."""
-
 Draw = Callable[[int], tuple[NDArray[np.int64], NDArray[np.bool_]]]
 """Number of prompts P → lengths of their responses [P, n], and which the filter keeps [P]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """A decoding step with R sequences that hold K tokens takes step_s + R·sequence_s + K·token_s.
-
-    Example: ``Engine(step_s=0.01)`` draws 100 tokens a second for each sequence.
-    """
-
-    step_s: float
-    sequence_s: float = 0.0
-    token_s: float = 0.0
-    prefill_s: float = 0.0
-    """Of a prompt's token; a prompt is read once for all its responses."""
-    call_s: float = 0.0
-    """Of a round of generation, whatever it draws."""
-    max_num_seqs: int = 1024
-    continuous: bool = True
-    cache_tokens: float = np.inf
-    """Tokens that the KV cache holds. Sequences beyond it wait in the engine (vLLM would begin them
-    and take some back)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,48 +60,28 @@ def generate(engine: Engine, engines: int, lengths: NDArray[np.int64], prompt: i
     """A round for prompts of `prompt` tokens with responses of these lengths, [P, n]."""
     count, n = lengths.shape
     room = max(1, min(engine.max_num_seqs // n, -(-count // engines)))  # prompts an engine holds
-    run = _continuous if engine.continuous else _in_batches
-    finish, busy = run(engine, engines, lengths, prompt, room)
-    finish, busy = finish + engine.call_s, busy + engine.call_s * (busy > 0)
+    if engine.continuous:
+        finish, busy = _continuous(engine, engines, lengths, prompt, room)
+    else:
+        finish, busy = _in_blocks(engine, engines, lengths, prompt)
     return Generation(float(finish.max(initial=0.0)), finish, busy)
 
 
-def batch_seconds(engine: Engine, lengths: NDArray[np.int64], prompt: int) -> NDArray[np.float64]:
-    """The engine `hf`: when each response of one batch comes, [R]. Those that are finished stay in
-    the batch until they are more than 15 % of it."""
-    order = np.sort(lengths)
-    done, step, clock = 0, 0, 0.0
-    result = np.empty(len(lengths))
-    while done < len(order):
-        rows = len(order) - done
-        target = int(order[done + rows - int(KEEP_SHARE * rows) - 1])
-        clock += _decode(engine, rows, rows * (prompt + step), target - step)
-        last, step = done, target
-        done = int(np.searchsorted(order, target, side="right"))
-        result[last:done] = clock
-    return result[np.argsort(np.argsort(lengths, kind="stable"), kind="stable")]
-
-
-def _decode(engine: Engine, rows: int, held: int, steps: int) -> float:
-    """`steps` steps with `rows` sequences, which hold `held` tokens at the first of them."""
-    tokens = steps * held + rows * steps * (steps - 1) / 2
-    return steps * (engine.step_s + engine.sequence_s * rows) + engine.token_s * tokens
-
-
-def _in_batches(
-    engine: Engine, engines: int, lengths: NDArray[np.int64], prompt: int, room: int
+def _in_blocks(
+    engine: Engine, engines: int, lengths: NDArray[np.int64], prompt: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    finish, busy = np.zeros(len(lengths)), np.zeros(engines)
-    free = [(0.0, e) for e in range(engines)]
-    for start in range(0, len(lengths), room):
-        clock, e = heapq.heappop(free)
-        work = lengths[start : start + room]
-        clock += engine.prefill_s * prompt * len(work)
-        times = clock + batch_seconds(engine, work.ravel(), prompt).reshape(work.shape)
-        finish[start : start + room] = times.max(1)
-        busy[e] = times.max()
-        heapq.heappush(free, (busy[e], e))
-    return finish, busy
+    count, n = lengths.shape
+    of_row = deal(np.repeat(np.arange(count), n), engines, engine.max_num_seqs)
+    finish, busy = np.zeros(count * n), np.zeros(engines)
+    for e in np.unique(of_row):
+        mine = np.flatnonzero(of_row == e)
+        left = lengths.ravel()[mine]
+        held = np.full(len(mine), prompt)
+        run = EngineRun(engine, left, held, np.where(mine % n, 0, prompt), engine.max_num_seqs)
+        while run.advance():
+            pass
+        finish[mine], busy[e] = run.finish, run.clock
+    return finish.reshape(count, n).max(1), busy
 
 
 def _continuous(
@@ -134,7 +92,8 @@ def _continuous(
     limit = min(engine.max_num_seqs, engine.cache_tokens / (prompt + float(lengths.mean())))
     limit = max(limit, 1)
     finish, busy, left = np.zeros(count), np.zeros(engines), [n] * count
-    clock, step, held = [0.0] * engines, [0] * engines, [0] * engines  # held: tokens in the cache
+    clock, step = [engine.call_s] * engines, [0] * engines
+    held = [0] * engines  # tokens in the cache
     running: list[list[tuple[int, int, int]]] = [[] for _ in range(engines)]  # last step, length, …
     waiting: list[list[tuple[int, int]]] = [[] for _ in range(engines)]  # (length, group)
     prompts = [0] * engines
@@ -156,7 +115,7 @@ def _continuous(
             held[e] += prompt
         del waiting[e][: max(begin, 0)]
         if active:
-            seconds = _decode(engine, len(active), held[e], active[0][0] - step[e])
+            seconds = decode(engine, len(active), held[e], active[0][0] - step[e])
             heapq.heappush(events, (clock[e] + seconds, e))
 
     for e in range(engines):
@@ -231,27 +190,34 @@ def draw_batch(
     return Batch(seconds, busy, groups[:needed], rest, generated)
 
 
+@lru_cache(maxsize=1024)
+def largest_share(tokens: bytes, ranks: int) -> int:
+    """Of balanced shares of these int64 numbers; kept, since placements train on the same."""
+    numbers = np.frombuffer(tokens, np.int64).tolist()
+    return max(sum(numbers[i] for i in part) for part in balanced_partitions(numbers, ranks))
+
+
 def train_seconds(
     trainer: Trainer,
     ranks: int,
     lengths: NDArray[np.int64],
     prompt: int,
     mini_batch: int,
-    log_probs: int = 0,
+    log_probs: NDArray[np.int64] | None = None,
 ) -> tuple[float, float]:
     """(time, mean time that a rank computes) of an update with mini-batches of so many groups, and
-    of the log-probabilities of the last `log_probs` groups before it."""
+    before it of the log-probabilities of responses with these lengths, if any."""
     seconds = working = 0.0
 
     def add(tokens: NDArray[np.int64], token_s: float, fixed: float, micro_s: float) -> None:
         nonlocal seconds, working
-        totals = [sum(tokens[i] for i in p) for p in balanced_partitions(tokens.tolist(), ranks)]
-        passes = -(-max(totals) // trainer.micro_tokens)
-        seconds += fixed + passes * max(micro_s, max(totals) / passes * token_s)
-        working += fixed + sum(totals) / ranks * token_s
+        most = largest_share(tokens.tobytes(), ranks)
+        passes = -(-most // trainer.micro_tokens)
+        seconds += fixed + passes * max(micro_s, most / passes * token_s)
+        working += fixed + float(tokens.sum()) / ranks * token_s
 
-    if log_probs:
-        fresh = lengths[-log_probs:].ravel() + prompt
+    if log_probs is not None and log_probs.size:
+        fresh = log_probs.ravel() + prompt
         add(fresh, trainer.log_prob_s, trainer.log_prob_call_s, trainer.log_prob_micro_s)
     for start in range(0, len(lengths), mini_batch):
         mine = lengths[start : start + mini_batch].ravel() + prompt
@@ -276,6 +242,8 @@ class Run:
     round_size: int = 0
     carry_over: bool = False
     early_stop: bool = True
+    age: int = 0
+    """`trainer.max_policy_age`, for `cluster_in_flight.simulate_in_flight`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +260,11 @@ class Result:
     """Device-seconds of a response that is trained on."""
     begun: float
     """Prompts given to the engines for each one that is trained on."""
+    mean_age: float = 0.0
+    """Of a token that is trained on: steps since its policy, here and in the next of `age`."""
+    max_age: float = 0.0
+    mixed: float = 0.0
+    """Share of responses that several policies drew; so many of `age`."""
 
 
 def simulate(
@@ -326,7 +299,7 @@ def simulate(
             batch.lengths,
             run.prompt,
             run.mini_batch,
-            fresh if several or old else 0,
+            batch.lengths[len(batch.lengths) - fresh :] if several or old else None,
         )
         driver = trainer.other_s + trainer.response_s * batch.lengths.size
         rows.append(

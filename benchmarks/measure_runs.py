@@ -1,8 +1,8 @@
 """Real runs of the trainer on this machine, and the simulator's prediction of them.
 
 Engine and trainer speeds come from four colocated runs (one and two ranks, small and large
-batches). The other runs differ in batch size, lengths, n, placement and filter; their lengths are
-drawn from those of the two with long responses, not looked up.
+batches). The other runs differ in batch size, lengths, n, placement, filter and max_policy_age;
+their lengths are drawn from those of the two with long responses, not looked up.
 """
 
 import json
@@ -13,10 +13,12 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from cluster import Draw, Engine, Run, Trainer, batch_seconds, simulate, train_seconds
+from cluster import Draw, Result, Run, Trainer, simulate, train_seconds
+from cluster_engine import Engine, batch_seconds
+from cluster_in_flight import simulate_in_flight
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +72,7 @@ def record(file: str) -> None:
     from verl.config.load import load_config
     from verl.models.hf import load_tokenizer
     from verl.trainer.ppo.batches import has_spread, split_groups
+    from verl.trainer.ppo.metrics import age_metrics
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     records: list[Record] = []
@@ -81,6 +84,7 @@ def record(file: str) -> None:
                 {
                     "at": time.perf_counter(),
                     "phases": dict(timer.seconds),
+                    "ages": list(age_metrics(samples, self.state.step - 1).values()),
                     "lengths": [[s.length for s in group] for group in groups],
                     "keeps": [has_spread(group, "acc") for group in groups],
                 }
@@ -104,8 +108,9 @@ def record(file: str) -> None:
 def measure(
     folder: Path, runs: list[tuple[str, dict[str, Any], int]], steps: int
 ) -> list[list[Record]]:
-    """Runs (name, settings, seed) of `steps` steps after two that don't count, with the seconds of
-    each as `wall`; one after the other in one process."""
+    """Runs (name, settings, seed) of `steps` steps, with the seconds of each as `wall`; one after
+    the other in one process. Two steps before don't count, with max_policy_age=k 2 k more, nor do
+    k after them, for which the line gets shorter."""
     file = folder / "runs.json"
     commands = []
     for i, (name, settings, seed) in enumerate(runs):
@@ -113,7 +118,7 @@ def measure(
             f"data.train_files={folder}/train.parquet",
             f"actor_rollout_ref.model.path={folder}/sft/huggingface",
             f"trainer.default_local_dir={folder}/runs/{i}",
-            f"trainer.total_training_steps={steps + 2}",
+            f"trainer.total_training_steps={steps + 2 + 3 * settings.get('age', 0)}",
             f"data.seed={seed}",
             f"actor_rollout_ref.rollout.seed={seed}",
             "data.apply_chat_template=False",
@@ -136,7 +141,8 @@ def measure(
     for records in done:
         for before, after in pairwise(records):
             after["wall"] = after["at"] - before["at"]
-    return [records[2:] for records in done]
+    begin = [2 + 2 * settings.get("age", 0) for _, settings, _ in runs]
+    return [records[b : b + steps] for b, records in zip(begin, done, strict=True)]
 
 
 def non_negative(features: list[list[float]], values: list[float]) -> NDArray[np.float64]:
@@ -179,7 +185,7 @@ def calibrate(runs: list[list[Record]], ranks: int) -> tuple[Engine, Trainer]:
     other = [r["wall"] - sum(r["phases"].get(n, 0) for n in names) for r in records]
     responses = [np.size(r["lengths"]) for r in records]
     fixed, per_response = non_negative([[1.0, n] for n in responses], other)
-    engine = Engine(float(step), float(sequence), continuous=False)
+    engine = Engine(float(step), float(sequence), prefill_s=forward_token, continuous=False)
     trainer = Trainer(
         token_s=per_token,
         update_s=update,
@@ -220,6 +226,7 @@ KEYS = {
     "ranks": "trainer.n_gpus_per_node",
     "engines": "trainer.rollout_gpus_per_node",
     "ahead": "trainer.async_rollout",
+    "age": "trainer.max_policy_age",
     "seqs": "actor_rollout_ref.rollout.max_num_seqs",
     "round": "data.gen_batch_size",
 }
@@ -245,6 +252,18 @@ TO_PREDICT = {
     "colocated 2 ranks, dynamic sampling with carry-over": dict(
         prompts=16, mini=16, n=8, longest=256, ranks=2, round=32, carry=True
     ),
+    "colocated 2 ranks, max_policy_age=1": dict(
+        prompts=16, mini=8, n=8, longest=256, ranks=2, seqs=64, age=1
+    ),
+    "colocated 2 ranks, max_policy_age=2": dict(
+        prompts=16, mini=8, n=8, longest=256, ranks=2, seqs=64, age=2
+    ),
+    "split 1+1, max_policy_age=1": dict(
+        prompts=24, mini=6, n=8, longest=256, ranks=1, engines=1, seqs=128, age=1
+    ),
+    "split 1+1, max_policy_age=2": dict(
+        prompts=24, mini=6, n=8, longest=256, ranks=1, engines=1, seqs=128, age=2
+    ),
 }
 
 
@@ -259,8 +278,8 @@ def overrides(settings: dict[str, Any]) -> list[str]:
 
 def predict(
     settings: dict[str, Any], one: tuple[Engine, Trainer], two: tuple[Engine, Trainer], draw: Draw
-) -> float:
-    """Seconds of a step. One rank that works alone has a core to itself; while two processes work,
+) -> Result:
+    """Of a step. One rank that works alone has a core to itself; while two processes work,
     each is slower by what the runs with two ranks show."""
     ranks = settings["ranks"]
     engine, trainer = one if ranks == 1 else two
@@ -275,17 +294,37 @@ def predict(
         mini_batch=settings["mini"],
         round_size=settings.get("round", 0),
         carry_over=settings.get("carry", False),
+        age=settings.get("age", 0),
     )
     example = draw(64)[0].ravel()
     times = [batch_seconds(e, example, PROMPT).max() for e in (one[0], two[0])]
     slower = max(1.0, times[1] / times[0])
-    return simulate(run, engine, trainer, draw, steps=200, scale=slower).step_s
+    way = simulate_in_flight if run.age else simulate
+    return way(run, engine, trainer, draw, steps=200, scale=slower)
+
+
+class Comparison(NamedTuple):
+    """A run, and the simulator's word on it."""
+
+    name: str
+    predicted: Result
+    measured: float
+    """Seconds of a step."""
+    error: float
+    """Its standard error."""
+    ages: list[float]
+    """`age_metrics`: mean and largest age of a token, share of responses of several policies."""
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured step time."""
+        return self.predicted.step_s / self.measured
 
 
 def compare(
     calibration: dict[str, list[Record]], measured: dict[str, list[Record]]
-) -> list[tuple[str, float, float, float]]:
-    """(run, predicted, measured, standard error of that) in seconds of a step, per run."""
+) -> list[Comparison]:
+    """One for each run."""
     by_ranks = [[r for n, r in calibration.items() if n.startswith(x)] for x in ("one", "two")]
     two = calibrate(by_ranks[1], 2)
     one = calibrate(by_ranks[0], 1) if by_ranks[0] else two
@@ -298,11 +337,13 @@ def compare(
         draw = draw_from(long, i, settings["n"], settings["longest"])
         walls = [r["wall"] for r in records]
         error = float(np.std(walls) / len(walls) ** 0.5)
-        rows.append((name, predict(settings, one, two, draw), float(np.mean(walls)), error))
+        ages = np.mean([r["ages"] for r in records], axis=0).tolist()
+        predicted = predict(settings, one, two, draw)
+        rows.append(Comparison(name, predicted, float(np.mean(walls)), error, ages))
     return rows
 
 
-def validate(folder: Path, quick: bool) -> tuple[list[tuple[str, float, float, float]], float]:
+def validate(folder: Path, quick: bool) -> tuple[list[Comparison], float]:
     """Makes what is missing, runs everything, and compares. Also returns how much longer a
     calibration run takes when it is repeated at the end, with the same seeds: 1 if the machine was
     as fast all the time. Where it was not, the comparison says nothing about the simulator; a quick

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cluster import Draw, Engine, Result, Run, Trainer, simulate
+from cluster import Draw, Result, Run, Trainer, simulate
+from cluster_engine import Engine
+from cluster_in_flight import simulate_in_flight
 from common import report
-from measure_runs import validate
+from measure_runs import Comparison, validate
 from numpy.typing import NDArray
 
 from verl.config.load import load_config
@@ -60,6 +62,8 @@ NODE = 8
 STEPS = 4
 """Of each placement; the lengths of each step are others."""
 MEMORY = 79 * 2**30
+AGES = (1, 2, 4)
+"""Of `trainer.max_policy_age`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +181,7 @@ class Placement:
     name: str
     engines: int
     result: Result
+    age: int = 0
 
 
 def placements(
@@ -205,16 +210,40 @@ def placements(
         yield Placement("ahead" if ahead else "split", k, best)
 
 
+def in_flight(
+    plan: Plan, gpu: Gpu, gpus: int, draws: Callable[[], Draw], base: Run, least: int = 10
+) -> Iterator[Placement]:
+    """The same, colocated and split, with each of `AGES`. A split has the ratio that makes a step
+    shortest. The steps are `least`, or a few more: a line of k + 1 batches begins as a whole, so
+    that long and short steps alternate."""
+    engine, trainer = speeds(plan, gpu, gpus, split=False)
+    for age in AGES:
+        run = replace(base, engines=gpus, ranks=gpus, age=age)
+        steps = -(-least // (age + 1)) * (age + 1)
+        result = simulate_in_flight(run, engine, trainer, draws(), steps)
+        yield Placement("colocated", NODE, result, age)
+    for age in AGES:
+        tried, steps = [], -(-least // (age + 1)) * (age + 1)
+        for k in range(1, NODE):
+            engines = gpus * k // NODE
+            engine, trainer = speeds(plan, gpu, gpus - engines, split=True)
+            run = replace(base, engines=engines, ranks=gpus - engines, split=True, age=age)
+            tried.append((k, simulate_in_flight(run, engine, trainer, draws(), steps)))
+        k, best = min(tried, key=lambda pair: pair[1].step_s)
+        yield Placement("split", k, best, age)
+
+
 def scaling(model: str, args: argparse.Namespace, weak: bool) -> list[tuple[int, list[Placement]]]:
-    """Every size and placement. `weak`: a prompt per GPU, 128 at least; else 128 prompts."""
+    """Every size and placement. `weak`: a prompt per GPU, for more than 128; else 128 prompts."""
     plan, rows = make_plan(model), []
     sizes = SIZES[::3] if args.quick else SIZES
-    for gpus in sizes:
+    for gpus in [s for s in sizes if s > 128 or not weak]:
         prompts = max(128, gpus) if weak else 128
         print(f"{model}: {prompts} prompts on {gpus} GPUs", file=sys.stderr)
         base = Run(0, 0, prompts=prompts, mini_batch=prompts // 4)
         gpu, draws = Gpu(response_s=args.response_s), partial(make_draw, args, keep=1.0)
-        rows.append((gpus, list(placements(plan, gpu, gpus, draws, base, STEPS))))
+        given = plan, gpu, gpus, draws, base
+        rows.append((gpus, [*placements(*given, STEPS), *in_flight(*given)]))
     return rows
 
 
@@ -231,6 +260,7 @@ def print_scaling(rows: list[tuple[int, list[Placement]]]) -> None:
     print(" idle engines | idle trainer | GPU-s per response |")
     print("|---:|---|---:|---:|---:|---:|---:|---:|---:|")
     for gpus, found in rows:
+        found = [p for p in found if not p.age]
         best = min(found, key=lambda p: p.result.step_s)
         for p in found:
             r, mark = p.result, "**" if p is best else ""
@@ -239,6 +269,26 @@ def print_scaling(rows: list[tuple[int, list[Placement]]]) -> None:
                 f"| {mark}{r.step_s:.0f}{mark} | {r.gen_s:.0f} | {r.train_s:.0f} "
                 f"| {r.idle_engines:.0%} | {r.idle_trainer:.0%} | {r.cost:.2f} |"
             )
+
+
+def print_in_flight(rows: list[tuple[int, list[Placement]]]) -> None:
+    """A Markdown table. Speed: against colocated, or against ahead, without `max_policy_age`."""
+    print(
+        "| GPUs | placement | k | engines of 8 | step, s | speed | wait, s | idle engines |", end=""
+    )
+    print(" idle trainer | GPU-s per response | mean age | of several policies |")
+    print("|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for gpus, found in rows:
+        before = {p.name: p.result.step_s for p in found if not p.age}
+        for p in found:
+            r, compared = p.result, before["colocated" if p.name == "colocated" else "ahead"]
+            if p.age:
+                print(
+                    f"| {gpus:,} | {p.name} | {p.age} "
+                    f"| {p.engines if p.name != 'colocated' else 'all'} | {r.step_s:.0f} "
+                    f"| {compared / r.step_s:.2f} | {r.gen_s:.0f} | {r.idle_engines:.0%} "
+                    f"| {r.idle_trainer:.0%} | {r.cost:.2f} | {r.mean_age:.1f} | {r.mixed:.0%} |"
+                )
 
 
 def print_early_stop(args: argparse.Namespace) -> None:
@@ -304,26 +354,59 @@ def plot(file: Path, strong: dict[str, Any], weak: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    colours = {"colocated": "C0", "split": "C1", "ahead": "C2"}
-    for model, style in (("3B", "--"), ("7B", "-")):
-        for axis, rows, what in (
-            (axes[0], strong[model], "step_s"),
-            (axes[1], weak[model], "step_s"),
-            (axes[2], strong[model], "cost"),
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained", sharey="col")
+    colours = {("colocated", 0): "C0", ("split", 0): "C1", ("ahead", 0): "C2"}
+    shades = dict(zip(AGES, ("C3", "C4", "C5"), strict=True))
+
+    def draw(row: int, model: str, style: str, label: str, *which: tuple[str, int]) -> None:
+        """Lines of these placements in one row of the picture."""
+        for axis, rows, what in zip(
+            axes[row],
+            (strong[model], weak[model], strong[model]),
+            ("step_s", "step_s", "cost"),
+            strict=True,
         ):
-            for i, (name, colour) in enumerate(colours.items()):
-                values = [getattr(found[i].result, what) for _, found in rows]
-                axis.loglog([g for g, _ in rows], values, style, c=colour, label=f"{name}, {model}")
-    axes[0].set_title("step, s: 128 prompts × 16")
-    axes[1].set_title("step, s: a prompt × 16 per GPU (≥ 128)")
-    axes[2].set_title("GPU-s of a response: 128 prompts × 16")
-    for axis in axes:
-        axis.set_xlabel("GPUs (assumed H100)")
+            for name, age in which:
+                found = [p for _, all_ in rows for p in all_ if (p.name, p.age) == (name, age)]
+                values = [getattr(p.result, what) for p in found]
+                colour = shades[age] if age else colours[name, age]
+                text = f"{name}, k={age}" if age else f"{name}{label}"
+                axis.loglog([g for g, _ in rows], values, style, c=colour, label=text)
+
+    for model, style in (("3B", "--"), ("7B", "-")):
+        draw(0, model, style, f", {model}", *colours)
+    draw(1, "7B", "-", "", ("colocated", 0), *(("colocated", age) for age in AGES))
+    draw(1, "7B", ":", "", ("ahead", 0), *(("split", age) for age in AGES))
+    axes[0, 0].set_title("step, s: 128 prompts × 16")
+    axes[0, 1].set_title("step, s: a prompt × 16 per GPU (≥ 128)")
+    axes[0, 2].set_title("GPU-s of a response: 128 prompts × 16")
+    axes[1, 0].set_title("the same, 7B, with max_policy_age=k")
+    for axis in axes.flat:
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    for axis in axes[1]:
+        axis.set_xlabel("GPUs (assumed H100)")
+    for axis in axes[:, 0]:
+        axis.legend(fontsize=7)
     figure.savefig(file, dpi=80)
+
+
+def print_comparison(rows: list[Comparison]) -> None:
+    """Markdown tables: seconds, and ages of what `max_policy_age` trains on."""
+    print("| run | predicted, s | measured, s (± standard error) | predicted / measured |")
+    print("|---|---:|---:|---:|")
+    for r in rows:
+        seconds = f"{r.predicted.step_s:.3f} | {r.measured:.3f} ± {r.error:.3f}"
+        print(f"| {r.name} | {seconds} | {r.ratio:.3f} |")
+    print("\n| run | mean age: predicted | measured | of several policies: predicted | measured |")
+    print("|---|---:|---:|---:|---:|")
+    for r in rows:
+        if r.predicted.max_age:
+            mean_age, _, mixed = r.ages
+            print(
+                f"| {r.name} | {r.predicted.mean_age:.2f} | {mean_age:.2f} "
+                f"| {r.predicted.mixed:.0%} | {mixed:.0%} |"
+            )
 
 
 def main() -> None:
@@ -348,11 +431,14 @@ def main() -> None:
         parser.error(f"--{idle[0].replace('_', '-')} goes with --tables")
     if args.tables:
         strong = {model: scaling(model, args, weak=False) for model in ("3B", "7B")}
-        weak = {model: scaling(model, args, weak=True) for model in ("3B", "7B")}
+        small = {model: [row for row in rows if row[0] <= 128] for model, rows in strong.items()}
+        weak = {model: small[model] + scaling(model, args, weak=True) for model in ("3B", "7B")}
         for title, rows in (("128 prompts × 16", strong), ("a prompt × 16 per GPU", weak)):
             for model in rows:
                 print(f"\n### {model}, {title}\n")
                 print_scaling(rows[model])
+                print(f"\n### {model}, {title}, max_policy_age=k\n")
+                print_in_flight(rows[model])
         print("\n### Dynamic sampling, 7B\n")
         print_early_stop(args)
         print("\n### Memory\n")
@@ -361,15 +447,11 @@ def main() -> None:
             plot(args.plot, strong, weak)
         return
     with tempfile.TemporaryDirectory() as folder:
-        rows, drift = validate(Path(folder), args.quick)
-    print("| run | predicted, s | measured, s (± standard error) | predicted / measured |")
-    print("|---|---:|---:|---:|")
-    for name, predicted, measured, error in rows:
-        ratio = predicted / measured
-        print(f"| {name} | {predicted:.3f} | {measured:.3f} ± {error:.3f} | {ratio:.3f} |")
-    for name, predicted, measured, _ in rows:
-        what = f"relative error of the predicted step time, {name}"
-        report("simulate_cluster", what, abs(predicted / measured - 1), "<= 0.15")
+        compared, drift = validate(Path(folder), args.quick)
+    print_comparison(compared)
+    for row in compared:
+        what = f"relative error of the predicted step time, {row.name}"
+        report("simulate_cluster", what, abs(row.ratio - 1), "<= 0.15")
     if not math.isnan(drift):
         what = "change of the machine's speed from the last calibration run to its repetition"
         report("simulate_cluster", what, abs(drift - 1), "<= 0.1")

@@ -10,16 +10,8 @@ from tests.helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from cluster import (
-    Engine,
-    Run,
-    Trainer,
-    batch_seconds,
-    draw_batch,
-    generate,
-    simulate,
-    train_seconds,
-)
+from cluster import Run, Trainer, draw_batch, generate, simulate, train_seconds
+from cluster_engine import Engine, batch_seconds
 from simulate_cluster import Gpu, lognormal, make_plan, placements
 
 SECOND = Engine(step_s=1.0)
@@ -129,7 +121,7 @@ def test_micro_batches_take_their_collectives_at_least() -> None:
 def test_log_probabilities_take_collectives_of_their_own() -> None:
     """Two passes over 20 tokens for log-probabilities, two for the update: 2 · 1 and 2 · 4."""
     trainer = Trainer(token_s=0.0, micro_s=4.0, micro_tokens=10, log_prob_micro_s=1.0)
-    assert train_seconds(trainer, 1, np.array([[20]]), 0, 1, log_probs=1)[0] == 2 + 8
+    assert train_seconds(trainer, 1, np.array([[20]]), 0, 1, np.array([20]))[0] == 2 + 8
 
 
 def test_placements() -> None:
