@@ -6,8 +6,8 @@ math-verify). The first stage that can tell settles the pair, and the verdict na
 >>> judge(r"\frac{3}{5}", "0.6")
 Verdict(equal=True, how='numeric', status='ok')
 
-Answers are hostile input: nothing is evaluated as code, depth and sizes are limited. The time of
-the last stages isn't: :func:`judge` belongs in a process that can be killed, unlike :func:`quick`.
+Answers are hostile input: nothing is evaluated as code, depth and sizes are limited, but only for
+:func:`quick` the time: :func:`judge` belongs in a process that can be killed.
 """
 
 import re
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from . import regions, structures, symbolic
 from .evaluate import TooLarge, Undecided, exact
 from .normalise import normalise, words
-from .tokens import FUNCTIONS, GREEK, PATTERNS, ParseError, TooComplex
+from .tokens import FUNCTIONS, GREEK, PATTERNS, RULES, ParseError, TooComplex
 from .tree import Node, parse
 from .units import CHANGES, NAMES, split_units
 from .values import same_values
@@ -25,6 +25,7 @@ from .values import same_values
 MAX_QUICK = 200  # characters of a normalised answer that are parsed on the event loop
 MAX_LENGTH = 5_000  # characters of an answer that are read at all
 _PARITY = {"odd": r"2k+1,k\in\mathbb{Z}", "even": r"2k,k\in\mathbb{Z}"}
+_READINGS = [(re.compile(text), *rest) for text, *rest in RULES["readings"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +85,11 @@ def _named(match: re.Match[str]) -> str:
 
 
 def quick(gold: str, pred: str) -> Verdict | None:
-    """The verdict of the string and exact-number stages, or None if they can't tell. Work is
-    linear in the lengths: no sampling, no number over a few thousand bits."""
+    """The verdict of the string and exact-number stages, linear in the lengths, or None."""
     if gold == pred and gold.strip():
         return Verdict(True, "identical")
-    if max(len(gold), len(pred)) > MAX_LENGTH:
-        return Verdict(False, "normalised", "unparsable")
-    gold, pred = cache_key(gold, pred)
+    readable = max(len(gold), len(pred)) <= MAX_LENGTH
+    gold, pred = cache_key(gold, pred) if readable else ("", "")
     if not gold or not pred:
         return Verdict(False, "normalised", "unparsable")
     if _tight(gold) == _tight(pred) or (words(gold) and words(gold) == words(pred)):
@@ -122,8 +121,7 @@ def _unclear(letter: str, option: str) -> bool:
 
 
 def _choice(text: str, gold: str) -> tuple[str, str] | None:
-    """The letter of a choice, and the text of its option, or yes or no, and its reason. In lower
-    case a letter with more behind it is a choice only where the reference is a letter."""
+    """The letter of a choice and its text, or yes or no and its reason; a, b only for a letter."""
     starts = text[:6] == r"\text{" or text[:1] in "(ABCDEFGHIJabcdefghijYyNnTt"
     if spoken := starts and PATTERNS.spoken.fullmatch(re.sub(r"\\text\{|\}", " ", text).strip()):
         return "yes" if spoken[1] else "no", spoken[2]
@@ -165,11 +163,12 @@ def preload() -> None:
 
 def _numeric(gold: str, pred: str) -> Verdict | None:
     """Two numbers with an exact value, whatever their notation."""
+    times = PATTERNS.clock.fullmatch(gold), PATTERNS.clock.fullmatch(pred)
+    if all(times) and (times[0][4] or times[1][4] or not (times[0][3] or times[1][3])):
+        return Verdict(_same_times(*times), "normalised")
     gold, pred, units_differ = split_units(gold, pred)
     if units_differ:
         return Verdict(False, "normalised")
-    if PATTERNS.clock.fullmatch(gold) and PATTERNS.clock.fullmatch(pred):
-        return Verdict(gold.lstrip("0") == pred.lstrip("0"), "normalised")
     try:
         trees = parse(gold), parse(pred)
         bare = [tree.args[0] if tree.op == "degree" else tree for tree in trees]
@@ -180,21 +179,31 @@ def _numeric(gold: str, pred: str) -> Verdict | None:
     return None
 
 
+def _same_times(*times: re.Match[str]) -> bool:
+    """Whether two times of day are the same; a.m. or p.m. may be missing."""
+    (hour, half), (other, its) = ((int(time[1]), (time[4] or "").lower()) for time in times)
+    alike = hour == other < 13 and (half == its or "" in (half, its))
+    hours = (n % 12 + 12 * (half == "p") if half else n for n, half in ((hour, half), (other, its)))
+    parts = ([int(part or 0) for part in time.group(2, 3)] for time in times)
+    return (alike or len({*hours}) == 1) and next(parts) == next(parts)
+
+
 def _compare(gold: str, pred: str) -> Verdict:
     """The structural stages, on both readings of commas between digits."""
-    (first, *others), pred_tree = structures.forms(parse(gold)), parse(pred)
-    if any(structures.same(form, pred_tree) for form in others):
-        return Verdict(True, "structure")
+    trees = (parse(text) for text in (gold, pred))
+    own, pred_tree = map(regions.written_out, trees) if r"\ldots" in gold + pred else trees
+    first, *others = structures.forms(own)
     trees = first, pred_tree
     how = "structure" if any(tree.op in structures.COMPOUND for tree in trees) else "symbolic"
-    parts = trees[0].args if ";" in gold and trees[0].op == "list" else ()
-    if parts and not {part.op for part in parts} & {*structures.COMPOUND, "sym", "pm"}:
-        in_order = Node("group", ("(", ")", *parts))  # answers to several questions
-        return Verdict(structures.same(in_order, trees[1]), "structure")
-    if any(sign in gold + pred for sign in ("Z", r"\pmod", r"\pi", "°")):
-        family = regions.same_families(*trees)
-        if family is not None:
-            return Verdict(family, "structure")
+    parts = first.args if ";" in gold and first.op == "list" else ()
+    ordered = parts and not {part.op for part in parts} & {*structures.COMPOUND, "sym", "pm"}
+    family = regions.same_families(*trees) if PATTERNS.family.search(gold + pred) else None
+    if (family and not ordered) or any(structures.same(form, pred_tree) for form in others):
+        return Verdict(True, "structure")
+    if ordered:  # answers to several questions
+        return Verdict(structures.same(Node("group", ("(", ")", *parts)), pred_tree), "structure")
+    if family is not None:
+        return Verdict(family, "structure")
     if structures.same(*trees):
         return Verdict(True, how)
     for reading in _other_readings(gold, pred, *trees):
@@ -208,15 +217,10 @@ def _other_readings(gold: str, pred: str, gold_tree: Node, pred_tree: Node) -> I
     lengths = [len(tree.args) if tree.op == "list" else 1 for tree in (gold_tree, pred_tree)]
     if lengths[0] != lengths[1] and ",0" not in gold + pred:
         yield parse(gold, thousands=False), parse(pred, thousands=False)
-    apart = [PATTERNS.capitals.sub(r"\1 ", text) for text in (gold, pred)]
-    if (apart[0] == gold) != (apart[1] == pred):  # LC as L times C
-        yield tuple(map(parse, apart))
-    if "'" in gold and "(t)" in gold + pred:  # of time, as all may be
-        yield tuple(parse(re.sub(r"(?<=[A-Za-z'])\(t\)", "", text)) for text in (gold, pred))
-    if PATTERNS.combinations.search(gold + pred):  # a number of combinations, if it is no point
-        yield tuple(parse(PATTERNS.combinations.sub(
-            lambda m: rf"\binom{{{m[2]}}}{{{m[3]}}}" + (f"{m[3]}!" if m[1] == "P" else ""), text
-        )) for text in (gold, pred))  # fmt: skip
+    for found, new, sign, both in _READINGS:
+        apart = [found.sub(new, text) for text in (gold, pred)] if sign in gold + pred else []
+        if apart and ((apart[0] == gold) != (apart[1] == pred) or (both and apart[0] != gold)):
+            yield tuple(map(parse, apart))
     for text, other in ((gold, pred_tree), (pred, gold_tree)):
         if PATTERNS.decimal_comma.fullmatch(text) and exact(other) is not None:
             yield parse(text.replace(",", ".")), other

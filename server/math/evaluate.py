@@ -1,7 +1,4 @@
-"""The value of a tree: exactly where it is a rational, else with 60 digits at sample points.
-
-Work is bounded: numbers that would not fit raise :class:`Undecided` before they are computed.
-"""
+"""The value of a tree: exactly if it is a rational, else with 60 digits; nothing too large."""
 
 import random
 import re
@@ -114,8 +111,7 @@ def _computing(digits: int = DIGITS) -> Iterator[None]:
 
 
 def value(node: Node, point: dict | None = None, digits: int = DIGITS):
-    """The value of a tree with its variables at ``point``, an ``mpf`` or ``mpc``;
-    :class:`Undecided` if it has none (a division by zero, a set) or would be too large."""
+    """The value of a tree with its variables at ``point``; :class:`Undecided` if it has none."""
     with _computing(digits):
         return +_evaluate(node, point or {})
 
@@ -227,8 +223,7 @@ def settled(node: Node, point: dict | None = None):
     """The value with ``DIGITS`` digits, and 0 where it is nothing but rounding errors."""
     number = value(node, point)
     if 0 < abs(number) < _CONTEXT.mpf(10) ** (GUARD - DIGITS):
-        exacter = value(node, point, CONFIRMING_DIGITS)
-        return number if close(number, exacter) else _CONTEXT.zero
+        return number if close(number, value(node, point, CONFIRMING_DIGITS)) else _CONTEXT.zero
     return number
 
 
@@ -270,8 +265,7 @@ def close(a, b, digits: int = DIGITS) -> bool:
 
 @lru_cache(maxsize=64)
 def _points(names: tuple, integers: frozenset[str], positive: frozenset[str]) -> list[dict]:
-    """Where expressions are compared: positive points first, at several scales, then any sign.
-    Names of integers get integers: cos(pi n) is (-1)^n."""
+    """Where expressions are compared: positive points at several scales first, then any sign."""
     generator, scales = random.Random("sample points"), [1, 3, 0.4, 10, 2, 0.8, 30, 5]
     sizes = [*range(1, SAMPLES - 2), 13, 31, 64, 101, 150]
     wholes = {name: generator.sample(sizes, SAMPLES) for name in names}
@@ -287,9 +281,8 @@ def _points(names: tuple, integers: frozenset[str], positive: frozenset[str]) ->
 
 
 def equal(a: Node, b: Node) -> bool:
-    """Whether two expressions have the same value at every point where both are real; where there
-    are none (or ``i`` occurs), at complex ones. At positive points, both sides must be real at most
-    of those where one is: n! isn't (-n)!. :class:`Undecided` if no point can tell."""
+    """Whether two expressions have the same value wherever both are real, and both are at most of
+    the positive points where one is: n! isn't (-n)!. With ``i``, or if none are, also elsewhere."""
     names = tuple(sorted(symbols(a) | symbols(b)))
     if not names:
         return _equal_constants(a, b)

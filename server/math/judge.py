@@ -58,10 +58,8 @@ class Judge:
                 _, pending = await asyncio.wait(pending, timeout=HUNG_UP_S)
                 if pending and await hung_up():
                     raise ConnectionAbortedError
-        verdicts = [
-            item if isinstance(item, Verdict) else _verdict(futures[item].result())
-            for item in known
-        ]
+        done = {key: _verdict(future.result()) for key, future in futures.items()}
+        verdicts = [item if isinstance(item, Verdict) else done[item] for item in known]
         self.decided.update((verdict.how, verdict.status) for verdict in verdicts)
         return verdicts
 

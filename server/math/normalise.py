@@ -1,8 +1,4 @@
-"""Strings to strings: one spelling for each of the many ways to typeset the same answer.
-
-Nothing here understands mathematics. Every step is a linear scan (no nested quantifiers), so the
-work is bounded by the length of the string, whatever the string holds.
-"""
+"""Strings to strings, in linear scans: one spelling for each way to typeset an answer."""
 
 import re
 from collections.abc import Callable
@@ -56,9 +52,8 @@ def normalise(text: str) -> str:
         text = _FOREIGN_UNIT.sub(lambda match: rf"\text{{{_FOREIGN[match[2]]}}}", text)
     text = unbox(text)
     if PATTERNS.only_circled.fullmatch(text):  # in another answer a footnote, or nothing
-        text = PATTERNS.circled_digit.sub(
-            lambda match: f"({ord(match[0]) - 0x245F})", re.sub(r"\\text|[{}和与及]", "", text)
-        )
+        bare = re.sub(r"\\text|[{}和与及]", "", text)
+        text = PATTERNS.circled_digit.sub(lambda match: f"({ord(match[0]) - 0x245F})", bare)
     for sign, pattern, new in _RULES:  # a pattern is searched only where its sign is
         text = pattern.sub(new, text) if sign in text else text
     text = text.lstrip(" ,;:=").rstrip(" .,;:")
@@ -75,20 +70,19 @@ def _connectives(text: str) -> str:
         return text  # x = 1 or y = 2
     if all(map(PATTERNS.statement.fullmatch, parts)):
         return text
+    if all(map(PATTERNS.function.match, parts)):
+        return PATTERNS.connective.sub(", ", text)
     if not all(map(PATTERNS.inequality.search, parts)):
         text = re.sub(r"\\land ", ", ", text)
     return text if any(map(PATTERNS.inequality.search, parts)) else re.sub(r"\\lor ", ", ", text)
 
 
 def unbox(text: str) -> str:
-    r"""The contents of ``\boxed{…}``, of several as a list, with the prose around them left out; a
-    per cent sign, unit or power right after the only box stays."""
+    r"""The contents of ``\boxed{…}``, several as a list; what belongs to the only box stays."""
     boxes, last = [], 0
     while match := PATTERNS.box.search(text, last):
         end = closing_brace(text, match.end())
-        boxes.append(
-            PATTERNS.box.sub("{", text[match.end() : end])
-        )  # what is around a box in a box stays
+        boxes.append(PATTERNS.box.sub("{", text[match.end() : end]))  # around a box in a box
         last = end + 1
     tail = text[last:].strip(" $.")
     if len(boxes) == 1 and PATTERNS.unit_after_box.match(tail):
@@ -121,10 +115,8 @@ def words(text: str) -> str | None:
 
 def _in_words(text: str) -> str | None:
     bare = " ".join(re.sub(r"\\text\{|\}", " ", text).lower().split())
-    spelt = PATTERNS.spelt.fullmatch(text) and (
-        re.search("[a-z]{3}", bare) or not re.search(r"\d", bare)
-    )
-    return bare if spelt else None
+    spoken = re.search("[a-z]{3}", bare) or not re.search(r"\d", bare)
+    return bare if spoken and PATTERNS.spelt.fullmatch(text) else None
 
 
 def _plain_text(match: re.Match[str]) -> str:
@@ -133,9 +125,8 @@ def _plain_text(match: re.Match[str]) -> str:
     lowered = inner.lower().strip(" ,")
     start = match.string[: match.start()].rstrip()
     before, multiplied = start[-1:], start.endswith(r"}\cdot")
-    if inner in FUNCTIONS and not (
-        inner in ("min", "sec") and (before.isdigit() or before in ("/", "}"))
-    ):
+    time = inner in ("min", "sec") and (before.isdigit() or before in ("/", "}"))
+    if inner in FUNCTIONS and not time:
         return f"\\{inner} "
     if lowered in _WORDS:
         return _WORDS[lowered]
@@ -172,6 +163,23 @@ def _listed(match: re.Match[str]) -> str:
     return rf",{match[1]}\in\{{{numbers}\}}"
 
 
+def _cases(match: re.Match[str]) -> str:
+    """A function in pieces as an environment of cases; of one piece, value and condition."""
+    rows = [row.split(r"\text{for}") for row in PATTERNS.piece.split(match[0])]
+    name = PATTERNS.defined.match(next(row[0] for row in rows if row[1:]))
+    for row in rows:
+        if name and row[0].startswith(name[0]):
+            row[0] = row[0].removeprefix(name[0])
+        elif name and not row[1:] and (at := re.match(rf"{name[1]}_\{{?(\d+)\}}?=", row[0])):
+            row[:] = row[0].removeprefix(at[0]), f"{name[2]}={at[1]}"  # a_1 = 2
+        if len(row) != 2 or "=" in row[0] * len(rows[1:]):
+            return match[0]
+    if len(rows) == 1:
+        return f"{rows[0][1]},{name[0] if name else ''}{rows[0][0]}"
+    lines = r"\\".join(map("&".join, rows))
+    return rf"{name[0] if name else ''}\begin{{cases}}{lines}\end{{cases}}"
+
+
 def _permuted(match: re.Match[str]) -> str:
     """Tuples with all that their entries make in another order."""
     tuples = re.findall(r"\(([^()]*)\)", match[1])[:9]
@@ -179,13 +187,9 @@ def _permuted(match: re.Match[str]) -> str:
     return ",".join(f"({','.join(p)})" for p in dict.fromkeys(every)) if tuples else match[0]
 
 
-def _group(match: re.Match[str]) -> str:
-    """What one of the groups holds: a replacement that, unlike a template, costs nothing unused."""
-    return match[match.lastindex] if match.lastindex else " "
-
-
 _MAKERS: dict[str, Callable[[re.Match[str]], str]] = {
-    "group": _group, "text": _plain_text, "repeating": _repeating, "listed": _listed,
+    "group": lambda m: m[m.lastindex] if m.lastindex else " ",  # unlike a template, free if unused
+    "text": _plain_text, "repeating": _repeating, "listed": _listed, "cases": _cases,
     "permuted": _permuted, "connectives": lambda m: _connectives(m[0]),
     "parts": lambda m: ";".join(filter(None, m.groups())),
     "command": lambda m: _SYNONYMS.get(m[1], m[0]), "word": lambda m: _WORDS[m[1]],

@@ -16,8 +16,7 @@ _STOCK = [(re.compile(text), meaning) for meaning, text in VOCABULARY["phrases"]
 
 
 def number_in_words(text: str) -> str | None:
-    """The digits of a number in words, also with so many parts of one: ``21`` for "twenty-one",
-    ``3/4`` for "three quarters", None for "two one"."""
+    """``21`` for "twenty-one", ``3/4`` for "three quarters", None for "two one"."""
     text = text.replace("-", " ")
     whole, plus, part = text.rpartition(" plus ")
     count, _, name = part.rpartition(" ")

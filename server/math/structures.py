@@ -1,20 +1,18 @@
 r"""Two trees, compared part by part: lists, tuples, intervals, sets, matrices, relations.
 
-* A list is unordered, a tuple ordered; brackets around a list may be missing, but an interval's
-  type, a set and a tuple are never confused.
-* ``x = 2`` equals ``2`` if ``x`` is only a name for the answer; ``2x + z = 1`` doesn't equal ``1``.
-* Names matter where both sides have them, order where a name is missing and they differ.
+A list is unordered and may lack brackets, a tuple is ordered. ``x = 2`` equals ``2``, but
+``2x + z = 1`` isn't ``1``. Names matter where both sides have them, order where one lacks them.
 """
 
 import re
 from collections.abc import Sequence
 from math import log2
 
-from . import constants, regions
+from . import regions
 from .evaluate import Undecided, equal, has, sample, symbols, value
 from .tidy import COLLECTIONS, entries, is_numbered, is_rounded, name_of, only_names, tidy, value_of
 from .tree import Node, number, rewritten
-from .values import same_values
+from .values import same_solutions, same_values
 
 MAX_ITEMS, MAX_PARTS = 64, 12
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
@@ -24,8 +22,7 @@ COMPOUND = (*COLLECTIONS, *regions.OPERATIONS, "rel")
 
 
 def same(a: Node, b: Node) -> bool:
-    """Whether two answers are the same, ``a`` being the reference; :class:`Undecided` if the
-    values can't be computed or told apart."""
+    """Whether two answers are the same, the reference first; or :class:`Undecided`."""
     a, b = regions.listed(tidy(a)), regions.listed(tidy(b))
     if a == b or "contradiction" in (a.op, b.op):
         return a == b
@@ -96,8 +93,7 @@ def _same_named(sides: list, names: list) -> bool | None:
     """Lists of assignments: by name, or in order where one side leaves distinct names out."""
     if all(all(side) for side in names):
         heads = [sorted(str(name.args[0]) for name in side) for side in names]  # v and v(t)
-        alike = heads[0] == heads[1]
-        return None if alike or any(map(is_numbered, names[0] + names[1])) else False
+        return None if heads[0] == heads[1] or any(map(is_numbered, names[0] + names[1])) else False
     side = 0 if all(names[0]) else 1
     heads = [Node("sym", (str(name.args[0]).partition("_")[0],)) for name in names[side]]
     if all(map(is_numbered, names[side])) and len({*heads}) > 1:  # x_1, y_1, x_2, y_2
@@ -201,9 +197,8 @@ def _same_relations(a: Node, b: Node) -> bool:
         if new.op == old.op == "sym" and not symbols(new) & symbols(value_of(b)):
             return same(value_of(a), rewritten(value_of(b), lambda p: new if p == old else p))
     if name_a is not None and name_b is not None and _compatible(name_a, name_b):
-        return same(value_of(a), value_of(b)) or constants.same(
-            a.args[1], b.args[1], a.args[2], b.args[2]
-        )
+        sides = a.args[1], b.args[1], a.args[2], b.args[2]
+        return same(value_of(a), value_of(b)) or same_solutions(*sides)
     if name_a and name_b and (has(name_a, "rel") or has(name_b, "rel")):  # P(X = 0)
         alike = name_a.op == name_b.op and _pairwise(name_a.args, name_b.args)
         return alike and same(value_of(a), value_of(b))
@@ -227,15 +222,14 @@ def _same_equations(a: tuple[Node, Node], b: tuple[Node, Node]) -> bool:
     if not symbols(a[0]) | symbols(a[1]):  # f(3) = 10
         return all(map(same, a, b))
     if symbols(a[0]) | symbols(a[1]) != symbols(b[0]) | symbols(b[1]):
-        return constants.same(a[0], b[0], a[1], b[1])
+        return same_solutions(a[0], b[0], a[1], b[1])
     alike = all(map(same, a, b)) or all(map(same, a, reversed(b)))  # of identities, too
     alike = alike or _proportional(a, b) is not None or _multiplied(a, b)
-    return alike or constants.same(a[0], b[0], a[1], b[1])
+    return alike or same_solutions(a[0], b[0], a[1], b[1])
 
 
 def _multiplied(a: Sequence[Node], b: Sequence[Node]) -> bool:
-    """Whether letters that can't be 0, as an equation divides by them, make one equation the other:
-    LC y'' + y = 0 and y'' = -y/(LC). Neither may be solved for a name, but for a derivative."""
+    """Whether letters that an equation divides by make the other one of it, solved for no name."""
     names = sorted(symbols(Node("", (*a, *b))))
     variables = {name.partition("'")[0] for name in names if "'" in name}
     solved = not variables and any(side.op == "sym" for side in (*a, *b))

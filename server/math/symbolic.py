@@ -1,7 +1,6 @@
 r"""The last stage: math-verify, for what the parser of answers doesn't read (sums, integrals …).
 
-Only its LaTeX reader is used: its plain-expression reader evaluates Python. Its time limits, which
-need the signals of the main thread, are off: they are the caller's.
+Only its LaTeX reader is used: the other one evaluates Python. Time limits are the caller's.
 """
 
 import logging
@@ -16,16 +15,14 @@ _KNOWN = FUNCTIONS | NAMES | word_set(VOCABULARY["math_verify"])
 
 
 def readable(gold: str, pred: str) -> bool:
-    """Whether math-verify may be trusted with a pair: short, no prose, as many
-    ellipses and derivatives, letters alike in case."""
+    """Whether math-verify may be trusted with a pair: short, no prose, letters alike in case."""
     pair = gold, pred
     prose = [re.findall(rf"{PATTERNS.prose.pattern}|\\ldots|\\partial|'", text) for text in pair]
     letters = [{*PATTERNS.letter.findall(text)} for text in pair]
     lowered = [{letter.lower() for letter in own} for own in letters]
     alike = prose[0] == prose[1] and (letters[0] == letters[1] or lowered[0] != lowered[1])
-    known = {*PATTERNS.command.findall(pred)} <= {
-        *PATTERNS.command.findall(gold)
-    } | _KNOWN and "{}" not in pred
+    own, its = ({*PATTERNS.command.findall(text)} for text in pair)
+    known = its <= own | _KNOWN and "{}" not in pred
     return max(map(len, pair)) <= MAX_LENGTH and alike and known and (gold + pred).isascii()
 
 
@@ -44,23 +41,18 @@ def unfinished(gold: str, pred: str) -> bool:
 
 
 def equal(gold: str, pred: str) -> bool | None:
-    """What math-verify says of two normalised answers; None if it can't read one of them. It would
-    compare only the last sides of equations: here each side has its equal, and where one answer is
-    no equation, all sides of the other but names equal it."""
+    """What math-verify says of two normalised answers; None if it can't read one. It compares only
+    the last sides of equations: here each has its equal, and all but names equal a lone one."""
     if not readable(gold, pred):
         return False
-    sides = [
-        PATTERNS.equals.split(PATTERNS.bare_script.sub(r"{\1}", text)) for text in (gold, pred)
-    ]
+    braced = (PATTERNS.bare_script.sub(r"{\1}", text) for text in (gold, pred))
+    sides = [*map(PATTERNS.equals.split, braced)]
     if len(sides[0]) != len(sides[1]):
-        sides = [
-            [side for side in part if not PATTERNS.short_name.fullmatch(side)] or part
-            for part in sides
-        ]
-        longer = max(map(len, sides))
+        named = PATTERNS.short_name.fullmatch
+        sides = [[side for side in part if not named(side)] or part for part in sides]
         if min(map(len, sides)) > 1:
             return False
-        sides = [part * (longer // len(part)) for part in sides]
+        sides = [part * (max(map(len, sides)) // len(part)) for part in sides]
     verdicts = [_verified(*pair) for pair in zip(*sides, strict=True)]
     return None if None in verdicts else all(verdicts)
 

@@ -13,8 +13,7 @@ _NAMES = word_set("apply fn abs div ratio degree pow mul matrix row cap cup")
 
 
 def tidy(node: Node) -> Node:
-    r"""Without what doesn't change an answer: approximations of exact values, ``\pm`` written
-    out as a list, matrices with arithmetic left to do, one layer of a list of one."""
+    r"""Without what doesn't change an answer: approximations, ``\pm``, arithmetic of matrices."""
     if node.op == "rel" and not {"~", "="}.isdisjoint(node.args[0]):
         node = _approximated(node)
     if node.op == "list" and (which := node.args[-1]).op == "rel" and which.args[0] == ("in",):
@@ -69,8 +68,7 @@ def _fits(side: Node, result: Node) -> bool:
 
 
 def _approximated(node: Node) -> Node:
-    r"""Without ``\approx`` and what follows it, if that is near what stands before; else with an
-    equals sign: of ``x \approx 1.31`` the number is the answer, ``\sqrt{3} \approx 5`` is none."""
+    r"""Without ``\approx`` and what follows, if that is near; ``x \approx 3`` with ``=``."""
     operators, sides = list(node.args[0]), list(node.args[1:])
     if operators[-1] == "=" and is_rounded(*sides[-2:]):  # 5/7 = 0.714
         operators[-1] = "~"

@@ -71,10 +71,8 @@ def split(text: str, thousands: bool) -> list[str]:
             token = token.replace(",", "")
         if kind == "word" and token not in _WORDS:
             found += _letters(token, alone)
-            if PATTERNS.subscript.match(text, position) and found[-2:-1] not in (
-                [r"\frac"],
-                [r"\binom"],
-            ):
+            argument = found[-2:-1] in ([r"\frac"], [r"\binom"])
+            if not argument and PATTERNS.subscript.match(text, position):
                 found.append("_")  # x1 is x_1, but n2^n a product
         elif kind != "space":
             found.append("\\" + token if kind == "word" else token)
@@ -82,8 +80,7 @@ def split(text: str, thousands: bool) -> list[str]:
 
 
 def _letters(word: str, alone: bool) -> list[str]:
-    """A run of letters: a product of variables if short and lower case, else one name; a word
-    in an answer of words (``alone``, with a vowel) isn't a product either."""
+    """A run of letters: a product of variables if short, in lower case and no word; else a name."""
     spoken = alone and len(word) > 1 and not {*"eio"}.isdisjoint(word)
     if (word.isupper() and len(word) > 1) or len(word) > 4 or spoken:
         return [word]

@@ -1,8 +1,6 @@
 r"""A small parser of answers: LaTeX or plain text to a tree of :class:`Node`.
 
-It reads what answers are made of (numbers, expressions, lists, tuples, intervals, sets, matrices,
-relations) and raises :class:`ParseError` on everything else: nothing is skipped, so ``5`` and
-``5)`` never become the same tree. Depth and sizes are limited, work is linear in the length.
+It raises :class:`ParseError` on all it doesn't know, so ``5`` and ``5)`` are never the same tree.
 """
 
 import re
@@ -21,11 +19,13 @@ MAX_DIGITS = 400
 
 
 class Node(NamedTuple):
-    """One operation and its operands: ``Node("pow", (x, 2))``. Numbers are ``("num", (Fraction,
-    decimals, significant))``, symbols ``("sym", (name,))``."""
+    """``Node("pow", (x, 2))``; a number is ``Node("num", (Fraction, decimals, significant))``."""
 
     op: str
     args: tuple
+
+
+DOTS = Node("dots", ("",))
 
 
 def rewritten(node: Node, change: Callable[[Node], Node]) -> Node:
@@ -36,8 +36,7 @@ def rewritten(node: Node, change: Callable[[Node], Node]) -> Node:
 
 @lru_cache(maxsize=256)  # one stage after the other asks
 def parse(text: str, thousands: bool = True) -> Node:
-    """The tree of a normalised answer; :class:`ParseError` for what isn't known, balanced or within
-    the limits. ``thousands`` reads 1,234 as one number outside brackets, else commas separate."""
+    """The tree of a normalised answer; ``thousands`` reads 1,234 as one number."""
     parser = _Parser(tokens.split(text, thousands))
     node = parser.answer()
     if parser.peek():
@@ -78,8 +77,7 @@ class _Parser:
         return _together(operation, parts)
 
     def answer(self) -> Node:
-        """Relations separated by commas, groups of them by semicolons. Inequalities with "or" are
-        a union, with an "and" an intersection; so are commas before it: x > 0, y > 0 and z > 0."""
+        """Relations between commas, groups of them between semicolons, unions and intersections."""
         return self.chain("list", ";", self.items)
 
     def items(self) -> Node:
@@ -110,8 +108,8 @@ class _Parser:
         node = self.ratio()
         while self.peek() in tokens.SET_OPERATIONS:
             operation, part = tokens.SET_OPERATIONS[self.next()], self.ratio()
-            more = node.op == operation != "minus"
-            node = Node(operation, (*node.args, part) if more else (node, part))
+            parts = node.args if node.op == operation != "minus" else (node,)
+            node = Node(operation, (*parts, part))
         return node
 
     def ratio(self) -> Node:
@@ -130,14 +128,14 @@ class _Parser:
         return _together("add", terms)
 
     def product(self, implicit: bool = False) -> Node:
-        """Factors with * and /, or side by side; left to right, so ``1/2x`` is ``(1/2)x``. With
-        ``implicit``, only what stands side by side: the argument of ``\\sin 2x``."""
+        """Factors, left to right: ``1/2x`` is ``(1/2)x``. ``implicit``: only those side by side."""
         top, bottom = [self.factor()], []
         while token := self.peek():
+            goes_on = token[1:] not in FUNCTIONS or (token == r"\sqrt" and self.peek(-1).isdigit())
             if token in tokens.TIMES and not implicit:
                 self.next()
                 (bottom if token in ("/", r"\div") else top).append(self.factor(signed=True))
-            elif self._starts_factor(token) and (not implicit or self._goes_on(token)):
+            elif self._starts_factor(token) and (goes_on or not implicit):
                 previous = self.peek(-1) if top[-1].op == "num" else ""
                 zero = previous.strip("0.") == "" != previous and self._is_word()
                 if zero or (token[0].isdigit() and (previous[:1].isdigit() or self._after_word())):
@@ -153,14 +151,9 @@ class _Parser:
         node = _together("mul", [*map(_inner, top)] if len(top) > 1 else top)
         return Node("div", (node, _together("mul", bottom))) if bottom else node
 
-    def _goes_on(self, token: str) -> bool:
-        return token[1:] not in FUNCTIONS or (token == r"\sqrt" and self.peek(-1).isdigit())
-
     def _is_word(self) -> bool:
-        token = self.peek()
-        return token.startswith(r"\text{") or (
-            token.isalpha() and (token + self.peek(1))[1:].isalpha()
-        )
+        token, letters = self.peek(), self.peek() + self.peek(1)
+        return token.startswith(r"\text{") or (token.isalpha() and letters[1:].isalpha())
 
     def _after_word(self) -> bool:
         """Whether the last token ends a word: the numbers around "out of" don't commute."""
@@ -247,6 +240,8 @@ class _Parser:
             if called or (self.peek() == "(" and token in ("f", "g")):
                 return Node("apply", (name, self.bracketed()))
             return Node("sym", (name,))
+        if token == r"\ldots":
+            return DOTS
         if token[0] != "\\" or token in NOT_A_FACTOR:
             raise ParseError(f"unexpected {token!r}")
         return self.command(token)
@@ -327,7 +322,9 @@ class _Parser:
         else:
             content = self.answer()
             if opener == r"\{" and self.accept("|", r"\mid", ":"):
-                content = _such(content, self.answer())
+                element, conditions = content, self.answer()
+                parts = conditions.args if conditions.op == "list" else (conditions,)
+                content = Node("such", parts if element.op == "sym" else (element, *parts))
             close = self.accept(*CLOSERS[opener])
         self.bars, self.such = outer
         if not close or (opener == "{" and content is None):
@@ -399,12 +396,6 @@ def number(token: str) -> Node:
     places = len(decimals) - int(exponent or 0)
     value = int(whole + decimals or 0) / Fraction(10) ** places
     return Node("num", (value, max(0, places), len((whole + decimals).lstrip("0"))))
-
-
-def _such(element: Node, conditions: Node) -> Node:
-    """The set ``{element | conditions}``, as conditions only where the element is a variable."""
-    parts = conditions.args if conditions.op == "list" else (conditions,)
-    return Node("such", parts if element.op == "sym" else (element, *parts))
 
 
 def _mixed(top: list[Node], factor: Node) -> Node:

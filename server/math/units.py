@@ -19,6 +19,7 @@ _NO_PLURALS = word_set(_TABLES["no_plurals"]) | {f"{word}s" for word in (*VALUES
 _IDLE = word_set(_TABLES["idle"])
 _BESIDE = word_set(_TABLES["beside"]) | word_set(_TABLES["counted"]) | _IDLE
 _ANGLES = ("", "rad")
+_ARCS = {"'": "arcmin", "''": "arcsec"}
 _DEFINED = {unit: (Fraction((size := text.split())[0]), size[1])
             for unit, text in _TABLES["defined"].items()}  # fmt: skip
 _UNIT_NAMES = dict(re.findall(r"(\w+):(\S*)", _TABLES["spelt"]))
@@ -27,8 +28,7 @@ _UNIT_WORDS = {unit.lower() for unit in UNITS} | _BESIDE | {*_UNIT_NAMES, *_UNIT
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    r"""A normalised answer without the unit at its end, and that unit ("" if there is none), such
-    as ``("10", "cm^2")`` of ``10\text{cm}^2``."""
+    r"""An answer without the unit at its end, and that: ``("10", "cm^2")`` of ``10\text{cm}^2``."""
     if text[-1:].isdigit() and "^" not in text[-4:]:
         return text, ""
     if match := PATTERNS.two_units.fullmatch(text):  # 2 min 30 s
@@ -38,16 +38,18 @@ def split_unit(text: str) -> tuple[str, str]:
             unit = _singular(match[4]).replace("''", "in")
             seconds = Fraction(match[5] or 0) / 60
             return str(int(match[1]) * ratio + Fraction(match[3]) + seconds), unit
+    if text[-1:] == "'" and (match := PATTERNS.primes.fullmatch(text)):
+        return match[1], match[2]
     text = PATTERNS.compound.sub(_compound, text)
     match = PATTERNS.unit.search(text[-80:]) if len(text) > 1 else None
     if not match:
         return text, ""
     body = text[: len(text) - len(match[0])].replace(f"{match[0]},", ",").strip()
     name = (match["text"] or match["known"] or match["words"] or "").lower()
-    name = (
-        PATTERNS.times.sub("*", name.strip(" ()").replace(" per ", "/")) if name[:1] != "-" else "2"
-    )
-    bare = body.endswith(("\\", "^", "_", "=")) or not re.search(r"\d|[a-zπ]\Z", body)
+    product = PATTERNS.times.sub("*", name.strip(" ()").replace(" per ", "/"))
+    name = product if name[:1] != "-" else "2"
+    measured = PATTERNS.measured.search(body + "|" * bool(match["text"]))
+    bare = not measured or body.endswith(("\\", "^", "_", "="))
     if bare or CHANGES.search(name) or PATTERNS.no_unit.search(name):
         return text, ""
     power_word, _, rest = name.partition("*")
@@ -98,8 +100,7 @@ def _singular(name: str) -> str:
 
 
 def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
-    r"""Both normalised answers without their units, and whether these contradict each other. A unit
-    on one side only is no contradiction: ``5`` equals ``5\text{m}``, and so does ``5 m``."""
+    r"""Both answers without their units, and whether these differ; one unit alone doesn't."""
     items = [PATTERNS.outer_comma.split(text) for text in (gold, pred)]
     if 1 < len(items[0]) == len(items[1]):
         return _split_lists(*items)
@@ -111,12 +112,14 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
         pred_body, pred_unit = its[1], re.sub("[{}]", "", its[3].lower() + (its[4] or ""))
     if own and own[2] and pred_unit:
         gold_body, gold_unit = own[1], re.sub("[{}]", "", own[3].lower() + (own[4] or ""))
-    if pred_unit and not gold_unit and not _is_unit(pred):
+    if pred_unit and not gold_unit and (pred[-1] == "'" or not _is_unit(pred)):
         return gold, pred, False
     if gold_unit and not pred_unit:
         pred_body = _without(pred_body, gold_unit)
     elif pred_unit and not gold_unit:
         gold_body = _without(gold_body, pred_unit)
+    if "arc" in gold_unit + pred_unit:
+        gold_unit, pred_unit = (_ARCS.get(unit, unit) for unit in (gold_unit, pred_unit))
     if gold_unit and pred_unit:
         (size, of), (its_size, also) = map(_measure, (gold_unit, pred_unit))
         if of == also and size != its_size:  # 4 ft is 48 in
@@ -128,10 +131,9 @@ def split_units(gold: str, pred: str) -> tuple[str, str, bool]:
         counted = size == its_size and (each.isdisjoint(of) or each.isdisjoint(also))
         counted = counted and {*of} & {*also} and {u for u, _ in each} <= _UNIT_WORDS - _MEASURES
         return gold_body, pred_body, not counted if name and other else power != its  # units^2
-    bodies = (
-        "" if PATTERNS.trigonometric.search(body) else body for body in (gold_body, pred_body)
-    )
-    signs = [body[-1:] if body[-1:] in ("%", "°") else "" for body in bodies]
+    angles = map(PATTERNS.trigonometric.search, (gold_body, pred_body))
+    ends = zip((gold_body[-1:], pred_body[-1:]), angles, strict=True)
+    signs = [end if end in ("%", "°") and not angle else "" for end, angle in ends]
     if "rad" in (gold_unit, pred_unit) and signs[0] != signs[1]:  # no degree sign is left out
         return rf"0°+({gold_body})", rf"0°+({pred_body})", False
     return gold_body, pred_body, signs[0] != signs[1] and gold_unit + pred_unit not in _ANGLES
