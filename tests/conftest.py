@@ -63,11 +63,12 @@ LONGEST = [
 
 def pytest_configure(config: pytest.Config) -> None:
     """Starts the server of `warm_python.py`, one for all workers of pytest-xdist; it ends with the
-    process that has the other end of its standard input. The workers get these options, too."""
+    process that has the other end of its standard input. Its workers have the same seeds."""
+    today = config.option.sample_seed or date.today().isoformat()
+    config.option.sample_seed = os.environ.setdefault("SAMPLE_SEED", today)
+    if config.option.kill_seed is None:
+        config.option.kill_seed = random.Random(config.option.sample_seed).randrange(1000)
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        config.option.sample_seed = config.option.sample_seed or date.today().isoformat()
-        if config.option.kill_seed is None:
-            config.option.kill_seed = random.Random(config.option.sample_seed).randrange(1000)
         folder = tempfile.mkdtemp(prefix="warm-")
         subprocess.Popen(
             [sys.executable, "-m", "tests.warm_python", folder],

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 from filelock import FileLock  # comes with torch
 
 from verl.algorithms.weights import response_weights
+from verl.cluster import free_port
 from verl.protocol import OptimizerStep, Prompt, Sample, response_lengths
 
 ROOT = Path(__file__).parents[1]
@@ -122,9 +122,7 @@ def make_step(samples: list[Sample], mode: str = "token-mean", **options: Any) -
 
 def free_address() -> str:
     """Where a process group of this machine can meet."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
+    return f"tcp://127.0.0.1:{free_port()}"
 
 
 def made_once(base: Path, name: str, make: Callable[[Path], object]) -> Path:

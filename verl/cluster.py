@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -218,6 +219,12 @@ def _network_address(_: Any) -> str:
     for interface, addresses in psutil.net_if_addrs().items():
         if any(a.address == ip for a in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return f"tcp://{ip}:{s.getsockname()[1]}"
+    return f"tcp://{ip}:{free_port()}"
+
+
+def free_port() -> int:
+    """A port that nobody listens at, and that the system gives to no connection of its own."""
+    while True:
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port := random.randrange(20_000, 32_768)))
+            return port

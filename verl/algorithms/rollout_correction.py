@@ -30,6 +30,8 @@ def response_of_token(lengths: Tensor) -> Tensor:
 
 def _sums(values: Tensor, lengths: Tensor) -> Tensor:
     """Of each response's tokens, [T] → [N]."""
+    if not len(lengths):  # which it can't take
+        return values.new_zeros(0)
     return torch.segment_reduce(values, "sum", lengths=lengths, initial=0)
 
 
