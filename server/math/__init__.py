@@ -2,6 +2,6 @@
 
 `python -m server.math` starts it, `client` asks it. A pair passes `server` (HTTP), `judge` (quick
 stages, cache), `pool` and `worker` (processes with limits) to `equivalence`: `normalise`, `phrases`
-and `units` give one spelling to a string, `tokens` and `tree` parse it, `tidy` gives one form to
-trees, `structures`, `regions`, `values` and `evaluate` compare them; `symbolic` asks math-verify.
+and `units` give one spelling to a string, `tokens` and `tree` parse it, `tidy` gives trees a form,
+`structures`, `regions`, `values`, `evaluate` compare; `symbolic` asks math-verify; `metrics` counts.
 """
