@@ -2,6 +2,6 @@
 
 `python -m server.math` starts it, `client` asks it. A pair passes `server` (HTTP), `judge` (quick
 stages, cache), `pool` and `worker` (processes with limits) to `equivalence`: `normalise`, `phrases`
-and `units` give one spelling to a string, `tokens` and `tree` parse it, `tidy` gives trees a form,
-`structures`, `regions`, `values`, `evaluate` compare; `symbolic` asks math-verify; `metrics` counts.
+and `units` give one spelling to a string, `tokens` and `tree` parse it, `tidy` makes trees alike,
+`structures`, `regions`, `values`, `evaluate` compare; `symbolic` is math-verify; `metrics` counts.
 """
