@@ -64,8 +64,10 @@ LONGEST = [
 def pytest_configure(config: pytest.Config) -> None:
     """Starts the server of `warm_python.py`, one for all workers of pytest-xdist; it ends with the
     process that has the other end of its standard input. Its workers have the same seeds."""
-    today = config.option.sample_seed or date.today().isoformat()
-    config.option.sample_seed = os.environ.setdefault("SAMPLE_SEED", today)
+    if given := config.option.sample_seed:
+        os.environ["SAMPLE_SEED"] = given
+    seed = os.environ.setdefault("SAMPLE_SEED", date.today().isoformat())
+    config.option.sample_seed = seed
     if config.option.kill_seed is None:
         config.option.kill_seed = random.Random(config.option.sample_seed).randrange(1000)
     if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -374,6 +374,15 @@ CONTRADICTIONS: dict[str, tuple[list[str], str]] = {
         ["trainer.max_policy_age=1", f"{ROLLOUT}top_p=0.9"],
         "set trainer.max_policy_age=0, or top_p=1 and top_k=-1",
     ),
+    "in flight and steps that draw too little": (
+        [
+            "trainer.max_policy_age=1",
+            "algorithm.filter_groups={enable:True,metric:acc,max_num_gen_batches:1}",
+            "data.train_batch_size=64",
+            "data.gen_batch_size=32",
+        ],
+        "raise algorithm.filter_groups.max_num_gen_batches=1 or data.gen_batch_size=32",
+    ),
     "decoupled without a factor": (
         ["algorithm.rollout_correction.decoupled=True"],
         "corrects by algorithm.rollout_correction.rollout_is: set it to token",

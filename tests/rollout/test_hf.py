@@ -351,7 +351,7 @@ def test_responses_that_wait_take_the_places_of_those_that_ended(tiny_model: Pat
     assert len(decoding) > 100 and all(4 in pair for pair in pairwise(decoding))
 
 
-@pytest.mark.parametrize("pause, fewest, most", [(0.0, 4, 20), (1e9, 2, 2)])
+@pytest.mark.parametrize("pause, fewest, most", [(0.0, 4, 24), (1e9, 2, 2)])
 def test_what_is_finished_travels_in_few_messages(
     engine: HFEngine, monkeypatch: pytest.MonkeyPatch, pause: float, fewest: int, most: int
 ) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -39,16 +40,14 @@ class Slow(Engine):
         answers = self([*groups.values()], [*groups], params)
         for samples in answers:
             if self.interrupted.wait(0.001):
-                yield [
-                    Sample(
-                        row.prompt, row.group, np.array([7]), "unfinished", row.number, row.group
-                    )
-                    for row in waiting.values()
-                ]
+                for row in waiting.values():
+                    own = row.prompt, row.group, np.array([7]), "unfinished", row.number
+                    yield [row.begun or Sample(*own, policy_version=self.version)]
                 return
-            wanted = [s for s in samples if waiting.pop((s.group, s.response_index), None)]
-            for sample in wanted:
-                sample.policy_version = self.version
+            wanted = [s for s in samples if (s.group, s.response_index) in waiting]
+            for s in wanted:
+                begun = waiting.pop((s.group, s.response_index)).begun
+                s.policy_version = begun.policy_version if begun else self.version
             yield wanted
 
     def interrupt(self) -> None:
@@ -159,19 +158,48 @@ def test_a_validation_interrupts_what_is_in_flight_and_lets_it_go_on():
     batches.close()
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_a_resumed_run_may_generate_in_another_way(ahead: bool):
-    """What waited for the next step is drawn again: no prompt is left out."""
-    config = make_config()
-    config.trainer.async_rollout, config.trainer.total_training_steps = ahead, 9
-    plain = make_batches(config, Engine(mixed_every(1)), 40)
-    for step in (1, 2):
-        plain.next(step, Timer())
-    line, _ = in_flight(1)
-    line.load(copy.deepcopy(plain.state()))
-    assert indices(line.next(3, Timer()).samples) == [8, 9, 10, 11]
-    back = make_batches(make_config(), Engine(mixed_every(1)), 40)
-    back.load(copy.deepcopy(line.state()))
-    assert indices(back.next(4, Timer()).samples) == [12, 13, 14, 15]
-    for batches in (plain, line, back):
+def test_a_run_neither_begins_nor_ends_to_generate_in_flight_when_it_resumes():
+    plain, (line, _) = make_batches(make_config(), Engine(mixed_every(1)), 40), in_flight(1)
+    with pytest.raises(ValueError, match=r"max_policy_age=1, but the run had 0: keep it, or begin"):
+        line.load(plain.state())
+    with pytest.raises(ValueError, match=r"max_policy_age=0, but the run had more than 0"):
+        plain.load(line.state())
+    for batches in (plain, line):
         batches.close()
+
+
+def test_resumed_with_a_lower_limit_what_would_be_too_old_is_drawn_again():
+    first, _ = in_flight(4)
+    first.next(1, Timer())
+    first.policy_updated(1)
+    first.line.wait_generated(16)
+    second, engine = in_flight(1)
+    engine.version = 1
+    second.load(copy.deepcopy(first.state()), 1)
+    for step in range(2, 9):
+        samples = second.next(step, Timer()).samples
+        assert indices(samples) == [4 * step - 4 + i for i in range(4)]
+        assert max(step - 1 - s.policy_version for s in samples) <= 1
+        second.policy_updated(step)
+    first.close()
+    second.close()
+
+
+def test_a_validation_leaves_what_waits_for_the_reward_model():
+    batches, _ = in_flight(1)
+    batches.val_prompts = prompts(3)
+    waiting = [(["of the line"], Future())]
+    batches.rewards.waiting[:] = waiting
+    batches.rewards.ask_model = lambda: None
+    batches.validation(0)
+    assert batches.rewards.waiting == waiting
+    batches.close()
+
+
+def test_the_epoch_is_that_of_what_is_trained_on():
+    batches, _ = in_flight(2, count=8)
+    for step in range(1, 5):
+        batches.next(step, Timer())
+        assert batches.epoch == step // 2
+        batches.policy_updated(step)
+    batches.close()

@@ -379,7 +379,7 @@ class TrainerConfig(RunConfig):
     async_rollout: bool = key(False, on_resume="warn")
     """Draw the next step's batch while this one trains; needs rollout_gpus_per_node."""
     max_policy_age: int = key(0, low=0, on_resume="warn")
-    """Generate without an end: a token's policy may be so many steps older than the one that is
+    """Generate continuously: a token's policy may be up to so many steps older than the one that is
     trained. Responses under way go on with new weights; with rollout_gpus_per_node, while a step
     trains. 0: each step waits for all its responses (docs/asynchronous.md)."""
     critic_warmup: int = key(0, low=0, idle_if="adv_estimator!=gae", on_resume="warn")

@@ -276,7 +276,12 @@ def _training(config: Config) -> Iterator[str]:
         if config.trainer.async_rollout and groups.carry_over:
             yield "{async_rollout=}: what is carried over would be too old; set {carry_over}=False"
     if config.trainer.max_policy_age:
-        off["max_policy_age"] = 0
+        off |= {"max_policy_age": 0}
+        off.pop("carry_over", None)  # what is left stays in line
+        most = groups.max_num_gen_batches * config.data.gen_batch_size
+        if groups.enable and 0 < most < config.data.train_batch_size:
+            text = "{max_policy_age=}: steps of fewer than {train_batch_size=} prompts would let "
+            yield text + "the others grow old; raise {max_num_gen_batches=} or {gen_batch_size=}"
     if rollout.top_p < 1 or rollout.top_k > 0:
         for name in [name for name in off if any(config.ending(name).values())]:
             text = f"{{{name}=}} compares the engines' log-probabilities with the actor's, but "

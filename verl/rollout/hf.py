@@ -89,14 +89,19 @@ class HFEngine(RolloutEngine):
             assert batch is not None
             self._draw(batch, params)
             ended = batch.state["length"] > 0
-            if ended.sum() >= (1 - KEEP_SHARE) * len(ended):
-                done += self._responses(batch, ended)
-                batch = batch.keep(~ended)
-            if done and self.may_send():
+            new = ended & ~batch.state["sent"]
+            compact = bool(ended.sum() >= (1 - KEEP_SHARE) * len(ended))
+            send = bool(done or new.any()) and self.may_send()
+            if send or compact:
+                done += self._responses(batch, new)
+                batch.state["sent"] = ended
+            if send:
                 yield done
                 done = SampleBatch([])
+            if compact:
+                batch = batch.keep(~ended)
         if batch:
-            done += self._responses(batch, batch.state["length"] >= 0)
+            done += self._responses(batch, ~batch.state["sent"])
         if done:
             yield done
 
@@ -123,6 +128,7 @@ class HFEngine(RolloutEngine):
             "log_probs": torch.zeros(N, M + 1, device=self.device),
             "drawn": to([row.num_begun for row in rows]),  # tokens up to now
             "length": torch.zeros(N, dtype=torch.int64, device=self.device),  # 0: unfinished
+            "sent": torch.zeros(N, dtype=torch.bool, device=self.device),
             "start": (width - lengths)[repeat],  # first column of the cache that isn't padding
         }
         new = Batch(rows, cache, logits[repeat], state)

@@ -2,6 +2,7 @@
 Groups leave in the order in which their prompts came, however long their responses are: what is
 trained on has the lengths of what was drawn."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -13,6 +14,8 @@ from typing import Self
 from verl.protocol import Prompt, Sample
 from verl.rollout.engine import Row, SamplingParams, rows_of
 from verl.rollout.pool import EnginePool
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -70,8 +73,8 @@ class InFlight:
             self.cycle.add_done_callback(self._notify)
 
     def pause(self) -> None:
-        """Interrupts the engines and waits until they are idle. What they raised is kept."""
-        if self.cycle is not None:
+        """Interrupts the engines and waits until they are idle."""
+        if self.cycle is not None and not self.cycle.done():
             self.engines.interrupt()
             wait([self.cycle])
             self.engines.interrupted.clear()
@@ -131,6 +134,8 @@ class InFlight:
         with self.changed:
             self.changed.wait_for(lambda: not group.missing or cycle.done())
 
-    def _notify(self, _: Future[None]) -> None:
+    def _notify(self, cycle: Future[None]) -> None:
+        if not cycle.cancelled() and (error := cycle.exception()):
+            logger.warning("a generation failed, and is tried again: %s", error)
         with self.changed:
             self.changed.notify_all()

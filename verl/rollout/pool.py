@@ -53,6 +53,7 @@ class EnginePool(WorkerGroup):
         self.processes: dict[int, int] = {}
         self.stale: set[int] = set()  # engines that were started again, and await weights
         self.interrupted = Event()  # set: `generate_rows` ends with what has begun
+        self.deaths: Counter[int] = Counter()  # of each engine, since its last response
         self.busy_s = 0.0  # seconds in which engines generated, those of all added up
         self.cancelled = False  # set from another thread: `generate` ends with a RuntimeError
 
@@ -113,7 +114,6 @@ class EnginePool(WorkerGroup):
             own = {(rows[i].group, rows[i].number): rows[i] for i in part}
             missing[part[0] // room % len(self)] |= own
         streams = {self._start(i, m, params): i for i, m in enumerate(missing) if m}
-        deaths: Counter[int] = Counter()  # of each engine, since its last response
         begun = told = time.monotonic()
         try:
             while streams:
@@ -133,8 +133,8 @@ class EnginePool(WorkerGroup):
                     self.busy_s += time.monotonic() - begun
                     del streams[stream]
                 except RayActorError as error:
-                    deaths[engine] += 1
-                    if deaths[engine] == MAX_DEATHS:
+                    self.deaths[engine] += 1
+                    if self.deaths[engine] == MAX_DEATHS:
                         raise
                     logger.warning("engine %d died: %s", engine, error)
                     del streams[stream]
@@ -145,7 +145,7 @@ class EnginePool(WorkerGroup):
                 else:
                     left = missing[engine]
                     if new := [s for s in samples if (s.group, s.response_index) in left]:
-                        deaths[engine] = 0
+                        self.deaths[engine] = 0
                         for s in new:  # with the driver's prompts: theirs are copies
                             s.prompt = left.pop((s.group, s.response_index)).prompt
                         yield new

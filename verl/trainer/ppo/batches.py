@@ -105,8 +105,8 @@ class Batches:
             with timer("gen"):
                 self._top_up(step, self.config.data.train_batch_size)
                 batch = self._collect(step, Timer())
-            if self.shares_devices:
-                self.line.pause()
+                if self.shares_devices:
+                    self.line.pause()
             return batch
         ahead = self.prefetched
         if not self.config.trainer.async_rollout:
@@ -121,6 +121,13 @@ class Batches:
         if step < self.total_steps:
             self.prefetched = self.thread.submit(self._collect, step + 1, Timer())
         return batch
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next prompt that is trained on, from 0."""
+        if not self.age:
+            return self.order.epoch
+        return self.line.first // (self.order.batch_size * self.order.steps_per_epoch)
 
     def policy_updated(self, step: int) -> None:
         """After training step `step`, the engines get the policy's new weights, unless they are
@@ -160,22 +167,21 @@ class Batches:
         batch = waiting.result() if waiting and not waiting.exception() else None
         return BatchesState(self.order.state_dict(), self.carried, batch)
 
-    def load(self, state: BatchesState) -> None:
-        """Goes on from `state`; of one with another way of generating, with the first prompt that
-        was not trained on. Raises: ValueError if it belongs to another order of prompts."""
+    def load(self, state: BatchesState, step: int = 0) -> None:
+        """Goes on from `state`, after training step `step`. Raises: ValueError if it belongs to
+        another order of prompts, or to a run with or without `max_policy_age` where this isn't."""
         self.order.load_state_dict(state.order)
-        size, ahead = self.order.batch_size, state.prefetched
-        if self.age:
-            complete = {group[0].group: group for group in state.carried if state.taken is not None}
-            taken = (self.order.batches_taken - bool(ahead)) * size
-            self._load_line(taken if state.taken is None else state.taken, complete)
-        elif state.taken is not None:
-            self.order.batches_taken = state.taken // size
-        else:
-            self.carried = state.carried
-            if ahead is not None:
-                self.prefetched = Future()
-                self.prefetched.set_result(ahead)
+        if (state.taken is None) != (not self.age):
+            was = "0" if self.age else "more than 0"
+            problem = f"trainer.max_policy_age={self.age}, but the run had {was}"
+            raise ValueError(f"{problem}: keep it, or begin a new run with the exported model")
+        if state.taken is not None:
+            self._load_line(state.taken, state.carried, step)
+            return
+        self.carried = state.carried
+        if state.prefetched is not None:
+            self.prefetched = Future()
+            self.prefetched.set_result(state.prefetched)
 
     def close(self) -> None:
         """Ends what scores; waits for a generation that somebody has cancelled."""
@@ -283,8 +289,15 @@ class Batches:
             yield from (self.prompts[i] for i in self.order.next_batch()[skipped:])
             skipped = 0
 
-    def _load_line(self, first: int, complete: dict[int, list[Sample]]) -> None:
-        """The line begins with group `first`; of those in it, these are complete."""
+    def _load_line(self, first: int, groups: list[list[Sample]], step: int) -> None:
+        """The line begins with group `first`; of those in it, these are complete. Those that would
+        be too old when their turn comes, as the limit was higher before, are drawn again."""
+        complete = {}
+        for group in groups:
+            after = (group[0].group - first) // self.config.data.train_batch_size
+            oldest = min(sample.policy_version for sample in group)
+            if after <= self.age and step + after - oldest <= self.age:
+                complete[group[0].group] = group
         self.line.first, self.following = first, self._prompts_from(first)
         for number in range(first, max(complete, default=-1) + 1):
             prompt = next(self.following)
@@ -323,7 +336,9 @@ class Batches:
                 yield sorted(group, key=lambda sample: sample.response_index)
         finally:
             generated.close()
-            self.rewards.waiting.clear()
+            mine = {id(part) for part in chain.from_iterable(scoring)}
+            waiting = [other for other in self.rewards.waiting if id(other[1]) not in mine]
+            self.rewards.waiting[:] = waiting
             for part in chain.from_iterable(scoring):
                 part.cancel()
 

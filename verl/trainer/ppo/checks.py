@@ -65,7 +65,8 @@ def warn_of_equal_scores(samples: Sequence[Sample], rewards: RewardManager) -> N
 def warn_of_disagreement(config: Config, metrics: Mapping[str, Any], device: str) -> None:
     """Warns if `rollout/logprob_diff_mean` is more than the types of the numbers explain."""
     rollout, found = config.actor_rollout_ref.rollout, metrics.get("rollout/logprob_diff_mean")
-    if config.algorithm.rollout_correction.decoupled:  # it is of other policies, too
+    trainer, decoupled = config.trainer, config.algorithm.rollout_correction.decoupled
+    if decoupled and (trainer.max_policy_age or trainer.async_rollout):  # it is of other policies
         return
     if found is None or rollout.top_p < 1 or rollout.top_k > 0:  # which the actor knows nothing of
         return

@@ -49,7 +49,7 @@ class RayPPOTrainer:
         if self.resumed:
             self.state = self.checkpoints.load(self.resumed, self.batches.prompts)
             if not config.trainer.val_only:
-                self.batches.load(self.state.batches)
+                self.batches.load(self.state.batches, self.state.step)
         self.engine_metrics: dict[str, float] = {}
         self.stop = StopSignals()
 
@@ -388,7 +388,7 @@ class RayPPOTrainer:
         filtering = self.config.algorithm.filter_groups.enable
         return {
             "training/global_step": self.state.step,
-            "training/epoch": self.batches.order.epoch,
+            "training/epoch": self.batches.epoch,
             **metrics.age_metrics(samples, self.state.step - 1),
             **(self.async_metrics(samples, seconds) if self.batches.age else {}),
             **self.engine_metrics,
