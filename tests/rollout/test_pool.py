@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import ray
 
 from tests.helpers import starting_warm
 from tests.rollout.test_hf import make_prompts
+from tests.rollout.test_in_flight import scored
 from verl.cluster import WorkerGroup, reserve_devices, start_ray
 from verl.config.schema import Config, FSDPConfig, ModelConfig, OptimConfig, TrainerConfig
 from verl.models.policy import PolicyWorker
@@ -69,12 +69,6 @@ def engines(workers: tuple[WorkerGroup, EnginePool]) -> EnginePool:
 
 def pids_of(engines: EnginePool) -> list[int]:
     return engines.wait([w.__ray_call__.remote(lambda _: os.getpid()) for w in engines.workers])
-
-
-def scored(samples: list[Sample]) -> Future[list[Sample]]:
-    future: Future[list[Sample]] = Future()
-    future.set_result(samples)
-    return future
 
 
 def tokens(samples: list[Sample]) -> list[tuple[int, int, list[int]]]:
