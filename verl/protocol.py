@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import repeat
+from operator import attrgetter
 from pickle import PickleBuffer
 from typing import Any, Literal, Self
 
@@ -157,7 +158,11 @@ class SampleBatch(list[Sample]):
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each response that count, [N]."""
-        return np.array([s.length for s in self], np.int64)
+        found = np.fromiter(map(len, map(attrgetter("response_ids"), self)), np.int64, len(self))
+        for i, mask in enumerate(map(attrgetter("loss_mask"), self)):
+            if mask is not None:
+                found[i] = mask.sum()
+        return found
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         columns: dict[str, list[Any]] = {}

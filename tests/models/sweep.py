@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from verl.config.schema import FSDPConfig, ModelConfig, OptimConfig, RolloutConf
 from verl.models.folder import check_model
 from verl.models.policy import MicroBatchLimit, PolicyWorker
 from verl.protocol import Sample
-from verl.rollout.engine import RolloutEngine, SamplingParams, engine_class
+from verl.rollout.engine import RolloutEngine, SamplingParams, engine_class, rows_of
 
 LENGTHS = [3, 20, 1, 12]  # some longer than the windows
 LIMIT = MicroBatchLimit(len(LENGTHS))
@@ -83,17 +84,21 @@ def actor_of(folder: Path) -> PolicyWorker:
 
 
 def engine_difference(folder: Path, name: str) -> float:
-    """Largest difference of an engine's log-probabilities, before and after updates."""
+    """Largest difference of an engine's log-probabilities, before and after updates. Half of the
+    responses are half finished when they begin, so that places become free at different times."""
     cls = engine_class(name)
     cls.check(ModelConfig(path=str(folder)))
     engine: RolloutEngine = cls()
-    rollout = RolloutConfig(name=name, max_num_seqs=8)
+    rollout = RolloutConfig(name=name, max_num_seqs=4)
     engine.build(ModelConfig(path=str(folder)), rollout, "cpu", 160)
     worker = actor_of(folder)
     prompts = [s.prompt for s in make_samples(LENGTHS)]
-    differences = []
+    numbers, differences = range(len(prompts)), []
     for _ in range(3):
-        samples = engine.generate_all(prompts, range(len(prompts)), SamplingParams(2, 20))
+        halves = engine.generate_all(prompts, numbers, SamplingParams(1, 10))
+        begun = {(s.group, 0): s for s in halves if s.truncated}
+        rows = [row._replace(begun=begun.get(row[1:3])) for row in rows_of(prompts, numbers, 2)]
+        samples = [*chain.from_iterable(engine.generate_rows(rows, SamplingParams(2, 20)))]
         ours = np.concatenate([s.rollout_log_probs for s in samples])
         differences.append(np.abs(ours - worker.log_probs(samples, 1.0, LIMIT)).max())
         worker.update([make_step(make_samples(LENGTHS))], LossConfig(), LIMIT, 1.0)

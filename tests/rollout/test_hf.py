@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import VOCABULARY, make_tiny_model, needs_onednn
 from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.hf import reorder_linears
-from verl.models.kv_cache import decode_attention
+from verl.models.kv_cache import MOST_PARTS, decode_attention
 from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import Row, SamplingParams, rows_of
-from verl.rollout.hf import HFEngine, sample
+from verl.rollout.hf import HFEngine, of_like_length, sample
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,20 @@ def some_tokens(engine: HFEngine, rows: list[Row], params: SamplingParams, n: in
     return found
 
 
-def test_what_was_begun_goes_on_as_if_nothing_had_stopped_it(engine: HFEngine) -> None:
+def test_what_is_read_together_is_of_like_length() -> None:
+    """At most twice as long as the shortest, or 64 tokens longer."""
+    lengths = [300, 70, 10, 141, 140, 74, 75]
+    rows = rows_of(make_prompts(lengths), range(7), 1)
+    parts = [[row.num_tokens for row in part] for part in of_like_length(rows)]
+    assert parts == [[10, 70, 74], [75, 140, 141], [300]]
+
+
+@pytest.mark.parametrize("few", [64, 0])
+def test_what_was_begun_goes_on_as_if_nothing_had_stopped_it(
+    engine: HFEngine, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that were begun together or not."""
+    monkeypatch.setattr("verl.rollout.hf.FEW", few)
     prompts, params = make_prompts([3, 9, 5]), SamplingParams(4, 40, greedy=True)
     rows, found = rows_of(prompts, range(3), 5), {}
     whole = {(s.group, s.response_index): s for s in engine.generate_all(prompts, range(3), params)}
@@ -328,23 +341,33 @@ def test_each_token_knows_the_weights_that_drew_it(tiny_model: Path) -> None:
         assert s.versions.tolist() == [3] * 11 + [4] * 19
 
 
-def test_responses_that_wait_take_the_places_of_those_that_ended(tiny_model: Path) -> None:
+@pytest.mark.parametrize("parts", [8, 2, 1])
+def test_responses_that_wait_take_the_places_of_those_that_ended(
+    tiny_model: Path, parts: int
+) -> None:
     prompts, params = make_prompts([3, 9, 5, 17, 2]), SamplingParams(5, 40)
     expected = {
         (s.group, s.response_index): s for s in generate(build(tiny_model), prompts, params)
     }
     engine = build(tiny_model, max_num_seqs=4)
-    sizes, forward = [], engine._forward
+    assert engine.most_parts == MOST_PARTS
+    engine.most_parts = parts
+    sizes, forward, most = [], engine._forward, 0
 
-    def watched(ids: torch.Tensor, *others: object) -> torch.Tensor:
+    def watched(ids: torch.Tensor, *others: Any) -> torch.Tensor:
+        nonlocal most
         sizes.append(tuple(ids.shape))
+        most = max(most, *(len(layer.parts) for layer in others[-1].layers), 0)
         return forward(ids, *others)
 
     engine._forward = watched
     for s in generate(engine, prompts, params):
         whole = expected.pop((s.group, s.response_index))
         assert s.response_ids.tolist() == whole.response_ids.tolist()
+        log_probs = whole.rollout_log_probs
+        np.testing.assert_allclose(s.rollout_log_probs, log_probs, rtol=0, atol=1e-5)
     assert not expected and max(batch for batch, _ in sizes) == 4
+    assert most == min(parts, 4)
     # A place is empty in no more than the one pass before it is taken, as long as anybody waits.
     last = max(i for i, (_, width) in enumerate(sizes) if width > 1)
     decoding = [batch for batch, width in sizes[:last] if width == 1]

@@ -263,8 +263,12 @@ def explicit_attention(
     if mask is None:
         new, total = scores.shape[-2:]
         mask = scores.new_ones(new, total, dtype=torch.bool).tril(total - new)
-    # Not -inf: padding that sees nothing would become NaN.
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).float()
+    if mask.dtype == torch.bool:
+        # Not -inf: padding that sees nothing would become NaN.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
+    scores = scores.float()
     if s_aux is not None:
         sink = s_aux.float()[None, :, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sink], dim=-1)

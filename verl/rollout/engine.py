@@ -53,6 +53,11 @@ class Row(NamedTuple):
         return 0 if self.begun is None else len(self.begun.response_ids)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that the next one follows."""
+        return len(self.prompt.token_ids) + self.num_begun
+
+    @property
     def token_ids(self) -> NDArray[np.int64]:
         """What the next token follows: the prompt, and the response so far."""
         if self.begun is None:

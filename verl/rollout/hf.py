@@ -18,12 +18,13 @@ from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.folder import skeleton
 from verl.models.guard import other_layers
 from verl.models.hf import load_hf_model, reorder_linears, stop_token_ids, vocabulary_size
-from verl.models.kv_cache import DECODE_ATTENTION, InPlaceLayer
+from verl.models.kv_cache import DECODE_ATTENTION, RaggedCache, most_parts
 from verl.protocol import Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import RolloutEngine, Row, SamplingParams
 from verl.utils.device import default_dtype, empty_cache, get_device
 
 KEEP_SHARE = 0.85  # the batch is compacted when a smaller share of its rows is unfinished
+FEW = 64  # columns of padding that don't matter
 
 
 class HFEngine(RolloutEngine):
@@ -47,6 +48,7 @@ class HFEngine(RolloutEngine):
         self.model.to(self.device)
         if self.model.config._attn_implementation == "sdpa":
             self.model.set_attn_implementation(DECODE_ATTENTION)
+        self.most_parts = most_parts(self.model)
         reorder_linears(self.model)
         self.stop_ids, self.vocabulary_size = stop_token_ids(model), vocabulary_size(model)
         self.stop_tokens = torch.tensor(self.stop_ids, device=self.device)
@@ -85,7 +87,9 @@ class HFEngine(RolloutEngine):
             places = self.max_num_seqs - (len(batch.rows) if batch else 0)
             if waiting and places >= (1 - KEEP_SHARE) * self.max_num_seqs:
                 chosen = [waiting.popleft() for _ in range(min(places, len(waiting)))]
-                batch = self._prefill(chosen, params, batch)
+                for part in of_like_length(chosen):
+                    begun = self._prefill(part, params)
+                    batch = batch.join(begun) if batch else begun
             assert batch is not None
             self._draw(batch, params)
             ended = batch.state["length"] > 0
@@ -105,8 +109,8 @@ class HFEngine(RolloutEngine):
         if done:
             yield done
 
-    def _prefill(self, rows: list[Row], params: SamplingParams, batch: "Batch | None") -> "Batch":
-        """Reads what the responses follow, each distinct prompt once; they join `batch`."""
+    def _prefill(self, rows: list[Row], params: SamplingParams) -> "Batch":
+        """Reads what the responses follow, each distinct prompt once."""
         M, to = params.max_tokens, partial(torch.as_tensor, device=self.device)
         keys = [id(row.prompt if row.begun is None else row) for row in rows]
         distinct = dict(zip(keys, rows, strict=True))
@@ -114,11 +118,11 @@ class HFEngine(RolloutEngine):
         ids = pad_sequence(ragged, batch_first=True, padding_side="left").to(self.device)
         width, lengths = ids.shape[1], to([len(tokens) for tokens in ragged])
         positions = torch.arange(width, device=self.device) - (width - lengths)[:, None]
-        cache = Cache(layer_class_to_replicate=cast(Any, partial(InPlaceLayer, width + M)))
+        cache = RaggedCache(width + M, self.most_parts)
         logits = self._forward(ids, positions >= 0, positions.clamp(min=0), cache)
         order = {key: i for i, key in enumerate(distinct)}
         repeat = to([order[key] for key in keys])
-        cache.batch_select_indices(repeat)
+        cache.repeat(repeat)
         seeds, N = [[*params.seed, row.group, row.number] for row in rows], len(rows)
         # The last column is for what a response draws between its end and that of the batch.
         state = {
@@ -129,13 +133,9 @@ class HFEngine(RolloutEngine):
             "drawn": to([row.num_begun for row in rows]),  # tokens up to now
             "length": torch.zeros(N, dtype=torch.int64, device=self.device),  # 0: unfinished
             "sent": torch.zeros(N, dtype=torch.bool, device=self.device),
-            "start": (width - lengths)[repeat],  # first column of the cache that isn't padding
+            "read": lengths[repeat],  # tokens in the cache
         }
-        new = Batch(rows, cache, logits[repeat], state)
-        joined = batch.join(new, M) if batch else new
-        columns = torch.arange(joined.cache.get_seq_length() + M, device=self.device)
-        joined.state["mask"] = columns >= joined.state["start"][:, None]
-        return joined
+        return Batch(rows, cache, logits[repeat], state)
 
     def _draw(self, batch: "Batch", params: SamplingParams) -> None:
         """Appends a token to each response; notes the lengths of those that end."""
@@ -180,16 +180,18 @@ class Batch:
     """Responses that are generated together, B of them. All end in the cache's last column."""
 
     rows: list[Row]
-    cache: Cache
+    cache: RaggedCache
     logits: Tensor  # of the next tokens, [B, V]
     state: dict[str, Tensor]  # by what it says of each response, [B, …] (`HFEngine._prefill`)
     drawn: Tensor = field(init=False)  # the last tokens, [B]
 
     def following(self) -> tuple[Tensor, Tensor | None, Tensor, Cache]:
         """Of the next forward pass: tokens [B, 1], mask (None: no row is padded), positions."""
-        W, start = self.cache.get_seq_length(), self.state["start"]
-        mask = self.state["mask"][:, : W + 1] if start.max() > 0 else None
-        return self.drawn[:, None], mask, (W - start)[:, None], self.cache
+        W, read = self.cache.get_seq_length(), self.state["read"]
+        columns, padding = torch.arange(W + 1, device=read.device), (W - read)[:, None]
+        mask = columns >= padding if read.min() < W else None
+        self.state["read"] = read + 1
+        return self.drawn[:, None], mask, read[:, None], self.cache
 
     def keep(self, which: Tensor) -> "Batch | None":
         """Only these responses, [B]; None: there is none."""
@@ -199,20 +201,27 @@ class Batch:
         self.rows = [self.rows[i] for i in indices.tolist()]
         self.drawn = self.drawn[indices]
         self.state = {name: value[indices] for name, value in self.state.items()}
-        self.cache.batch_select_indices(indices)
+        self.cache.keep(which)
         return self
 
-    def join(self, other: "Batch", max_tokens: int) -> "Batch":
-        """With the responses of another batch, which have up to `max_tokens` before them."""
-        used = [b.cache.get_seq_length() - int(b.state["start"].min()) for b in (self, other)]
-        for batch in (self, other):
-            batch.state["start"] += max(used) - batch.cache.get_seq_length()
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            cast(InPlaceLayer, mine).join(cast(InPlaceLayer, theirs), max(used), max_tokens)
+    def join(self, other: "Batch") -> "Batch":
+        """With the responses of another batch."""
+        self.cache.join(other.cache)
         names = other.state.keys()
         state = {name: torch.cat([self.state[name], other.state[name]]) for name in names}
         logits = torch.cat([self.logits, other.logits])
         return Batch(self.rows + other.rows, self.cache, logits, state)
+
+
+def of_like_length(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows, those with fewer tokens first; in parts in which the longest has at most twice as
+    many as the shortest, or `FEW` more: what a part reads and keeps is padded to its longest."""
+    parts: list[list[Row]] = [[]]
+    for row in sorted(rows, key=lambda row: row.num_tokens):
+        if parts[-1] and row.num_tokens > max(2 * (least := parts[-1][0].num_tokens), least + FEW):
+            parts.append([])
+        parts[-1].append(row)
+    return parts
 
 
 def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
