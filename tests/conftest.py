@@ -1,5 +1,6 @@
 """What the tests share: a tiny real model with its tokenizer, and random samples; their order."""
 
+import multiprocessing
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -80,6 +81,8 @@ def pytest_configure(config: pytest.Config) -> None:
             start_new_session=True,
         )
         os.environ["WARM_PYTHON"] = f"{folder}/python"
+    else:  # what a worker of pytest-xdist spawns; vLLM's tests have none, as it may abort there
+        multiprocessing.set_executable(os.environ["WARM_PYTHON"])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -100,13 +103,16 @@ def pytest_report_header(config: pytest.Config) -> str:
 def left_out(items: Sequence[pytest.Item], seed: str) -> list[pytest.Item]:
     """Members of series that don't run."""
     series: dict[str, list[pytest.Item]] = {}
+    counts: dict[str, int] = {}
     for item in items:
-        if item.get_closest_marker("series") and not item.get_closest_marker("always"):
-            series.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        marker = item.get_closest_marker("series")
+        if marker and not item.get_closest_marker("always"):
+            name = item.nodeid.partition("[")[0] if len(marker.args) == 1 else marker.args[1]
+            assert counts.setdefault(name, marker.args[0]) == marker.args[0], name
+            series.setdefault(name, []).append(item)
     found: list[pytest.Item] = []
     for name, members in series.items():
-        marker: Any = members[0].get_closest_marker("series")
-        number = max(0, len(members) - marker.args[0])
+        number = max(0, len(members) - counts[name])
         found += random.Random(f"{seed} {name}").sample(members, number)
     return found
 

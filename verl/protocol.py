@@ -159,9 +159,9 @@ class SampleBatch(list[Sample]):
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each response that count, [N]."""
         found = np.fromiter(map(len, map(attrgetter("response_ids"), self)), np.int64, len(self))
-        for i, mask in enumerate(map(attrgetter("loss_mask"), self)):
-            if mask is not None:
-                found[i] = mask.sum()
+        for i, sample in enumerate(self):  # most have none, and are not asked
+            if sample.loss_mask is not None:
+                found[i] = sample.length
         return found
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -116,6 +116,7 @@ def test_a_task_of_ones_own_stopped_by_signals_and_finished(tmp_path: Path) -> N
     assert shown.strip() and shown in printed
 
 
+@pytest.mark.series(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_warm_up_leaves_nothing(tmp_path: Path, number: int) -> None:
     out, log = tmp_path / "out", tmp_path / "log"

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.test_main_ppo import command
 from verl.trainer.ppo.tracking import read_metrics
 
 PATIENCE_S = 300
+fault = pytest.mark.series(2, "faults")
 
 
 class Job:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.jobs import assert_same, job
+from tests.faults.jobs import assert_same, fault, job
 from verl.trainer.ppo.checkpoint import LATEST, damage
 
 
+@fault
 def test_a_dead_actor_rank_ends_the_run_and_ctrl_c_after_the_step(
     settings: list[str], finished: Path, tmp_path: Path
 ) -> None:
@@ -55,6 +56,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@fault
 def test_a_full_disk_stops_nothing_but_the_save(
     settings: list[str], finished: Path, small_disk: Path
 ) -> None:

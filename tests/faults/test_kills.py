@@ -1,4 +1,4 @@
-"""Processes that are killed at random points: `pytest tests/faults --kills 20` for many.
+"""Processes that are killed at random points; many by `pytest tests/faults --all --kills 20`.
 
 A killed run is started again with the same command. When it has ended, its metrics are those of the
 run that was left alone, line by line, and its parameters are the same bit for bit.
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.faults.jobs import PATIENCE_S, Job, assert_same, job, lines
+from tests.faults.jobs import PATIENCE_S, Job, assert_same, fault, job, lines
 from tests.helpers import free_address, server_python
 
 KILLS_PER_RUN = 3
@@ -49,6 +49,7 @@ KILLS: dict[str, Callable[[Job, np.random.Generator], bool]] = {
 }
 
 
+@fault
 def test_random_kills_lose_nothing(
     settings: list[str], finished: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:

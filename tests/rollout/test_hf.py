@@ -1,6 +1,6 @@
 """The `hf` engine: what it draws, its log-probabilities, and that nothing else matters."""
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import VOCABULARY, make_tiny_model, needs_onednn
 from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.hf import reorder_linears
-from verl.models.kv_cache import MOST_PARTS, decode_attention
+from verl.models.kv_cache import MAX_PARTS, decode_attention
 from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import Row, SamplingParams, rows_of
 from verl.rollout.hf import HFEngine, of_like_length, sample
@@ -96,6 +96,38 @@ def test_a_window_of_attention_and_shared_keys(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path, "Mistral", **shape)
     for s in generate(build(folder), make_prompts([3, 14, 6]), SamplingParams(2, 30)):
         np.testing.assert_allclose(s.rollout_log_probs, plain_log_probs(folder, s, 1.0), atol=1e-4)
+
+
+def test_positions_do_not_run_out(tmp_path: Path) -> None:
+    """GPT-2 has a table of them. A response that ends in its last one stays in the batch while
+    others, which are shorter, go on."""
+    folder = make_tiny_model(tmp_path, "GPT2", n_positions=60, n_embd=64, n_layer=2, n_head=2)
+    engine, prompts = build(folder), make_prompts([40, *[3] * 7])
+    (begun,) = engine.generate_all(prompts[:1], [0], SamplingParams(1, 10, ignore_eos=True))
+    rows = [
+        row._replace(begun=begun if row.group == 0 else None)
+        for row in rows_of(prompts, range(8), 1)
+    ]
+    samples = [*chain(*engine.generate_rows(rows, SamplingParams(1, 20, ignore_eos=True)))]
+    assert [s.length for s in samples] == [20] * 8
+    for s in samples:
+        np.testing.assert_allclose(s.rollout_log_probs, plain_log_probs(folder, s, 1.0), atol=1e-4)
+
+
+def test_attention_to_parts_is_that_to_each_row() -> None:
+    """Two rows with five columns, one with three; what isn't seen is masked in either way."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
+    seen = torch.rand(3, 1, 1, 5) < 0.7
+    seen[..., -1], seen[2, ..., :2] = True, False
+    expected, _ = decode_attention(torch.nn.Module(), query, key, value, seen)
+    parts = [(x[:2], x[2:, :, 2:]) for x in (key, value)]
+    for dtype in (torch.float32, torch.bfloat16):
+        added = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        q, (k, v) = query.to(dtype), [[x.to(dtype) for x in pair] for pair in parts]
+        output, _ = decode_attention(torch.nn.Module(), q, k, v, added)
+        tolerance = 1e-6 if dtype == torch.float32 else 0.03
+        torch.testing.assert_close(output.float(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -293,15 +325,15 @@ def test_what_is_read_together_is_of_like_length() -> None:
     assert parts == [[10, 70, 74], [75, 140, 141], [300]]
 
 
-@pytest.mark.parametrize("few", [64, 0])
+@pytest.mark.parametrize("padding", [64, 0])
 def test_what_was_begun_goes_on_as_if_nothing_had_stopped_it(
-    engine: HFEngine, few: int, monkeypatch: pytest.MonkeyPatch
+    engine: HFEngine, padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that were begun together or not."""
-    monkeypatch.setattr("verl.rollout.hf.FEW", few)
-    prompts, params = make_prompts([3, 9, 5]), SamplingParams(4, 40, greedy=True)
+    """Also where rows of other lengths are read apart."""
+    prompts, params = make_prompts([3, 30, 5]), SamplingParams(4, 40, greedy=True)
     rows, found = rows_of(prompts, range(3), 5), {}
     whole = {(s.group, s.response_index): s for s in engine.generate_all(prompts, range(3), params)}
+    monkeypatch.setattr("verl.rollout.hf.FREE_PADDING", padding)
     for version in range(6):
         engine.finish_update(version)
         found |= {(s.group, s.response_index): s for s in some_tokens(engine, rows, params, 7)}
@@ -350,14 +382,15 @@ def test_responses_that_wait_take_the_places_of_those_that_ended(
         (s.group, s.response_index): s for s in generate(build(tiny_model), prompts, params)
     }
     engine = build(tiny_model, max_num_seqs=4)
-    assert engine.most_parts == MOST_PARTS
-    engine.most_parts = parts
-    sizes, forward, most = [], engine._forward, 0
+    assert engine.max_parts == MAX_PARTS
+    engine.max_parts = parts
+    sizes, forward, most, widest = [], engine._forward, 0, 0
 
     def watched(ids: torch.Tensor, *others: Any) -> torch.Tensor:
-        nonlocal most
+        nonlocal most, widest
         sizes.append(tuple(ids.shape))
         most = max(most, *(len(layer.parts) for layer in others[-1].layers), 0)
+        widest = max(widest, others[-1].get_seq_length())
         return forward(ids, *others)
 
     engine._forward = watched
@@ -367,7 +400,7 @@ def test_responses_that_wait_take_the_places_of_those_that_ended(
         log_probs = whole.rollout_log_probs
         np.testing.assert_allclose(s.rollout_log_probs, log_probs, rtol=0, atol=1e-5)
     assert not expected and max(batch for batch, _ in sizes) == 4
-    assert most == min(parts, 4)
+    assert most == min(parts, 4) and widest < 17 + 40  # no wider than the longest row
     # A place is empty in no more than the one pass before it is taken, as long as anybody waits.
     last = max(i for i, (_, width) in enumerate(sizes) if width > 1)
     decoding = [batch for batch, width in sizes[:last] if width == 1]

@@ -20,7 +20,7 @@ from verl.cluster import WorkerGroup, reserve_devices, start_ray
 from verl.config.schema import Config, FSDPConfig, ModelConfig, OptimConfig, TrainerConfig
 from verl.models.policy import PolicyWorker
 from verl.protocol import Sample
-from verl.rollout.engine import ENGINES, SamplingParams, engine_class
+from verl.rollout.engine import SamplingParams, engine_class
 from verl.rollout.hf import HFEngine
 from verl.rollout.in_flight import InFlight
 from verl.rollout.pool import EnginePool
@@ -39,7 +39,10 @@ def make_config(model: Path) -> Config:
     return config
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+OF_VLLM = pytest.param("vllm", marks=pytest.mark.series(6, "a pool of vLLM's engines"))
+
+
+@pytest.fixture(scope="module", params=["hf", OF_VLLM])
 def workers(
     request: pytest.FixtureRequest, tiny_model: Path
 ) -> Iterator[tuple[WorkerGroup, EnginePool]]:
@@ -176,7 +179,7 @@ def test_an_engine_that_died_between_steps_gets_the_next_weights(
     assert tokens(generate(engines)) == expected
 
 
-@pytest.mark.parametrize("workers", ["vllm"], indirect=True)
+@pytest.mark.parametrize("workers", [OF_VLLM], indirect=True)
 def test_an_engine_that_dies_while_it_takes_weights_ends_no_update(
     workers: tuple[WorkerGroup, EnginePool], expected: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:

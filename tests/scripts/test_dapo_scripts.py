@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import warm_python
+from tests.helpers import warm_children, warm_python
 from tests.scripts.published_dapo import PUBLISHED
 from tests.scripts.test_scripts import STEERING, TASKS, Result, dry_run, method, resolved
 
@@ -115,7 +115,7 @@ def main_dapo(*arguments: str, cwd: Path = ROOT) -> Result:
     environment = {key: value for key, value in os.environ.items() if key not in STEERING}
     return subprocess.run(
         [warm_python(), "-m", "recipe.dapo.main_dapo", *arguments],
-        env=environment | {"DRY_RUN": "1", "PYTHONPATH": str(ROOT)},
+        env=environment | {"DRY_RUN": "1", "PYTHONPATH": str(ROOT)} | warm_children(),
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers import QWEN_3B, warm_python
+from tests.helpers import QWEN_3B, warm_children, warm_python
 
 SCRIPTS = Path(__file__).parents[2] / "train_scripts"
 # Variables that steer the scripts: a test starts without the caller's.
@@ -120,7 +120,7 @@ def dry_run(name: str, *arguments: str, cwd: Path = SCRIPTS.parent, **variables:
     variables = {"PUBLISHED": "1"} | variables
     return subprocess.run(
         ["bash", SCRIPTS / f"{name}.sh", *arguments],
-        env=environment | {"DRY_RUN": "1", "PYTHON": warm_python()} | variables,
+        env=environment | {"DRY_RUN": "1", "PYTHON": warm_python()} | warm_children() | variables,
         cwd=cwd,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -76,6 +76,7 @@ def peak(tracker: FSDPMemTracker) -> dict[str, int]:
     return {getattr(kind, "value", kind): size for kind, size in kinds.items()}
 
 
+@pytest.mark.series(1)
 @pytest.mark.parametrize(
     ("model", "ranks", "checkpointing", "tokens", "split", "lora_rank"),
     [

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers import make_samples
+from tests.helpers import make_samples, whole_run
 from tests.trainer.test_main_ppo import read, run, settings  # noqa: F401  a fixture
 from tests.trainer.test_ray_trainer import LENGTHS, make_trainer
 from verl.config.load import ConfigError, compose_config, load_config
@@ -117,6 +117,7 @@ def test_what_a_critic_cannot_have_is_no_matter_without_one(
         make_trainer(tiny_model, tmp_path, GAE, "trainer.critic_warmup=9", steps)
 
 
+@whole_run
 def test_a_run_with_a_critic_learns_and_resumes_exactly(
     settings: list[str],  # noqa: F811
     tmp_path: Path,

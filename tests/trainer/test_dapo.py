@@ -13,7 +13,7 @@ import pytest
 import ray
 from transformers import AutoTokenizer
 
-from tests.helpers import ROOT, starting_warm
+from tests.helpers import ROOT, starting_warm, whole_run
 from tests.trainer.test_main_ppo import read
 from verl.config.load import load_config
 from verl.trainer import main_ppo
@@ -107,6 +107,7 @@ def test_it_learns_with_the_filter_on(finished: Path) -> None:
     assert any(line["train/carried_prompts"] > 0 for line in steps)
 
 
+@whole_run
 def test_a_killed_run_goes_on_with_what_it_carried(
     settings: list[str], finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers import whole_run
 from tests.trainer.test_main_ppo import read, run, settings
 from verl.config.load import load_config
 from verl.data.dataset import PromptOrder
@@ -37,6 +38,7 @@ def check_step(folder: Path, step: int, expected: list[str]) -> None:
     assert rows == [(text, i, k) for i, text in enumerate(expected) for k in range(8)]
 
 
+@whole_run
 @pytest.mark.parametrize(
     "placement",
     [

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import whole_run
 from tests.models.families import make_family
 from tests.trainer.test_main_ppo import read, run, settings  # noqa: F401  a fixture
 from verl.cluster import WorkerGroup
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="bash setup.sh cpu --vllm"
-)
+pytestmark = [
+    whole_run,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="bash setup.sh cpu --vllm"),
+]
 
 VLLM = (
     "actor_rollout_ref.rollout.name=vllm",

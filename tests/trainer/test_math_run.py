@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers import LatexServer, server_python, warm_children, warm_python
+from tests.helpers import LatexServer, server_python, warm_children, warm_python, whole_run
 from tests.trainer.test_main_ppo import command, read, run
 
 pytestmark = pytest.mark.skipif(
@@ -91,6 +91,7 @@ def kill_after_step(server: LatexServer, folder: Path, step: int) -> None:
     server.kill()
 
 
+@whole_run
 def test_a_server_that_is_away_costs_no_step(settings, server, reference, tmp_path):
     """The first time it comes back, and the run goes on; the second time it stays away, and the
     run ends."""

@@ -6,10 +6,11 @@ import pytest
 import ray
 from ray._private.state import actors
 
-from tests.helpers import ROOT, ray_cluster
+from tests.helpers import ROOT, ray_cluster, whole_run
 from tests.trainer.test_main_ppo import finished, read, run, settings  # noqa: F401  fixtures
 
 
+@whole_run
 def test_two_nodes_train_and_resume_like_one(
     settings: list[str],  # noqa: F811
     finished: Path,  # noqa: F811

@@ -8,9 +8,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from tests.helpers import whole_run
 from tests.trainer.test_main_ppo import finished, read, run, settings  # noqa: F401  fixtures
 from verl.algorithms import exponent
 from verl.trainer.main_export import export
+
+pytestmark = whole_run
 
 
 def test_two_ranks_that_split_sequences_train_as_two_that_do_not(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.helpers import make_tiny_model, make_tiny_reward_model, make_tokenizer
+from tests.helpers import make_tiny_model, make_tiny_reward_model, make_tokenizer, whole_run
 from tests.trainer.test_main_ppo import read, run
 from verl.cluster import WorkerGroup
 
@@ -82,6 +82,7 @@ def plain_scores(models: tuple[Path, Path], rows: list[dict]) -> list[float]:
     return scores
 
 
+@whole_run
 def test_a_policy_learns_from_a_reward_model(
     settings: list[str], models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,13 @@ def key(default: Any, *, idle_if: str | tuple[str, ...] = (), **rules: Any) -> A
     return field(**{kind: default}, metadata={"rules": Rules(idle_if=idle, **rules)})
 
 
+@cache
+def within(rules: Rules, section: Rules) -> Rules:
+    """A key's rules, with those of its section."""
+    resume = rules.on_resume or section.on_resume
+    return replace(rules, on_resume=resume, idle_if=rules.idle_if + section.idle_if)
+
+
 def shown(value: Any) -> str:
     """A value as users write it."""
     return "null" if value is None else str(value)
@@ -87,9 +94,7 @@ class Section:
     def walk(self, prefix: str = "", of: Rules = ANY) -> Iterator[tuple[str, Any, Rules]]:
         """Yields (dotted key, value, rules) for every key; `of`: those of the section."""
         for f in fields(self):
-            value, rules = getattr(self, f.name), f.metadata.get("rules", ANY)
-            resume = rules.on_resume or of.on_resume
-            rules = replace(rules, on_resume=resume, idle_if=rules.idle_if + of.idle_if)
+            value, rules = getattr(self, f.name), within(f.metadata.get("rules", ANY), of)
             if isinstance(value, Section):
                 yield from value.walk(f"{prefix}{f.name}.", rules)
             else:

@@ -67,8 +67,9 @@ def compose_config(
 
 def _compose(
     overrides: Sequence[str], config_name: str, config_dir: str | Path
-) -> tuple[DictConfig, dict[str, Any]]:
-    """`compose_config`, and the values of the overrides by the names that users gave."""
+) -> tuple[DictConfig, Any, dict[str, Any]]:
+    """`compose_config`, the same as dataclasses, and the values of the overrides by the names that
+    users gave."""
     problems: dict[str, str] = {}
     try:
         with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
@@ -82,15 +83,14 @@ def _compose(
         raise ConfigError("\n".join([*problems, _explain(error)[1]])) from error
     if lines := [*problems, *validate(typed, problems.values())]:
         raise ConfigError("\n".join(lines))
-    return config, given
+    return config, typed, given
 
 
 def load_config(
     overrides: Sequence[str] = (), config_name: str = "ppo_trainer", config_dir: str | Path = HERE
 ) -> Any:
     """`compose_config` as locked dataclasses; a warning names overrides that can't matter."""
-    config, given = _compose(overrides, config_name, config_dir)
-    typed: Any = OmegaConf.to_object(config)
+    _, typed, given = _compose(overrides, config_name, config_dir)
     own = tuple(f"{key}." for key, _, _ in typed.walk())
     foreign = {k: v for k, v in given.items() if not any(o.startswith(f"{k}.") for o in own)}
     found = {k: why for k, v in foreign.items() if (why := without_effect(k, v))}

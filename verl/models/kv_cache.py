@@ -1,8 +1,10 @@
 """A KV cache of rows that differ in length, written in place, and an attention that reads it so."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -16,18 +18,18 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from verl.models.packing import explicit_attention
 
 DECODE_ATTENTION = "decode"  # transformers' name of `decode_attention`
-MOST_PARTS = 8  # each costs a call of the attention
-SPARE = 32  # columns that a buffer has at least to spare when it is made
+MAX_PARTS = 8  # each costs a call of the attention
+SPARE = 32  # columns that a new buffer has to spare
 
 
 @dataclass(slots=True)
 class Part:
-    """Keys and values of neighbouring rows of the batch that have `used` columns, the last ones of
-    those that the longest row of all has."""
+    """Keys and values of neighbouring rows of the batch. All end in its last column; shorter rows
+    have padding in front."""
 
     buffers: list[Tensor]  # keys and values, [B, heads, capacity, D] each
-    used: int
-    limit: int  # columns that it may get
+    used: int  # columns that hold something
+    limit: int  # columns that its rows will need at most
 
     def __len__(self) -> int:
         return len(self.buffers[0])
@@ -41,42 +43,46 @@ class Part:
         """More columns of keys and values, [B, heads, new, D] each."""
         start, self.used = self.used, self.used + new[0].shape[2]
         if self.used > self.buffers[0].shape[2]:
-            self.buffers = [self._room(buffer[:, :, :start], len(self)) for buffer in self.buffers]
+            old = [buffer[:, :, :start] for buffer in self.buffers]
+            self.buffers = [self._new_buffer(view, len(view)) for view in old]
+            for buffer, view in zip(self.buffers, old, strict=True):
+                buffer[:, :, :start] = view
         for buffer, values in zip(self.buffers, new, strict=True):
             buffer[:, :, start : self.used] = values
 
-    def select(self, indices: Tensor) -> None:
-        """Keeps only these rows, in this order; may repeat them."""
-        selected = [self._room(view, len(indices), indices) for view in self.views]
-        self.buffers = selected
+    def select(self, rows: Tensor, width: int) -> None:
+        """Keeps these rows, in this order, which may come several times, and the last columns."""
+        old = [view[:, :, self.used - width :] for view in self.views]
+        self.limit -= self.used - width
+        self.used = width
+        self.buffers = [self._new_buffer(view, len(rows)) for view in old]
+        for buffer, view in zip(self.buffers, old, strict=True):
+            torch.index_select(view, 0, rows, out=buffer[:, :, :width])
 
     def merge(self, other: Self) -> None:
         """Appends the other part's rows; the shorter ones get columns of zeros in front."""
+        mine, theirs, rows = self.views, other.views, len(self)
         width = max(self.used, other.used)
-        parts = [[F.pad(v, (0, 0, width - p.used, 0)) for v in p.views] for p in (self, other)]
-        self.buffers = [torch.cat(pair) for pair in zip(*parts, strict=True)]
-        self.limit = width + max(p.limit - p.used for p in (self, other))
-        self.used = width
+        self.limit = width + max(part.limit - part.used for part in (self, other))
+        begin, self.used = width - self.used, width
+        self.buffers = [self._new_buffer(view, rows + len(other)).zero_() for view in mine]
+        for buffer, *views in zip(self.buffers, mine, theirs, strict=True):
+            buffer[:rows, :, begin:width] = views[0]
+            buffer[rows:, :, width - other.used : width] = views[1]
 
-    def _room(self, view: Tensor, rows: int, indices: Tensor | None = None) -> Tensor:
-        """A larger buffer that begins with these columns, of all rows or those of `indices`."""
-        capacity = min(self.limit, max(self.used + SPARE, self.used * 3 // 2))
-        buffer = view.new_empty(rows, view.shape[1], capacity, view.shape[3])
-        begin = buffer[:, :, : view.shape[2]]
-        if indices is None:
-            begin.copy_(view)
-        else:
-            torch.index_select(view, 0, indices, out=begin)
-        return buffer
+    def _new_buffer(self, like: Tensor, rows: int) -> Tensor:
+        """Without content, for `used` columns and more."""
+        more = max(SPARE, min(self.limit - self.used, self.used // 2))
+        return like.new_empty(rows, like.shape[1], self.used + more, like.shape[3])
 
 
 class RaggedLayer(DynamicLayer):
     """One layer's keys and values, for up to `limit` tokens a row. Rows that begin together are a
-    part of the batch, which has no more columns than its longest row needs, up to `most_parts`."""
+    part of the batch, with columns of its own; there are at most `max_parts`."""
 
-    def __init__(self, limit: int, most_parts: int) -> None:
+    def __init__(self, limit: int, max_parts: int) -> None:
         super().__init__()
-        self.limit, self.most_parts = limit, most_parts
+        self.limit, self.max_parts = limit, max_parts
         self.parts: list[Part] = []
 
     def get_seq_length(self) -> int:
@@ -85,7 +91,7 @@ class RaggedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
         """Appends [B, heads, new, D], and returns all keys and all values: views
-        [B, heads, length, D]; where the batch has several parts, a list of them each."""
+        [B, heads, length, D]; where the batch has several parts, a tuple of them each."""
         if not self.parts:
             self.lazy_initialization(key_states, value_states)
             self.parts = [Part([key_states[:, :, :0], value_states[:, :, :0]], 0, self.limit)]
@@ -97,19 +103,18 @@ class RaggedLayer(DynamicLayer):
         return (keys[0], values[0]) if len(keys) == 1 else (keys, values)
 
     def join(self, other: Self) -> None:
-        """Appends another layer's rows."""
+        """Appends another layer's rows. If these are too many parts, those neighbours become one
+        that need the least padding."""
         self.parts += other.parts
-        while len(self.parts) > self.most_parts:
-            rows = [len(part) for part in self.parts]
-            at = min(range(len(rows) - 1), key=lambda i: rows[i] + rows[i + 1])
+        while len(self.parts) > self.max_parts:
+            at = min(range(len(self.parts) - 1), key=self._padding)
             self.parts[at].merge(self.parts.pop(at + 1))
 
-    def select(self, rows: Sequence[Tensor]) -> None:
-        """Keeps only these rows of each part, in this order; may repeat them."""
-        for part, chosen in zip(self.parts, rows, strict=True):
-            if len(chosen) != len(part):
-                part.select(chosen)
-        self.parts = [part for part in self.parts if len(part)]
+    def _padding(self, at: int) -> tuple[int, int]:
+        """Columns times rows that two neighbouring parts would have more if they were one; rows."""
+        one, other = self.parts[at : at + 2]
+        shorter = min(one, other, key=lambda part: part.used)
+        return abs(one.used - other.used) * len(shorter), len(one) + len(other)
 
 
 class RaggedCache(Cache):
@@ -117,8 +122,8 @@ class RaggedCache(Cache):
 
     layers: list[Any]  # of `RaggedLayer`
 
-    def __init__(self, limit: int, most_parts: int) -> None:
-        layer: Any = partial(RaggedLayer, limit, most_parts)
+    def __init__(self, limit: int, max_parts: int) -> None:
+        layer: Any = partial(RaggedLayer, limit, max_parts)
         super().__init__(layer_class_to_replicate=layer)
 
     def join(self, other: Self) -> None:
@@ -126,36 +131,49 @@ class RaggedCache(Cache):
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.join(theirs)
 
-    def keep(self, which: Tensor) -> None:
-        """Only these rows of the batch, [B]."""
-        parts = which.split([len(part) for part in self.layers[0].parts])
-        rows = [part.nonzero()[:, 0] for part in parts]
+    def keep(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """Only these rows of the batch, in their order, which have so many tokens each."""
+        parts: list[Part] = self.layers[0].parts
+        ends = list(accumulate(len(part) for part in parts))
+        chosen: list[list[tuple[int, int]]] = [[] for _ in parts]  # rows of each, and their tokens
+        for row, number in zip(rows, tokens, strict=True):
+            at = bisect_right(ends, row)
+            chosen[at].append((row - ends[at] + len(parts[at]), number))
         for layer in self.layers:
-            layer.select(rows)
+            for part, own in zip(layer.parts, chosen, strict=True):
+                if 0 < len(own) < len(part):
+                    indices = torch.tensor([row for row, _ in own], device=part.buffers[0].device)
+                    part.select(indices, max(number for _, number in own))
+            layer.parts = [part for part, own in zip(layer.parts, chosen, strict=True) if own]
 
     def repeat(self, rows: Tensor) -> None:
         """These rows, in this order, of a batch of one part; each may come several times."""
         for layer in self.layers:
-            layer.parts[0].select(rows)
+            layer.parts[0].select(rows, layer.parts[0].used)
 
 
 @torch.inference_mode()
-def most_parts(model: Any) -> int:
+def max_parts(model: Any) -> int:
     """How many parts a model's cache may have: one, unless all its layers give keys and values to
-    `decode_attention` as the cache has them. That is tried, with two rows of two tokens."""
+    `decode_attention` as the cache has them. That is tried, with a row of two tokens and one of
+    one."""
     if model.config._attn_implementation != DECODE_ATTENTION:
         return 1
-    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    cache, other = (RaggedCache(2, 2) for _ in range(2))
-    for each in (cache, other):
-        model(input_ids=token, past_key_values=each, use_cache=True)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    cache, other = (RaggedCache(3, 2) for _ in range(2))
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model(input_ids=ids[:, :1], past_key_values=other, use_cache=True)
     cache.join(other)
-    position = {"position_ids": token.expand(2, 1) + 1}
+    inputs: dict[str, Tensor] = {
+        "input_ids": ids.T,
+        "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]], device=model.device),
+        "position_ids": torch.tensor([[2], [1]], device=model.device),
+    }
     try:
-        model(input_ids=token.expand(2, 1), past_key_values=cache, use_cache=True, **position)
+        model(**inputs, past_key_values=cache, use_cache=True)
     except (AttributeError, TypeError):  # it takes what isn't one tensor for one
         return 1
-    return MOST_PARTS
+    return MAX_PARTS
 
 
 def mask_of_scores(*args: Any, dtype: torch.dtype = torch.float32, **kw: Any) -> Tensor | None:

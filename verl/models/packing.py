@@ -254,7 +254,8 @@ def explicit_attention(
     **_: Any,
 ) -> Tensor:
     """Attention that holds all scores: softmax of c·tanh(score / c), c = `softcap`, beside a sink's
-    logit `s_aux` [heads]. [B, heads, T, D] each; `mask`: what is seen; None: what came before."""
+    logit `s_aux` [heads]. [B, heads, T, D] each; `mask`: what is seen, or what is added to scores;
+    None: what came before is seen."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)

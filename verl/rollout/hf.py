@@ -5,7 +5,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, cast
 
 import numpy as np
@@ -18,13 +18,13 @@ from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.folder import skeleton
 from verl.models.guard import other_layers
 from verl.models.hf import load_hf_model, reorder_linears, stop_token_ids, vocabulary_size
-from verl.models.kv_cache import DECODE_ATTENTION, RaggedCache, most_parts
+from verl.models.kv_cache import DECODE_ATTENTION, RaggedCache, max_parts
 from verl.protocol import Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import RolloutEngine, Row, SamplingParams
 from verl.utils.device import default_dtype, empty_cache, get_device
 
 KEEP_SHARE = 0.85  # the batch is compacted when a smaller share of its rows is unfinished
-FEW = 64  # columns of padding that don't matter
+FREE_PADDING = 64  # columns in front of a shorter row that don't matter
 
 
 class HFEngine(RolloutEngine):
@@ -48,7 +48,7 @@ class HFEngine(RolloutEngine):
         self.model.to(self.device)
         if self.model.config._attn_implementation == "sdpa":
             self.model.set_attn_implementation(DECODE_ATTENTION)
-        self.most_parts = most_parts(self.model)
+        self.max_parts = max_parts(self.model)
         reorder_linears(self.model)
         self.stop_ids, self.vocabulary_size = stop_token_ids(model), vocabulary_size(model)
         self.stop_tokens = torch.tensor(self.stop_ids, device=self.device)
@@ -83,13 +83,13 @@ class HFEngine(RolloutEngine):
         batch: Batch | None = None
         while (waiting or batch) and not self.stopped:
             if batch:
-                batch.logits = self._forward(*batch.following())
+                batch.logits = self._forward(*batch.read_last())
             places = self.max_num_seqs - (len(batch.rows) if batch else 0)
             if waiting and places >= (1 - KEEP_SHARE) * self.max_num_seqs:
                 chosen = [waiting.popleft() for _ in range(min(places, len(waiting)))]
-                for part in of_like_length(chosen):
-                    begun = self._prefill(part, params)
-                    batch = batch.join(begun) if batch else begun
+                read = [self._prefill(part, params) for part in of_like_length(chosen)]
+                begun = reduce(Batch.join, read)
+                batch = batch.join(begun) if batch else begun
             assert batch is not None
             self._draw(batch, params)
             ended = batch.state["length"] > 0
@@ -118,7 +118,7 @@ class HFEngine(RolloutEngine):
         ids = pad_sequence(ragged, batch_first=True, padding_side="left").to(self.device)
         width, lengths = ids.shape[1], to([len(tokens) for tokens in ragged])
         positions = torch.arange(width, device=self.device) - (width - lengths)[:, None]
-        cache = RaggedCache(width + M, self.most_parts)
+        cache = RaggedCache(width + M, self.max_parts)
         logits = self._forward(ids, positions >= 0, positions.clamp(min=0), cache)
         order = {key: i for i, key in enumerate(distinct)}
         repeat = to([order[key] for key in keys])
@@ -185,23 +185,26 @@ class Batch:
     state: dict[str, Tensor]  # by what it says of each response, [B, …] (`HFEngine._prefill`)
     drawn: Tensor = field(init=False)  # the last tokens, [B]
 
-    def following(self) -> tuple[Tensor, Tensor | None, Tensor, Cache]:
-        """Of the next forward pass: tokens [B, 1], mask (None: no row is padded), positions."""
+    def read_last(self) -> tuple[Tensor, Tensor | None, Tensor, Cache]:
+        """Reads the last tokens: what the forward pass gets, tokens [B, 1], mask (None: no row is
+        padded), positions. What a response draws after its end is anywhere, so at position 0."""
         W, read = self.cache.get_seq_length(), self.state["read"]
         columns, padding = torch.arange(W + 1, device=read.device), (W - read)[:, None]
         mask = columns >= padding if read.min() < W else None
         self.state["read"] = read + 1
-        return self.drawn[:, None], mask, read[:, None], self.cache
+        positions = read.masked_fill(self.state["length"] > 0, 0)
+        return self.drawn[:, None], mask, positions[:, None], self.cache
 
     def keep(self, which: Tensor) -> "Batch | None":
         """Only these responses, [B]; None: there is none."""
         indices = which.nonzero()[:, 0]
         if not len(indices):
             return None
-        self.rows = [self.rows[i] for i in indices.tolist()]
+        chosen = indices.tolist()
+        self.rows = [self.rows[i] for i in chosen]
         self.drawn = self.drawn[indices]
         self.state = {name: value[indices] for name, value in self.state.items()}
-        self.cache.keep(which)
+        self.cache.keep(chosen, self.state["read"].tolist())
         return self
 
     def join(self, other: "Batch") -> "Batch":
@@ -215,10 +218,11 @@ class Batch:
 
 def of_like_length(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows, those with fewer tokens first; in parts in which the longest has at most twice as
-    many as the shortest, or `FEW` more: what a part reads and keeps is padded to its longest."""
+    many tokens as the shortest, or `FREE_PADDING` more, as shorter ones are padded."""
     parts: list[list[Row]] = [[]]
     for row in sorted(rows, key=lambda row: row.num_tokens):
-        if parts[-1] and row.num_tokens > max(2 * (least := parts[-1][0].num_tokens), least + FEW):
+        least = parts[-1][0].num_tokens if parts[-1] else row.num_tokens
+        if row.num_tokens > max(2 * least, least + FREE_PADDING):
             parts.append([])
         parts[-1].append(row)
     return parts
