@@ -101,7 +101,7 @@ def test_a_window_of_attention_and_shared_keys(tmp_path: Path) -> None:
 def test_positions_do_not_run_out(tmp_path: Path) -> None:
     """GPT-2 has a table of them. A response that ends in its last one stays in the batch while
     others, which are shorter, go on."""
-    folder = make_tiny_model(tmp_path, "GPT2", n_positions=60, n_embd=64, n_layer=2, n_head=2)
+    folder = make_tiny_model(tmp_path, "GPT2", max_position_embeddings=60)
     engine, prompts = build(folder), make_prompts([40, *[3] * 7])
     (begun,) = engine.generate_all(prompts[:1], [0], SamplingParams(1, 10, ignore_eos=True))
     rows = [
