@@ -15,6 +15,7 @@ is the real countdown reward of one right answer, which stands for every respons
 
 import argparse
 import gc
+import math
 import statistics
 import sys
 import tempfile
@@ -79,7 +80,7 @@ def make_prompts(count: int) -> list[Prompt]:
 
 
 class Engine(RolloutEngine):
-    """Answers at once, a prompt's responses at a time."""
+    """Answers at once; prompt by prompt, in as many messages as real engines send."""
 
     def build(self, *_: Any) -> None:
         rng = np.random.default_rng(0)
@@ -87,15 +88,19 @@ class Engine(RolloutEngine):
         self.log_probs = -rng.random(POOL, np.float32)
 
     def generate_rows(self, rows: Sequence[Row], params: SamplingParams) -> Iterator[list[Sample]]:
+        self.sent, done = -math.inf, SampleBatch([])
         for group, of_group in groupby(rows, key=lambda row: row.group):
             rng = np.random.default_rng(group)
             lengths = draw_lengths(params.n, rng)
             starts = rng.integers(POOL - LONGEST, size=params.n)
             parts = [slice(i, i + n) for i, n in zip(starts, lengths, strict=True)]
-            yield SampleBatch(
-                self.to_sample(row, self.tokens[part], self.log_probs[part])
-                for row, part in zip(of_group, parts, strict=True)
-            )
+            for row, part in zip(of_group, parts, strict=True):
+                done.append(self.to_sample(row, self.tokens[part], self.log_probs[part]))
+            if self.may_send():
+                yield done
+                done = SampleBatch([])
+        if done:
+            yield done
 
     def load_weights(self, chunk: WeightChunk) -> None:
         pass
@@ -159,7 +164,7 @@ def make_trainer(config: Config, actor: WorkerGroup) -> RayPPOTrainer:
     trainer.config, trainer.aggregation = config, resolve_aggregation(config)
     trainer.loss, trainer.critic = loss_config(config), False
     trainer.state, trainer.engine_metrics = TrainState(BatchesState({}), step=1), {}
-    trainer.batches = SimpleNamespace(order=SimpleNamespace(epoch=0))
+    trainer.batches = SimpleNamespace(epoch=0, age=0)
     trainer.checkpoints = CheckpointFolder(config)
     trainer.workers = workers = Workers.__new__(Workers)
     workers.device = "cpu"

@@ -84,7 +84,10 @@ def record(file: str) -> None:
                 {
                     "at": time.perf_counter(),
                     "phases": dict(timer.seconds),
-                    "ages": list(age_metrics(samples, self.state.step - 1).values()),
+                    "ages": [
+                        age_metrics(samples, self.state.step - 1)["rollout/policy_age_mean"],
+                        float(np.mean([s.token_versions is not None for s in samples])),
+                    ],
                     "lengths": [[s.length for s in group] for group in groups],
                     "keeps": [has_spread(group, "acc") for group in groups],
                 }
@@ -313,7 +316,7 @@ class Comparison(NamedTuple):
     error: float
     """Its standard error."""
     ages: list[float]
-    """`age_metrics`: mean and largest age of a token, share of responses of several policies."""
+    """Mean age of a token, share of responses of several policies."""
 
     @property
     def ratio(self) -> float:

@@ -402,7 +402,7 @@ def print_comparison(rows: list[Comparison]) -> None:
     print("|---|---:|---:|---:|---:|")
     for r in rows:
         if r.predicted.max_age:
-            mean_age, _, mixed = r.ages
+            mean_age, mixed = r.ages
             print(
                 f"| {r.name} | {r.predicted.mean_age:.2f} | {mean_age:.2f} "
                 f"| {r.predicted.mixed:.0%} | {mixed:.0%} |"

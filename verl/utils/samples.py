@@ -26,13 +26,15 @@ def write_samples(path: Path, samples: Sequence[Sample], **others: Sequence[Any]
     columns = {name: [getattr(s, name) for s in samples] for name in SCHEMA.names[1:]}
     columns["prompt_index"] = [s.prompt.index for s in samples]
     columns["extras"] = [json.dumps(plain(extras)) for extras in columns["extras"]]
-    # Dictionaries of token ids or of log-probabilities take long and save nothing.
+    # Dictionaries of token ids or of log-probabilities take long and save nothing, and so do
+    # statistics, which nobody reads.
     few = [name for name in SCHEMA.names if name not in ARRAYS]
     encoding = {"response_ids.list.element": "DELTA_BINARY_PACKED"}
     table = pa.table(columns, SCHEMA)
     for name, values in others.items():
         table = table.append_column(name, pa.array(values))
-    pq.write_table(table, path, use_dictionary=few, column_encoding=encoding)
+    options = {"use_dictionary": few, "column_encoding": encoding, "write_statistics": False}
+    pq.write_table(table, path, **options)
 
 
 def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
