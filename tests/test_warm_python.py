@@ -1,8 +1,11 @@
 """The interpreter that tests start other programs with: a fork is what they would be."""
 
+import multiprocessing
+import multiprocessing.spawn
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -32,6 +35,28 @@ def test_an_error_and_a_module_are_those_of_python() -> None:
     assert failed.returncode == 1 and "ZeroDivisionError: division by zero" in failed.stderr
     done = subprocess.run([python, "-m", "json.tool"], input="{}", capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "{}\n")
+
+
+def _note(file: Path) -> None:
+    file.write_text(f"{os.getppid()} {'torch' in sys.modules}")
+
+
+def test_a_process_may_be_spawned_with_it(tmp_path: Path) -> None:
+    """As torch's tests of several ranks do in workers of pytest-xdist, which write no bytecode."""
+    spawn, before = multiprocessing.get_context("spawn"), sys.dont_write_bytecode
+    usual = multiprocessing.spawn.get_executable()
+    try:
+        spawn.set_executable(warm_python())
+        sys.dont_write_bytecode = True
+        process = spawn.Process(target=_note, args=(tmp_path / "note",))
+        process.start()
+        process.join(60)
+    finally:
+        sys.dont_write_bytecode = before
+        spawn.set_executable(usual)
+    assert process.exitcode == 0
+    parent, has_torch = (tmp_path / "note").read_text().split()
+    assert int(parent) != os.getpid() and has_torch == "True"
 
 
 @pytest.mark.parametrize("victim", ["the fork", "its starter"])

@@ -1,8 +1,8 @@
 """A Python that starts as a fork of a process with torch and transformers in memory: whatever a
 test starts with it has their seconds of imports behind it.
 
-`python -m tests.warm_python FOLDER` serves the program `FOLDER/python`, which takes -u, -c, -m or a
-script as python does. A fork has its starter's environment, working directory, open files and
+`python -m tests.warm_python FOLDER` serves the program `FOLDER/python`, which takes -u, -B, -c, -m
+or a script as python does. A fork has its starter's environment, working directory, open files and
 signal mask, and each of the two ends when the other does. It is no child of its starter, though,
 nor of its process group, and /proc/PID/environ isn't its own. What it starts by `sys.executable`,
 such as Ray, is an ordinary interpreter, or what the variable WARM_CHILDREN names. The server ends,
@@ -140,8 +140,11 @@ def take_over(request: Request) -> None:
 
 def execute(arguments: list[str]) -> None:
     """As `python ARGUMENTS…` does."""
-    if arguments[0] == "-u":
-        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    while arguments[0] in ("-u", "-B"):
+        if arguments[0] == "-u":
+            sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+        else:
+            sys.dont_write_bytecode = True
         arguments = arguments[1:]
     first, *sys.argv = arguments
     if first == "-m":
