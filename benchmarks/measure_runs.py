@@ -72,7 +72,7 @@ def record(file: str) -> None:
     from verl.config.load import load_config
     from verl.models.hf import load_tokenizer
     from verl.trainer.ppo.batches import has_spread, split_groups
-    from verl.trainer.ppo.metrics import age_metrics
+    from verl.trainer.ppo.metrics import age_metrics, several_versions
     from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
     records: list[Record] = []
@@ -86,7 +86,7 @@ def record(file: str) -> None:
                     "phases": dict(timer.seconds),
                     "ages": [
                         age_metrics(samples, self.state.step - 1)["rollout/policy_age_mean"],
-                        float(np.mean([s.token_versions is not None for s in samples])),
+                        several_versions(samples),
                     ],
                     "lengths": [[s.length for s in group] for group in groups],
                     "keeps": [has_spread(group, "acc") for group in groups],

@@ -62,7 +62,7 @@ def mean(runs: list[Records], metric: str) -> float:
 def show(age: int, runs: list[Records]) -> None:
     """Prints a line about the runs of an age."""
     average = np.array([curve(run) for run in runs]).mean(0)
-    step_s = [float(np.mean([r["timing_s/step"] for r in run[3:]])) for run in runs]
+    step_s = [mean([run], "timing_s/step") for run in runs]
     print(
         f"k = {age}: {spread(step_s)} a step; accuracy",
         *(f"{accuracy:.1f} %" for accuracy in average[:, 2]),

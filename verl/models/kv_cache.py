@@ -139,11 +139,15 @@ class RaggedCache(Cache):
         for row, number in zip(rows, tokens, strict=True):
             at = bisect_right(ends, row)
             chosen[at].append((row - ends[at] + len(parts[at]), number))
+        device = parts[0].buffers[0].device
+        changes = {
+            i: (torch.tensor([row for row, _ in own], device=device), max(n for _, n in own))
+            for i, own in enumerate(chosen)
+            if 0 < len(own) < len(parts[i])
+        }
         for layer in self.layers:
-            for part, own in zip(layer.parts, chosen, strict=True):
-                if 0 < len(own) < len(part):
-                    indices = torch.tensor([row for row, _ in own], device=part.buffers[0].device)
-                    part.select(indices, max(number for _, number in own))
+            for i, change in changes.items():
+                layer.parts[i].select(*change)
             layer.parts = [part for part, own in zip(layer.parts, chosen, strict=True) if own]
 
     def repeat(self, rows: Tensor) -> None:

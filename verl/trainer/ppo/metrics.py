@@ -69,6 +69,11 @@ def data_metrics(samples: list[Sample], max_prompt_length: int) -> dict[str, flo
     }
 
 
+def several_versions(samples: Sequence[Sample]) -> float:
+    """The share of responses whose tokens more than one version of the policy drew."""
+    return float(np.mean([s.token_versions is not None for s in samples]))
+
+
 def age_metrics(samples: list[Sample], version: int) -> dict[str, float]:
     """How many training steps the policy that drew each token is older than the one that is trained
     now, after `version` steps."""

@@ -409,9 +409,7 @@ class RayPPOTrainer:
         idle = 1 - (engines.busy_s - busy) / max(1e-9, (now - since) * len(engines))
         waiting = seconds["gen"] / max(1e-9, seconds["step"])
         return {
-            "async/several_versions": float(
-                np.mean([s.token_versions is not None for s in samples])
-            ),
+            "async/several_versions": metrics.several_versions(samples),
             "async/engine_idle_share": max(0.0, idle),
             "async/trainer_idle_share": waiting,
         }
