@@ -24,10 +24,12 @@ def group_statistics(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Te
     mark responses to the same prompt."""
     index, count = group_numbers(groups)
     count = count.to(values.dtype)
-    largest = torch.full_like(count, -torch.inf).scatter_reduce(0, index, values, "amax")
-    below = largest.index_select(0, index) - values
-    mean = (largest - torch.bincount(index, below) / count).index_select(0, index)
-    std = (torch.bincount(index, (values - mean) ** 2) / (count - 1).clamp(min=1)).sqrt()
+    one = torch.empty_like(count).scatter_(0, index, values)  # of the group's values
+    below = one.index_select(0, index) - values
+    total, squares = torch.zeros_like(count), torch.zeros_like(count)
+    mean = (one - total.scatter_add_(0, index, below) / count).index_select(0, index)
+    squares.scatter_add_(0, index, (values - mean).square_())
+    std = (squares / (count - 1).clamp(min=1)).sqrt()
     return mean, std.index_select(0, index), count.index_select(0, index)
 
 

@@ -41,7 +41,7 @@ def response_weights(
     prompts = L.new_zeros(1).expand_as(L) if groups is None else torch.as_tensor(groups)
     options = {"alpha": alpha, "rollout_L": rollout_L, "group_size": group_size, "groups": prompts}
     weights = WEIGHTS[mode](L, M=max_response_length, **options)
-    return torch.where(L > 0, weights, 0.0).float()
+    return weights.float().masked_fill_(L == 0, 0.0)
 
 
 def token_mean(L: Tensor, **_: Any) -> Tensor:
@@ -95,7 +95,7 @@ def delta_l(L: Tensor, *, M: int, alpha: float, rollout_L: Tensor, **_: Any) -> 
     mean_length = (rollout_L.sum() / count).clamp(min=1)
 
     def powers(x: Tensor) -> Tensor:  # what takes the most time here
-        return (-alpha * (x.clamp(min=1) / mean_length).log()).exp()
+        return (x.clamp(min=1) / mean_length).log_().mul_(-alpha).exp_()
 
     own = powers(L)
     others = own if rollout_L is L else powers(rollout_L)
