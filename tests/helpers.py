@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from filelock import FileLock  # comes with torch
 
@@ -153,11 +155,42 @@ def warm_children() -> dict[str, str]:
     return {"WARM_CHILDREN": warm_python()}
 
 
+class Processes:
+    """The processes of a program that is started with these `variables`, wherever they are: they
+    carry a mark in their environment."""
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self.variables = {"TEST_JOB": self.mark}
+        self._known: dict[psutil.Process, bool] = {}  # all that were seen: whether it is a part
+
+    def alive(self) -> list[psutil.Process]:
+        """Those that live; of `warm_python` both the fork and its starter."""
+        for file in Path(warm_python()).parent.glob(f"{self.mark}.*"):
+            with suppress(psutil.Error):
+                self._known.setdefault(psutil.Process(int(file.suffix[1:])), True)
+        for process in psutil.process_iter():
+            if process not in self._known:
+                with suppress(psutil.Error):
+                    if environment := process.environ():  # empty while a program starts
+                        self._known[process] = environment.get("TEST_JOB") == self.mark
+        return [process for process, mine in self._known.items() if mine and is_alive(process)]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs, which a zombie doesn't."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
 @contextmanager
 def starting_warm() -> Iterator[None]:
-    """`warm_python` is this process's interpreter; by which Ray starts its own."""
+    """`warm_python` is the interpreter by which Ray starts its processes, and they theirs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", warm_python())
+        patch.setenv(*warm_children().popitem())
         yield
 
 

@@ -71,3 +71,19 @@ def test_each_ends_with_the_other(victim: str) -> None:
     while fork.is_running():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_signals_are_handed_on_and_a_marked_fork_can_be_found() -> None:
+    code = "import signal; print(flush=True); print(signal.sigwait({2, 15}), flush=True); input()"
+    code = f"import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {{2, 15}}); {code}"
+    environment, pipe = os.environ | {"TEST_JOB": "mine"}, subprocess.PIPE
+    command = [warm_python(), "-c", code]
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe) as starter:
+        assert starter.stdout is not None
+        starter.stdout.readline()
+        starter.send_signal(signal.SIGTERM)
+        assert starter.stdout.readline() == b"15\n"
+        found = [file.suffix[1:] for file in Path(warm_python()).parent.glob("mine.*")]
+        assert len(found) == 1 and psutil.Process(int(found[0])).is_running()
+        starter.communicate(b"\n")
+    assert starter.returncode == 0

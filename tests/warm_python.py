@@ -3,10 +3,11 @@ test starts with it has their seconds of imports behind it.
 
 `python -m tests.warm_python FOLDER` serves the program `FOLDER/python`, which takes -u, -B, -c, -m
 or a script as python does. A fork has its starter's environment, working directory, open files and
-signal mask, and each of the two ends when the other does. It is no child of its starter, though,
-nor of its process group, and /proc/PID/environ isn't its own. What it starts by `sys.executable`,
-such as Ray, is an ordinary interpreter, or what the variable WARM_CHILDREN names. The server ends,
-with all forks, when its standard input does.
+signal mask, and each of the two ends when the other does; the starter hands signals on. It is no
+child of its starter, though, nor of its process group, and /proc/PID/environ isn't its own: where
+the variable TEST_JOB is set, there is an empty file FOLDER/TEST_JOB.PID. What it starts by
+`sys.executable`, such as Ray, is an ordinary interpreter, or what the variable WARM_CHILDREN names.
+The server ends, with all forks, when its standard input does.
 """
 
 import atexit
@@ -42,12 +43,18 @@ server = _socket.socket(_socket.AF_UNIX)
 server.connect({address!r})
 fds = [int(name) for name in os.listdir("/proc/self/fd")]
 fds = [fd for fd in fds if fd != server.fileno() and os.path.exists(f"/proc/self/fd/{{fd}}")]
-mask = [int(number) for number in _signal.pthread_sigmask(_signal.SIG_BLOCK, [])]
+signals = [_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP]
+mask = [int(number) for number in _signal.pthread_sigmask(_signal.SIG_BLOCK, signals)]
 request = marshal.dumps((sys.argv[1:], dict(os.environ), os.getcwd(), fds, mask))
 rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
 size = len(request).to_bytes(4, "little")
 server.sendmsg([size], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
 server.sendall(request)
+pid = int.from_bytes(server.recv(4), "little")
+for number in signals:
+    if _signal.getsignal(number) is not _signal.SIG_IGN:
+        _signal.signal(number, lambda number, _: os.kill(pid, number))
+_signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
 status = int.from_bytes(server.recv(4), "little", signed=True)
 if status < 0:  # a signal's number
     if -status != _signal.SIGKILL:
@@ -99,6 +106,7 @@ def serve(server: socket.socket) -> Request:
                 gc.freeze()  # what a fork collects, it copies
                 if (pid := os.fork()) == 0:
                     return request
+                peer.sendall(pid.to_bytes(4, sys.byteorder))
                 for fd in request.received:
                     os.close(fd)
                 forks.add(pid)
@@ -131,6 +139,8 @@ def take_over(request: Request) -> None:
     os.closerange(ABOVE, 2 * ABOVE)
     os.environ.clear()
     os.environ.update(request.environment)
+    if mark := os.environ.get("TEST_JOB"):
+        Path(sys.argv[1], f"{mark}.{os.getpid()}").touch()
     sys.executable = os.environ.get("WARM_CHILDREN", sys.executable)
     places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [place for place in places if place and place not in sys.path]

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import ROOT, warm_children, warm_python
+from tests.helpers import ROOT, Processes, warm_children, warm_python
 from verl.trainer.ppo.tracking import read_metrics
 from verl.utils.signals import SIGNALS
 
@@ -41,39 +41,45 @@ tiny_run.main(["mine", *sys.argv[1:]])
 """
 
 
+class Program(subprocess.Popen[bytes]):
+    """A program and all that it starts. They are forks of `warm_python`, or each has an
+    interpreter of its own: then its process group is Ray's, too."""
+
+    def __init__(self, command: list[str], log: Path, warm: bool) -> None:
+        self.processes, python = Processes(), warm_python() if warm else sys.executable
+        variables = self.processes.variables | (warm_children() if warm else {})
+        with log.open("w") as file:
+            super().__init__(
+                [python if part == sys.executable else part for part in command],
+                env=os.environ | {"VERL_PYTHON": python, "DRY_RUN": "0"} | variables,
+                stdout=file,
+                stderr=file,
+                process_group=0,
+            )
+
+
 @contextmanager
-def started(command: list[str], log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends with the block; what it prints goes to `log`."""
-    environment = os.environ | {"VERL_PYTHON": sys.executable, "DRY_RUN": "0"} | variables
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            command, env=environment, stdout=file, stderr=file, process_group=0
-        ) as process,
-    ):
-        children = []
+def started(command: list[str], log: Path, warm: bool = True) -> Iterator[Program]:
+    """A program that ends with the block; what it prints goes to `log`."""
+    with Program(command, log, warm) as program:
         try:
-            yield process
+            yield program
         finally:
-            if process.poll() is None:
-                children = psutil.Process(process.pid).children(recursive=True)
-            for left in [process, *children]:
+            for left in program.processes.alive():
                 left.kill()
 
 
-def wait_until(
-    process: subprocess.Popen[bytes], log: Path, condition: Callable[[], object]
-) -> None:
+def wait_until(process: Program, log: Path, condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
 
 
-def end(process: subprocess.Popen[bytes], number: int) -> int:
+def end(process: Program, number: int) -> int:
     """Sends the signal to this process alone, or as from its terminal to all that it has started;
     its status, once all of them are gone."""
-    children = psutil.Process(process.pid).children(recursive=True)
+    children = [child for child in process.processes.alive() if child.pid != process.pid]
     assert len(children) > 2, "Ray and its workers"
     (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
     status = process.wait(120)
@@ -91,7 +97,7 @@ def test_a_task_of_ones_own_stopped_by_signals_and_finished(tmp_path: Path) -> N
         return [line for file in out.glob("*/metrics.jsonl") for line in read_metrics(file)]
 
     for steps, number in ((2, signal.SIGTERM), (6, SIGNALS[-1])):
-        with started(command, log) as process:
+        with started(command, log, warm=number == signal.SIGTERM) as process:
             wait_until(process, log, lambda steps=steps: len(metrics()) >= steps)
             assert end(process, number) == 128 + number
         assert "stopping after this step, with a checkpoint" in log.read_text()
@@ -100,8 +106,7 @@ def test_a_task_of_ones_own_stopped_by_signals_and_finished(tmp_path: Path) -> N
         assert (run / "latest_checkpointed_iteration.txt").read_text() == str(reached)
         assert reached < STEPS and not (run / "summary.txt").exists()
 
-    command[0] = warm_python()  # no signals from here on
-    with started(command, log, **warm_children()) as process:
+    with started(command, log) as process:
         assert process.wait(300) == 0, log.read_text()
     printed = log.read_text()
     assert f"[1/3] The warmed-up model of an earlier run: {warm}\n" in printed
@@ -109,7 +114,7 @@ def test_a_task_of_ones_own_stopped_by_signals_and_finished(tmp_path: Path) -> N
     assert [line["step"] for line in metrics()] == list(range(STEPS + 1))
     assert (run / "report.html").exists()
 
-    with started(command, log, **warm_children()) as process:
+    with started(command, log) as process:
         assert process.wait(120) == 0
     first, _, shown = log.read_text().partition("\n")
     assert first.startswith("This run is finished")
@@ -120,9 +125,11 @@ def test_a_task_of_ones_own_stopped_by_signals_and_finished(tmp_path: Path) -> N
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_warm_up_leaves_nothing(tmp_path: Path, number: int) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    with started([*QUICKSTART, "--out", str(out)], log) as process:
+    command = [*QUICKSTART, "--out", str(out)]
+    with started(command, log, warm=number == signal.SIGTERM) as process:
         wait_until(process, log, lambda: "loss" in log.read_text())
-        assert [path.name for path in out.iterdir()] == [f".warm-up-{process.pid}"]
+        (folder,) = out.iterdir()
+        assert folder.name in [f".warm-up-{part.pid}" for part in process.processes.alive()]
         assert end(process, number) == 128 + number, log.read_text()
     assert "stopped; the warm-up starts anew" in log.read_text()
     assert not list(out.iterdir())

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.helpers import Processes, warm_children, warm_python
 from tests.trainer.test_main_ppo import command
 from verl.trainer.ppo.tracking import read_metrics
 
@@ -22,16 +22,18 @@ fault = pytest.mark.series(2, "faults")
 
 
 class Job:
-    """A main job. Its processes, wherever they are, carry a mark in their environment."""
+    """A main job, `warm` or with an interpreter of its own, whose process group is Ray's, too."""
 
-    def __init__(self, settings: list[str], folder: Path, *overrides: str) -> None:
-        self.folder, self.mark = folder, uuid.uuid4().hex
-        self._known: dict[psutil.Process, bool] = {}  # all that were seen: whether it is a part
-        self.log_file = folder.with_name(f"{folder.name}-{self.mark}.log")
+    def __init__(
+        self, settings: list[str], folder: Path, *overrides: str, warm: bool = True
+    ) -> None:
+        self.folder, self.processes = folder, Processes()
+        self.log_file = folder.with_name(f"{folder.name}-{self.processes.mark}.log")
+        arguments = command(settings, f"trainer.default_local_dir={folder}", *overrides)
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
-                command(settings, f"trainer.default_local_dir={folder}", *overrides),
-                env=os.environ | {"TEST_JOB": self.mark},
+                [warm_python(), *arguments[1:]] if warm else arguments,
+                env=os.environ | self.processes.variables | (warm_children() if warm else {}),
                 start_new_session=True,
                 stdout=log,
                 stderr=log,
@@ -65,19 +67,10 @@ class Job:
         """Waits until there are actor ranks, which engines follow."""
         return self.until(lambda: self.find("ray::PolicyWorker"), pause=0.2)
 
-    def processes(self) -> list[psutil.Process]:
-        """All that belong to it and live."""
-        for process in psutil.process_iter():
-            if process not in self._known:
-                with suppress(psutil.Error):
-                    if environment := process.environ():  # empty while a program starts
-                        self._known[process] = environment.get("TEST_JOB") == self.mark
-        return [process for process, mine in self._known.items() if mine and alive(process)]
-
     def find(self, text: str) -> list[psutil.Process]:
         """Those of its processes whose command line holds `text`."""
         found = []
-        for process in self.processes():
+        for process in self.processes.alive():
             with suppress(psutil.Error):
                 if text in " ".join(process.cmdline()):
                     found.append(process)
@@ -107,29 +100,22 @@ class Job:
     def assert_nothing_is_left(self, but: str | None = None) -> None:
         """Waits until all its processes are gone, but those whose command line holds `but`."""
         deadline = time.monotonic() + 60
-        while left := set(self.processes()) - set(self.find(but) if but else ()):
+        while left := set(self.processes.alive()) - set(self.find(but) if but else ()):
             assert time.monotonic() < deadline, left
             time.sleep(0.1)
 
 
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
 @contextmanager
-def job(settings: list[str], folder: Path, *overrides: str) -> Iterator[Job]:
+def job(settings: list[str], folder: Path, *overrides: str, warm: bool = True) -> Iterator[Job]:
     """A job that ends with the block, whatever happens in it."""
-    started = Job(settings, folder, *overrides)
+    started = Job(settings, folder, *overrides, warm=warm)
     try:
         yield started
     finally:
         if started.running:
             os.killpg(started.process.pid, signal.SIGKILL)
             started.process.wait()
-        for process in started.processes():
+        for process in started.processes.alive():
             process.kill()
 
 

@@ -28,7 +28,7 @@ def test_a_dead_actor_rank_ends_the_run_and_ctrl_c_after_the_step(
     assert f"the same command goes on from {folder}/global_step_2\n" in log
     assert "ActorDiedError" in (folder / "error.log").read_text()
     assert damage(folder / "global_step_2") is None
-    with job(settings, folder) as running:
+    with job(settings, folder, warm=False) as running:
         assert running.until(lambda: running.find("HFEngine.generate_rows"), pause=0.02)
         os.killpg(running.process.pid, signal.SIGINT)
         log = running.end(130)

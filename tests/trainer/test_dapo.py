@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import ray
 from transformers import AutoTokenizer
 
-from tests.helpers import ROOT, starting_warm, whole_run
+from tests.helpers import ROOT, starting_warm, warm_children, warm_python, whole_run
 from tests.trainer.test_main_ppo import read
 from verl.config.load import load_config
 from verl.trainer import main_ppo
@@ -69,9 +68,10 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 def start(settings: list[str], folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "recipe.dapo.main_dapo", *settings]
+    command = [warm_python(), "-m", "recipe.dapo.main_dapo", *settings]
     return subprocess.Popen(
         [*command, f"trainer.default_local_dir={folder}"],
+        env=os.environ | warm_children(),
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

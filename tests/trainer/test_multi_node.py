@@ -6,7 +6,7 @@ import pytest
 import ray
 from ray._private.state import actors
 
-from tests.helpers import ROOT, ray_cluster, whole_run
+from tests.helpers import ROOT, ray_cluster, starting_warm, whole_run
 from tests.trainer.test_main_ppo import finished, read, run, settings  # noqa: F401  fixtures
 
 
@@ -21,7 +21,7 @@ def test_two_nodes_train_and_resume_like_one(
     """As the scripts start it: from any folder, with the code in PYTHONPATH."""
     monkeypatch.chdir(tmp_path)
     here = ("trainer.default_local_dir=two", "trainer.nnodes=2", "trainer.n_gpus_per_node=1")
-    with ray_cluster({"num_cpus": 2}, {"num_cpus": 2}) as address:
+    with starting_warm(), ray_cluster({"num_cpus": 2}, {"num_cpus": 2}) as address:
         monkeypatch.setenv("PYTHONPATH", str(ROOT))  # which the nodes don't have
         monkeypatch.setenv("RAY_ADDRESS", address)
         run(settings, *here, "trainer.total_training_steps=2")
