@@ -81,8 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
             start_new_session=True,
         )
         os.environ["WARM_PYTHON"] = f"{folder}/python"
-    else:  # what a worker of pytest-xdist spawns; vLLM's tests have none, as it may abort there
-        multiprocessing.set_executable(os.environ["WARM_PYTHON"])
+    multiprocessing.set_executable(os.environ["WARM_PYTHON"])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -87,3 +87,13 @@ def test_signals_are_handed_on_and_a_marked_fork_can_be_found() -> None:
         assert len(found) == 1 and psutil.Process(int(found[0])).is_running()
         starter.communicate(b"\n")
     assert starter.returncode == 0
+
+
+def test_nothing_of_the_server_closes_a_file_of_a_fork() -> None:
+    """As it happened to gloo's when vLLM unfroze what the server had left to the collector."""
+    code = (
+        "import gc, os; files = [os.open('/dev/null', 0) for _ in range(50)]; gc.unfreeze();"
+        " gc.collect(); [os.fstat(file) for file in files]"
+    )
+    done = subprocess.run([warm_python(), "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -105,6 +105,9 @@ def serve(server: socket.socket) -> Request:
                     import_module(name)
                 gc.freeze()  # what a fork collects, it copies
                 if (pid := os.fork()) == 0:
+                    # Whoever frees these objects later would close other files of these numbers.
+                    for file in (waiting, peer, server):
+                        file.close()
                     return request
                 peer.sendall(pid.to_bytes(4, sys.byteorder))
                 for fd in request.received:

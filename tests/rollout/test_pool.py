@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def workers(
         engine = engine_class(request.param)
     except ValueError as missing:
         pytest.skip(str(missing))
-    with starting_warm() if request.param == "hf" else nullcontext():  # vLLM may abort there
+    with starting_warm():
         start_ray(3)
     slots = reserve_devices(1, 2, "cpu")
     actor = WorkerGroup(PolicyWorker, slots[:1], "cpu", [("cpu",)])

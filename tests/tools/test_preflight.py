@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, warm_children, warm_python
 from verl.models.packing import packed_attention
 from verl.tools import machine, preflight, probes
 from verl.tools.machine import GB, GPU
@@ -287,8 +287,8 @@ def test_a_probe_that_fails_names_the_error_in_one_line() -> None:
 def run(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
     return subprocess.run(
-        [sys.executable, "-m", "verl.tools.preflight", *arguments],
-        env=environment | {"PYTHONPATH": str(ROOT)} | variables,
+        [warm_python(), "-m", "verl.tools.preflight", *arguments],
+        env=environment | {"PYTHONPATH": str(ROOT)} | warm_children() | variables,
         cwd=cwd,
         capture_output=True,
         text=True,
