@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.helpers import starting_warm
 from tests.scripts.test_scripts import dry_run, resolved
 from verl.config.load import load_config
 from verl.tools import first_run
@@ -222,10 +223,11 @@ def test_the_first_rung_that_fails_ends_it_with_files_to_attach(
 
 def test_a_rung_is_a_real_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = FirstRun(tmp_path / "out", True, 1, (), TABLE[:2])
-    assert climb(first, 1) == 0, capsys.readouterr().out
+    with starting_warm():
+        assert climb(first, 1) == 0, capsys.readouterr().out
+        done = read_passed(first.folder(TABLE[1]), first.commands(TABLE[1]))
     printed = capsys.readouterr().out
     assert "step 1 of 3 made" in printed or "step 3 of 3 made" in printed
-    done = read_passed(first.folder(TABLE[1]), first.commands(TABLE[1]))
     assert done is not None and done.findings.warnings == []
     figures = done.findings.figures
     assert 0 < figures["difference"] < 1e-5 and figures["tokens_s"] > 0 and figures["step_s"] > 0

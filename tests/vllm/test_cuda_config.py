@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers import ROOT, make_tokenizer
+from tests.helpers import ROOT, make_tokenizer, warm_children, warm_python
 from tests.scripts.test_scripts import STEERING
 from tests.tools.test_memory_emulated import QWEN_3B
 
@@ -53,7 +53,8 @@ def configurations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (folder / "config.json").write_text(json.dumps(model | {"torch_dtype": "bfloat16"}))
     make_tokenizer().save_pretrained(folder)
     env = {key: value for key, value in os.environ.items() if key not in STEERING}
-    env |= {"DRY_RUN": "quiet", "PYTHON": sys.executable, "MODEL_PATH": str(folder)}
+    env |= {"DRY_RUN": "quiet", "PYTHON": warm_python(), "MODEL_PATH": str(folder)}
+    env |= warm_children()
 
     def resolve(name: str, script: Path, overrides: list[str]) -> tuple[str, Path]:
         command = ["bash", str(script), *overrides]
