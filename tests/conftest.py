@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers import ROOT, make_tiny_model
+from tests.helpers import ROOT, make_tiny_model, warm_python
 from verl.algorithms.advantages import ADVANTAGES
 from verl.algorithms.policy_losses import POLICY_LOSSES
 from verl.algorithms.weights import WEIGHTS
@@ -81,6 +81,8 @@ def pytest_configure(config: pytest.Config) -> None:
             start_new_session=True,
         )
         os.environ["WARM_PYTHON"] = f"{folder}/python"
+        if workers := config.getoption("tx", None):  # of pytest-xdist: they begin warm
+            config.option.tx = [f"popen//python={warm_python()}"] * len(workers)
     multiprocessing.set_executable(os.environ["WARM_PYTHON"])
 
 

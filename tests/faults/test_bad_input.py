@@ -12,7 +12,7 @@ import ray
 from safetensors.torch import load_file, save_file
 
 from tests.faults.jobs import job, lines
-from tests.helpers import make_tiny_model
+from tests.helpers import make_tiny_model, starting_warm, whole_run
 from verl.config.load import load_config
 from verl.trainer import main_ppo
 from verl.trainer.ppo.checkpoint import LATEST
@@ -137,18 +137,17 @@ def test_a_folder_that_cannot_be_written_is_named(
     assert f"{folder} can't be written" in error and error.count("\n") == 1
 
 
+@whole_run
 def test_a_key_that_vllm_does_not_know_is_named(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = refused(
-        [ROW] * 4,
-        tiny_model,
-        tmp_path,
-        capsys,
+    overrides = (
         "actor_rollout_ref.rollout.name=vllm",
         "actor_rollout_ref.rollout.engine_kwargs.vllm.block_sizes=16",
         "trainer.n_gpus_per_node=1",
     )
+    with starting_warm():
+        error = refused([ROW] * 4, tiny_model, tmp_path, capsys, *overrides)
     if "not installed" in error:
         pytest.skip("needs vLLM")
     assert "engine_kwargs.vllm, arguments of vLLM: there is no key 'block_sizes'" in error

@@ -1,12 +1,12 @@
 """How a custom reward function is called: by name, with copies, from a file that children find."""
 
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import warm_python
 from tests.rewards.test_scorer import custom, manager, sample
 from verl.config.load import load_config
 from verl.config.schema import RewardModelConfig
@@ -125,7 +125,7 @@ def test_processes_that_a_function_starts_find_it(tmp_path: Path) -> None:
     assert one.score == 3
     rewards.close()
     """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
+    command = [warm_python(), "-c", textwrap.dedent(program)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 

@@ -1,5 +1,4 @@
 import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -7,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.helpers import warm_python
 from verl.config.rewards import CustomRewardConfig, OverlongBufferConfig, RewardModelConfig
 from verl.config.schema import Config
 from verl.protocol import Prompt, Sample
@@ -372,7 +372,7 @@ def test_a_manager_that_is_closed_ends_no_process(tmp_path, way):
     rewards.close()
     time.sleep(1.5)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
+    command = [warm_python(), "-c", textwrap.dedent(program)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
@@ -393,7 +393,7 @@ def test_a_function_that_never_gives_the_lock_back_ends_the_process(tmp_path):
     function = CustomRewardConfig(path="{tmp_path}/reward.py", name="compute_score", timeout_s=1)
     manager(function=function).submit([sample("3")]).result()
     """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
+    command = [warm_python(), "-c", textwrap.dedent(program)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
     assert "Timeout (0:00:02)" in result.stderr and "reward.py" in result.stderr

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import textwrap
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers import make_samples
+from tests.helpers import make_samples, warm_python
 from verl.config.schema import Config, TrainerConfig
 from verl.trainer.main_export import find_checkpoint
 from verl.trainer.ppo.batches import BatchesState, TrainBatch, split_groups
@@ -128,7 +127,7 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path):
 
     make_folder({str(tmp_path)!r})
     """
-    other = [sys.executable, "-c", textwrap.dedent(program)]
+    other = [warm_python(), "-c", textwrap.dedent(program)]
     assert subprocess.run(other).returncode == 0
     for _ in range(2):
         make_folder(tmp_path)

@@ -24,6 +24,7 @@ from verl.trainer import main_export, main_ppo
 from verl.trainer.ppo.checkpoint import MANIFEST, seal
 from verl.trainer.ppo.workers import NOT_RESUMED
 
+another_run = pytest.mark.series(2, "runs beside the finished one")
 REWARD = """
 def share_of_pluses(data_source, solution_str, ground_truth, extra_info=None):
     share = solution_str.count("+") / max(1, len(solution_str))
@@ -325,6 +326,7 @@ def test_the_final_model_is_the_trained_one(finished: Path, tiny_model: Path) ->
     assert trained.lm_head.weight is trained.model.embed_tokens.weight
 
 
+@another_run
 def test_one_rank_resumes_what_two_saved_and_all_terms_run(
     settings: list[str],
     finished: Path,
@@ -381,6 +383,7 @@ def test_one_rank_resumes_what_two_saved_and_all_terms_run(
     assert not (tmp_path / "huggingface").exists()
 
 
+@another_run
 def test_a_checkpoint_can_be_validated(
     settings: list[str],
     finished: Path,
@@ -414,6 +417,7 @@ def test_a_checkpoint_can_be_validated(
     assert caplog.text.count(moved) == 1
 
 
+@another_run
 def test_a_new_run_in_a_used_folder(
     settings: list[str], finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -513,6 +517,7 @@ def loss(inputs): return -inputs.advantages * inputs.log_probs, {"seen": inputs.
 """
 
 
+@another_run
 def test_functions_of_the_users_run_and_are_kept(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from tests.helpers import make_samples
+from tests.helpers import make_samples, warm_python
 from verl.config.schema import Config, TrainerConfig
 from verl.trainer.ppo.loggers import (
     Logger,
@@ -618,7 +618,7 @@ def test_two_runs_cannot_write_their_responses_to_one_folder(tmp_path):
     claim({{"trainer.rollout_data_dir": Path({str(tmp_path / "dumps")!r})}}, "")
     input()
     """
-    command = [sys.executable, "-c", program]
+    command = [warm_python(), "-c", program]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as other:
         while not (tmp_path / "dumps" / RUN_ID).exists():
             assert other.poll() is None

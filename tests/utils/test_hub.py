@@ -25,6 +25,7 @@ ask_hub()
 print(huggingface_hub.is_offline_mode(), os.environ.get("HF_HUB_OFFLINE"))
 """
 MAIN = ["-m", "verl.trainer.main_ppo", "actor_rollout_ref.model.path=a/b"]
+without_hub = pytest.mark.series(2, "a hub that does not answer")
 EXAMPLES = "examples/data_preprocess"
 
 
@@ -150,6 +151,7 @@ def test_a_model_of_the_hub_is_there_before_workers_start(tiny_model: Path, tmp_
     }
 
 
+@without_hub
 @pytest.mark.parametrize(
     ("command", "remedy"),
     [
@@ -164,6 +166,7 @@ def test_what_cannot_be_had_is_one_line(command: list[str], remedy: str, tmp_pat
     assert error.startswith("error: ") and remedy in error
 
 
+@without_hub
 def test_a_tokenizer_is_named_by_its_key(tiny_model: Path, tmp_path: Path) -> None:
     model = f"actor_rollout_ref.model.path={tiny_model}"
     _, lines = run("dead", tmp_path, *MAIN[:2], model, "data.tokenizer=a/b")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import ROOT, close, make_samples, warm_python
+from tests.helpers import ROOT, close, make_samples, warm_children, warm_python
 from verl.algorithms.advantages import ADVANTAGES, advantages
 from verl.algorithms.losses import ppo_loss
 from verl.algorithms.policy_losses import POLICY_LOSSES
@@ -82,7 +82,7 @@ def test_a_dry_run_tries_them(function: str, tmp_path: Path) -> None:
     override = f"{KEYS['weights']}={path}:{function}"
     done = subprocess.run(
         [warm_python(), "-m", "verl.trainer.main_ppo", override],
-        env=os.environ | {"DRY_RUN": "quiet"},
+        env=os.environ | warm_children() | {"DRY_RUN": "quiet"},
         cwd=ROOT,
         capture_output=True,
         text=True,
