@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import ray
 
-from tests.helpers import make_samples, starting_warm
+from tests.helpers import make_samples, starting_warm, warm_children, warm_python
 from verl.cluster import WorkerGroup, reserve_devices, start_ray
 from verl.protocol import ARRAYS, Sample, SampleBatch
 
@@ -99,8 +99,8 @@ def test_an_interpreter_that_ray_cannot_start_is_refused(monkeypatch: pytest.Mon
 
 def test_a_ray_of_its_own_says_nothing_about_tokens() -> None:
     code = "from verl.cluster import start_ray; start_ray(1)"
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_AUTH_MODE"} | warm_children()
+    done = subprocess.run([warm_python(), "-c", code], env=environment, capture_output=True)
     assert done.returncode == 0 and b"oken" not in done.stderr
 
 

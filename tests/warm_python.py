@@ -2,12 +2,12 @@
 test starts with it has their seconds of imports behind it.
 
 `python -m tests.warm_python FOLDER` serves the program `FOLDER/python`, which takes -u, -B, -c, -m
-or a script as python does. A fork has its starter's environment, working directory, open files and
-signal mask, and each of the two ends when the other does; the starter hands signals on. It is no
-child of its starter, though, nor of its process group, and /proc/PID/environ isn't its own: where
-the variable TEST_JOB is set, there is an empty file FOLDER/TEST_JOB.PID. What it starts by
-`sys.executable`, such as Ray, is an ordinary interpreter, or what the variable WARM_CHILDREN names.
-The server ends, with all forks, when its standard input does.
+or a script as python does, and no notice of -W. A fork has its starter's environment, working
+directory, open files and signal mask, and each of the two ends when the other does; the starter
+hands signals on. It is no child of its starter, though, nor of its process group, and
+/proc/PID/environ isn't its own: where the variable TEST_JOB is set, there is an empty file
+FOLDER/TEST_JOB.PID. What it starts by `sys.executable`, such as Ray, is an ordinary interpreter, or
+what the variable WARM_CHILDREN names. The server ends, with all forks, when its standard input does.
 """
 
 import atexit
@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
@@ -101,8 +102,9 @@ def serve(server: socket.socket) -> Request:
                 sys.exit()
             elif key.fileobj is server:
                 peer, request = receive(server)
-                for name in MODULES:
-                    import_module(name)
+                with warnings.catch_warnings(action="ignore"):
+                    for name in MODULES:
+                        import_module(name)
                 gc.freeze()  # what a fork collects, it copies
                 if (pid := os.fork()) == 0:
                     # Whoever frees these objects later would close other files of these numbers.
@@ -144,6 +146,8 @@ def take_over(request: Request) -> None:
     os.environ.update(request.environment)
     if mark := os.environ.get("TEST_JOB"):
         Path(sys.argv[1], f"{mark}.{os.getpid()}").touch()
+    for action in filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")):
+        warnings.simplefilter(action)  # type: ignore[arg-type]
     sys.executable = os.environ.get("WARM_CHILDREN", sys.executable)
     places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [place for place in places if place and place not in sys.path]
@@ -153,10 +157,10 @@ def take_over(request: Request) -> None:
 
 def execute(arguments: list[str]) -> None:
     """As `python ARGUMENTS…` does."""
-    while arguments[0] in ("-u", "-B"):
+    while arguments[0] in ("-u", "-B") or arguments[0].startswith("-W"):
         if arguments[0] == "-u":
             sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
-        else:
+        elif arguments[0] == "-B":
             sys.dont_write_bytecode = True
         arguments = arguments[1:]
     first, *sys.argv = arguments

@@ -88,7 +88,9 @@ def end(process: Program, number: int) -> int:
     return status
 
 
-def test_a_task_of_ones_own_stopped_by_signals_and_finished(tmp_path: Path) -> None:
+@pytest.mark.series(1)
+@pytest.mark.parametrize("number", [signal.SIGTERM, SIGNALS[-1]])
+def test_a_task_of_ones_own_stopped_by_a_signal_and_finished(tmp_path: Path, number: int) -> None:
     (program := tmp_path / "mine.py").write_text(OWN_TASK)
     out, log = tmp_path / "out", tmp_path / "log"
     command = [sys.executable, str(program), "--out", str(out)]
@@ -96,15 +98,14 @@ def test_a_task_of_ones_own_stopped_by_signals_and_finished(tmp_path: Path) -> N
     def metrics() -> list[dict[str, float]]:
         return [line for file in out.glob("*/metrics.jsonl") for line in read_metrics(file)]
 
-    for steps, number in ((2, signal.SIGTERM), (6, SIGNALS[-1])):
-        with started(command, log, warm=number == signal.SIGTERM) as process:
-            wait_until(process, log, lambda steps=steps: len(metrics()) >= steps)
-            assert end(process, number) == 128 + number
-        assert "stopping after this step, with a checkpoint" in log.read_text()
-        warm, run = sorted(out.iterdir(), key=lambda path: not path.name.startswith("warm-up-"))
-        reached = metrics()[-1]["step"]
-        assert (run / "latest_checkpointed_iteration.txt").read_text() == str(reached)
-        assert reached < STEPS and not (run / "summary.txt").exists()
+    with started(command, log, warm=number == signal.SIGTERM) as process:
+        wait_until(process, log, lambda: len(metrics()) >= 2)
+        assert end(process, number) == 128 + number
+    assert "stopping after this step, with a checkpoint" in log.read_text()
+    warm, run = sorted(out.iterdir(), key=lambda path: not path.name.startswith("warm-up-"))
+    reached = metrics()[-1]["step"]
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == str(reached)
+    assert reached < STEPS and not (run / "summary.txt").exists()
 
     with started(command, log) as process:
         assert process.wait(300) == 0, log.read_text()

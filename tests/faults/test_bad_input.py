@@ -164,6 +164,7 @@ def own_reward(settings: list[str], tmp_path: Path) -> tuple[list[str], Path]:
     return [*others, f"custom_reward_function.path={path}"], path
 
 
+@whole_run
 def test_a_reward_function_that_hangs_costs_no_step(
     own_reward: tuple[list[str], Path], tmp_path: Path
 ) -> None:

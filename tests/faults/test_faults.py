@@ -13,11 +13,9 @@ from verl.trainer.ppo.checkpoint import LATEST, damage
 
 
 @fault
-def test_a_dead_actor_rank_ends_the_run_and_ctrl_c_after_the_step(
+def test_a_dead_actor_rank_ends_the_run(
     settings: list[str], finished: Path, tmp_path: Path
 ) -> None:
-    """First an actor rank is killed. Then Ctrl-C comes, for all processes of the group, as a
-    terminal sends it, while responses are drawn: for step 3 or, on a busy machine, for the last."""
     folder = tmp_path / "run"
     with job(settings, folder) as running:
         running.until(lambda: (folder / LATEST).exists())
@@ -28,17 +26,29 @@ def test_a_dead_actor_rank_ends_the_run_and_ctrl_c_after_the_step(
     assert f"the same command goes on from {folder}/global_step_2\n" in log
     assert "ActorDiedError" in (folder / "error.log").read_text()
     assert damage(folder / "global_step_2") is None
+    with job(settings, folder) as running:
+        assert f"resuming from {folder}/global_step_2" in running.end()
+    assert_same(folder, finished)
+
+
+@fault
+def test_ctrl_c_ends_the_run_after_the_step(
+    settings: list[str], finished: Path, tmp_path: Path
+) -> None:
+    """It comes for all processes of the group, as a terminal sends it, while responses are drawn:
+    for step 2 or, on a busy machine, for a later one."""
+    folder = tmp_path / "run"
     with job(settings, folder, warm=False) as running:
+        running.until_step(1)
         assert running.until(lambda: running.find("HFEngine.generate_rows"), pause=0.02)
         os.killpg(running.process.pid, signal.SIGINT)
         log = running.end(130)
-    assert f"resuming from {folder}/global_step_2" in log
     assert "stopping after this step, with a checkpoint" in log
-    assert (step := (folder / LATEST).read_text()) in ("3", "4")
+    assert (step := (folder / LATEST).read_text()) in ("2", "3", "4")
     assert f"stopped; the same command goes on from {folder}/global_step_{step}" in log
     assert "Traceback" not in log
     with job(settings, folder) as running:
-        running.end()
+        assert f"resuming from {folder}/global_step_{step}" in running.end()
     assert_same(folder, finished)
 
 

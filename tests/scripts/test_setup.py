@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, server_python
+from tests.helpers import ROOT, server_python, whole_run
 
 BASE = sys._base_executable  # what sys.executable's environment was made from
 TABLE_LINE = "  math-verify   "
@@ -258,6 +258,7 @@ def site_packages(repo: Path) -> Path:
     return folder
 
 
+@whole_run
 def test_life_of_an_environment(outdated: Path) -> None:
     repo, folder = outdated, outdated / ".venv-server"
     stamp, requirements = folder / "setup-stamp", repo / REQUIREMENTS

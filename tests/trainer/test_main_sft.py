@@ -50,6 +50,7 @@ def mean_nll(model: Path) -> float:
     return float(np.mean(losses))
 
 
+@pytest.mark.series(1)
 @pytest.mark.parametrize(
     "lora", [[], ["model.lora_rank=16", "model.lora.merge=True"]], ids=["all", "LoRA"]
 )
