@@ -81,9 +81,10 @@ def pytest_configure(config: pytest.Config) -> None:
             start_new_session=True,
         )
         os.environ["WARM_PYTHON"] = f"{folder}/python"
-        if workers := config.getoption("tx", None):  # of pytest-xdist: they begin warm
-            config.option.tx = [f"popen//python={warm_python()}"] * len(workers)
-    multiprocessing.set_executable(os.environ["WARM_PYTHON"])
+        warm = f"popen//python={warm_python()}"
+        tx = config.getoption("tx", None) or []  # of pytest-xdist, for each of its workers
+        config.option.tx = [warm if worker == "popen" else worker for worker in tx]
+    multiprocessing.set_executable(warm_python())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

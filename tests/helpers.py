@@ -22,7 +22,8 @@ from verl.cluster import free_port
 from verl.protocol import OptimizerStep, Prompt, Sample, response_lengths
 
 ROOT = Path(__file__).parents[1]
-whole_run = pytest.mark.series(6, "whole runs")  # and what takes as long
+whole_run = pytest.mark.series(6, "whole runs")  # except those of test_main_ppo.py
+long_test = pytest.mark.series(3, "other long tests")
 needs_onednn = pytest.mark.skipif(
     "not __import__('torch').backends.mkldnn.is_available()", reason="PyTorch without oneDNN"
 )
@@ -144,8 +145,9 @@ def made_once(base: Path, name: str, make: Callable[[Path], object]) -> Path:
 
 def warm_python() -> str:
     """An interpreter that has its imports behind it, for whatever isn't about how it starts."""
-    python = os.environ["WARM_PYTHON"]
+    python, deadline = os.environ["WARM_PYTHON"], time.monotonic() + 60
     while not os.path.exists(python):  # in the first moments
+        assert time.monotonic() < deadline, "tests/warm_python.py doesn't serve"
         time.sleep(0.01)
     return python
 
@@ -153,6 +155,9 @@ def warm_python() -> str:
 def warm_children() -> dict[str, str]:
     """The variable by which a program of `warm_python` starts others with it, too."""
     return {"WARM_CHILDREN": warm_python()}
+
+
+SETTLED_S = 2  # after so long a process is the program that it was started for
 
 
 class Processes:
@@ -168,13 +173,21 @@ class Processes:
         """Those that live; of `warm_python` both the fork and its starter."""
         for file in Path(warm_python()).parent.glob(f"{self.mark}.*"):
             with suppress(psutil.Error):
-                self._known.setdefault(psutil.Process(int(file.suffix[1:])), True)
+                self._known[psutil.Process(int(file.suffix[1:]))] = True
         for process in psutil.process_iter():
             if process not in self._known:
                 with suppress(psutil.Error):
-                    if environment := process.environ():  # empty while a program starts
-                        self._known[process] = environment.get("TEST_JOB") == self.mark
+                    mine = process.environ().get("TEST_JOB") == self.mark
+                    # A program that has just begun may show another's environment, or none.
+                    if mine or time.time() > process.create_time() + SETTLED_S:
+                        self._known[process] = mine
         return [process for process, mine in self._known.items() if mine and is_alive(process)]
+
+    def kill(self) -> None:
+        """Ends those that live."""
+        for process in self.alive():
+            with suppress(psutil.NoSuchProcess):  # a fork and its starter end together
+                process.kill()
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -187,7 +200,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 @contextmanager
 def starting_warm() -> Iterator[None]:
-    """`warm_python` is the interpreter by which Ray starts its processes, and they theirs."""
+    """`sys.executable` is `warm_python`: for Ray, for jobs, and for what they start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", warm_python())
         patch.setenv(*warm_children().popitem())

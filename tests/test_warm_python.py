@@ -1,9 +1,11 @@
 """The interpreter that tests start other programs with: a fork is what they would be."""
 
+import marshal
 import multiprocessing
 import multiprocessing.spawn
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import warm_python
+from tests.helpers import Processes, warm_python
 
 
 def test_a_fork_has_what_its_starter_gives_it(tmp_path: Path) -> None:
@@ -73,24 +75,42 @@ def test_each_ends_with_the_other(victim: str) -> None:
         time.sleep(0.01)
 
 
-def test_signals_are_handed_on_and_a_marked_fork_can_be_found() -> None:
-    code = "import signal; print(flush=True); print(signal.sigwait({2, 15}), flush=True); input()"
-    code = f"import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {{2, 15}}); {code}"
-    environment, pipe = os.environ | {"TEST_JOB": "mine"}, subprocess.PIPE
-    command = [warm_python(), "-c", code]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_handed_on_and_a_marked_fork_can_be_found(number: int) -> None:
+    """The first one is waited for; the second one ends the fork."""
+    code = (
+        f"import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, [{number}]);"
+        " print(os.getpid(), flush=True);"
+        f" print(signal.sigwait([{number}]), flush=True); signal.signal({number}, signal.SIG_DFL);"
+        f" signal.pthread_sigmask(signal.SIG_UNBLOCK, [{number}]); print(flush=True); input()"
+    )
+    processes, pipe = Processes(), subprocess.PIPE
+    environment, command = os.environ | processes.variables, [warm_python(), "-c", code]
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe) as starter:
         assert starter.stdout is not None
+        fork = int(starter.stdout.readline())
+        assert {process.pid for process in processes.alive()} == {starter.pid, fork}
+        starter.send_signal(number)
+        assert starter.stdout.readline() == b"%d\n" % number
         starter.stdout.readline()
-        starter.send_signal(signal.SIGTERM)
-        assert starter.stdout.readline() == b"15\n"
-        found = [file.suffix[1:] for file in Path(warm_python()).parent.glob("mine.*")]
-        assert len(found) == 1 and psutil.Process(int(found[0])).is_running()
-        starter.communicate(b"\n")
-    assert starter.returncode == 0
+        starter.send_signal(number)
+        assert starter.wait(60) == -number
+    assert not processes.alive()
+    assert not list(Path(warm_python()).parent.glob(f"{processes.mark}.*"))
+
+
+def test_a_starter_that_is_gone_before_its_fork_ends_nobody_else() -> None:
+    address = str(Path(warm_python()).with_name("socket"))
+    request = marshal.dumps((["-c", "input()"], dict(os.environ), "/", [0], []))
+    with socket.socket(socket.AF_UNIX) as starter, open(os.devnull) as file:
+        starter.connect(address)
+        socket.send_fds(starter, [len(request).to_bytes(4, "little")], [file.fileno()])
+        starter.sendall(request)
+    test_an_error_and_a_module_are_those_of_python()
 
 
 def test_nothing_of_the_server_closes_a_file_of_a_fork() -> None:
-    """As it happened to gloo's when vLLM unfroze what the server had left to the collector."""
+    """vLLM unfroze the server's objects, and collecting them closed gloo's sockets."""
     code = (
         "import gc, os; files = [os.open('/dev/null', 0) for _ in range(50)]; gc.unfreeze();"
         " gc.collect(); [os.fstat(file) for file in files]"

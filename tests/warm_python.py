@@ -2,12 +2,12 @@
 test starts with it has their seconds of imports behind it.
 
 `python -m tests.warm_python FOLDER` serves the program `FOLDER/python`, which takes -u, -B, -c, -m
-or a script as python does, and no notice of -W. A fork has its starter's environment, working
+or a script as python does, and ignores -W. A fork has its starter's environment, working
 directory, open files and signal mask, and each of the two ends when the other does; the starter
 hands signals on. It is no child of its starter, though, nor of its process group, and
 /proc/PID/environ isn't its own: where the variable TEST_JOB is set, there is an empty file
 FOLDER/TEST_JOB.PID. What it starts by `sys.executable`, such as Ray, is an ordinary interpreter, or
-what the variable WARM_CHILDREN names. The server ends, with all forks, when its standard input does.
+what the variable WARM_CHILDREN names. The server and its forks end when its standard input does.
 """
 
 import atexit
@@ -51,12 +51,22 @@ rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
 size = len(request).to_bytes(4, "little")
 server.sendmsg([size], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
 server.sendall(request)
-pid = int.from_bytes(server.recv(4), "little")
+def answer():
+    if len(found := server.recv(4)) < 4:
+        os.write(2, b"the server of warm_python.py is gone\\n")
+        os._exit(1)
+    return int.from_bytes(found, "little", signed=True)
+def hand_on(number, _):
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:  # it has just ended
+        pass
+pid = answer()
 for number in signals:
     if _signal.getsignal(number) is not _signal.SIG_IGN:
-        _signal.signal(number, lambda number, _: os.kill(pid, number))
+        _signal.signal(number, hand_on)
 _signal.pthread_sigmask(_signal.SIG_SETMASK, mask)
-status = int.from_bytes(server.recv(4), "little", signed=True)
+status = answer()
 if status < 0:  # a signal's number
     if -status != _signal.SIGKILL:
         _signal.signal(-status, _signal.SIG_DFL)
@@ -107,11 +117,12 @@ def serve(server: socket.socket) -> Request:
                         import_module(name)
                 gc.freeze()  # what a fork collects, it copies
                 if (pid := os.fork()) == 0:
-                    # Whoever frees these objects later would close other files of these numbers.
+                    # Freed later, they would close files that have the same numbers by then.
                     for file in (waiting, peer, server):
                         file.close()
                     return request
-                peer.sendall(pid.to_bytes(4, sys.byteorder))
+                with suppress(OSError):  # its starter is gone; that it hears below
+                    peer.sendall(pid.to_bytes(4, "little"))
                 for fd in request.received:
                     os.close(fd)
                 forks.add(pid)
@@ -119,6 +130,8 @@ def serve(server: socket.socket) -> Request:
                 waiting.register(peer, selectors.EVENT_READ, (pid, end))
             elif key.fileobj is key.fd:  # a fork has ended
                 pid, peer = key.data
+                for mark in Path(sys.argv[1]).glob(f"*.{pid}"):
+                    mark.unlink()  # while no other process can have the number
                 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 forks.remove(pid)
                 with suppress(OSError):
@@ -146,8 +159,8 @@ def take_over(request: Request) -> None:
     os.environ.update(request.environment)
     if mark := os.environ.get("TEST_JOB"):
         Path(sys.argv[1], f"{mark}.{os.getpid()}").touch()
-    for action in filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")):
-        warnings.simplefilter(action)  # type: ignore[arg-type]
+    options = filter(None, os.environ.get("PYTHONWARNINGS", "").split(","))
+    warnings._processoptions(options)  # type: ignore[attr-defined]
     sys.executable = os.environ.get("WARM_CHILDREN", sys.executable)
     places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [place for place in places if place and place not in sys.path]

@@ -1,8 +1,9 @@
-"""Main jobs as users start them, and what a test does to them."""
+"""Main jobs in processes of their own, and what a test does to them."""
 
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,6 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import Processes, warm_children, warm_python
-from tests.trainer.test_main_ppo import command
 from verl.trainer.ppo.tracking import read_metrics
 
 PATIENCE_S = 300
@@ -22,17 +22,23 @@ fault = pytest.mark.series(2, "faults")
 
 
 class Job:
-    """A main job, `warm` or with an interpreter of its own, whose process group is Ray's, too."""
+    """A main job. Unless `warm` it is an ordinary process, in whose process group Ray's are."""
 
     def __init__(
-        self, settings: list[str], folder: Path, *overrides: str, warm: bool = True
+        self,
+        settings: list[str],
+        folder: Path,
+        *overrides: str,
+        module: str = "verl.trainer.main_ppo",
+        warm: bool = True,
     ) -> None:
         self.folder, self.processes = folder, Processes()
         self.log_file = folder.with_name(f"{folder.name}-{self.processes.mark}.log")
-        arguments = command(settings, f"trainer.default_local_dir={folder}", *overrides)
+        python = warm_python() if warm else sys.executable
+        overrides = f"trainer.default_local_dir={folder}", *overrides
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
-                [warm_python(), *arguments[1:]] if warm else arguments,
+                [python, "-m", module, *settings, *overrides],
                 env=os.environ | self.processes.variables | (warm_children() if warm else {}),
                 start_new_session=True,
                 stdout=log,
@@ -72,7 +78,7 @@ class Job:
         found = []
         for process in self.processes.alive():
             with suppress(psutil.Error):
-                if text in " ".join(process.cmdline()):
+                if text.lower() in " ".join(process.cmdline()).lower():
                     found.append(process)
         return found
 
@@ -88,7 +94,7 @@ class Job:
         self.process.kill()
         self.process.wait()
         # Ray's agents first try for a minute to tell their cluster, which is gone.
-        self.assert_nothing_is_left(but="Agent")
+        self.assert_nothing_is_left(but="agent")
 
     def end(self, status: int = 0) -> str:
         """Waits for it; its log."""
@@ -106,17 +112,16 @@ class Job:
 
 
 @contextmanager
-def job(settings: list[str], folder: Path, *overrides: str, warm: bool = True) -> Iterator[Job]:
-    """A job that ends with the block, whatever happens in it."""
-    started = Job(settings, folder, *overrides, warm=warm)
+def job(settings: list[str], folder: Path, *overrides: str, **options: Any) -> Iterator[Job]:
+    """A job (with `Job`'s options) that ends with the block, whatever happens in it."""
+    started = Job(settings, folder, *overrides, **options)
     try:
         yield started
     finally:
         if started.running:
             os.killpg(started.process.pid, signal.SIGKILL)
             started.process.wait()
-        for process in started.processes.alive():
-            process.kill()
+        started.processes.kill()
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

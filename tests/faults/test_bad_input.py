@@ -12,7 +12,7 @@ import ray
 from safetensors.torch import load_file, save_file
 
 from tests.faults.jobs import job, lines
-from tests.helpers import make_tiny_model, starting_warm, whole_run
+from tests.helpers import long_test, make_tiny_model, starting_warm
 from verl.config.load import load_config
 from verl.trainer import main_ppo
 from verl.trainer.ppo.checkpoint import LATEST
@@ -137,7 +137,7 @@ def test_a_folder_that_cannot_be_written_is_named(
     assert f"{folder} can't be written" in error and error.count("\n") == 1
 
 
-@whole_run
+@long_test
 def test_a_key_that_vllm_does_not_know_is_named(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,7 +164,7 @@ def own_reward(settings: list[str], tmp_path: Path) -> tuple[list[str], Path]:
     return [*others, f"custom_reward_function.path={path}"], path
 
 
-@whole_run
+@long_test
 def test_a_reward_function_that_hangs_costs_no_step(
     own_reward: tuple[list[str], Path], tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ def test_a_dead_actor_rank_ends_the_run(
     folder = tmp_path / "run"
     with job(settings, folder) as running:
         running.until(lambda: (folder / LATEST).exists())
-        running.kill("ray::PolicyWorker")
+        assert running.kill("ray::PolicyWorker")
         log = running.end(1)
     assert "Traceback" not in log
     assert "a worker died, of class PolicyWorker" in log

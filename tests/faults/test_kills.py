@@ -79,7 +79,7 @@ def test_random_kills_lose_nothing(
                 status = running.process.wait(PATIENCE_S)
                 done = status == 0
                 assert done or status == -signal.SIGKILL, running.log
-                running.assert_nothing_is_left(but="Agent")
+                running.assert_nothing_is_left(but="agent")
         assert_same(folder, finished)
         left = mine + left  # the run was over before
     print(f"{kills} kills in {runs} runs")

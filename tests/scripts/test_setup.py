@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, server_python, whole_run
+from tests.helpers import ROOT, long_test, server_python
 
 BASE = sys._base_executable  # what sys.executable's environment was made from
 TABLE_LINE = "  math-verify   "
@@ -258,7 +258,7 @@ def site_packages(repo: Path) -> Path:
     return folder
 
 
-@whole_run
+@long_test
 def test_life_of_an_environment(outdated: Path) -> None:
     repo, folder = outdated, outdated / ".venv-server"
     stamp, requirements = folder / "setup-stamp", repo / REQUIREMENTS

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, free_address, whole_run
+from tests.helpers import ROOT, free_address, long_test
 from tests.scripts.test_scripts import Result, dry_run
 
 SCRIPT = "../recipe/dapo/countdown-dapo-3b-wo-sp-wo-of"
@@ -137,21 +137,21 @@ def answers(address: str) -> bool:
     return True
 
 
-@whole_run
+@long_test
 def test_a_wrong_override_is_never_sent(cluster: dict[str, str]) -> None:
     result = start("trainer.totl_epochs=1", **cluster)
     assert (result.returncode, result.stdout) == (2, "")
     assert "'trainer.total_epochs'" in last_error(result)
 
 
-@whole_run
+@long_test
 def test_a_missing_token_is_one_line(cluster: dict[str, str]) -> None:
     result = start(**cluster | {"RAY_AUTH_MODE": "disabled"})
     assert result.returncode == 2
     assert "set RAY_AUTH_MODE=token" in last_error(result)
 
 
-@whole_run
+@long_test
 def test_a_job_runs_in_a_copy_of_the_repository(cluster: dict[str, str], tmp_path: Path) -> None:
     model = tmp_path / "no model"
     result = start(

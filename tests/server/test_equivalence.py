@@ -32,7 +32,7 @@ HOSTILE = [
 
 
 def portions(rows: list[Any]) -> list[list[Any]]:
-    """The rows of a table, 100 a test: thousands of tests would take longer than what they do."""
+    """The rows of a table, 100 a test: pytest takes as long for 11,600 tests as the judge."""
     return [rows[start : start + 100] for start in range(0, len(rows), 100)]
 
 
@@ -54,9 +54,9 @@ def test_pairs() -> None:
 
 @pytest.mark.parametrize("texts", portions(sorted({gold for gold, _ in EQUAL})))
 def test_every_answer_equals_itself(texts: list[str]) -> None:
-    for text in texts:
-        for other in (text, f"${text}$", f"The answer is $\\boxed{{{text}}}$."):
-            assert equivalence.judge(text, other).equal, other
+    forms = "{}", "${}$", "The answer is $\\boxed{{{}}}$."
+    pairs = [(text, form.format(text)) for text in texts for form in forms]
+    assert not [pair for pair in pairs if not equivalence.judge(*pair).equal]
 
 
 @pytest.mark.parametrize(

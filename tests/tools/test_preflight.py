@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.helpers import ROOT, warm_children, warm_python, whole_run
+from tests.helpers import ROOT, long_test, warm_children, warm_python
 from verl.models.packing import packed_attention
 from verl.tools import machine, preflight, probes
 from verl.tools.machine import GB, GPU
@@ -296,7 +296,7 @@ def run(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedPro
     )
 
 
-@whole_run
+@long_test
 def test_all_probes_on_the_cpu(tmp_path: Path) -> None:
     """All of them really run, vLLM too where it is installed."""
     file = tmp_path / "found.json"

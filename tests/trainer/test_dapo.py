@@ -1,8 +1,5 @@
 """DAPO's dynamic sampling in the main job: it learns, carries over, stops early and resumes."""
 
-import os
-import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,7 +9,8 @@ import pytest
 import ray
 from transformers import AutoTokenizer
 
-from tests.helpers import ROOT, starting_warm, warm_children, warm_python, whole_run
+from tests.faults.jobs import job
+from tests.helpers import ROOT, starting_warm, whole_run
 from tests.trainer.test_main_ppo import read
 from verl.config.load import load_config
 from verl.trainer import main_ppo
@@ -67,20 +65,8 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     ]
 
 
-def start(settings: list[str], folder: Path) -> subprocess.Popen[str]:
-    command = [warm_python(), "-m", "recipe.dapo.main_dapo", *settings]
-    return subprocess.Popen(
-        [*command, f"trainer.default_local_dir={folder}"],
-        env=os.environ | warm_children(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def run(settings: list[str], folder: Path) -> None:
-    """What `start` starts, in this process."""
+    """`python -m recipe.dapo.main_dapo` in this process."""
     overrides = [*settings, f"trainer.default_local_dir={folder}"]
     with starting_warm():
         main_ppo.run(load_config(overrides, "dapo_trainer", ROOT / "recipe/dapo/config"))
@@ -112,11 +98,9 @@ def test_a_killed_run_goes_on_with_what_it_carried(
     settings: list[str], finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     latest = tmp_path / "latest_checkpointed_iteration.txt"
-    with start(settings, tmp_path) as process:
-        while not (latest.exists() and latest.read_text() == "2"):
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
+    with job(settings, tmp_path, module="recipe.dapo.main_dapo") as process:
+        assert process.until(lambda: latest.exists() and latest.read_text() == "2", pause=0.01)
+        process.kill_driver()
     saved = latest.read_text()
     assert pq.read_metadata(tmp_path / f"global_step_{saved}" / "carried.parquet").num_rows
     caplog.set_level("INFO")

@@ -1,7 +1,6 @@
 """The main job end to end, as users start it: real Ray, FSDP2 on two ranks, two engines."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import made_once, starting_warm, warm_children, warm_python
+from tests.helpers import made_once, starting_warm, warm_python
 from verl.cluster import WorkerGroup
 from verl.config.load import load_config
 from verl.trainer import main_export, main_ppo
@@ -87,9 +86,8 @@ def run(settings: list[str], *overrides: str) -> None:
 
 
 def run_alone(settings: list[str], *overrides: str) -> None:
-    """The main job as users start it, but for the time of its imports."""
-    alone, environment = [warm_python(), *command(settings, *overrides)[1:]], warm_children()
-    done = subprocess.run(alone, env=os.environ | environment, capture_output=True, text=True)
+    """The main job as users start it."""
+    done = subprocess.run(command(settings, *overrides), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
