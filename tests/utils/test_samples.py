@@ -65,7 +65,7 @@ def test_metrics_are_the_same_after_a_resume(tmp_path: Path) -> None:
 
 def test_token_arrays_are_the_same_after_a_resume(tmp_path: Path) -> None:
     samples = make_samples([3, 0, 5, 2])
-    samples[0].response_ids = np.array([2**31 - 1, 0, -1])
+    samples[0].response_ids = np.array([2**31 + 7, 0, -1])
     samples[2].rollout_log_probs = None
     samples[0].loss_mask = np.array([True, False, True])
     samples[1].loss_mask = np.array([], bool)

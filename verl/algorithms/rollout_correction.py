@@ -7,6 +7,7 @@ Secretly Brings You Off-Policy RL Training"."""
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,16 +132,18 @@ def weight_metrics(
 def off_policy_metrics(old: Tensor, rollout: Tensor, lengths: Tensor) -> dict[str, float]:
     """How far engine and actor are apart; `old`, `rollout`: log-probabilities, [T]. Perplexities
     (`…ppl`) are means over responses, `chi2_…` E[ratio²] − 1 of tokens and of responses."""
-    sums, there = [], lengths > 0
+    sums, lengths = [], lengths[lengths > 0]
     blocks = lengths.split(BLOCK)
     sizes = [int(L.sum()) for L in blocks]
     for L, o, r in zip(blocks, old.split(sizes), rollout.split(sizes), strict=True):
-        o, r = o.double(), r.double()
-        bounded = (o - r).clamp(-SAFE, SAFE)
-        each = o, r, o - r, DIVERGENCES["k3"](bounded), (2 * bounded).exp()
-        sums.append(torch.stack([_sums(x, L) for x in each]))
-    of_old, of_rollout, product, k3, square = torch.cat(sums, 1)[:, there]  # of the responses
-    nll, engine_nll = (-x / lengths[there] for x in (of_old, of_rollout))
+        o, r, starts = o.double(), r.double(), (L.cumsum(0) - L).numpy()
+        bounded = (o - r).clamp_(-SAFE, SAFE)
+        ratio = bounded.exp()
+        each = o, r, ratio - 1 - bounded, ratio**2
+        # A quarter of the time of `segment_reduce`.
+        sums.append(np.stack([np.add.reduceat(x.numpy(), starts) for x in each]))
+    of_old, of_rollout, k3, square = torch.from_numpy(np.concatenate(sums, 1))  # of the responses
+    nll, engine_nll, product = -of_old / lengths, -of_rollout / lengths, of_old - of_rollout
     difference, tokens = nll - engine_nll, lengths.sum()
     numbers = {
         "kl": -product.sum() / tokens,

@@ -21,12 +21,6 @@ SCHEMA = pa.schema(
 )
 
 
-# An id that doesn't fit is an error; those of eight bytes take half as long again to write.
-WRITTEN = SCHEMA.set(
-    SCHEMA.get_field_index("response_ids"), pa.field("response_ids", pa.list_(pa.int32()))
-)
-
-
 def write_samples(path: Path, samples: Sequence[Sample], **others: Sequence[Any]) -> None:
     """Writes samples exactly, but of the prompt only its index. `others`: more columns, [N]."""
     columns = {name: [getattr(s, name) for s in samples] for name in SCHEMA.names[1:]}
@@ -35,10 +29,12 @@ def write_samples(path: Path, samples: Sequence[Sample], **others: Sequence[Any]
     # Dictionaries of token ids or of log-probabilities take long and save nothing, and so do
     # statistics, which nobody reads.
     few = [name for name in SCHEMA.names if name not in ARRAYS]
-    table = pa.table(columns, SCHEMA).cast(WRITTEN)
+    encoding = {"response_ids.list.element": "DELTA_BINARY_PACKED"}
+    table = pa.table(columns, SCHEMA)
     for name, values in others.items():
         table = table.append_column(name, pa.array(values))
-    pq.write_table(table, path, use_dictionary=few, write_statistics=False)
+    options = {"use_dictionary": few, "column_encoding": encoding, "write_statistics": False}
+    pq.write_table(table, path, **options)
 
 
 def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
@@ -51,8 +47,7 @@ def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
     rows = table.drop_columns(arrays).to_pylist()
     for name in arrays:
         for row, x in zip(rows, table[name], strict=True):
-            values = x.values.to_numpy(zero_copy_only=False) if x.is_valid else None
-            row[name] = None if values is None else values.astype(ARRAYS[name], copy=False)
+            row[name] = x.values.to_numpy(zero_copy_only=False) if x.is_valid else None
     for row in rows:
         row["extras"] = json.loads(row["extras"])
         row["prompt"] = by_index.get(index := row.pop("prompt_index"))
