@@ -85,7 +85,7 @@ class Engine(RolloutEngine):
 
     def build(self, *_: Any) -> None:
         rng = np.random.default_rng(0)
-        self.tokens = rng.integers(VOCABULARY, size=POOL)
+        self.tokens = rng.integers(VOCABULARY, size=POOL, dtype=np.int32)
         self.log_probs = -rng.random(POOL, np.float32)
 
     def generate_rows(self, rows: Sequence[Row], params: SamplingParams) -> Iterator[list[Sample]]:

@@ -108,7 +108,8 @@ def make_samples(
     for i, length in enumerate(lengths):
         prompt = Prompt(i // 2, rng.integers(3, 100, prompt_length + i % 3), "countdown", {})
         log_probs = rng.normal(-4.5, 0.3, (3, length)).astype(np.float32)
-        sample = Sample(prompt, i // 2, rng.integers(3, 100, length), "stop")
+        ids = rng.integers(3, 100, length).astype(np.int32)
+        sample = Sample(prompt, i // 2, ids, "stop")
         sample.rollout_log_probs, sample.old_log_probs, sample.ref_log_probs = log_probs
         sample.advantage = rng.normal()
         for name, value in fields.items():

@@ -32,7 +32,7 @@ def test_a_batch_arrives_as_the_list_that_was_sent() -> None:
     assert type(arrived) is list and len(arrived) == 4
     for a, b in zip(arrived, samples, strict=True):
         equal(a, b)
-        assert a.response_ids.dtype == np.int64
+        assert a.response_ids.dtype == np.int32
         assert a.prompt.index == b.prompt.index
         np.testing.assert_array_equal(a.prompt.token_ids, b.prompt.token_ids)
     assert arrived[0].prompt is arrived[1].prompt  # still one object for a group's samples
@@ -56,15 +56,15 @@ def test_arrays_that_nobody_reads_stay_behind() -> None:
     for a, b in zip(arrived, samples, strict=True):
         equal(a, b, but=("prompt", "old_log_probs", "rollout_log_probs"))
     # 8 response ids and 8 float32 log-probabilities, and prompts of 5 and 6 tokens.
-    assert sum(b.raw().nbytes for b in buffers) == 8 * 8 + 8 * 4 + (5 + 6) * 8
+    assert sum(b.raw().nbytes for b in buffers) == 8 * 4 + 8 * 4 + (5 + 6) * 8
 
 
 def test_slices_and_other_dtypes_travel_as_the_declared_ones() -> None:
     samples = make_samples([4])
-    samples[0].response_ids = np.arange(8, dtype=np.int32)[::2]
+    samples[0].response_ids = np.arange(8)[::2]
     samples[0].old_log_probs = np.arange(8.0)[::2]
     (arrived,), _ = sent(SampleBatch(samples))
-    assert arrived.response_ids.dtype == np.int64 and arrived.old_log_probs.dtype == np.float32
+    assert arrived.response_ids.dtype == np.int32 and arrived.old_log_probs.dtype == np.float32
     np.testing.assert_array_equal(arrived.response_ids, [0, 2, 4, 6])
     np.testing.assert_array_equal(arrived.old_log_probs, [0, 2, 4, 6])
 

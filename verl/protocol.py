@@ -33,7 +33,7 @@ class Sample:
 
     prompt: Prompt
     group: int  # responses to the same prompt in one rollout batch share this number
-    response_ids: NDArray[np.int64]  # with the end-of-sequence token, if there was one, [R]
+    response_ids: NDArray[np.int32]  # with the end-of-sequence token, if there was one, [R]
     # `length`: at the limit without an end-of-sequence token. `unfinished`: it will go on.
     finish_reason: FinishReason
     response_index: int = 0  # which of the n responses to its prompt this is, from 0
@@ -135,8 +135,7 @@ class Sample:
 
 
 ARRAYS: dict[str, np.dtype[Any]] = {
-    "response_ids": np.dtype(np.int64),
-    "token_versions": np.dtype(np.int32),
+    **dict.fromkeys(("response_ids", "token_versions"), np.dtype(np.int32)),
     **dict.fromkeys(("loss_mask", "selected", "frozen"), np.dtype(np.bool_)),
     **dict.fromkeys(("rollout_log_probs", "old_log_probs", "ref_log_probs"), np.dtype(np.float32)),
     **dict.fromkeys(

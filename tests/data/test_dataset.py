@@ -389,7 +389,7 @@ def test_sft_rows_end_with_eos(tmp_path):
     (sample,) = load_sft_rows(sft_config(path, max_length=4), make_tokenizer())
     assert sample.prompt.token_ids.tolist() == [A, B]
     assert sample.response_ids.tolist() == [C, EOS]
-    assert sample.response_ids.dtype == np.int64
+    assert sample.response_ids.dtype == np.int32
     assert sample.finish_reason == "stop"
 
 

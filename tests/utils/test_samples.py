@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
 from tests.helpers import make_samples, make_tokenizer
 from verl.protocol import OptimizerStep, Sample
@@ -65,13 +66,13 @@ def test_metrics_are_the_same_after_a_resume(tmp_path: Path) -> None:
 
 def test_token_arrays_are_the_same_after_a_resume(tmp_path: Path) -> None:
     samples = make_samples([3, 0, 5, 2])
-    samples[0].response_ids = np.array([2**31 + 7, 0, -1])
+    samples[0].response_ids = np.array([2**31 - 1, 0, -1])
     samples[2].rollout_log_probs = None
     samples[0].loss_mask = np.array([True, False, True])
     samples[1].loss_mask = np.array([], bool)
     for before, after in zip(samples, resumed(samples, tmp_path), strict=True):
         np.testing.assert_array_equal(after.response_ids, before.response_ids)
-        assert after.response_ids.dtype == np.int64
+        assert after.response_ids.dtype == np.int32
         for name, dtype in (("rollout_log_probs", np.float32), ("loss_mask", np.bool_)):
             old, new = getattr(before, name), getattr(after, name)
             assert (old is None) == (new is None)
@@ -140,3 +141,10 @@ def test_each_validation_shows_the_same_prompts() -> None:
         assert response == tokenizer.decode(first[i].response_ids[:1])  # without the stop token
     assert len(some_generations(first, 99, tokenizer)) == 12
     assert some_generations(first, 0, tokenizer) == []
+
+
+def test_an_id_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    samples = make_samples([2])
+    samples[0].response_ids = np.array([0, 2**31])
+    with pytest.raises(ValueError, match="2147483648"):
+        write_samples(tmp_path / "samples.parquet", samples)

@@ -118,7 +118,7 @@ def load_sft_rows(
     responses = _tokenize(tokenizer, rows, config.response_key, Row.typed, num_embeddings)
     samples: list[Sample] = []
     for row, prompt_ids, ids in zip(rows, prompts, responses, strict=True):
-        response_ids = np.append(ids, eos)
+        response_ids = np.append(ids, eos).astype(np.int32)
         room = config.max_length - len(prompt_ids)
         cut = len(response_ids) > room
         if cut and (config.truncation == "error" or room < 1):

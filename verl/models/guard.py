@@ -94,7 +94,7 @@ def check_policy(
     for length in (longest, COUNTED + 4):
         ids = rng.integers(0, policy.vocabulary_size, length)
         prompt = Prompt(0, ids[:-COUNTED], "", None)
-        samples.append(Sample(prompt, 0, ids[-COUNTED:], "length"))
+        samples.append(Sample(prompt, 0, ids[-COUNTED:].astype(np.int32), "length"))
     ours, _ = policy(packer(samples), 1.0)
     rows = [np.concatenate([s.prompt.token_ids, s.response_ids])[None] for s in samples]
     usual, settable = lm.config._attn_implementation, lm._can_set_attn_implementation()

@@ -13,7 +13,7 @@ from verl.rewards.math import RewardError
 
 logger = logging.getLogger(__name__)
 
-END = np.zeros(1, np.int64)  # a response of which only the place counts (`ScoreModel.forward`)
+END = np.zeros(1, np.int32)  # a response of which only the place counts (`ScoreModel.forward`)
 
 
 class Conversations:

@@ -130,7 +130,7 @@ class RolloutEngine(ABC):
         self, row: Row, tokens: ArrayLike, log_probs: ArrayLike, finished: bool = True
     ) -> Sample:
         """The response that a row has become by these new tokens with their log-probabilities."""
-        ids, values = np.array(tokens, np.int64), np.array(log_probs, np.float32)
+        ids, values = np.array(tokens, np.int32), np.array(log_probs, np.float32)
         assert len(ids) == len(values)
         reason: FinishReason = "unfinished"
         if finished:

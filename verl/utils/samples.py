@@ -29,12 +29,10 @@ def write_samples(path: Path, samples: Sequence[Sample], **others: Sequence[Any]
     # Dictionaries of token ids or of log-probabilities take long and save nothing, and so do
     # statistics, which nobody reads.
     few = [name for name in SCHEMA.names if name not in ARRAYS]
-    encoding = {"response_ids.list.element": "DELTA_BINARY_PACKED"}
     table = pa.table(columns, SCHEMA)
     for name, values in others.items():
         table = table.append_column(name, pa.array(values))
-    options = {"use_dictionary": few, "column_encoding": encoding, "write_statistics": False}
-    pq.write_table(table, path, **options)
+    pq.write_table(table, path, use_dictionary=few, write_statistics=False)
 
 
 def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
