@@ -90,18 +90,18 @@ def delta_l(L: Tensor, *, M: int, alpha: float, rollout_L: Tensor, **_: Any) -> 
     α = 0 is Dr. GRPO; α = 1 is GRPO Norm times one scalar per batch. The mean over j runs over
     `rollout_L`: the rollout batch in the published code, the mini-batch in the paper. L̄, the mean
     length, cancels out. Responses of length 0 stay out of the means. [N] → [N]."""
-    present = (rollout_L > 0).to(L.dtype)
-    count = present.sum().clamp(min=1)
+    count = torch.count_nonzero(rollout_L).clamp(min=1)
     mean_length = (rollout_L.sum() / count).clamp(min=1)
 
     def powers(x: Tensor) -> Tensor:  # of each length once, which is less than of each response
         each = torch.arange(int(x.max()) + 1 if len(x) else 1, dtype=x.dtype, device=x.device)
         table = (-alpha * (each.clamp(min=1) / mean_length).log()).exp()
+        table[0] = 0.0
         return table.index_select(0, x.long())
 
     own = powers(L)
     others = own if rollout_L is L else powers(rollout_L)
-    return own / (len(L) * M * (others @ present) / count)
+    return own / (len(L) * M * others.sum() / count)
 
 
 def lambda_grpo(L: Tensor, *, alpha: float, groups: Tensor, **_: Any) -> Tensor:
