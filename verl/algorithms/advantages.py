@@ -24,7 +24,8 @@ def group_statistics(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Te
     mark responses to the same prompt."""
     index, count = group_numbers(groups)
     count = count.to(values.dtype)
-    one = torch.empty_like(count).scatter_(0, index, values)  # of the group's values
+    # Any value of the group: compared with it, equal ones give exactly 0.
+    one = torch.empty_like(count).scatter_(0, index, values)
     below = one.index_select(0, index).sub_(values)
     total, squares = torch.zeros_like(count), torch.zeros_like(count)
     mean = (one - total.scatter_add_(0, index, below) / count).index_select(0, index)
