@@ -76,7 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
         subprocess.Popen(
             [sys.executable, "-m", "tests.warm_python", folder],
             cwd=ROOT,
-            env=os.environ | WORKER_ENV | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""},
+            env=os.environ | WORKER_ENV | {"PYTHONWARNINGS": ""},
             stdin=subprocess.PIPE,
             start_new_session=True,
         )

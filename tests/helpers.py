@@ -162,12 +162,13 @@ SETTLED_S = 2  # after so long a process is the program that it was started for
 
 
 class Processes:
-    """The processes of a program that is started with these `variables`, wherever they are: they
-    carry a mark in their environment."""
+    """The processes of a program that is started with this `python` and these `variables`, wherever
+    they are: they carry a mark in their environment. Unless `warm` they are ordinary ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm: bool) -> None:
         self.mark = uuid.uuid4().hex
-        self.variables = {"TEST_JOB": self.mark}
+        self.python = warm_python() if warm else sys.executable
+        self.variables = {"TEST_JOB": self.mark} | (warm_children() if warm else {})
         self._known: dict[psutil.Process, bool] = {}  # all that were seen: whether it is a part
 
     def alive(self) -> list[psutil.Process]:

@@ -84,8 +84,8 @@ def test_signals_are_handed_on_and_a_marked_fork_can_be_found(number: int) -> No
         f" print(signal.sigwait([{number}]), flush=True); signal.signal({number}, signal.SIG_DFL);"
         f" signal.pthread_sigmask(signal.SIG_UNBLOCK, [{number}]); print(flush=True); input()"
     )
-    processes, pipe = Processes(), subprocess.PIPE
-    environment, command = os.environ | processes.variables, [warm_python(), "-c", code]
+    processes, pipe = Processes(warm=True), subprocess.PIPE
+    environment, command = os.environ | processes.variables, [processes.python, "-c", code]
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe) as starter:
         assert starter.stdout is not None
         fork = int(starter.stdout.readline())

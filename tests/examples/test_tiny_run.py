@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import ROOT, Processes, warm_children, warm_python
+from tests.helpers import ROOT, Processes
 from verl.trainer.ppo.tracking import read_metrics
 from verl.utils.signals import SIGNALS
 
@@ -49,8 +49,8 @@ class Program(subprocess.Popen[bytes]):
     processes, and Ray's are in the program's process group."""
 
     def __init__(self, command: list[str], log: Path, warm: bool) -> None:
-        self.processes, python = Processes(), warm_python() if warm else sys.executable
-        variables = self.processes.variables | (warm_children() if warm else {})
+        self.processes = Processes(warm)
+        python, variables = self.processes.python, self.processes.variables
         with log.open("w") as file:
             super().__init__(
                 [python if part == sys.executable else part for part in command],

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import Processes, warm_children, warm_python
+from tests.helpers import Processes
 from verl.trainer.ppo.tracking import read_metrics
 
 PATIENCE_S = 300
@@ -32,14 +31,13 @@ class Job:
         module: str = "verl.trainer.main_ppo",
         warm: bool = True,
     ) -> None:
-        self.folder, self.processes = folder, Processes()
+        self.folder, self.processes = folder, Processes(warm)
         self.log_file = folder.with_name(f"{folder.name}-{self.processes.mark}.log")
-        python = warm_python() if warm else sys.executable
         overrides = f"trainer.default_local_dir={folder}", *overrides
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
-                [python, "-m", module, *settings, *overrides],
-                env=os.environ | self.processes.variables | (warm_children() if warm else {}),
+                [self.processes.python, "-m", module, *settings, *overrides],
+                env=os.environ | self.processes.variables,
                 start_new_session=True,
                 stdout=log,
                 stderr=log,
