@@ -225,7 +225,7 @@ def step(
     with timer("update_actor"):
         stages("update: balance, scatter", lambda: trainer.update_actor(steps))
     stages("metrics", lambda: trainer.step_metrics(samples, steps, timer))
-    stages("dump of the samples", lambda: write_samples(folder / "samples.parquet", samples))
+    stages("samples to disk, as a checkpoint has them", lambda: write_samples(folder / "samples.feather", samples))
     return samples
 
 
@@ -246,10 +246,10 @@ def run_steps(responses: int, ranks: int, repeats: int) -> None:
         for i in range(repeats):
             samples = step(trainer, engines, rewards, prompts, Path(folder), stages)
             print(f"{responses} responses: step {i + 1}/{repeats}", file=sys.stderr)
-        size = (Path(folder) / "samples.parquet").stat().st_size
+        size = (Path(folder) / "samples.feather").stat().st_size
     rewards.close()
     tokens = sum(s.length for s in samples)
-    print(f"\n{responses:,} responses, {tokens / 1e6:.1f} M tokens, {size / 1e6:.0f} MB of parquet")
+    print(f"\n{responses:,} responses, {tokens / 1e6:.1f} M tokens, {size / 1e6:.0f} MB of Feather")
     print(f"{'stage':38}{'wall, ms':>30}{'driver CPU, ms':>30}")
     for name, seconds in stages.wall.items():
         cells = [

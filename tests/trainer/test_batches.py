@@ -368,9 +368,9 @@ def test_carried_groups_survive_a_checkpoint(tmp_path):
     carried = [sample for group in first.carried for sample in group]
     carried[0].rollout_log_probs = np.array([-0.1] * carried[0].length, np.float32)
     carried[0].extras["note"] = np.float32(0.5)
-    write_samples(tmp_path / "carried.parquet", carried)
+    write_samples(tmp_path / "carried.feather", carried)
     second.order.load_state_dict(first.order.state_dict())
-    second.carried = split_groups(read_samples(tmp_path / "carried.parquet", second.prompts))
+    second.carried = split_groups(read_samples(tmp_path / "carried.feather", second.prompts))
     ours, theirs = (batches.next(2, Timer())[0] for batches in (first, second))
     assert indices(theirs) == indices(ours) == [4, 5, 6, 7]
     for a, b in zip(ours, theirs, strict=True):
@@ -385,10 +385,10 @@ def test_carried_groups_survive_a_checkpoint(tmp_path):
 def test_a_checkpoint_of_other_data_is_an_error(tmp_path):
     batches = surplus(Engine(all_mixed), 6)
     samples, _ = batches.next(1, Timer())
-    write_samples(tmp_path / "carried.parquet", samples)
-    with pytest.raises(ValueError, match=r"carried\.parquet: prompt 3 is not in data\.train_files"):
-        read_samples(tmp_path / "carried.parquet", prompts(3))
-    assert read_samples(tmp_path / "none.parquet", []) == []
+    write_samples(tmp_path / "carried.feather", samples)
+    with pytest.raises(ValueError, match=r"carried\.feather: prompt 3 is not in data\.train_files"):
+        read_samples(tmp_path / "carried.feather", prompts(3))
+    assert read_samples(tmp_path / "none.feather", []) == []
 
 
 class InOrder(Engine):
@@ -696,9 +696,9 @@ def test_remax_with_filter_carry_over_and_checkpoint(tmp_path):
     assert indices(samples) == [1, 3, 5, 7]
     high, low = baselines(samples)[:2]
     assert high > low and baselines(samples) == [high, low, high, low]
-    write_samples(tmp_path / "carried.parquet", [s for group in first.carried for s in group])
+    write_samples(tmp_path / "carried.feather", [s for group in first.carried for s in group])
     second.order.load_state_dict(first.order.state_dict())
-    second.carried = split_groups(read_samples(tmp_path / "carried.parquet", second.prompts))
+    second.carried = split_groups(read_samples(tmp_path / "carried.feather", second.prompts))
     for batches in (first, second):
         samples = batches.next(2, Timer()).samples
         assert indices(samples) == [9, 11, 13, 15]

@@ -112,8 +112,8 @@ def test_a_resumed_run_keeps_complete_groups_and_draws_the_others_again(tmp_path
     state = first.state()
     kept = [group[0].prompt.index for group in state.carried]
     assert state.taken == 4 and {4, 5, 6} <= set(kept) <= set(range(4, 12))
-    write_samples(tmp_path / "carried.parquet", [s for group in state.carried for s in group])
-    state.carried = split_groups(read_samples(tmp_path / "carried.parquet", first.prompts))
+    write_samples(tmp_path / "carried.feather", [s for group in state.carried for s in group])
+    state.carried = split_groups(read_samples(tmp_path / "carried.feather", first.prompts))
     second, again = in_flight(2)
     again.version = 7
     second.load(copy.deepcopy(state))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import feather
 import pytest
 import ray
 from transformers import AutoTokenizer
@@ -102,7 +103,7 @@ def test_a_killed_run_goes_on_with_what_it_carried(
         assert process.until(lambda: latest.exists() and latest.read_text() == "2", pause=0.01)
         process.kill_driver()
     saved = latest.read_text()
-    assert pq.read_metadata(tmp_path / f"global_step_{saved}" / "carried.parquet").num_rows
+    assert feather.read_table(tmp_path / f"global_step_{saved}" / "carried.feather").num_rows
     caplog.set_level("INFO")
     run(settings, tmp_path)
     assert "prompts kept: " in caplog.text

@@ -1,5 +1,6 @@
 """Samples in a checkpoint: what a reward function returned means the same after a resume."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from decimal import Decimal
 from fractions import Fraction
@@ -21,12 +22,21 @@ from verl.utils.samples import (
 )
 
 
-def resumed(samples: list[Sample], folder: Path) -> list[Sample]:
-    write_samples(folder / "samples.parquet", samples)
-    return read_samples(folder / "samples.parquet", [s.prompt for s in samples])
+Resumed = Callable[[list[Sample]], list[Sample]]
 
 
-def test_extras_of_every_kind_can_be_saved(tmp_path: Path) -> None:
+@pytest.fixture(params=["feather", "parquet"])
+def resumed(tmp_path: Path, request: pytest.FixtureRequest) -> Resumed:
+    """What is read of samples that were written; as parquet they are an earlier version's."""
+
+    def write_and_read(samples: list[Sample]) -> list[Sample]:
+        write_samples(tmp_path / f"samples.{request.param}", samples)
+        return read_samples(tmp_path / "samples.feather", [s.prompt for s in samples])
+
+    return write_and_read
+
+
+def test_extras_of_every_kind_can_be_saved(resumed: Resumed) -> None:
     samples = make_samples([2])
     samples[0].extras = plain(
         {
@@ -41,7 +51,7 @@ def test_extras_of_every_kind_can_be_saved(tmp_path: Path) -> None:
             7: True,
         }
     )
-    assert resumed(samples, tmp_path)[0].extras == {
+    assert resumed(samples)[0].extras == {
         "acc": 1.0,
         "correct": True,
         "count": 3,
@@ -54,23 +64,23 @@ def test_extras_of_every_kind_can_be_saved(tmp_path: Path) -> None:
     }
 
 
-def test_metrics_are_the_same_after_a_resume(tmp_path: Path) -> None:
+def test_metrics_are_the_same_after_a_resume(resumed: Resumed) -> None:
     samples = make_samples([2, 3])
     for sample, numerator in zip(samples, (1, 3), strict=True):
         sample.extras = plain({"acc": np.float32(1), "f": Fraction(numerator, 4), "ok": True})
         sample.advantage, sample.prompt = 0.0, samples[0].prompt
     before = data_metrics(samples, 16)
     assert before["reward/f"] == 0.5
-    assert data_metrics(resumed(samples, tmp_path), 16) == before
+    assert data_metrics(resumed(samples), 16) == before
 
 
-def test_token_arrays_are_the_same_after_a_resume(tmp_path: Path) -> None:
+def test_token_arrays_are_the_same_after_a_resume(resumed: Resumed) -> None:
     samples = make_samples([3, 0, 5, 2])
     samples[0].response_ids = np.array([2**31 - 1, 0, -1])
     samples[2].rollout_log_probs = None
     samples[0].loss_mask = np.array([True, False, True])
     samples[1].loss_mask = np.array([], bool)
-    for before, after in zip(samples, resumed(samples, tmp_path), strict=True):
+    for before, after in zip(samples, resumed(samples), strict=True):
         np.testing.assert_array_equal(after.response_ids, before.response_ids)
         assert after.response_ids.dtype == np.int32
         for name, dtype in (("rollout_log_probs", np.float32), ("loss_mask", np.bool_)):
@@ -79,7 +89,7 @@ def test_token_arrays_are_the_same_after_a_resume(tmp_path: Path) -> None:
             if old is not None:
                 np.testing.assert_array_equal(new, old)
                 assert new.dtype == dtype
-    assert resumed([], tmp_path) == []
+    assert resumed([]) == []
 
 
 def test_responses_for_people_are_texts(tmp_path: Path) -> None:
@@ -115,12 +125,12 @@ def test_responses_have_a_weight_where_a_step_gave_them_one(tmp_path: Path) -> N
     assert "weight" not in pq.read_table(tmp_path / "2.parquet").column_names
 
 
-def test_all_of_a_sample_is_read_again(tmp_path: Path) -> None:
+def test_all_of_a_sample_is_read_again(resumed: Resumed) -> None:
     first, second = make_samples([2, 3])
     second.prompt = first.prompt
     first.loss_mask, first.ref_log_probs = np.array([True, False]), np.zeros(2, np.float32)
     second.score, second.reward, second.advantage = 0.5, 0.25, np.nan
-    for before, after in zip((first, second), resumed([first, second], tmp_path), strict=True):
+    for before, after in zip((first, second), resumed([first, second]), strict=True):
         for name in (f.name for f in fields(Sample)):
             np.testing.assert_equal(getattr(after, name), getattr(before, name), name)
 

@@ -1,6 +1,6 @@
 """Checkpoints. `global_step_N` holds `actor/` and, where there is a critic, `critic/` (as
 `PolicyWorker.save` writes them), trainer.json (the rest of `TrainState`, and the resolved
-configuration), the responses that wait for the next step (carried.parquet, prefetched.parquet), and
+configuration), the responses that wait for the next step (carried.feather, prefetched.feather), and
 manifest.json (size and checksum of all these)."""
 
 import errno
@@ -24,7 +24,7 @@ from verl.utils.samples import read_samples, write_samples
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-CARRIED, PREFETCHED = "carried.parquet", "prefetched.parquet"
+CARRIED, PREFETCHED = "carried.feather", "prefetched.feather"
 CHECKED_BYTES = 2**20  # of each file's start and end are compared with the manifest
 
 
