@@ -225,7 +225,10 @@ def step(
     with timer("update_actor"):
         stages("update: balance, scatter", lambda: trainer.update_actor(steps))
     stages("metrics", lambda: trainer.step_metrics(samples, steps, timer))
-    stages("samples to disk, as a checkpoint has them", lambda: write_samples(folder / "samples.feather", samples))
+    stages(
+        "samples to disk, as a checkpoint has them",
+        lambda: write_samples(folder / "samples.feather", samples),
+    )
     return samples
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import feather
 import pytest
 import ray
+from pyarrow import feather
 from transformers import AutoTokenizer
 
 from tests.faults.jobs import job

@@ -21,7 +21,6 @@ from verl.utils.samples import (
     write_samples,
 )
 
-
 Resumed = Callable[[list[Sample]], list[Sample]]
 
 
