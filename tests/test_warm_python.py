@@ -86,7 +86,13 @@ def test_signals_are_handed_on_and_a_marked_fork_can_be_found(number: int) -> No
     )
     processes, pipe = Processes(warm=True), subprocess.PIPE
     environment, command = os.environ | processes.variables, [processes.python, "-c", code]
-    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe) as starter:
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=pipe,
+        stdout=pipe,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup and & have some ignored
+    ) as starter:
         assert starter.stdout is not None
         fork = int(starter.stdout.readline())
         assert {process.pid for process in processes.alive()} == {starter.pid, fork}

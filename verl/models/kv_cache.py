@@ -1,10 +1,9 @@
 """A KV cache of rows that differ in length, written in place, and an attention that reads it so."""
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -27,53 +26,74 @@ class Part:
     """Keys and values of neighbouring rows of the batch. All end in its last column; shorter rows
     have padding in front."""
 
-    buffers: list[Tensor]  # keys and values, [B, heads, capacity, D] each
-    used: int  # columns that hold something
+    buffers: list[Tensor]  # keys and values, [rows and more, heads, columns and more, D] each
     limit: int  # columns that its rows will need at most
+    rows: int
+    begin: int = 0  # the first column that holds something
+    end: int = 0  # the one after the last
 
-    def __len__(self) -> int:
-        return len(self.buffers[0])
+    @property
+    def used(self) -> int:
+        """How many columns hold something."""
+        return self.end - self.begin
 
     @property
     def views(self) -> list[Tensor]:
-        """Keys and values, [B, heads, used, D] each."""
-        return [buffer[:, :, : self.used] for buffer in self.buffers]
+        """Keys and values, [rows, heads, used, D] each."""
+        return [buffer[: self.rows, :, self.begin : self.end] for buffer in self.buffers]
 
     def append(self, new: Sequence[Tensor]) -> None:
-        """More columns of keys and values, [B, heads, new, D] each."""
-        start, self.used = self.used, self.used + new[0].shape[2]
-        if self.used > self.buffers[0].shape[2]:
-            old = [buffer[:, :, :start] for buffer in self.buffers]
-            self.buffers = [self._new_buffer(view, len(view)) for view in old]
-            for buffer, view in zip(self.buffers, old, strict=True):
-                buffer[:, :, :start] = view
-        for buffer, values in zip(self.buffers, new, strict=True):
-            buffer[:, :, start : self.used] = values
+        """More columns of keys and values, [rows, heads, new, D] each."""
+        number = new[0].shape[2]
+        if self.end + number > self.buffers[0].shape[2]:
+            for view, old in self._renewed(self.rows, self.used + number):
+                view[:, :, :-number] = old
+        else:
+            self.end += number
+        for view, values in zip(self.views, new, strict=True):
+            view[:, :, -number:] = values
 
     def select(self, rows: Tensor, width: int) -> None:
-        """Keeps these rows, in this order, which may come several times, and the last columns."""
-        old = [view[:, :, self.used - width :] for view in self.views]
-        self.limit -= self.used - width
-        self.used = width
-        self.buffers = [self._new_buffer(view, len(rows)) for view in old]
-        for buffer, view in zip(self.buffers, old, strict=True):
-            torch.index_select(view, 0, rows, out=buffer[:, :, :width])
+        """Makes it of these rows, in this order, which may come several times, and of the last
+        columns."""
+        self._drop_columns(self.used - width)
+        for view, old in self._renewed(len(rows), width):
+            torch.index_select(old, 0, rows, out=view)
+
+    def keep(self, order: Tensor, moved: Tensor, width: int) -> None:
+        """As `select` with a shorter `order`, of whose places only those in `moved` have got another
+        row. Copies no more than these until half of the memory is free."""
+        if 2 * len(order) <= len(self.buffers[0]):
+            return self.select(order, width)
+        self._drop_columns(self.used - width)
+        for view in self.views if len(moved) else ():
+            view[moved] = view[order[moved]]
+        self.rows = len(order)
 
     def merge(self, other: Self) -> None:
         """Appends the other part's rows; the shorter ones get columns of zeros in front."""
-        mine, theirs, rows = self.views, other.views, len(self)
+        theirs, rows, mine = other.views, self.rows, self.used
         width = max(self.used, other.used)
         self.limit = width + max(part.limit - part.used for part in (self, other))
-        begin, self.used = width - self.used, width
-        self.buffers = [self._new_buffer(view, rows + len(other)).zero_() for view in mine]
-        for buffer, *views in zip(self.buffers, mine, theirs, strict=True):
-            buffer[:rows, :, begin:width] = views[0]
-            buffer[rows:, :, width - other.used : width] = views[1]
+        pairs = self._renewed(rows + other.rows, width)
+        for (view, old), more in zip(pairs, theirs, strict=True):
+            view.zero_()
+            view[:rows, :, width - mine :] = old
+            view[rows:, :, width - other.used :] = more
 
-    def _new_buffer(self, like: Tensor, rows: int) -> Tensor:
-        """Without content, for `used` columns and more."""
-        more = max(SPARE, min(self.limit - self.used, self.used // 2))
-        return like.new_empty(rows, like.shape[1], self.used + more, like.shape[3])
+    def _drop_columns(self, number: int) -> None:
+        """The first ones."""
+        self.begin += number
+        self.limit -= number
+
+    def _renewed(self, rows: int, width: int) -> list[tuple[Tensor, Tensor]]:
+        """Makes the buffers new, without content, for so many rows, so many columns and more;
+        returns the views of each, new and old."""
+        old = self.views
+        more = max(SPARE, min(self.limit - width, width // 2))
+        self.buffers = [x.new_empty(rows, x.shape[1], width + more, x.shape[3]) for x in old]
+        self.rows, self.begin, self.end = rows, 0, width
+        return list(zip(self.views, old, strict=True))
 
 
 class RaggedLayer(DynamicLayer):
@@ -94,8 +114,9 @@ class RaggedLayer(DynamicLayer):
         [B, heads, length, D]; where the batch has several parts, a tuple of them each."""
         if not self.parts:
             self.lazy_initialization(key_states, value_states)
-            self.parts = [Part([key_states[:, :, :0], value_states[:, :, :0]], 0, self.limit)]
-        sizes = [len(part) for part in self.parts]
+            empty = [key_states[:, :, :0], value_states[:, :, :0]]
+            self.parts = [Part(empty, self.limit, len(key_states))]
+        sizes = [part.rows for part in self.parts]
         new = zip(*(states.split(sizes) for states in (key_states, value_states)), strict=True)
         for part, states in zip(self.parts, new, strict=True):
             part.append(states)
@@ -114,7 +135,7 @@ class RaggedLayer(DynamicLayer):
         """Columns times rows that two neighbouring parts would have more if they were one; rows."""
         one, other = self.parts[at : at + 2]
         shorter = min(one, other, key=lambda part: part.used)
-        return abs(one.used - other.used) * len(shorter), len(one) + len(other)
+        return abs(one.used - other.used) * shorter.rows, one.rows + other.rows
 
 
 class RaggedCache(Cache):
@@ -131,24 +152,33 @@ class RaggedCache(Cache):
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.join(theirs)
 
-    def keep(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Only these rows of the batch, in their order, which have so many tokens each."""
+    def keep(self, rows: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """Keeps these rows of the batch, which ascend and have so many tokens each. Returns them in
+        the order that they have then: of each part the last ones take the places of those that are
+        gone."""
         parts: list[Part] = self.layers[0].parts
-        ends = list(accumulate(len(part) for part in parts))
-        chosen: list[list[tuple[int, int]]] = [[] for _ in parts]  # rows of each, and their tokens
-        for row, number in zip(rows, tokens, strict=True):
-            at = bisect_right(ends, row)
-            chosen[at].append((row - ends[at] + len(parts[at]), number))
-        device = parts[0].buffers[0].device
-        changes = {
-            i: (torch.tensor([row for row, _ in own], device=device), max(n for _, n in own))
-            for i, own in enumerate(chosen)
-            if 0 < len(own) < len(parts[i])
-        }
+        device, begin, order = parts[0].buffers[0].device, 0, list[int]()
+        changes: list[tuple[Tensor, Tensor, int] | None] = []  # None: nothing is left
+        for part in parts:
+            first, last = (bisect_left(rows, row) for row in (begin, begin + part.rows))
+            size, own = last - first, [row - begin for row in rows[first:last]]
+            gone = sorted({*range(size)}.difference(own))
+            places = [*range(size)]
+            for place, row in zip(gone, own[size - len(gone) :], strict=True):
+                places[place] = row
+            order += [begin + row for row in places]
+            begin += part.rows
+            if size:
+                to = partial(torch.tensor, dtype=torch.int64, device=device)
+                changes.append((to(places), to(gone), max(tokens[first:last])))
+            else:
+                changes.append(None)
         for layer in self.layers:
-            for i, change in changes.items():
-                layer.parts[i].select(*change)
-            layer.parts = [part for part, own in zip(layer.parts, chosen, strict=True) if own]
+            for part, change in zip(layer.parts, changes, strict=True):
+                if change is not None:
+                    part.keep(*change)
+            layer.parts = [p for p, change in zip(layer.parts, changes, strict=True) if change]
+        return order
 
     def repeat(self, rows: Tensor) -> None:
         """These rows, in this order, of a batch of one part; each may come several times."""

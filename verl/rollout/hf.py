@@ -23,7 +23,8 @@ from verl.protocol import Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import RolloutEngine, Row, SamplingParams
 from verl.utils.device import default_dtype, empty_cache, get_device
 
-KEEP_SHARE = 0.85  # the batch is compacted when a smaller share of its rows is unfinished
+KEEP_SHARE = 0.95  # the batch is compacted when a smaller share of its rows is unfinished
+FILL_SHARE = 0.15  # of the places must be free for responses that wait to take them
 FREE_PADDING = 64  # columns in front of a shorter row that don't matter
 
 
@@ -85,7 +86,7 @@ class HFEngine(RolloutEngine):
             if batch:
                 batch.logits = self._forward(*batch.read_last())
             places = self.max_num_seqs - (len(batch.rows) if batch else 0)
-            if waiting and places >= (1 - KEEP_SHARE) * self.max_num_seqs:
+            if waiting and places >= FILL_SHARE * self.max_num_seqs:
                 chosen = [waiting.popleft() for _ in range(min(places, len(waiting)))]
                 read = [self._prefill(part, params) for part in of_like_length(chosen)]
                 begun = reduce(Batch.join, read)
@@ -200,11 +201,12 @@ class Batch:
         indices = which.nonzero()[:, 0]
         if not len(indices):
             return None
-        chosen = indices.tolist()
-        self.rows = [self.rows[i] for i in chosen]
-        self.drawn = self.drawn[indices]
-        self.state = {name: value[indices] for name, value in self.state.items()}
-        self.cache.keep(chosen, self.state["read"].tolist())
+        tokens = self.state["read"][indices].tolist()
+        order = self.cache.keep(indices.tolist(), tokens)
+        chosen = torch.tensor(order, device=which.device)
+        self.rows = [self.rows[i] for i in order]
+        self.drawn = self.drawn[chosen]
+        self.state = {name: value[chosen] for name, value in self.state.items()}
         return self
 
     def join(self, other: "Batch") -> "Batch":
