@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, dataclass_transform
 
@@ -103,10 +104,10 @@ class Section:
     def ending(self, name: str, near: str = "") -> dict[str, Any]:
         """The keys that `name` is an end of, and their values. At least one; only that one which is
         in the same section as the key `near`, if there is one."""
-        found = {k: value for k, value, _ in self.walk() if f".{k}".endswith(f".{name}")}
+        found = keys_ending(type(self), name)
         assert found, f"no key ends in {name}"
         own = f"{near.rpartition('.')[0]}.{name}"
-        return {own: found[own]} if own in found else found
+        return {k: attrgetter(k)(self) for k in ([own] if own in found else found)}
 
     def holds(self, condition: str, near: str = "") -> bool:
         """Whether ``end.of.key=word``, with `!=` or ` lacks ` too, all joined by ` and `; of keys
@@ -120,6 +121,12 @@ class Section:
             if own or (sign == "=") not in same:
                 return False
         return True
+
+
+@cache
+def keys_ending(kind: type[Section], name: str) -> list[str]:
+    """The keys of a kind of section that `name` is an end of."""
+    return [key for key, _, _ in kind().walk() if f".{key}".endswith(f".{name}")]
 
 
 @cache

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,8 +74,8 @@ def _compose(
     users gave."""
     problems: dict[str, str] = {}
     try:
-        with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
-            config = compose(config_name)
+        own = Path(config_dir) == HERE
+        config = deepcopy(_of_package(config_name)) if own else _read(config_name, config_dir)
         schema: Any = OmegaConf.get_type(config)
         if not issubclass(schema, Section):
             raise ConfigError(f"{config_name}.yaml must begin with defaults: [schema, _self_]")
@@ -84,6 +86,15 @@ def _compose(
     if lines := [*problems, *validate(typed, problems.values())]:
         raise ConfigError("\n".join(lines))
     return config, typed, given
+
+
+def _read(config_name: str, config_dir: str | Path = HERE) -> DictConfig:
+    """The YAML file, with what it begins with."""
+    with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
+        return compose(config_name)
+
+
+_of_package = cache(_read)  # half of the time of a `load_config`; files of the user's may change
 
 
 def load_config(
