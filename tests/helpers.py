@@ -22,7 +22,7 @@ from verl.cluster import free_port
 from verl.protocol import OptimizerStep, Prompt, Sample, response_lengths
 
 ROOT = Path(__file__).parents[1]
-whole_run = pytest.mark.series(6, "whole runs")  # except those of test_main_ppo.py
+whole_run = pytest.mark.series(4, "whole runs")  # except those of test_main_ppo.py
 long_test = pytest.mark.series(3, "other long tests")
 needs_onednn = pytest.mark.skipif(
     "not __import__('torch').backends.mkldnn.is_available()", reason="PyTorch without oneDNN"

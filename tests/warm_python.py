@@ -36,8 +36,11 @@ MODULES = [
     "aiohttp.web",
     "grpc.aio",
     "google.protobuf",
+    "requests",
+    "jsonschema",
 ]
-"""Imported before the first fork. Not Ray itself, which reads the environment when it is."""
+"""Imported before the first fork. Not Ray itself, which reads the environment when it is, but what
+it imports."""
 CLIENT = """#!{python} -SEI
 import _signal, _socket, marshal, os, sys
 server = _socket.socket(_socket.AF_UNIX)

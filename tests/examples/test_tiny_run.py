@@ -21,6 +21,7 @@ STEPS = 15
 SIGHUP = pytest.param(
     signal.SIGHUP, marks=pytest.mark.skipif(signal.SIGHUP not in SIGNALS, reason="nohup")
 )
+stopped = pytest.mark.series(1, "a stopped tiny run")
 OWN_TASK = f"""
 import sys
 from dataclasses import replace
@@ -90,7 +91,7 @@ def end(process: Program, number: int) -> int:
     return status
 
 
-@pytest.mark.series(1)
+@stopped
 @pytest.mark.parametrize("number", [signal.SIGTERM, SIGHUP])
 def test_a_task_of_ones_own_stopped_by_a_signal_and_finished(tmp_path: Path, number: int) -> None:
     (program := tmp_path / "mine.py").write_text(OWN_TASK)
@@ -124,7 +125,7 @@ def test_a_task_of_ones_own_stopped_by_a_signal_and_finished(tmp_path: Path, num
     assert shown.strip() and shown in printed
 
 
-@pytest.mark.series(1)
+@stopped
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_warm_up_leaves_nothing(tmp_path: Path, number: int) -> None:
     out, log = tmp_path / "out", tmp_path / "log"

@@ -38,7 +38,7 @@ def make_config(model: Path) -> Config:
     return config
 
 
-OF_VLLM = pytest.param("vllm", marks=pytest.mark.series(6, "a pool of vLLM's engines"))
+OF_VLLM = pytest.param("vllm", marks=pytest.mark.series(4, "a pool of vLLM's engines"))
 
 
 @pytest.fixture(scope="module", params=["hf", OF_VLLM])
