@@ -104,7 +104,7 @@ class Section:
     def ending(self, name: str, near: str = "") -> dict[str, Any]:
         """The keys that `name` is an end of, and their values. At least one; only that one which is
         in the same section as the key `near`, if there is one."""
-        found = keys_ending(type(self), name)
+        found = keys_ending(type(self), name)  # type: ignore[arg-type]  # classes can be hashed
         assert found, f"no key ends in {name}"
         own = f"{near.rpartition('.')[0]}.{name}"
         return {k: attrgetter(k)(self) for k in ([own] if own in found else found)}

@@ -61,8 +61,8 @@ class Part:
             torch.index_select(old, 0, rows, out=view)
 
     def keep(self, order: Tensor, moved: Tensor, width: int) -> None:
-        """As `select` with a shorter `order`, of whose places only those in `moved` have got another
-        row. Copies no more than these until half of the memory is free."""
+        """As `select` with a shorter `order`, of whose places those in `moved` alone have got
+        another row. Copies no more than these until half of the memory is free."""
         if 2 * len(order) <= len(self.buffers[0]):
             return self.select(order, width)
         self._drop_columns(self.used - width)
