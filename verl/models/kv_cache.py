@@ -241,7 +241,11 @@ def decode_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
     heads = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
     scale = kw.get("scaling")
-    output = F.scaled_dot_product_attention(heads, key, value, attention_mask, scale=scale)
+    if query.device.type == "cpu" and query.dtype == torch.float32:
+        scores = (heads * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+        output = (scores if attention_mask is None else scores + attention_mask).softmax(-1) @ value
+    else:
+        output = F.scaled_dot_product_attention(heads, key, value, attention_mask, scale=scale)
     return output.reshape(len(query), 1, query.shape[1], value.shape[-1]), None
 
 
