@@ -139,6 +139,9 @@ def test_attention_is_that_of_repeated_keys(per_head: bool) -> None:
     module = torch.nn.Module()
     module.num_key_value_groups = 3
     output, _ = decode_attention(module, query, key, value, mask, scaling=0.5)
+    added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    again, _ = decode_attention(module, query, key, value, added, scaling=0.5)
+    torch.testing.assert_close(again, output)
     for row in range(3):
         for head in range(6):
             scores = 0.5 * key[row, head // 3] @ query[row, head, 0]

@@ -241,7 +241,8 @@ def decode_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
     heads = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
     scale = kw.get("scaling")
-    if query.device.type == "cpu" and query.dtype == torch.float32:
+    added = attention_mask is None or attention_mask.is_floating_point()
+    if query.device.type == "cpu" and query.dtype == torch.float32 and added:
         scores = (heads * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
         output = (scores if attention_mask is None else scores + attention_mask).softmax(-1) @ value
     else:
