@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-KEEP_SHARE = 0.85
-"""`verl.rollout.hf.KEEP_SHARE`."""
+KEEP_SHARE, FILL_SHARE = 0.95, 0.15
+"""Those of `verl.rollout.hf`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class Engine:
     """Of a round of generation, whatever it draws."""
     max_num_seqs: int = 1024
     continuous: bool = True
-    """Whether it gives back a response, and fills its place, at once (vLLM), or when 15 % of the
-    batch have ended (`hf`)."""
+    """Whether it gives back a response, and fills its place, at once (vLLM), or when 5 % of the
+    batch have ended and 15 % of the places are free (`hf`)."""
     cache_tokens: float = np.inf
     """Tokens that the KV cache holds. Sequences beyond it wait in the engine (vLLM would begin them
     and take some back)."""
@@ -35,7 +35,7 @@ class Engine:
 
 def batch_seconds(engine: Engine, lengths: NDArray[np.int64], prompt: int) -> NDArray[np.float64]:
     """The engine `hf`: when each response of one batch comes, [R]. Those that are finished stay in
-    the batch until they are more than 15 % of it."""
+    the batch until they are more than 5 % of it."""
     order = np.sort(lengths)
     done, step, clock = 0, 0, 0.0
     result = np.empty(len(lengths))
@@ -116,9 +116,9 @@ class EngineRun:
         return int(np.interp(seconds, self.times, self.steps) + 1e-6)
 
     def _fill(self) -> None:
-        """Begins rows that wait, if there is room for them (`hf`: for 15 % of its batch)."""
+        """Begins rows that wait, if there is room for them (`hf`: for 15 % of the places)."""
         places = self.limit - len(self.running)
-        least = 1 if self.engine.continuous else (1 - KEEP_SHARE) * self.limit
+        least = 1 if self.engine.continuous else FILL_SHARE * self.limit
         new = range(self.begun, min(self.begun + places, len(self.left)))
         if not new or places < least:
             return

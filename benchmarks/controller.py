@@ -226,7 +226,7 @@ def step(
         stages("update: balance, scatter", lambda: trainer.update_actor(steps))
     stages("metrics", lambda: trainer.step_metrics(samples, steps, timer))
     stages(
-        "samples to disk, as a checkpoint has them",
+        "write the samples (Feather)",
         lambda: write_samples(folder / "samples.feather", samples),
     )
     return samples

@@ -75,11 +75,11 @@ def test_the_cache_bounds_what_runs() -> None:
 
 
 def test_batches_drop_what_is_finished() -> None:
-    """Ten rows: 1 … 10. Two finished rows are more than 15 %, one is not; of six rows one is."""
-    times = batch_seconds(SECOND, np.arange(1, 11), 0)
-    assert times.tolist() == [2, 2, 4, 4, 5, 6, 7, 8, 9, 10]
-    mixed = batch_seconds(SECOND, np.array([10, 3, 7, 1, 9, 2, 8, 4, 6, 5]), 0)
-    assert mixed.tolist() == [10, 4, 7, 2, 9, 2, 8, 4, 6, 5]
+    """Two finished rows are at least 5 % of up to 40, one is not; of 20 rows one is."""
+    times = batch_seconds(SECOND, np.arange(1, 27), 0)
+    assert times.tolist() == [2, 2, 4, 4, 6, 6, *range(7, 27)]
+    mixed = batch_seconds(SECOND, np.array([*range(26, 5, -1), 3, 1, 4, 2, 5]), 0)
+    assert mixed.tolist() == [*range(26, 6, -1), 6, 4, 2, 4, 2, 6]
 
 
 def test_dynamic_sampling_stops_in_the_order_of_the_prompts() -> None:

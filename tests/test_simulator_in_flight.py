@@ -156,14 +156,15 @@ def test_blocks_of_whole_groups() -> None:
 
 
 def test_hf_fills_places_when_a_batch_is_compacted() -> None:
-    """Ten places: 1 … 10 tokens, and three rows of 1 that wait. After two steps two have ended, and
-    two begin; after three steps three end, and the last one begins; it ends beside the 4th."""
+    """Ten places: 1 … 10 tokens, and three rows of 1 that wait. After a step one has ended, and its
+    place stays free; after two steps two are free, and two rows begin; after three steps three
+    rows end, and the last one begins; it ends beside the 4th."""
     engine = Engine(1.0, continuous=False)
     left = np.array([*range(1, 11), 1, 1, 1])
     run = EngineRun(engine, left, np.zeros_like(left), np.zeros_like(left), limit=10)
     while run.advance():
         pass
-    assert run.finish[:4].tolist() == [2, 2, 3, 4] and run.finish[10:].tolist() == [3, 3, 4]
+    assert run.finish[:4].tolist() == [1, 2, 3, 4] and run.finish[10:].tolist() == [3, 3, 4]
     engine = Engine(0.3, 0.2, 0.01, continuous=False)
     run = EngineRun(engine, left, np.full_like(left, 7), np.zeros_like(left), limit=20)
     while run.advance():

@@ -91,7 +91,7 @@ def test_signals_are_handed_on_and_a_marked_fork_can_be_found(number: int) -> No
         env=environment,
         stdin=pipe,
         stdout=pipe,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup and & have some ignored
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup and & leave some ignored
     ) as starter:
         assert starter.stdout is not None
         fork = int(starter.stdout.readline())

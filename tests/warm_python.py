@@ -39,7 +39,7 @@ MODULES = [
     "requests",
     "jsonschema",
 ]
-"""Imported before the first fork. Not Ray itself, which reads the environment when it is, but what
+"""Imported before the first fork. Not Ray itself, which reads the environment on import; only what
 it imports."""
 CLIENT = """#!{python} -SEI
 import _signal, _socket, marshal, os, sys

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import VOCABULARY, make_tiny_model, needs_onednn
 from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.hf import reorder_linears
-from verl.models.kv_cache import MAX_PARTS, decode_attention
+from verl.models.kv_cache import MAX_PARTS, RaggedCache, decode_attention
 from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import Row, SamplingParams, rows_of
 from verl.rollout.hf import HFEngine, of_like_length, sample
@@ -128,6 +128,30 @@ def test_attention_to_parts_is_that_to_each_row() -> None:
         output, _ = decode_attention(torch.nn.Module(), q, k, v, added)
         tolerance = 1e-6 if dtype == torch.float32 else 0.03
         torch.testing.assert_close(output.float(), expected, rtol=0, atol=tolerance)
+
+
+def test_the_last_rows_take_the_places_of_those_that_are_gone() -> None:
+    """Of two parts, with five and three rows of four columns. In the first one, of which more than
+    three quarters are left, all others stay where they are."""
+    caches = [RaggedCache(limit=100, max_parts=2) for _ in range(2)]
+    for part, rows in zip(caches, (range(5), range(5, 8)), strict=True):
+        content = torch.tensor([[10.0 * row + column for column in range(4)] for row in rows])
+        part.update(content[:, None, :, None], -content[:, None, :, None], 0)
+    cache = caches[0]
+    cache.join(caches[1])
+    (layer,) = cache.layers
+    before = [part.buffers[0].data_ptr() for part in layer.parts]
+    assert cache.keep([1, 2, 3, 4, 6, 7], [3, 1, 2, 3, 2, 1]) == [4, 1, 2, 3, 7, 6]
+    after = [part.buffers[0].data_ptr() for part in layer.parts]
+    assert after[0] == before[0] and after[1] != before[1]
+    for _ in range(40):  # beyond the columns to spare
+        new = torch.full((6, 1, 1, 1), 0.5)
+        (keys, _), (values, _) = layer.update(new, -new)
+    first, second = (part.views[0][:, 0, :, 0] for part in layer.parts)
+    assert first[:, :3].tolist() == [[10.0 * row + c for c in (1, 2, 3)] for row in (4, 1, 2, 3)]
+    assert second[:, :2].tolist() == [[10.0 * row + c for c in (2, 3)] for row in (7, 6)]
+    assert first.shape == (4, 43) and second.shape == (2, 42) and (first[:, 3:] == 0.5).all()
+    assert (values == -keys).all()
 
 
 @pytest.mark.parametrize("per_head", [False, True])

@@ -24,12 +24,12 @@ from verl.utils.samples import (
 Resumed = Callable[[list[Sample]], list[Sample]]
 
 
-@pytest.fixture(params=["feather", "parquet"])
-def resumed(tmp_path: Path, request: pytest.FixtureRequest) -> Resumed:
-    """What is read of samples that were written; as parquet they are an earlier version's."""
+@pytest.fixture
+def resumed(tmp_path: Path) -> Resumed:
+    """What is read of samples that were written."""
 
     def write_and_read(samples: list[Sample]) -> list[Sample]:
-        write_samples(tmp_path / f"samples.{request.param}", samples)
+        write_samples(tmp_path / "samples.feather", samples)
         return read_samples(tmp_path / "samples.feather", [s.prompt for s in samples])
 
     return write_and_read

@@ -1,8 +1,8 @@
-"""The engine's arguments of published scripts, as vLLM's code for CUDA resolves them: of some that
-change with the day or, with --all, of all. With CUDA_WHEELS=FOLDER also by the package for CUDA
-itself, whose wheel (330 MB) is kept there:
+"""The engine's arguments of published scripts, as vLLM's code for CUDA resolves them: of a daily
+sample, or of all with --all. With CUDA_WHEELS=FOLDER also by the package for CUDA itself, whose
+wheel (330 MB) is kept there:
 
-    CUDA_WHEELS=/tmp/wheels .venv/bin/python -m pytest tests/vllm/test_cuda_config.py
+    CUDA_WHEELS=/tmp/wheels .venv/bin/python -m pytest tests/vllm/test_cuda_config.py --all
 """
 
 import json

@@ -124,9 +124,9 @@ class Section:
 
 
 @cache
-def keys_ending(kind: type[Section], name: str) -> list[str]:
-    """The keys of a kind of section that `name` is an end of."""
-    return [key for key, _, _ in kind().walk() if f".{key}".endswith(f".{name}")]
+def keys_ending(kind: type[Section], name: str) -> tuple[str, ...]:
+    """Keys of this class of section that end in `name`. All its instances have the same."""
+    return tuple(key for key, _, _ in kind().walk() if f".{key}".endswith(f".{name}"))
 
 
 @cache

@@ -89,12 +89,13 @@ def _compose(
 
 
 def _read(config_name: str, config_dir: str | Path = HERE) -> DictConfig:
-    """The YAML file, with what it begins with."""
+    """The YAML file, merged with its defaults list."""
     with initialize_config_dir(str(Path(config_dir).resolve()), version_base="1.3"):
         return compose(config_name)
 
 
-_of_package = cache(_read)  # half of the time of a `load_config`; files of the user's may change
+# Composing is half of the time of `load_config`. Files of the user's may change meanwhile.
+_of_package = cache(_read)
 
 
 def load_config(

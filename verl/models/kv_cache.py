@@ -19,6 +19,7 @@ from verl.models.packing import explicit_attention
 DECODE_ATTENTION = "decode"  # transformers' name of `decode_attention`
 MAX_PARTS = 8  # each costs a call of the attention
 SPARE = 32  # columns that a new buffer has to spare
+MOST = 0.75  # of a buffer's rows must be in use, or it is made smaller
 
 
 @dataclass(slots=True)
@@ -43,7 +44,7 @@ class Part:
         return [buffer[: self.rows, :, self.begin : self.end] for buffer in self.buffers]
 
     def append(self, new: Sequence[Tensor]) -> None:
-        """More columns of keys and values, [rows, heads, new, D] each."""
+        """Appends columns of keys and values, [rows, heads, new, D] each."""
         number = new[0].shape[2]
         if self.end + number > self.buffers[0].shape[2]:
             for view, old in self._renewed(self.rows, self.used + number):
@@ -54,20 +55,21 @@ class Part:
             view[:, :, -number:] = values
 
     def select(self, rows: Tensor, width: int) -> None:
-        """Makes it of these rows, in this order, which may come several times, and of the last
+        """Replaces its rows by these, in this order, each any number of times; keeps the last
         columns."""
         self._drop_columns(self.used - width)
         for view, old in self._renewed(len(rows), width):
             torch.index_select(old, 0, rows, out=view)
 
     def keep(self, order: Tensor, moved: Tensor, width: int) -> None:
-        """As `select` with a shorter `order`, of whose places those in `moved` alone have got
-        another row. Copies no more than these until half of the memory is free."""
-        if 2 * len(order) <= len(self.buffers[0]):
+        """As `select`, where only the places in `moved` get another row. Copies only these, as long
+        as the rest are most of what the buffers have memory for."""
+        if len(order) <= MOST * len(self.buffers[0]):
             return self.select(order, width)
         self._drop_columns(self.used - width)
-        for view in self.views if len(moved) else ():
-            view[moved] = view[order[moved]]
+        if len(moved):
+            for view in self.views:
+                view[moved] = view[order[moved]]
         self.rows = len(order)
 
     def merge(self, other: Self) -> None:
@@ -82,7 +84,7 @@ class Part:
             view[rows:, :, width - other.used :] = more
 
     def _drop_columns(self, number: int) -> None:
-        """The first ones."""
+        """Drops the first ones."""
         self.begin += number
         self.limit -= number
 
@@ -153,9 +155,8 @@ class RaggedCache(Cache):
             mine.join(theirs)
 
     def keep(self, rows: Sequence[int], tokens: Sequence[int]) -> list[int]:
-        """Keeps these rows of the batch, which ascend and have so many tokens each. Returns them in
-        the order that they have then: of each part the last ones take the places of those that are
-        gone."""
+        """Keeps these rows of the batch, in ascending order; `tokens`: of each. Returns the order
+        that they have then: of each part the last ones take the places of those that are gone."""
         parts: list[Part] = self.layers[0].parts
         device, begin, order = parts[0].buffers[0].device, 0, list[int]()
         changes: list[tuple[Tensor, Tensor, int] | None] = []  # None: nothing is left
@@ -177,7 +178,8 @@ class RaggedCache(Cache):
             for part, change in zip(layer.parts, changes, strict=True):
                 if change is not None:
                     part.keep(*change)
-            layer.parts = [p for p, change in zip(layer.parts, changes, strict=True) if change]
+            kept = zip(layer.parts, changes, strict=True)
+            layer.parts = [part for part, change in kept if change is not None]
         return order
 
     def repeat(self, rows: Tensor) -> None:
@@ -229,7 +231,8 @@ def decode_attention(
 ) -> tuple[Tensor, None]:
     """transformers' `sdpa`, [B, heads, T, D] → [B, T, heads, D], with sinks and caps of scores, and
     with several parts of the batch; for T = 1 without copies of the cache: query heads that share a
-    key-value head are so many queries of that head."""
+    key-value head are so many queries of that head. On a CPU in float32 they
+    are two matrix products, which are faster than `sdpa` for short caches."""
     if not isinstance(key, Tensor):
         return _of_parts(module, query, key, value, attention_mask, **kw), None
     assert isinstance(value, Tensor)
@@ -241,8 +244,8 @@ def decode_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kw)
     heads = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
     scale = kw.get("scaling")
-    added = attention_mask is None or attention_mask.is_floating_point()
-    if query.device.type == "cpu" and query.dtype == torch.float32 and added:
+    boolean = attention_mask is not None and attention_mask.dtype == torch.bool
+    if query.device.type == "cpu" and query.dtype == torch.float32 and not boolean:
         scores = (heads * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
         output = (scores if attention_mask is None else scores + attention_mask).softmax(-1) @ value
     else:

@@ -24,7 +24,7 @@ from verl.rollout.engine import RolloutEngine, Row, SamplingParams
 from verl.utils.device import default_dtype, empty_cache, get_device
 
 KEEP_SHARE = 0.95  # the batch is compacted when a smaller share of its rows is unfinished
-FILL_SHARE = 0.15  # of the places must be free for responses that wait to take them
+FILL_SHARE = 0.15  # share of the places that must be free before waiting responses take them
 FREE_PADDING = 64  # columns in front of a shorter row that don't matter
 
 

@@ -23,8 +23,9 @@ SCHEMA = pa.schema(
 
 
 def write_samples(path: Path, samples: Sequence[Sample], **others: Sequence[Any]) -> None:
-    """Writes samples exactly, but of the prompt only its index: as Feather if `path` ends so, in a
-    third of the time, else as parquet, which more programs read. `others`: more columns, [N]."""
+    """Writes samples exactly, but of the prompt only its index: as Feather, which takes a
+    third of the time, if `path` ends in .feather, else as parquet, which more programs read.
+    `others`: more columns, [N]."""
     columns = {name: [getattr(s, name) for s in samples] for name in SCHEMA.names[1:]}
     columns["prompt_index"] = [s.prompt.index for s in samples]
     columns["extras"] = [json.dumps(plain(extras)) for extras in columns["extras"]]
@@ -41,14 +42,13 @@ def write_samples(path: Path, samples: Sequence[Sample], **others: Sequence[Any]
 
 
 def read_samples(path: Path, prompts: Sequence[Prompt]) -> list[Sample]:
-    """The samples written to `path` or, by earlier versions, with the ending `.parquet`, if they
-    are there. Raises: ValueError for another prompt."""
+    """The samples written to `path`, a Feather file. Raises: ValueError if it isn't there, and for
+    another prompt."""
     if not path.exists():
-        path = path.with_suffix(".parquet")
-    if not path.exists():
-        return []
+        remedy = "go on with the version that wrote the checkpoint"
+        raise ValueError(f"{path} is missing, with responses that wait for the next step: {remedy}")
     by_index = {prompt.index: prompt for prompt in prompts}
-    table = (feather if path.suffix == ".feather" else pq).read_table(path)
+    table = feather.read_table(path)
     arrays = [name for name in ARRAYS if name in table.column_names]
     rows = table.drop_columns(arrays).to_pylist()
     for name in arrays:
