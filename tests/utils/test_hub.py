@@ -49,7 +49,7 @@ def run(kind: str, folder: Path, *arguments: str, **variables: str) -> tuple[lis
     """Lines of output and of errors."""
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder)}
-    started = time.monotonic()
+    started = time.monotonic() - sum(os.times()[2:4])
     with endpoint(kind) as address:
         done = subprocess.run(
             [sys.executable, *arguments],
@@ -58,7 +58,8 @@ def run(kind: str, folder: Path, *arguments: str, **variables: str) -> tuple[lis
             capture_output=True,
             text=True,
         )
-    assert time.monotonic() - started < 28  # which retries alone take
+    # Without what processors took, of which other tests may leave little: retries wait as long.
+    assert time.monotonic() - sum(os.times()[2:4]) - started < 28
     return done.stdout.splitlines(), done.stderr.splitlines()
 
 
