@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from tests.helpers import ROOT
+from verl.rollout import hf
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from cluster import Run, Trainer, draw_batch, generate, simulate, train_seconds
-from cluster_engine import Engine, batch_seconds
+from cluster_engine import FILL_SHARE, KEEP_SHARE, Engine, batch_seconds
 from simulate_cluster import Gpu, lognormal, make_plan, placements
 
 SECOND = Engine(step_s=1.0)
@@ -72,6 +73,10 @@ def test_the_cache_bounds_what_runs() -> None:
     """30 tokens hold two sequences of 10 + 5: two after two."""
     engine = Engine(step_s=1.0, cache_tokens=30)
     assert generate(engine, 1, np.full((1, 4), 10), 5).seconds == 20
+
+
+def test_the_engine_hf_is_the_trainers() -> None:
+    assert (KEEP_SHARE, FILL_SHARE) == (hf.KEEP_SHARE, hf.FILL_SHARE)
 
 
 def test_batches_drop_what_is_finished() -> None:

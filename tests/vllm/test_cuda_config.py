@@ -67,7 +67,7 @@ def configurations(
         (folder / f"{name}.yaml").write_text(done.stdout)
         return name, folder / f"{name}.yaml"
 
-    scripts = random.Random(os.environ["SAMPLE_SEED"]).sample(SCRIPTS, 4)
+    scripts = random.Random(request.config.getoption("sample_seed")).sample(SCRIPTS, 4)
     if request.config.getoption("all"):
         scripts = SCRIPTS
     todo = [(path.stem, path, []) for path in scripts]

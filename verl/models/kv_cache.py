@@ -159,8 +159,9 @@ class RaggedCache(Cache):
         that they have then: of each part the last ones take the places of those that are gone."""
         parts: list[Part] = self.layers[0].parts
         device, begin, order = parts[0].buffers[0].device, 0, list[int]()
-        changes: list[tuple[Tensor, Tensor, int] | None] = []  # None: nothing is left
-        for part in parts:
+        to = partial(torch.tensor, dtype=torch.int64, device=device)
+        changes: dict[int, tuple[Tensor, Tensor, int]] = {}  # of parts of which something is left
+        for i, part in enumerate(parts):
             first, last = (bisect_left(rows, row) for row in (begin, begin + part.rows))
             size, own = last - first, [row - begin for row in rows[first:last]]
             gone = sorted({*range(size)}.difference(own))
@@ -170,16 +171,11 @@ class RaggedCache(Cache):
             order += [begin + row for row in places]
             begin += part.rows
             if size:
-                to = partial(torch.tensor, dtype=torch.int64, device=device)
-                changes.append((to(places), to(gone), max(tokens[first:last])))
-            else:
-                changes.append(None)
+                changes[i] = to(places), to(gone), max(tokens[first:last])
         for layer in self.layers:
-            for part, change in zip(layer.parts, changes, strict=True):
-                if change is not None:
-                    part.keep(*change)
-            kept = zip(layer.parts, changes, strict=True)
-            layer.parts = [part for part, change in kept if change is not None]
+            for i, change in changes.items():
+                layer.parts[i].keep(*change)
+            layer.parts = [layer.parts[i] for i in changes]
         return order
 
     def repeat(self, rows: Tensor) -> None:
@@ -231,8 +227,8 @@ def decode_attention(
 ) -> tuple[Tensor, None]:
     """transformers' `sdpa`, [B, heads, T, D] → [B, T, heads, D], with sinks and caps of scores, and
     with several parts of the batch; for T = 1 without copies of the cache: query heads that share a
-    key-value head are so many queries of that head. On a CPU in float32 they
-    are two matrix products, which are faster than `sdpa` for short caches."""
+    key-value head are so many queries of that head. On a CPU in float32 they are
+    two matrix products, which are faster than `sdpa` for short caches."""
     if not isinstance(key, Tensor):
         return _of_parts(module, query, key, value, attention_mask, **kw), None
     assert isinstance(value, Tensor)

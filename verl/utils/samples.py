@@ -23,9 +23,9 @@ SCHEMA = pa.schema(
 
 
 def write_samples(path: Path, samples: Sequence[Sample], **others: Sequence[Any]) -> None:
-    """Writes samples exactly, but of the prompt only its index: as Feather, which takes a
-    third of the time, if `path` ends in .feather, else as parquet, which more programs read.
-    `others`: more columns, [N]."""
+    """Writes samples exactly, but of the prompt only its index: as Feather, which takes half
+    of the time, if `path` ends in .feather, else as parquet, which more programs read. `others`:
+    more columns, [N]."""
     columns = {name: [getattr(s, name) for s in samples] for name in SCHEMA.names[1:]}
     columns["prompt_index"] = [s.prompt.index for s in samples]
     columns["extras"] = [json.dumps(plain(extras)) for extras in columns["extras"]]
