@@ -114,11 +114,11 @@ def default_packed_attention(device: torch.device, dtype: torch.dtype) -> str:
 REORDERED_FROM = 2**17  # weights of so many elements are faster in oneDNN's order (LOG.md)
 
 
-def multiplies_faster_reordered(weight: torch.Tensor) -> bool:
-    """Whether `verl.models.hf` pays for this weight of a linear layer, and can be had."""
-    fits = weight.device.type == "cpu" and weight.dtype == torch.float32
+def multiplies_faster_reordered(*weights: torch.Tensor) -> bool:
+    """Whether `verl.models.hf` pays for these weights of linear layers, together, and can be had."""
+    fits = all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
     available = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return fits and weight.numel() >= REORDERED_FROM and available
+    return fits and sum(w.numel() for w in weights) >= REORDERED_FROM and available
 
 
 def default_tile(device: torch.device) -> tuple[int, int]:
