@@ -7,8 +7,8 @@ with the same limit. What they return: ours and vLLM tokens with log-probabiliti
 training step needs; `generate` tokens alone, as its `output_logits` would cost it memory and time.
 `generate` gets one padded batch with `num_return_sequences`, vLLM prefix caching and one process.
 Every engine is a process of its own, idle while another one runs, and keeps the memory that it
-frees. vLLM runs eagerly, as the trainer runs it (`enforce_eager=True`, its default), and compiled
-by torch's inductor; the best of both with one and two threads counts. As in the trainer, each of
+frees. Ours and vLLM run eagerly, as the trainer runs them (`enforce_eager=True`, its default), and
+compiled by inductor; the best of each with one and two threads counts. As in the trainer, each of
 its requests has a seed of its own, which its sampler draws for in a loop. Two engines of one thread
 each, with half of the prompts, are how the trainer runs them on two cores. `--quick` leaves out all
 of vLLM but two eager threads.
@@ -50,7 +50,7 @@ def rollout_config(name: str) -> Any:
     """The trainer's keys for one of `ENGINES`."""
     from verl.config.schema import RolloutConfig
 
-    return RolloutConfig(name=name.split()[0], enforce_eager=name != "vllm compiled")
+    return RolloutConfig(name=name.split()[0], enforce_eager="compiled" not in name)
 
 
 # One engine, in a process of its own.
@@ -197,7 +197,8 @@ class Engine:
 
 QUICK = [("hf", 2, 1), ("generate", 2, 1), ("hf", 1, 2), ("vllm eager", 2, 1)]
 ENGINES = [*QUICK, ("vllm eager", 1, 1), ("vllm eager", 1, 2)]
-ENGINES += [("vllm compiled", 1, 1), ("vllm compiled", 2, 1)]
+ENGINES += [("vllm compiled", 1, 1), ("vllm compiled", 2, 1), ("vllm compiled", 1, 2)]
+ENGINES += [("hf compiled", 2, 1), ("hf compiled", 1, 2)]
 """Engine, threads of each process, processes."""
 
 
@@ -207,10 +208,10 @@ def available(small: bool, quick: bool) -> list[tuple[str, int, int]]:
     if small and importlib.util.find_spec("vllm") is None:
         print("vLLM is not installed and is left out: bash setup.sh cpu --vllm")
         missing = "vllm"
-    elif small and not quick and not any(map(shutil.which, ("g++", "c++", "clang++"))):
-        print("there is no C++ compiler (apt-get install g++): compiled vLLM is left out")
-        missing = "vllm compiled"
-    engines = QUICK if quick else ENGINES
+    compiles = any(map(shutil.which, ("g++", "c++", "clang++")))
+    if not (quick or compiles):
+        print("there is no C++ compiler (apt-get install g++): compiled engines are left out")
+    engines = [e for e in (QUICK if quick else ENGINES) if compiles or "compiled" not in e[0]]
     return [e for e in engines if not missing or not e[0].startswith(missing)]
 
 
@@ -251,8 +252,12 @@ def compare(size: str, quick: bool, repeats: int) -> None:
     if peers:
         best = max(peers, key=peers.get)
         say(f"{what} vLLM (best: {best})", ours / peers[best], ">= 1")
-    if two := tokens.get("vllm eager, 1 thread x 2"):
-        pair += f", {tokens['hf, 1 thread x 2'] / two:.3g} x two of vLLM, eager"
+        if compiled := tokens.get("hf compiled, 2 threads"):
+            say(f"{what} vLLM, compiled as well", compiled / peers[best], ">= 1")
+    for kind in ("eager", "compiled"):
+        if two := tokens.get(f"vllm {kind}, 1 thread x 2"):
+            own = tokens["hf, 1 thread x 2" if kind == "eager" else "hf compiled, 1 thread x 2"]
+            pair += f", {own / two:.3g} x two of vLLM, both {kind}"
     print(pair)
 
 

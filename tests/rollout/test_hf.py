@@ -1,5 +1,6 @@
 """The `hf` engine: what it draws, its log-probabilities, and that nothing else matters."""
 
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import VOCABULARY, make_tiny_model, needs_onednn
 from verl.config.schema import ModelConfig, RolloutConfig
-from verl.models.hf import reorder_linears
-from verl.models.kv_cache import MAX_PARTS, RaggedCache, decode_attention
+from verl.models.kv_cache import MAX_PARTS, RaggedCache, decode_attention, next_logits
+from verl.models.linears import join_linears
 from verl.protocol import Prompt, Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import Row, SamplingParams, rows_of
 from verl.rollout.hf import HFEngine, of_like_length, sample
@@ -271,18 +273,39 @@ def test_reordered_products_are_the_plain_ones(bias: bool) -> None:
     rows = [torch.randn(n, 3, 384) for n in (1, 16, 100)]
     with torch.inference_mode():
         expected = [model(x) for x in rows]
-        reorder_linears(model)
+        (joint,) = join_linears(model)
         assert ["forward" in vars(layer) for layer in model] == [True, False]  # the second is small
         for x, y in zip(rows, expected, strict=True):
             torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
         model[0].weight *= 2
-        reorder_linears(model)
-        torch.testing.assert_close(
-            model[0](rows[0]),
-            torch.nn.functional.linear(rows[0], model[0].weight, model[0].bias),
-            rtol=1e-5,
-            atol=1e-5,
-        )
+        joint.reorder()
+        plain = F.linear(rows[0], model[0].weight, model[0].bias)
+        torch.testing.assert_close(model[0](rows[0]), plain, rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+@pytest.mark.parametrize("biases", [(True, True, True), (False, False, False), (True, False, True)])
+def test_layers_of_one_input_are_one_product(biases: tuple[bool, ...]) -> None:
+    """Too small one by one; whatever they are asked, in whatever order. With a bias in some of them
+    alone they stay apart."""
+    torch.manual_seed(0)
+    names = ("q_proj", "k_proj", "v_proj")
+    sizes = zip((256, 128, 128), biases, strict=True)
+    model = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(256, *size) for name, size in zip(names, sizes, strict=True)}
+    )
+    x, other = torch.randn(2, 5, 3, 256)
+    calls = [("q_proj", x), ("k_proj", x), ("v_proj", x), ("k_proj", x), ("k_proj", x)]
+    calls += [("q_proj", other), ("v_proj", x), ("v_proj", other), ("k_proj", other)]
+    with torch.inference_mode():
+        expected = [model[name](rows) for name, rows in calls]
+        joint = join_linears(model)
+        assert [len(j.layers) for j in joint] == ([3] if len({*biases}) == 1 else [])
+        for (name, rows), y in zip(calls, expected, strict=True):
+            torch.testing.assert_close(model[name](rows), y, rtol=1e-5, atol=1e-5)
+        for name in names if joint else ():
+            model[name](x)
+    assert all(j.input is None and not j.outputs for j in joint)  # nothing is held
 
 
 def test_tokens_are_drawn_with_their_probabilities() -> None:
@@ -402,7 +425,7 @@ def test_each_token_knows_the_weights_that_drew_it(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("parts", [8, 2, 1])
 def test_responses_that_wait_take_the_places_of_those_that_ended(
-    tiny_model: Path, parts: int
+    tiny_model: Path, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts, params = make_prompts([3, 9, 5, 17, 2]), SamplingParams(5, 40)
     expected = {
@@ -411,16 +434,17 @@ def test_responses_that_wait_take_the_places_of_those_that_ended(
     engine = build(tiny_model, max_num_seqs=4)
     assert engine.max_parts == MAX_PARTS
     engine.max_parts = parts
-    sizes, forward, most, widest = [], engine._forward, 0, 0
+    sizes, most, widest = [], 0, 0
 
-    def watched(ids: torch.Tensor, *others: Any) -> torch.Tensor:
+    def watched(model: Any, ids: torch.Tensor, *others: Any) -> torch.Tensor:
         nonlocal most, widest
         sizes.append(tuple(ids.shape))
         most = max(most, *(len(layer.parts) for layer in others[-1].layers), 0)
         widest = max(widest, others[-1].get_seq_length())
-        return forward(ids, *others)
+        return next_logits(model, ids, *others)
 
-    engine._forward = watched
+    monkeypatch.setattr("verl.rollout.hf.next_logits", watched)
+    engine.step = partial(watched, engine.model)
     for s in generate(engine, prompts, params):
         whole = expected.pop((s.group, s.response_index))
         assert s.response_ids.tolist() == whole.response_ids.tolist()

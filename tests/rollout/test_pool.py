@@ -207,10 +207,12 @@ def test_an_interrupted_generation_goes_on_with_what_has_begun(
     """Greedily, as vLLM goes on with other random numbers; and with an engine that dies."""
     _, engines, restarted = restarting(*workers)
     params = replace(PARAMS, temperature=0.0, ignore_eos=True)
-    expected = tokens([s for part in engines.generate(PROMPTS, NUMBERS, params) for s in part])
+    prompts = PROMPTS * 5  # so that engines are still busy in the third round
+    whole = engines.generate(prompts, range(len(prompts)), params)
+    expected = tokens([s for part in whole for s in part])
     flight = InFlight(scored, params)
     flight.engines = engines
-    flight.add(PROMPTS)
+    flight.add(prompts)
     found: list[Sample] = []
     for round_ in range(4):
         flight.start()
@@ -222,7 +224,8 @@ def test_an_interrupted_generation_goes_on_with_what_has_begun(
         assert round_ or any(begun)
     while flight.line:
         found += flight.next()
-    assert tokens(found) == expected and [s.prompt.index for s in found] == sorted(NUMBERS * 3)
+    assert tokens(found) == expected
+    assert [s.prompt.index for s in found] == [i for i in NUMBERS * 5 for _ in range(3)]
     assert restarted == [1]
     flight.thread.shutdown()
 

@@ -332,8 +332,8 @@ def test_an_hf_engine_on_a_cpu_holds_large_weights_twice(tied: bool, tmp_path: P
     folder = make_tiny_model(tmp_path / "model", **shape)
     engine = HFEngine()
     engine.build(ModelConfig(path=str(folder)), RolloutConfig(), "cpu", 100)
-    copies = [m.forward.keywords["W"] for m in engine.model.modules() if "forward" in vars(m)]
-    assert len(copies) == 2 * 3 + 1  # of two layers' MLP, and the head
+    copies = [linear.product.keywords["W"] for linear in engine.linears]
+    assert len(copies) == 2 * 2 + 1  # of two layers' MLP, two of whose are joined, and the head
     held = sum(4 * w.numel() for w in [*copies, *engine.model.parameters()])
     model = json.loads((folder / "config.json").read_text())
     hf = plan("actor_rollout_ref.rollout.name=hf", model=model, device="cpu").generating()

@@ -65,8 +65,9 @@ class RolloutConfig(SamplingConfig):
     """vLLM: split long prompts over engine steps."""
     enable_prefix_caching: bool = key(True, **VLLM)
     """vLLM: compute the beginnings that prompts share once."""
-    enforce_eager: bool = key(True, **VLLM)
-    """vLLM: no CUDA graphs."""
+    enforce_eager: bool = key(True, **FREE)
+    """True: no graphs. False: vLLM makes CUDA graphs, and hf compiles its decoding step with
+    torch.compile: half a minute at the start, and on a CPU with a C++ compiler alone."""
     cudagraph_capture_sizes: list[int] | None = key(
         None, **FREE, idle_if=("rollout.name=hf", "enforce_eager=True")
     )

@@ -1,14 +1,13 @@
 """Hugging Face models: configuration, weights, end-of-sequence tokens, size, inference on a CPU."""
 
 import re
-from collections.abc import Collection, Sequence
-from functools import partial
+from collections.abc import Collection
 from importlib import import_module
 from os.path import expanduser, isdir, isfile, join
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,7 +19,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from verl.config.base import ClassifierConfig
 from verl.config.schema import ModelConfig
-from verl.utils.device import multiplies_faster_reordered
 from verl.utils.flops import ModelSize, head_size
 from verl.utils.hub import ask_hub
 
@@ -174,57 +172,3 @@ def model_size(lm: Any) -> ModelSize | None:
         attention=config.num_hidden_layers * heads * head_size(config),
         per_weight=6 if head.requires_grad else 4,
     )
-
-
-REORDERED_ROWS = 32  # the layout is chosen for such inputs; good for 1 to 128 (benchmarks/LOG.md)
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linear layers of a module that most models give the same input."""
-
-
-class JointLinear:
-    """Linear layers with one product for all of them: the first that gets an input computes the
-    others' outputs, too. Whatever inputs they get, each returns its own product."""
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        weight = torch.cat([layer.weight for layer in layers])
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        reordered = torch.ops.mkldnn._reorder_linear_weight(weight, REORDERED_ROWS)
-        rest = {"B": torch.cat(biases) if biases else None, "attr": "none", "scalars": []}
-        multiply = torch.ops.mkldnn._linear_pointwise
-        self.product = partial(multiply, W=reordered, **rest, algorithm="")
-        self.sizes = [layer.out_features for layer in layers]
-        self.input: Tensor | None = None
-        self.outputs: dict[int, Tensor] = {}  # of the input, those nobody has asked for yet
-        for i, layer in enumerate(layers):
-            of_layer = partial(self.output, i) if len(layers) > 1 else self.product
-            layer.forward = of_layer  # type: ignore[method-assign]  # an instance's own
-
-    def output(self, i: int, x: Tensor) -> Tensor:
-        """That of layer `i`."""
-        if x is not self.input or i not in self.outputs:
-            self.input = x
-            self.outputs = dict(enumerate(self.product(x).split(self.sizes, -1)))
-        found = self.outputs.pop(i)
-        if not self.outputs:
-            self.input = None
-        return found
-
-
-@torch.no_grad()
-def reorder_linears(model: nn.Module) -> None:
-    """Lets linear layers that gain by it multiply with a reordered copy of their present weights;
-    those of the same input together."""
-    for parent in model.modules():
-        left = {name: m for name, m in parent.named_children() if type(m) is nn.Linear}
-        for names in SAME_INPUT:
-            joint = [left[name] for name in names if name in left]
-            if len({layer.bias is None for layer in joint}) == 1:
-                left = {name: m for name, m in left.items() if m not in joint}
-                _reorder(joint)
-        for layer in left.values():
-            _reorder([layer])
-
-
-def _reorder(layers: Sequence[nn.Linear]) -> None:
-    if multiplies_faster_reordered(*(layer.weight for layer in layers)):
-        JointLinear(layers)

@@ -1,5 +1,6 @@
 """A KV cache of rows that differ in length, written in place, and an attention that reads it so."""
 
+import threading
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -184,25 +185,44 @@ class RaggedCache(Cache):
             layer.parts[0].select(rows, layer.parts[0].used)
 
 
+def next_logits(
+    model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache
+) -> Tensor:
+    """Those of the tokens after `ids`, [B, T], of which the cache gets keys and values; [B, 1, V].
+    `mask`: which columns of the cache, with the new ones, are not padding, [B, length]."""
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits
+
+
+@torch.inference_mode()
+def example(model: Any, max_parts: int) -> tuple[RaggedCache, tuple[Tensor, Tensor, Tensor]]:
+    """A cache with a row of two tokens and one of one, and what `next_logits` gets besides to read
+    one more of each."""
+    to = partial(torch.tensor, device=model.device)
+    cache, other = (RaggedCache(3, max_parts) for _ in range(2))
+    next_logits(model, to([[0, 0]]), None, to([[0, 1]]), cache)
+    next_logits(model, to([[0]]), None, to([[0]]), other)
+    cache.join(other)
+    mask = to([[True, True, True], [False, True, True]])
+    return cache, (to([[0], [0]]), mask, to([[2], [1]]))
+
+
 @torch.inference_mode()
 def max_parts(model: Any) -> int:
     """How many parts a model's cache may have: one, unless all its layers give keys and values to
-    `decode_attention` as the cache has them. That is tried, with a row of two tokens and one of
-    one."""
+    `decode_attention` as the cache has them. That is tried."""
     if model.config._attn_implementation != DECODE_ATTENTION:
         return 1
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-    cache, other = (RaggedCache(3, 2) for _ in range(2))
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
-    model(input_ids=ids[:, :1], past_key_values=other, use_cache=True)
-    cache.join(other)
-    inputs: dict[str, Tensor] = {
-        "input_ids": ids.T,
-        "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]], device=model.device),
-        "position_ids": torch.tensor([[2], [1]], device=model.device),
-    }
+    cache, inputs = example(model, 2)
     try:
-        model(**inputs, past_key_values=cache, use_cache=True)
+        next_logits(model, *inputs, cache)
     except (AttributeError, TypeError):  # it takes what isn't one tensor for one
         return 1
     return MAX_PARTS
@@ -229,6 +249,8 @@ def decode_attention(
     with several parts of the batch; for T = 1 without copies of the cache: query heads that share a
     key-value head are so many queries of that head. On a CPU in float32 they are
     two matrix products, which are faster than `sdpa` for short caches."""
+    if torch.compiler.is_compiling():
+        return _as_operation(module, query, key, value, attention_mask, **kw), None
     if not isinstance(key, Tensor):
         return _of_parts(module, query, key, value, attention_mask, **kw), None
     assert isinstance(value, Tensor)
@@ -261,6 +283,45 @@ def _of_parts(
         own = {} if bias is None else {"position_bias": bias[..., -width:]}
         outputs.append(decode_attention(module, q, k, v, last, **kw, **own)[0])
     return torch.cat(outputs)
+
+
+in_use = threading.local()  # its `cache` is that of the graph which this thread runs
+
+
+def _as_operation(
+    module: Any, query: Tensor, key: Any, value: Any, mask: Tensor | None, **kw: Any
+) -> Tensor:
+    assert mask is not None
+    if mask.shape[1] > 1 or kw.get("position_bias") is not None:
+        raise NotImplementedError("its heads see different things")
+    rest = kw.get("scaling"), kw.get("softcap"), kw.get("s_aux")
+    return attend(query, key, value, mask, module.layer_idx, *rest)
+
+
+@torch.library.custom_op("verl::attend", mutates_args=())
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    layer: int,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """`decode_attention` of one new token a row as an operation of a graph: puts its key and value
+    into `in_use.cache`, and attends to all that are there. Of more rows than the cache has, which
+    are copies of the first, it returns copies."""
+    rows = sum(part.rows for part in in_use.cache.layers[layer].parts)
+    keys, values = in_use.cache.update(key[:rows], value[:rows], layer)
+    options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+    found = decode_attention(None, query[:rows], keys, values, mask[:rows], **options)[0]
+    return found.expand(len(query), -1, -1, -1).contiguous()
+
+
+@attend.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[-1])  # `len` is fixed
 
 
 AttentionInterface.register(DECODE_ATTENTION, decode_attention)

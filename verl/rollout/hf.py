@@ -3,7 +3,7 @@ its responses, finished ones make room for those that wait, the KV cache is writ
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from typing import Any, cast
@@ -15,10 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from verl.config.schema import ModelConfig, RolloutConfig
+from verl.models.compiled import CompiledStep
 from verl.models.folder import skeleton
 from verl.models.guard import other_layers
-from verl.models.hf import load_hf_model, reorder_linears, stop_token_ids, vocabulary_size
-from verl.models.kv_cache import DECODE_ATTENTION, RaggedCache, max_parts
+from verl.models.hf import load_hf_model, stop_token_ids, vocabulary_size
+from verl.models.kv_cache import DECODE_ATTENTION, RaggedCache, max_parts, next_logits
+from verl.models.linears import join_linears
 from verl.protocol import Sample, SampleBatch, WeightChunk
 from verl.rollout.engine import RolloutEngine, Row, SamplingParams
 from verl.utils.device import default_dtype, empty_cache, get_device
@@ -50,7 +52,10 @@ class HFEngine(RolloutEngine):
         if self.model.config._attn_implementation == "sdpa":
             self.model.set_attn_implementation(DECODE_ATTENTION)
         self.max_parts = max_parts(self.model)
-        reorder_linears(self.model)
+        self.linears = join_linears(self.model)
+        self.step: Callable[..., Tensor] = partial(next_logits, self.model)
+        if not rollout.enforce_eager:
+            self.step = CompiledStep(self.model, self.max_parts)
         self.stop_ids, self.vocabulary_size = stop_token_ids(model), vocabulary_size(model)
         self.stop_tokens = torch.tensor(self.stop_ids, device=self.device)
 
@@ -68,7 +73,8 @@ class HFEngine(RolloutEngine):
 
     def finish_update(self, version: int) -> None:
         """See `RolloutEngine.finish_update`."""
-        reorder_linears(self.model)
+        for linear in self.linears:
+            linear.reorder()
         super().finish_update(version)
 
     def sleep(self) -> None:
@@ -84,7 +90,7 @@ class HFEngine(RolloutEngine):
         batch: Batch | None = None
         while (waiting or batch) and not self.stopped:
             if batch:
-                batch.logits = self._forward(*batch.read_last())
+                batch.logits = self._next(self.step(*batch.read_last()))
             places = self.max_num_seqs - (len(batch.rows) if batch else 0)
             if waiting and places >= FILL_SHARE * self.max_num_seqs:
                 chosen = [waiting.popleft() for _ in range(min(places, len(waiting)))]
@@ -120,7 +126,8 @@ class HFEngine(RolloutEngine):
         width, lengths = ids.shape[1], to([len(tokens) for tokens in ragged])
         positions = torch.arange(width, device=self.device) - (width - lengths)[:, None]
         cache = RaggedCache(width + M, self.max_parts)
-        logits = self._forward(ids, positions >= 0, positions.clamp(min=0), cache)
+        read = next_logits(self.model, ids, positions >= 0, positions.clamp(min=0), cache)
+        logits = self._next(read)
         order = {key: i for i, key in enumerate(distinct)}
         repeat = to([order[key] for key in keys])
         cache.repeat(repeat)
@@ -163,17 +170,9 @@ class HFEngine(RolloutEngine):
             if new := range(row.num_begun, length or drawn):
                 yield self.to_sample(row, ids[new], values[new], bool(length))
 
-    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
-        """The next token's logits of the tokenizer's vocabulary, [B, V]."""
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1, : self.vocabulary_size]
+    def _next(self, logits: Tensor) -> Tensor:
+        """Of the tokenizer's vocabulary, [B, V]."""
+        return logits[:, -1, : self.vocabulary_size]
 
 
 @dataclass(slots=True)

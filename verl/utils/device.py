@@ -115,7 +115,7 @@ REORDERED_FROM = 2**17  # weights of so many elements are faster in oneDNN's ord
 
 
 def multiplies_faster_reordered(*weights: torch.Tensor) -> bool:
-    """Whether `verl.models.hf` pays for these weights of linear layers, together, and can be had."""
+    """Whether `verl.models.linears` pays for these weights, together, and can be had."""
     fits = all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
     available = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return fits and sum(w.numel() for w in weights) >= REORDERED_FROM and available

@@ -1,0 +1,93 @@
+"""A decoding step as one graph of torch.compile, which joins what is between its products."""
+
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from verl.models.kv_cache import RaggedCache, example, in_use, next_logits
+
+TOLERANCES = {4: 1e-3, 2: 5e-2}
+"""Bytes of a number → by how much of the largest logit the graph's logits may differ."""
+
+
+def of_a_call(guards: Sequence[Any]) -> list[bool]:
+    """Which of torch's checks that a graph fits a call are made: those of the call's own tensors
+    and sizes. A thousand others, of the model's attributes, would take a twentieth of the time."""
+    return [
+        guard.guard_type == "SHAPE_ENV" or guard.name in ("ids", "mask", "positions")
+        for guard in guards
+    ]
+
+
+class PassingCache(Cache):
+    """Stands in a graph for a cache of `length` columns: hands new keys and values on to the
+    operation of the attention, which has the real one (`verl.models.kv_cache.attend`)."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(layers=[])
+        self.length = length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        """See `Cache.update`."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """See `Cache.get_seq_length`."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """See `Cache.get_mask_sizes`."""
+        return self.length + query_length, 0
+
+
+def graph(model: Any, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    """What is compiled (see `next_logits`)."""
+    return next_logits(model, ids, mask, positions, PassingCache(mask.shape[1] - 1))
+
+
+class CompiledStep:
+    """A causal model's pass over one new token a row, for any number of rows and columns."""
+
+    def __init__(self, model: Any, max_parts: int) -> None:
+        """Compiles it, and compares it with the model. Raises: ValueError if there is no compiler,
+        or the model can't be compiled."""
+        self.model = model
+        # torch keeps graphs by code object: each model needs its own, as no check tells them apart.
+        own = FunctionType(graph.__code__.replace(), globals())
+        options: dict[str, Any] = {"guard_filter_fn": of_a_call}
+        self.graph = torch.compile(own, dynamic=True, fullgraph=True, options=options)
+        try:
+            if max_parts == 1:
+                raise NotImplementedError("its attention does more with the cache than append")
+            self._compare(max_parts)
+        except Exception as error:
+            text, *_ = str(error).strip().splitlines() or [type(error).__name__]
+            key = "actor_rollout_ref.rollout.enforce_eager"
+            problem = f"{key}=False: the decoding step can't be compiled ({text})"
+            raise ValueError(f"{problem}; leave it True") from error
+
+    def __call__(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: RaggedCache
+    ) -> Tensor:
+        """The next token's logits, [B, 1, V]; see `verl.rollout.hf.Batch.read_last`."""
+        if mask is None:
+            columns = cache.get_seq_length() + 1
+            mask = torch.ones(len(ids), columns, dtype=torch.bool, device=ids.device)
+        inputs, rows = [ids, mask, positions], len(ids)
+        if rows == 1:  # for which torch.compile would make a graph of its own
+            inputs = [x.repeat(2, 1) for x in inputs]
+        in_use.cache = cache
+        return self.graph(self.model, *inputs)[:rows]
+
+    @torch.inference_mode()
+    def _compare(self, max_parts: int) -> None:
+        (cache, inputs), (other, _) = (example(self.model, max_parts) for _ in range(2))
+        expected = next_logits(self.model, *inputs, cache)
+        found = self(*inputs, other)
+        allowed = TOLERANCES[expected.itemsize] * expected.abs().max()
+        if (difference := (found - expected).abs().max()) > allowed:
+            raise ArithmeticError(f"its logits differ by {difference:.2g}")
