@@ -18,7 +18,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import report, spread
+from common import compiler_available, report, spread
 
 N = 8
 LONGEST_PROMPT = 40
@@ -208,7 +207,7 @@ def available(small: bool, quick: bool) -> list[tuple[str, int, int]]:
     if small and importlib.util.find_spec("vllm") is None:
         print("vLLM is not installed and is left out: bash setup.sh cpu --vllm")
         missing = "vllm"
-    compiles = any(map(shutil.which, ("g++", "c++", "clang++")))
+    compiles = compiler_available()
     if not (quick or compiles):
         print("there is no C++ compiler (apt-get install g++): compiled engines are left out")
     engines = [e for e in (QUICK if quick else ENGINES) if compiles or "compiled" not in e[0]]

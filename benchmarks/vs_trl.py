@@ -7,8 +7,9 @@ Both train the same random Qwen3 policy of 1.8 M parameters (`policies.py`) with
 8 responses to each of 32, at most 256 tokens each, the same reward, temperature 1, no KL term, one
 update by AdamW a step, in fp32, on two cores. A response ends by chance, so that lengths vary
 (coefficient of variation about 0.9; it is printed). Ours: `python -m verl.trainer.main_ppo`, two
-ranks and two `hf` engines. TRL: one process with two threads, transformers' `generate`. Seconds of
-a step are those from the end of the step before; the first step doesn't count. Runs alternate.
+ranks and two `hf` engines, compiled where there is a C++ compiler. TRL: one process with two
+threads, transformers' `generate`. Seconds of a step are those from the end of the step before; the
+first step doesn't count. Runs alternate.
 
 TRL without gradient checkpointing (its default, slower), in fp32 (its default, bf16, is slower on a
 CPU), with the micro-batch that was fastest here, padded. TRL with two processes, or with vLLM for
@@ -25,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import report, spread
+from common import compiler_available, report, spread
 
 ROOT = Path(__file__).parents[1]
 TRL = ROOT / ".venv-trl"
@@ -88,6 +89,7 @@ def our_steps(folder: Path, steps: int, max_tokens: int, number: int) -> list[St
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 4096,
         "actor_rollout_ref.actor.optim.lr": LR,
         "actor_rollout_ref.rollout.name": "hf",
+        "actor_rollout_ref.rollout.enforce_eager": not compiler_available(),
         "actor_rollout_ref.rollout.n": N,
         "trainer.logger": "console",
         "trainer.device": "cpu",

@@ -85,7 +85,12 @@ class CompiledStep:
 
     @torch.inference_mode()
     def _compare(self, max_parts: int) -> None:
-        (cache, inputs), (other, _) = (example(self.model, max_parts) for _ in range(2))
+        self._compare_rows(max_parts, [2, 1])
+        with torch.compiler.set_stance("fail_on_recompile"):  # one graph is for all sizes
+            self._compare_rows(max_parts, [4, 1, 2])
+
+    def _compare_rows(self, max_parts: int, lengths: list[int]) -> None:
+        (cache, inputs), (other, _) = (example(self.model, max_parts, lengths) for _ in range(2))
         expected = next_logits(self.model, *inputs, cache)
         found = self(*inputs, other)
         allowed = TOLERANCES[expected.itemsize] * expected.abs().max()

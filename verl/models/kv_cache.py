@@ -202,16 +202,20 @@ def next_logits(
 
 
 @torch.inference_mode()
-def example(model: Any, max_parts: int) -> tuple[RaggedCache, tuple[Tensor, Tensor, Tensor]]:
-    """A cache with a row of two tokens and one of one, and what `next_logits` gets besides to read
-    one more of each."""
-    to = partial(torch.tensor, device=model.device)
-    cache, other = (RaggedCache(3, max_parts) for _ in range(2))
-    next_logits(model, to([[0, 0]]), None, to([[0, 1]]), cache)
-    next_logits(model, to([[0]]), None, to([[0]]), other)
-    cache.join(other)
-    mask = to([[True, True, True], [False, True, True]])
-    return cache, (to([[0], [0]]), mask, to([[2], [1]]))
+def example(
+    model: Any, max_parts: int, lengths: Sequence[int]
+) -> tuple[RaggedCache, tuple[Tensor, Tensor, Tensor]]:
+    """A cache of rows of so many tokens, and what else `next_logits` gets to read one more of
+    each."""
+    first, *others = caches = [RaggedCache(max(lengths) + 1, max_parts) for _ in lengths]
+    for cache, length in zip(caches, lengths, strict=True):
+        positions = torch.arange(length, device=model.device)[None]
+        next_logits(model, torch.zeros_like(positions), None, positions, cache)
+    for other in others:
+        first.join(other)
+    ends = torch.tensor(lengths, device=model.device)[:, None]
+    columns = torch.arange(max(lengths) + 1, device=model.device)
+    return first, (torch.zeros_like(ends), columns >= max(lengths) - ends, ends)
 
 
 @torch.inference_mode()
@@ -220,7 +224,7 @@ def max_parts(model: Any) -> int:
     `decode_attention` as the cache has them. That is tried."""
     if model.config._attn_implementation != DECODE_ATTENTION:
         return 1
-    cache, inputs = example(model, 2)
+    cache, inputs = example(model, 2, [2, 1])
     try:
         next_logits(model, *inputs, cache)
     except (AttributeError, TypeError):  # it takes what isn't one tensor for one

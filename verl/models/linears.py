@@ -28,8 +28,6 @@ class JointLinear:
         self.layers, self.number = layers, next(_numbers)
         _joint[self.number] = self
         self.sizes = [layer.out_features for layer in layers]
-        self.input: Tensor | None = None
-        self.outputs: dict[int, Tensor] = {}  # of the input, those nobody has asked for yet
         self.reorder()
         for i, layer in enumerate(layers):
             layer.forward = partial(self.output, i)  # type: ignore[method-assign]  # its own
@@ -43,6 +41,8 @@ class JointLinear:
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight, REORDERED_ROWS)
         rest: dict[str, Any] = {"attr": "none", "scalars": [], "algorithm": ""}
         self.product = partial(torch.ops.mkldnn._linear_pointwise, W=reordered, B=bias, **rest)
+        self.input: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}  # of the input, those nobody has asked for yet
 
     def output(self, i: int, x: Tensor) -> Tensor:
         """That of layer `i`."""
