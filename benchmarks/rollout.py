@@ -8,10 +8,10 @@ training step needs; `generate` tokens alone, as its `output_logits` would cost 
 `generate` gets one padded batch with `num_return_sequences`, vLLM prefix caching and one process.
 Every engine is a process of its own, idle while another one runs, and keeps the memory that it
 frees. Ours and vLLM run eagerly, as the trainer runs them (`enforce_eager=True`, its default), and
-compiled by inductor; the best of each with one and two threads counts. As in the trainer, each of
-its requests has a seed of its own, which its sampler draws for in a loop. Two engines of one thread
-each, with half of the prompts, are how the trainer runs them on two cores. `--quick` leaves out all
-of vLLM but two eager threads.
+compiled by inductor. Of vLLM's one process the best with one or two threads counts, beside ours
+with two. As in the trainer, each of vLLM's requests has a seed of its own, which its sampler draws
+for in a loop. Two engines of one thread each, with half of the prompts, are how the trainer runs
+them on two cores. `--quick` leaves out all that is compiled, and all of vLLM but two eager threads.
 """
 
 import argparse
@@ -252,7 +252,7 @@ def compare(size: str, quick: bool, repeats: int) -> None:
         best = max(peers, key=peers.get)
         say(f"{what} vLLM (best: {best})", ours / peers[best], ">= 1")
         if compiled := tokens.get("hf compiled, 2 threads"):
-            say(f"{what} vLLM, compiled as well", compiled / peers[best], ">= 1")
+            say(f"{what} vLLM's best, ours compiled", compiled / peers[best], ">= 1")
     for kind in ("eager", "compiled"):
         if two := tokens.get(f"vllm {kind}, 1 thread x 2"):
             own = tokens["hf, 1 thread x 2" if kind == "eager" else "hf compiled, 1 thread x 2"]

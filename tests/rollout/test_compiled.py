@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.models.families import FAMILIES, make_family
 from tests.rollout.test_hf import chunk, generate, make_prompts
 from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.compiled import of_a_call
+from verl.models.kv_cache import attend
 from verl.protocol import Sample
 from verl.rollout.engine import SamplingParams
 from verl.rollout.hf import HFEngine
@@ -94,28 +96,57 @@ def test_a_compiled_step_has_the_new_weights(tmp_path: Path) -> None:
     assert graphs() == 0
 
 
+@needs_onednn
 def test_two_models_of_a_process_have_graphs_of_their_own(tmp_path: Path) -> None:
-    """Also where they have the same shapes."""
-    folders = [make_tiny_model(tmp_path / "first"), make_tiny_model(tmp_path / "wide", head_dim=64)]
-    folders += [make_tiny_model(tmp_path / "other", initializer_range=0.2)]
+    """Also where they have the same shapes: the products are not the model's arguments."""
+    shape = dict(hidden_size=256, vocab_size=1024)
+    folders = [make_tiny_model(tmp_path / "first", **shape), make_tiny_model(tmp_path / "small")]
+    folders += [make_tiny_model(tmp_path / "other", **shape, initializer_range=0.2)]
     engines = [build(folder, compiled=True) for folder in folders]
     for engine, folder in zip(engines, folders, strict=True):
         assert_equal(responses(engine), responses(build(folder, compiled=False)))
+
+
+def test_a_wrong_graph_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that mixes up its rows."""
+
+    def backwards(*given: Any, **kw: Any) -> torch.Tensor:
+        return attend(*given, **kw).flip(0)
+
+    monkeypatch.setattr("verl.models.kv_cache.attend", backwards)
+    with pytest.raises(ValueError, match="its logits differ"):
+        build(make_tiny_model(tmp_path, initializer_range=0.2), compiled=True)
+
+
+def test_nothing_is_held_between_generations(tmp_path: Path) -> None:
+    engine, caches = build(make_tiny_model(tmp_path), compiled=True), []
+
+    def watched(*inputs: Any) -> torch.Tensor:
+        caches.append(weakref.ref(inputs[-1]))
+        return step(*inputs)
+
+    step, engine.step = engine.step, watched
+    params = SamplingParams(2, 10, ignore_eos=True)
+    assert len(generate(engine, make_prompts([3, 5]), params)) == 4
+    assert caches and all(cache() is None for cache in caches)
 
 
 LONG = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 
 
 @pytest.mark.parametrize(
-    "kind, overrides",
-    [("Bloom", FAMILIES["BLOOM"][1]), ("Llama", {"rope_parameters": LONG})],
+    "kind, overrides, why",
+    [
+        ("Bloom", FAMILIES["BLOOM"][1], "its attention is not transformers' sdpa"),
+        ("Llama", {"rope_parameters": LONG}, "Data-dependent branching"),
+    ],
 )
 def test_what_can_not_be_compiled_is_an_error(
-    kind: str, overrides: dict[str, Any], tmp_path: Path
+    kind: str, overrides: dict[str, Any], why: str, tmp_path: Path
 ) -> None:
-    """Scores that depend on the head, and angles that depend on the longest row."""
+    """An attention of its own, and angles that depend on the longest row."""
     folder = make_tiny_model(tmp_path, kind, **overrides)
-    with pytest.raises(ValueError, match=r"enforce_eager=False: .* can't be compiled .*leave it"):
+    with pytest.raises(ValueError, match=rf"enforce_eager=False: .* \({why}.*\); leave it True"):
         build(folder, compiled=True)
 
 

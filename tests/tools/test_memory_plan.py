@@ -326,14 +326,24 @@ def test_sizes_of_buffers_are_those_of_the_code() -> None:
 
 
 @needs_onednn
-@pytest.mark.parametrize("tied", [True, False])
-def test_an_hf_engine_on_a_cpu_holds_large_weights_twice(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "tied, hidden, copied",
+    [
+        (True, 64, 2 * 2 + 1),  # of two layers' MLP, two weights of which are joined, and the head
+        (False, 64, 2 * 2 + 1),
+        (False, 1024, 2 * 3 + 1),  # also queries with keys and values, which alone are small
+    ],
+)
+def test_an_hf_engine_on_a_cpu_holds_large_weights_twice(
+    tied: bool, hidden: int, copied: int, tmp_path: Path
+) -> None:
     shape = dict(vocab_size=2048, intermediate_size=2048, tie_word_embeddings=tied)
+    shape |= dict(hidden_size=hidden)
     folder = make_tiny_model(tmp_path / "model", **shape)
     engine = HFEngine()
     engine.build(ModelConfig(path=str(folder)), RolloutConfig(), "cpu", 100)
     copies = [linear.product.keywords["W"] for linear in engine.linears]
-    assert len(copies) == 2 * 2 + 1  # of two layers' MLP, two of whose are joined, and the head
+    assert len(copies) == copied
     held = sum(4 * w.numel() for w in [*copies, *engine.model.parameters()])
     model = json.loads((folder / "config.json").read_text())
     hf = plan("actor_rollout_ref.rollout.name=hf", model=model, device="cpu").generating()

@@ -66,8 +66,8 @@ class RolloutConfig(SamplingConfig):
     enable_prefix_caching: bool = key(True, **VLLM)
     """vLLM: compute the beginnings that prompts share once."""
     enforce_eager: bool = key(True, **FREE)
-    """True: no graphs. False: vLLM makes CUDA graphs, and hf compiles its decoding step with
-    torch.compile: half a minute at the start, and on a CPU with a C++ compiler alone."""
+    """False: vLLM makes CUDA graphs, and hf compiles its decoding step with torch.compile, which
+    takes up to half a minute at the start and, on a CPU, needs a C++ compiler."""
     cudagraph_capture_sizes: list[int] | None = key(
         None, **FREE, idle_if=("rollout.name=hf", "enforce_eager=True")
     )

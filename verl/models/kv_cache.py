@@ -205,17 +205,17 @@ def next_logits(
 def example(
     model: Any, max_parts: int, lengths: Sequence[int]
 ) -> tuple[RaggedCache, tuple[Tensor, Tensor, Tensor]]:
-    """A cache of rows of so many tokens, and what else `next_logits` gets to read one more of
-    each."""
+    """A cache of rows of so many tokens, 0, 1, 2, …, and what else `next_logits` gets to read one
+    more of each."""
     first, *others = caches = [RaggedCache(max(lengths) + 1, max_parts) for _ in lengths]
     for cache, length in zip(caches, lengths, strict=True):
-        positions = torch.arange(length, device=model.device)[None]
-        next_logits(model, torch.zeros_like(positions), None, positions, cache)
+        tokens = torch.arange(length, device=model.device)[None]
+        next_logits(model, tokens, None, tokens, cache)
     for other in others:
         first.join(other)
     ends = torch.tensor(lengths, device=model.device)[:, None]
     columns = torch.arange(max(lengths) + 1, device=model.device)
-    return first, (torch.zeros_like(ends), columns >= max(lengths) - ends, ends)
+    return first, (ends, columns >= max(lengths) - ends, ends.clone())
 
 
 @torch.inference_mode()
@@ -254,7 +254,8 @@ def decode_attention(
     key-value head are so many queries of that head. On a CPU in float32 they are
     two matrix products, which are faster than `sdpa` for short caches."""
     if torch.compiler.is_compiling():
-        return _as_operation(module, query, key, value, attention_mask, **kw), None
+        options = kw.get("scaling"), kw.get("softcap"), kw.get("s_aux")
+        return attend(query, key, value, attention_mask, module.layer_idx, *options), None
     if not isinstance(key, Tensor):
         return _of_parts(module, query, key, value, attention_mask, **kw), None
     assert isinstance(value, Tensor)
@@ -292,16 +293,6 @@ def _of_parts(
 in_use = threading.local()  # its `cache` is that of the graph which this thread runs
 
 
-def _as_operation(
-    module: Any, query: Tensor, key: Any, value: Any, mask: Tensor | None, **kw: Any
-) -> Tensor:
-    assert mask is not None
-    if mask.shape[1] > 1 or kw.get("position_bias") is not None:
-        raise NotImplementedError("its heads see different things")
-    rest = kw.get("scaling"), kw.get("softcap"), kw.get("s_aux")
-    return attend(query, key, value, mask, module.layer_idx, *rest)
-
-
 @torch.library.custom_op("verl::attend", mutates_args=())
 def attend(
     query: Tensor,
@@ -325,7 +316,8 @@ def attend(
 
 @attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[-1])  # `len` is fixed
+    # `len(query)` would be a constant of the graph.
+    return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[-1])
 
 
 AttentionInterface.register(DECODE_ATTENTION, decode_attention)

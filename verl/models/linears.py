@@ -35,9 +35,10 @@ class JointLinear:
     @torch.no_grad()
     def reorder(self) -> None:
         """Takes the layers' present weights."""
-        weight = torch.cat([layer.weight.data for layer in self.layers])
+        weights = [layer.weight.data for layer in self.layers]
         biases = [layer.bias.data for layer in self.layers if layer.bias is not None]
         bias = torch.cat(biases) if biases else None
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]  # without a copy
         reordered = torch.ops.mkldnn._reorder_linear_weight(weight, REORDERED_ROWS)
         rest: dict[str, Any] = {"attr": "none", "scalars": [], "algorithm": ""}
         self.product = partial(torch.ops.mkldnn._linear_pointwise, W=reordered, B=bias, **rest)
@@ -47,8 +48,10 @@ class JointLinear:
     def output(self, i: int, x: Tensor) -> Tensor:
         """That of layer `i`."""
         if x is not self.input or i not in self.outputs:
-            compiling = torch.compiler.is_compiling()
-            every = product(x, self.number, sum(self.sizes)) if compiling else self.product(x)
+            if torch.compiler.is_compiling():
+                every = product_of(x, self.number, sum(self.sizes))
+            else:
+                every = self.product(x)
             self.input, self.outputs = x, dict(enumerate(every.split(self.sizes, -1)))
         found = self.outputs.pop(i)
         if not self.outputs:
@@ -57,12 +60,12 @@ class JointLinear:
 
 
 @torch.library.custom_op("verl::product", mutates_args=())
-def product(x: Tensor, number: int, size: int) -> Tensor:
+def product_of(x: Tensor, number: int, size: int) -> Tensor:
     """The `size` outputs of the `JointLinear` with this number, as an operation of a graph."""
     return _joint[number].product(x)
 
 
-@product.register_fake
+@product_of.register_fake
 def _(x: Tensor, number: int, size: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], size)
 
@@ -76,7 +79,7 @@ def join_linears(model: nn.Module) -> list[JointLinear]:
         groups: list[list[nn.Linear]] = []
         for names in SAME_INPUT:
             same = [left[name] for name in names if name in left]
-            if len({layer.bias is None for layer in same}) == 1:
+            if len({(layer.bias is None, layer.in_features) for layer in same}) == 1:
                 groups.append(same)
                 left = {name: m for name, m in left.items() if m not in same}
         groups += [[layer] for layer in left.values()]

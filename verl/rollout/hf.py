@@ -90,7 +90,7 @@ class HFEngine(RolloutEngine):
         batch: Batch | None = None
         while (waiting or batch) and not self.stopped:
             if batch:
-                batch.logits = self._next(self.step(*batch.read_last()))
+                batch.logits = self._drawn_from(self.step(*batch.read_last()))
             places = self.max_num_seqs - (len(batch.rows) if batch else 0)
             if waiting and places >= FILL_SHARE * self.max_num_seqs:
                 chosen = [waiting.popleft() for _ in range(min(places, len(waiting)))]
@@ -127,7 +127,7 @@ class HFEngine(RolloutEngine):
         positions = torch.arange(width, device=self.device) - (width - lengths)[:, None]
         cache = RaggedCache(width + M, self.max_parts)
         read = next_logits(self.model, ids, positions >= 0, positions.clamp(min=0), cache)
-        logits = self._next(read)
+        logits = self._drawn_from(read)
         order = {key: i for i, key in enumerate(distinct)}
         repeat = to([order[key] for key in keys])
         cache.repeat(repeat)
@@ -170,8 +170,8 @@ class HFEngine(RolloutEngine):
             if new := range(row.num_begun, length or drawn):
                 yield self.to_sample(row, ids[new], values[new], bool(length))
 
-    def _next(self, logits: Tensor) -> Tensor:
-        """Of the tokenizer's vocabulary, [B, V]."""
+    def _drawn_from(self, logits: Tensor) -> Tensor:
+        """The last column's, [B, V] of the tokenizer's vocabulary."""
         return logits[:, -1, : self.vocabulary_size]
 
 

@@ -225,8 +225,9 @@ class Plan:
     def generating(self) -> Parts:
         """Bytes of an engine on each of its devices. vLLM's cache gets what its share leaves."""
         weights = self.compute * self.parameters / self.parallel
-        if not (self.vllm or self.cuda):  # copies of reorder_linears, the head's first
-            layers = [rows * columns for rows, columns in self.layer if columns > 1] * self.layers
+        if not (self.vllm or self.cuda):  # copies of join_linears, the head's first
+            q, k, v, o, gate, up, *down = (r * columns for r, columns in self.layer if columns > 1)
+            layers = [q + k + v, o, gate + up, *down] * self.layers
             large = [n for n in (self.vocab * self.hidden, *layers) if n >= REORDERED_FROM]
             weights += self.compute * sum(large)
         rows = self.rollout.max_num_batched_tokens if self.vllm else self.max_num_seqs
