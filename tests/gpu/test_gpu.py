@@ -45,8 +45,11 @@ def test_packed_is_padded(one_rank: None, tiny_model: Path) -> None:
     np.testing.assert_allclose(*log_probs, atol=5e-2)
 
 
-def test_main_job(settings: list[str], tmp_path: Path) -> None:  # noqa: F811
-    run(settings, "trainer.n_gpus_per_node=1", f"trainer.default_local_dir={tmp_path}")
+@pytest.mark.parametrize("eager", [True, False])
+def test_main_job(settings: list[str], eager: bool, tmp_path: Path) -> None:  # noqa: F811
+    """With the engine `hf`, also compiled."""
+    engine = f"actor_rollout_ref.rollout.enforce_eager={eager}"
+    run(settings, engine, "trainer.n_gpus_per_node=1", f"trainer.default_local_dir={tmp_path}")
     steps = read(tmp_path)
     assert steps[4]["critic/score/mean"] > steps[1]["critic/score/mean"]
     assert (tmp_path / "huggingface" / "model.safetensors").exists()

@@ -251,8 +251,8 @@ def decode_attention(
 ) -> tuple[Tensor, None]:
     """transformers' `sdpa`, [B, heads, T, D] → [B, T, heads, D], with sinks and caps of scores, and
     with several parts of the batch; for T = 1 without copies of the cache: query heads that share a
-    key-value head are so many queries of that head. On a CPU in float32 they are
-    two matrix products, which are faster than `sdpa` for short caches."""
+    key-value head are so many queries of that head. On a CPU in float32 they are two matrix
+    products, which are faster than `sdpa` for short caches. In a graph it is one operation."""
     if torch.compiler.is_compiling():
         options = kw.get("scaling"), kw.get("softcap"), kw.get("s_aux")
         return attend(query, key, value, attention_mask, module.layer_idx, *options), None
