@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
             die(f"--fresh deletes no folder that you chose: delete {run_dir}")
         shutil.rmtree(run_dir, ignore_errors=True)
     elif (run_dir / "summary.txt").exists():
-        print("This run is finished; --fresh starts it anew, --seed and --method make others.")
+        print("This run is finished; --fresh deletes it, --seed and --method make others.")
         return show(run_dir)
     warm_up(task, args.seed, warm)
     if (run_dir / "latest_checkpointed_iteration.txt").exists():
@@ -213,7 +213,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         add("--lora", action="store_true", help="train adapters of rank 8 beside a frozen model")
         add("--seed", type=int, default=0, help="of the problems, the weights and the sampling [0]")
         add("--out", default=REPO / "outputs" / task.project, help="for all files [%(default)s]")
-        add("--fresh", action="store_true", help="start this run anew; the warmed-up model stays")
+        add(
+            "--fresh",
+            action="store_true",
+            help="delete this run and start anew; the warmed-up model stays",
+        )
     args, args.overrides = parser.parse_known_args(argv)
     for override in args.overrides:
         if override.startswith("-"):

@@ -1,5 +1,7 @@
 """A decoding step as one graph of torch.compile, which joins what is between its products."""
 
+import os
+import shutil
 from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
@@ -61,14 +63,16 @@ class CompiledStep:
         options: dict[str, Any] = {"guard_filter_fn": of_a_call}
         self.graph = torch.compile(own, dynamic=True, fullgraph=True, options=options)
         try:
+            if model.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+                raise FileNotFoundError("no C++ compiler: apt-get install g++, or set CXX")
             if max_parts == 1:
                 raise NotImplementedError("its attention is not transformers' sdpa of the cache")
             self._compare()
         except Exception as error:
             text, *_ = str(error).strip().splitlines() or [type(error).__name__]
             key = "actor_rollout_ref.rollout.enforce_eager"
-            problem = f"{key}=False: the decoding step can't be compiled ({text})"
-            raise ValueError(f"{problem}; leave it True") from error
+            problem = f"{key}=False, but the decoding step can't be compiled ({text})"
+            raise ValueError(f"{problem}; set it to True otherwise") from error
 
     def __call__(
         self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: RaggedCache
