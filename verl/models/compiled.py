@@ -72,7 +72,7 @@ class CompiledStep:
             text, *_ = str(error).strip().splitlines() or [type(error).__name__]
             key = "actor_rollout_ref.rollout.enforce_eager"
             problem = f"{key}=False, but the decoding step can't be compiled ({text})"
-            raise ValueError(f"{problem}; set it to True otherwise") from error
+            raise ValueError(f"{problem}; set it to True to run without") from error
 
     def __call__(
         self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: RaggedCache
