@@ -1,8 +1,6 @@
 """What the benchmarks share: alternating runs, medians, and one line per target."""
 
 import operator
-import os
-import shutil
 import statistics
 import sys
 import time
@@ -11,11 +9,6 @@ from functools import partial
 from typing import Any
 
 COMPARE = {">=": operator.ge, "<=": operator.le}
-
-
-def compiler_available() -> bool:
-    """Whether torch.compile has the C++ compiler that it needs on a CPU."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def alternate(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

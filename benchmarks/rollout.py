@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import compiler_available, report, spread
+from common import report, spread
 
 N = 8
 LONGEST_PROMPT = 40
@@ -203,6 +203,8 @@ ENGINES += [("hf compiled", 2, 1), ("hf compiled", 1, 2)]
 
 def available(small: bool, quick: bool) -> list[tuple[str, int, int]]:
     """Those of `ENGINES` that can run here; vLLM with small models alone."""
+    from verl.utils.device import compiler_available
+
     missing = "" if small else "vllm"
     if small and importlib.util.find_spec("vllm") is None:
         print("vLLM is not installed and is left out: bash setup.sh cpu --vllm")
@@ -253,10 +255,10 @@ def compare(size: str, quick: bool, repeats: int) -> None:
         say(f"{what} vLLM (best: {best})", ours / peers[best], ">= 1")
         if compiled := tokens.get("hf compiled, 2 threads"):
             say(f"{what} vLLM's best, ours compiled", compiled / peers[best], ">= 1")
-    for kind in ("eager", "compiled"):
+    for own, kind in (("hf", "eager"), ("hf compiled", "compiled")):
         if two := tokens.get(f"vllm {kind}, 1 thread x 2"):
-            own = tokens["hf, 1 thread x 2" if kind == "eager" else "hf compiled, 1 thread x 2"]
-            pair += f", {own / two:.3g} x two of vLLM, both {kind}"
+            ratio = tokens[f"{own}, 1 thread x 2"] / two
+            pair += f", {ratio:.3g} x two of vLLM, both {kind}"
     print(pair)
 
 

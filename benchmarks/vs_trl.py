@@ -26,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import compiler_available, report, spread
+from common import report, spread
 
 ROOT = Path(__file__).parents[1]
 TRL = ROOT / ".venv-trl"
@@ -71,6 +71,7 @@ def make_trl_environment() -> None:
 def our_steps(folder: Path, steps: int, max_tokens: int, number: int) -> list[Step]:
     """The steps of a run of `verl.trainer.main_ppo`, the first one left out."""
     from verl.trainer.ppo.tracking import read_metrics  # not in TRL's environment
+    from verl.utils.device import compiler_available
 
     out = folder / f"run{number}"
     settings = {

@@ -1,8 +1,7 @@
 """The compiled decoding step of the `hf` engine draws what the plain one draws."""
 
-import os
-import shutil
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,19 @@ from transformers import AutoModelForCausalLM
 
 from tests.helpers import make_tiny_model, needs_onednn
 from tests.models.families import FAMILIES, make_family
+from tests.rollout import test_hf
 from tests.rollout.test_hf import chunk, generate, make_prompts
-from verl.config.schema import ModelConfig, RolloutConfig
 from verl.models.compiled import of_a_call
 from verl.models.kv_cache import attend
 from verl.protocol import Sample
 from verl.rollout.engine import SamplingParams
 from verl.rollout.hf import HFEngine
+from verl.utils.device import compiler_available
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler"
-)
+pytestmark = pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
 
 
-def build(folder: Path, compiled: bool) -> HFEngine:
-    rollout = RolloutConfig(max_num_seqs=12, enforce_eager=not compiled)
-    engine = HFEngine()
-    engine.build(ModelConfig(path=str(folder)), rollout, "cpu", 200)
-    return engine
+build = partial(test_hf.build, max_num_seqs=12)
 
 
 def responses(engine: HFEngine) -> list[Sample]:

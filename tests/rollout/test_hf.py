@@ -25,8 +25,8 @@ def engine(tiny_model: Path) -> HFEngine:
     return build(tiny_model)
 
 
-def build(folder: Path, max_num_seqs: int = 1024) -> HFEngine:
-    rollout = RolloutConfig(max_num_seqs=max_num_seqs)
+def build(folder: Path, max_num_seqs: int = 1024, compiled: bool = False) -> HFEngine:
+    rollout = RolloutConfig(max_num_seqs=max_num_seqs, enforce_eager=not compiled)
     engine = HFEngine()
     engine.build(ModelConfig(path=str(folder)), rollout, "cpu", 100)
     return engine

@@ -1,7 +1,5 @@
 """A decoding step as one graph of torch.compile, which joins what is between its products."""
 
-import os
-import shutil
 from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
@@ -11,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from verl.models.kv_cache import RaggedCache, example, in_use, next_logits
+from verl.utils.device import compiler_available
 
 TOLERANCES = {4: 1e-3, 2: 5e-2}
 """Bytes of a number → by how much of the largest logit the graph's logits may differ."""
@@ -23,6 +22,13 @@ def of_a_call(guards: Sequence[Any]) -> list[bool]:
         guard.guard_type == "SHAPE_ENV" or guard.name in ("ids", "mask", "positions")
         for guard in guards
     ]
+
+
+def refusal(why: str) -> ValueError:
+    """For a model whose decoding step isn't compiled."""
+    key = "actor_rollout_ref.rollout.enforce_eager"
+    problem = f"{key}=False, but the decoding step can't be compiled ({why})"
+    return ValueError(f"{problem}; set it to True to run without")
 
 
 class PassingCache(Cache):
@@ -57,27 +63,25 @@ class CompiledStep:
     def __init__(self, model: Any, max_parts: int) -> None:
         """Compiles it, and compares it with the model. Raises: ValueError if there is no compiler,
         or the model can't be compiled."""
+        if model.device.type == "cpu" and not compiler_available():
+            raise refusal("no C++ compiler: apt-get install g++, or set CXX")
+        if max_parts == 1:
+            raise refusal("its attention is not transformers' sdpa of the cache")
         self.model = model
         # torch keeps graphs by code object: each model needs its own, as no check tells them apart.
         own = FunctionType(graph.__code__.replace(), globals())
         options: dict[str, Any] = {"guard_filter_fn": of_a_call}
         self.graph = torch.compile(own, dynamic=True, fullgraph=True, options=options)
         try:
-            if model.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-                raise FileNotFoundError("no C++ compiler: apt-get install g++, or set CXX")
-            if max_parts == 1:
-                raise NotImplementedError("its attention is not transformers' sdpa of the cache")
             self._compare()
         except Exception as error:
             text, *_ = str(error).strip().splitlines() or [type(error).__name__]
-            key = "actor_rollout_ref.rollout.enforce_eager"
-            problem = f"{key}=False, but the decoding step can't be compiled ({text})"
-            raise ValueError(f"{problem}; set it to True to run without") from error
+            raise refusal(text) from error
 
     def __call__(
         self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: RaggedCache
     ) -> Tensor:
-        """The next token's logits, [B, 1, V]; see `verl.rollout.hf.Batch.read_last`."""
+        """The next token's logits, [B, V]; see `verl.rollout.hf.Batch.read_last`."""
         if mask is None:
             columns = cache.get_seq_length() + 1
             mask = torch.ones(len(ids), columns, dtype=torch.bool, device=ids.device)

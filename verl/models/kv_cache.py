@@ -188,7 +188,7 @@ class RaggedCache(Cache):
 def next_logits(
     model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache
 ) -> Tensor:
-    """Those of the tokens after `ids`, [B, T], of which the cache gets keys and values; [B, 1, V].
+    """Those of the tokens after `ids`, [B, T], of which the cache gets keys and values; [B, V].
     `mask`: which columns of the cache, with the new ones, are not padding, [B, length]."""
     output = model(
         input_ids=ids,
@@ -198,7 +198,7 @@ def next_logits(
         use_cache=True,
         logits_to_keep=1,
     )
-    return output.logits
+    return output.logits[:, -1]
 
 
 @torch.inference_mode()

@@ -90,7 +90,7 @@ class HFEngine(RolloutEngine):
         batch: Batch | None = None
         while (waiting or batch) and not self.stopped:
             if batch:
-                batch.logits = self._drawn_from(self.step(*batch.read_last()))
+                batch.logits = self.step(*batch.read_last())
             places = self.max_num_seqs - (len(batch.rows) if batch else 0)
             if waiting and places >= FILL_SHARE * self.max_num_seqs:
                 chosen = [waiting.popleft() for _ in range(min(places, len(waiting)))]
@@ -126,8 +126,7 @@ class HFEngine(RolloutEngine):
         width, lengths = ids.shape[1], to([len(tokens) for tokens in ragged])
         positions = torch.arange(width, device=self.device) - (width - lengths)[:, None]
         cache = RaggedCache(width + M, self.max_parts)
-        read = next_logits(self.model, ids, positions >= 0, positions.clamp(min=0), cache)
-        logits = self._drawn_from(read)
+        logits = next_logits(self.model, ids, positions >= 0, positions.clamp(min=0), cache)
         order = {key: i for i, key in enumerate(distinct)}
         repeat = to([order[key] for key in keys])
         cache.repeat(repeat)
@@ -149,9 +148,10 @@ class HFEngine(RolloutEngine):
         """Appends a token to each response; notes the lengths of those that end."""
         state, at, M = batch.state, batch.state["drawn"][:, None], params.max_tokens
         uniforms = state["uniforms"].gather(1, at)[:, 0]
-        tokens, log_probs = sample(batch.logits, uniforms, params)
+        logits = batch.logits[:, : self.vocabulary_size]  # a token beyond it has no text
+        tokens, log_probs = sample(logits, uniforms, params)
         if params.greedy:
-            best = sample(batch.logits, uniforms, replace(params, temperature=0))
+            best = sample(logits, uniforms, replace(params, temperature=0))
             tokens = torch.where(state["greedy"], best[0], tokens)
             log_probs = torch.where(state["greedy"], best[1], log_probs)
         state["tokens"].scatter_(1, at, tokens[:, None])
@@ -169,10 +169,6 @@ class HFEngine(RolloutEngine):
         for row, length, drawn, ids, values in zip(rows, *columns, strict=True):
             if new := range(row.num_begun, length or drawn):
                 yield self.to_sample(row, ids[new], values[new], bool(length))
-
-    def _drawn_from(self, logits: Tensor) -> Tensor:
-        """The last column's, [B, V] of the tokenizer's vocabulary."""
-        return logits[:, -1, : self.vocabulary_size]
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -119,6 +120,11 @@ def multiplies_faster_reordered(*weights: torch.Tensor) -> bool:
     fits = all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
     available = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return fits and sum(w.numel() for w in weights) >= REORDERED_FROM and available
+
+
+def compiler_available() -> bool:
+    """Whether torch.compile has the C++ compiler that it needs on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def default_tile(device: torch.device) -> tuple[int, int]:
